@@ -18,7 +18,7 @@ _HOME = {
     "SparseTrainer": "sparse_zero.trainer",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0605
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):

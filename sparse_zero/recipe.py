@@ -115,9 +115,7 @@ class Recipe(Section):
         elif bool(columns.prompt) != bool(columns.completion):
             raise ValueError("data.columns: `prompt` and `completion` go together")
         elif sum(map(bool, (columns.text, columns.prompt, columns.messages))) != 1:
-            raise ValueError(
-                "data.columns: a causal LM needs one of `text`, `prompt` + `completion`, `messages`"
-            )
+            raise ValueError("data.columns: a causal LM needs one of `text`, `prompt` + `completion`, `messages`")
         if self.data.packing and self.model.task != "causal-lm":
             raise ValueError("data.packing: only causal language models can be packed")
         return self
@@ -206,16 +204,14 @@ def explain(error: ValidationError, schema: type[BaseModel] = Recipe) -> str:
 
 
 def _follow(schema: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], list[str]]:
-    """The innermost section of a validation error's location, and its keys without pydantic's tags for union members."""
+    """The innermost section of a validation error's location, and its keys without pydantic's tags for unions."""
     keys: list[str] = []
     for part in location:
         if part not in schema.model_fields:
             break
         keys.append(part)
         annotation = schema.model_fields[part].annotation
-        sections = [
-            c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)
-        ]
+        sections = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
         if not sections:
             break
         schema = sections[0]

@@ -1,0 +1,1 @@
+"""The `sparse-zero` command, and the ways to start ranks."""

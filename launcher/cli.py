@@ -1,0 +1,148 @@
+"""The arguments of `sparse-zero`, and how it ends: 0, 2 and one line for a user's error, 128 + n for signal n.
+
+Nothing is imported here that a subcommand does not need: `--help` must answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from sparse_zero.errors import UserError
+
+PROGRAM = "sparse-zero"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one `sparse-zero` command line and return its exit status."""
+    arguments = _parse(argv)
+    # The subcommands are imported after the parsing, so that a typing error does not wait for them.
+    from launcher import commands
+
+    try:
+        return getattr(commands, arguments.command)(arguments)
+    except UserError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has left; the interpreter's last flush must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    arguments, rest = build_parser().parse_known_args(argv)
+    # argparse gives up on positional arguments that follow an option (`train RECIPE --merge key=value`).
+    if hasattr(arguments, "overrides"):
+        arguments.overrides += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        dotted = [word.lstrip("-") for word in rest if "=" in word and "." in word.partition("=")[0]]
+        hint = f" (an override has no dashes: {dotted[0]})" if dotted else ""
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; each subcommand's namespace has `command` and, as `parser`, its own parser."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Fine-tune a large model by training a small random subset of its weights, "
+        "partitioned over the ranks by DeepSpeed ZeRO.",
+        epilog="example:\n  sparse-zero train configs/demo.yaml launch.processes=2",
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_train, _add_evaluate, _add_merge, _add_inspect):
+        command = add(commands)
+        command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _add_train(commands) -> argparse.ArgumentParser:
+    train = commands.add_parser(
+        "train",
+        help="start the ranks of a run",
+        description="Start the ranks that the recipe's `launch` section asks for, and wait for them.\n"
+        "The exit status is that of the ranks; SIGINT and SIGTERM end all of them, a second one at once.",
+        epilog="examples:\n"
+        "  sparse-zero train configs/demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
+        "  sparse-zero train configs/demo.yaml launch.processes=2 --dry-run",
+    )
+    _add_recipe(train)
+    train.add_argument("--merge", action="store_true", help="also write the merged model when training has ended")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the command that would start the ranks, start nothing"
+    )
+    return train
+
+
+def _add_evaluate(commands) -> argparse.ArgumentParser:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure an adapter on a recipe's evaluation examples",
+        description="Measure an adapter on the evaluation examples of a recipe, in this process.",
+        epilog="example:\n  sparse-zero evaluate configs/demo.yaml --adapter runs/demo/adapter data.eval_size=500",
+    )
+    _add_recipe(evaluate)
+    evaluate.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's directory")
+    return evaluate
+
+
+def _add_merge(commands) -> argparse.ArgumentParser:
+    merge = commands.add_parser(
+        "merge",
+        help="write base model + adapter as a plain model directory",
+        description="Write the base model with the adapter's values in its weights, as a directory that\n"
+        "transformers loads without this package.",
+        epilog="example:\n  sparse-zero merge runs/demo/adapter merged-model",
+    )
+    merge.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
+    merge.add_argument("out", metavar="OUT", help="the directory to write")
+    return merge
+
+
+def _add_inspect(commands) -> argparse.ArgumentParser:
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what an adapter holds",
+        description="Say what an adapter holds: its base model, its size, and each weight that it changes.",
+        epilog="example:\n  sparse-zero inspect runs/demo/adapter --json",
+    )
+    inspect.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
+    return inspect
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML recipe, as in configs/")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replace a key of the recipe, as in training.learning_rate=1e-3; values are YAML",
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with line breaks kept and no guessing of shortened options."""
+
+    def __init__(self, **options):
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
+
+
+class _Version(argparse.Action):
+    """argparse's own `version` wants the number beforehand; looking it up would delay every command."""
+
+    def __init__(self, option_strings, dest):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version('sparse-zero')}")
+        parser.exit()
