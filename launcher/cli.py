@@ -8,21 +8,22 @@ import os
 import sys
 from collections.abc import Sequence
 
+from launcher import report
 from sparse_zero.errors import UserError
-
-PROGRAM = "sparse-zero"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `sparse-zero` command line and return its exit status."""
     arguments = _parse(argv)
-    # The subcommands are imported after the parsing, so that a typing error does not wait for them.
-    from launcher import commands
-
     try:
-        return getattr(commands, arguments.command)(arguments)
+        # Imported after the parsing, so that a typing error does not wait for it.
+        from launcher import commands
+
+        status = getattr(commands, arguments.command)(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        report.say_error(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
@@ -48,7 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; each subcommand's namespace has `command` and, as `parser`, its own parser."""
     parser = _Parser(
-        prog=PROGRAM,
+        prog=report.PROGRAM,
         description="Fine-tune a large model by training a small random subset of its weights, "
         "partitioned over the ranks by DeepSpeed ZeRO.",
         epilog="example:\n  sparse-zero train configs/demo.yaml launch.processes=2",
@@ -130,9 +131,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse's, with line breaks kept and no guessing of shortened options."""
 
     def __init__(self, **options):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
 
 class _Version(argparse.Action):
@@ -144,5 +143,5 @@ class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from importlib.metadata import version
 
-        print(f"{PROGRAM} {version('sparse-zero')}")
+        print(f"{report.PROGRAM} {version('sparse-zero')}")
         parser.exit()

@@ -1,1 +1,30 @@
-"""Random Position Noise (arXiv 2212.05961) on a model's embeddings."""
+"""Random Position Noise (arXiv 2212.05961) and its peers on the embeddings of any Hugging Face model.
+
+    handle = rpn.attach(model, rpn.RPNConfig(probability=0.1))
+    ...  # every forward in training mode now meets the noise
+    handle.detach()
+
+Names are loaded when first used, so that `rpn.config` does not wait for torch.
+"""
+
+import importlib
+
+_HOME = {
+    "RPNConfig": "rpn.config",
+    "attach": "rpn.attach",
+    "Handle": "rpn.attach",
+    "run_passes": "rpn.objective",
+    "Stream": "rpn.streams",
+    "Groups": "rpn.streams",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'rpn' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    # importing rpn.attach binds the submodule under the function's own name: the function must win
+    globals()[name] = value
+    return value

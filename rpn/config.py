@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RPNConfig(BaseModel):
@@ -10,8 +10,13 @@ class RPNConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] = "rpn"
+    """What disturbs the embeddings. rpn: scalars move to random positions. gaussian, salt-and-pepper: the paper's
+    baselines. neftune: uniform noise (arXiv 2310.05914). freelb: adversarial steps (arXiv 1909.11764)."""
+
     probability: float = Field(0.1, gt=0, le=1)
-    """Chance of each embedding scalar to be sent to a random position (the paper's p; 0.1 to 0.3 there)."""
+    """Chance of each embedding scalar to be sent to a random position (the paper's p; 0.1 to 0.3 there), or, with
+    salt-and-pepper, to be overwritten."""
 
     passes: int = Field(1, ge=0)
     """Noisy passes beside the clean one (the paper's K; 1 to 3 there). 0 trains on the clean loss alone."""
@@ -19,8 +24,39 @@ class RPNConfig(BaseModel):
     clean: bool = True
     """Whether the loss of the undisturbed batch is a term of the objective."""
 
+    clean_weight: float = Field(1.0, gt=0)
+    """Weight of the clean loss in the objective."""
+
+    noisy_weight: float = Field(1.0, gt=0)
+    """Weight of the loss of each noisy pass (1 in the paper; 1 / passes is FreeLB's average)."""
+
     scope: Literal["batch", "sequence"] = "batch"
-    """How far values move: anywhere in the rank's micro-batch (the paper's way), or within their own example."""
+    """How far values move: anywhere in the rank's micro-batch (the paper's way), or within their own example. With
+    `sequence` the noise is a function of the example's place in the global batch, whatever the number of ranks."""
+
+    exclude_special_tokens: bool = False
+    """Whether the embeddings of special tokens ([CLS], <s>, ...) stay as they are."""
+
+    std: float = Field(0.01, gt=0)
+    """gaussian: standard deviation of the noise, in the units of the embedding."""
+
+    alpha: float = Field(5.0, gt=0)
+    """neftune: the noise is uniform in +-alpha / sqrt(length * hidden) (5 to 15 in its paper)."""
+
+    ascent_step: float = Field(0.1, gt=0)
+    """freelb: length of each gradient step on the perturbation of an example (its paper's alpha)."""
+
+    ascent_radius: float = Field(0.6, gt=0)
+    """freelb: largest norm of the perturbation of an example (its paper's epsilon)."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds every rank's noise; each (step, micro-step, pass, rank) has a stream of its own."""
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self):
+        if not self.clean and (self.passes == 0 or self.noise == "none"):
+            raise ValueError(
+                "clean: false leaves no loss to train on: set noise to something else than none "
+                "and passes to 1 or more, or clean to true"
+            )
+        return self

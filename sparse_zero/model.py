@@ -28,6 +28,9 @@ class Sparsity:
     selected_parameters: int
     whole_parameters: int
     clock: UpdateClock = field(repr=False)
+    base_model: str | None = None
+    """Where the base model came from: a hub id, a directory or package://...; adapters carry it."""
+    revision: str | None = None
 
     @property
     def trainable_parameters(self) -> int:
@@ -44,28 +47,48 @@ def sparsify(model: nn.Module, config: SparseConfig) -> nn.Module:
     Returns: the same model. Raises UserError: nothing to select from, an impossible density, a model that already is
     sparse.
     """
-    if hasattr(model, "sparsity"):
-        raise UserError("this model is sparse already; call merge_and_unload first")
-    total = sum(full_numel(p) for p in model.parameters())
+    _refuse_sparse(model)
     whole_modules = find_whole(model, config)
-    whole = [name for name, _ in model.named_parameters() if _inside(name, whole_modules)]
     targets = find_targets(model, config, whole_modules)
     sizes = {f"{name}.weight": full_numel(module.weight) for name, module in targets.items()}
-    parameters = dict(model.named_parameters())
-    whole_numel = sum(full_numel(parameters[name]) for name in whole)
-    counts = selection.budget(config.density, total, whole_numel, sizes)
+    whole = {n: p for n, p in model.named_parameters() if any(n.startswith(w + ".") for w in whole_modules)}
+    total = sum(full_numel(p) for p in model.parameters())
+    counts = selection.budget(config.density, total, sum(full_numel(p) for p in whole.values()), sizes)
+    return attach(model, config, counts, list(whole))
 
+
+def attach(model: nn.Module, config: SparseConfig, counts: dict[str, int], whole: list[str]) -> nn.Module:
+    """`sparsify` with everything decided: how many scalars of which weights, and the parameters trained whole.
+
+    Raises UserError where the model is sparse already.
+    """
+    _refuse_sparse(model)
+    parameters = dict(model.named_parameters())
+    total = sum(full_numel(p) for p in parameters.values())
     model.requires_grad_(False)
     clock = UpdateClock()
     weights = {}
-    for name, module in targets.items():
-        key = f"{name}.weight"
-        selected = selection.positions(config.seed, key, sizes[key], counts[key])
-        weights[key] = layers.attach(module, selected, clock)
+    for name, count in counts.items():
+        selected = selection.positions(config.seed, name, full_numel(parameters[name]), count)
+        weights[name] = layers.attach(model.get_submodule(name.rpartition(".")[0]), selected, clock)
     for name in whole:
         parameters[name].requires_grad_(True)
-    model.sparsity = Sparsity(config, weights, whole, total, sum(counts.values()), whole_numel, clock)
+    model.sparsity = Sparsity(
+        config=config,
+        weights=weights,
+        whole=whole,
+        total_parameters=total,
+        selected_parameters=sum(counts.values()),
+        whole_parameters=sum(full_numel(parameters[name]) for name in whole),
+        clock=clock,
+        base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
+    )
     return model
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    if hasattr(model, "sparsity"):
+        raise UserError("this model is sparse already: call merge_and_unload(model) first")
 
 
 def sparsity_of(model: nn.Module) -> Sparsity:
@@ -122,7 +145,3 @@ def _remove(model: nn.Module) -> nn.Module:
         layers.detach(weight.module)
     del model.sparsity
     return model.requires_grad_(True)
-
-
-def _inside(parameter: str, modules: list[str]) -> bool:
-    return any(parameter.startswith(module + ".") for module in modules)

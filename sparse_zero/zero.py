@@ -1,7 +1,10 @@
 """What DeepSpeed ZeRO does to parameters, behind a few functions that also work without it."""
 
 import contextlib
+import platform
+import resource
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,3 +38,44 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterato
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
+
+
+def stage_of(engine: Any) -> int:
+    """The ZeRO stage of a DeepSpeed engine; 0 where there is no engine."""
+    return engine.zero_optimization_stage() if engine is not None else 0
+
+
+def optimizer_state_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """What this rank holds for the optimizer: its moments, and under DeepSpeed its float32 partition.
+
+    Args: optimizer: torch's, DeepSpeed's, or either inside Accelerate's wrapper, after its first step.
+    """
+    tensors = []
+    while True:
+        # Stages 1 and 2; stage 3; bfloat16 without partitions
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+            tensors += getattr(optimizer, name, [])
+        if not hasattr(optimizer, "optimizer"):
+            break
+        optimizer = optimizer.optimizer
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    # Adam counts its steps in a tensor of no dimension
+    return list({id(tensor): tensor for tensor in tensors + states if tensor.dim() > 0}.values())
+
+
+def optimizer_bytes(optimizer: Any) -> int:
+    """Bytes of this rank's optimizer state: 12 x trainable / ranks under ZeRO, up to padding."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in optimizer_state_tensors(optimizer))
+
+
+def peak_memory_bytes() -> int:
+    """This process's peak so far: of the accelerator where there is one, else resident."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads per rank of {platform.processor() or platform.machine()}"

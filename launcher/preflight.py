@@ -1,0 +1,40 @@
+"""What can be known to be wrong with a run before its ranks are started, at the cost of a few milliseconds."""
+
+import json
+from pathlib import Path
+
+from launcher import devices
+from sparse_zero.errors import UserError
+from sparse_zero.recipe import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raises UserError: the port is taken, the output directory is a file, the DeepSpeed file is not JSON."""
+    _check_port(recipe.launch.master_port)
+    _check_output_directory(Path(str(recipe.training["output_dir"])))
+    if isinstance(recipe.training.get("deepspeed"), str):
+        _check_json(Path(recipe.training["deepspeed"]))
+
+
+def _check_port(port: int | str) -> None:
+    if port == "auto":
+        return
+    if not 0 < int(port) < 2**16:
+        raise UserError(f"launch.master_port: {port} is no port; give 1 to 65535, or auto")
+    if not devices.port_is_free(int(port)):
+        raise UserError(f"launch.master_port: {port} is in use on this machine; give another, or auto")
+
+
+def _check_output_directory(output: Path) -> None:
+    for path in (output, *output.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"training.output_dir: {output}: {path} is a file, not a directory")
+            return
+
+
+def _check_json(path: Path) -> None:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"training.deepspeed: {path}: not JSON: {error}") from None

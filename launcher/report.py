@@ -1,0 +1,80 @@
+"""How the subcommands print: tables for people, one JSON value for programs, one line for an error."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+PROGRAM = "sparse-zero"
+
+
+def say_error(message: str) -> None:
+    """One line on stderr, however many lines `message` has."""
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def only_json_on_stdout(wanted: bool) -> Iterator[None]:
+    """With `wanted`, what libraries print within this block goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout; anything that JSON has no form for as a string."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """A title, then a line for each fact."""
+    from rich.table import Table
+
+    print(title)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, fact in facts.items():
+        table.add_row(name.replace("_", " "), readable(name, fact))
+    _print(table)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a column for each key of the first row."""
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(readable(name, value) for name, value in row.items()))
+    _print(table)
+
+
+def readable(name: str, value: Any) -> str:
+    """A fact as people write it: 12,345 scalars, 1.2 MiB, 0.0312, 384 x 1536."""
+    if name.endswith("bytes") and isinstance(value, int):
+        return _readable_bytes(value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return (" x " if name == "shape" else ", ").join(map(str, value))
+    return str(value)
+
+
+def _readable_bytes(count: int) -> str:
+    power = min(int(math.log(max(count, 1), 1024)), 4)
+    return f"{count / 1024**power:.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}" if power else f"{count} bytes"
+
+
+def _print(table) -> None:
+    from rich.console import Console
+
+    # Rich would read [brackets] and :words: of a path as markup, and cut a piped table at 80 columns.
+    width = None if sys.stdout.isatty() else 1000
+    Console(markup=False, emoji=False, highlight=False, width=width).print(table)

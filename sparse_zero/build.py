@@ -1,0 +1,83 @@
+"""From the sections of a recipe to the objects that a Trainer takes."""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from sparse_zero.data import Prepared, load_splits, prepare
+from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.loading import load_config, load_model, load_tokenizer, max_positions
+from sparse_zero.metrics import classification_metrics, language_model_metrics, token_losses
+from sparse_zero.recipe import Recipe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `training` section, with our defaults: evaluate before training, log to TensorBoard.
+
+    Starts the process group where there are several ranks, and must come before the model: it tells from_pretrained
+    to partition the weights as they are loaded (ZeRO stage 3).
+
+    Raises UserError: an unknown name, a value that TrainingArguments refuses, more ranks than accelerators.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key in recipe.training:
+        if key not in known:
+            raise UserError(
+                f"unknown key '{key}' in section 'training'{did_you_mean(key, known)} "
+                "(the names are those of transformers.TrainingArguments)"
+            )
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    settings = {"report_to": "tensorboard", "eval_on_start": True, "use_cpu": devices == 0} | recipe.training
+    if ranks > devices and not settings["use_cpu"]:
+        raise UserError(
+            f"launch.processes: {ranks} ranks on a machine with {devices} accelerators; start at most {devices}, "
+            "or set training.use_cpu=true"
+        )
+    try:
+        return TrainingArguments(**settings)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
+
+
+def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, Prepared, PreTrainedModel]:
+    """The tokenizer, the tokenised examples and the base model. Collective: the first rank of each host prepares the
+    data, the others read what it cached.
+
+    Raises UserError: see `load_splits`, `prepare` and `load_model`.
+    """
+    section = recipe.model
+    origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    tokenizer = load_tokenizer(section.tokenizer or section.name, **origin)
+    limit = max_positions(load_config(section.name, **origin))
+    with arguments.main_process_first(desc="data"):
+        prepared = prepare(recipe.data, section.task, tokenizer, *load_splits(recipe.data), limit)
+    settings: dict[str, Any] = {}
+    if prepared.id2label is not None:
+        settings["id2label"] = prepared.id2label
+        settings["label2id"] = {label: index for index, label in prepared.id2label.items()}
+        settings["pad_token_id"] = tokenizer.pad_token_id
+    model = load_model(
+        section.name,
+        section.task,
+        dtype=section.dtype or ("bfloat16" if arguments.bf16 and arguments.deepspeed else "float32"),
+        settings=settings,
+        attn_implementation=section.attn_implementation,
+        **origin,
+    )
+    return tokenizer, prepared, model
+
+
+def evaluation_settings(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The Trainer's arguments that say on what, and with which metrics, a recipe is evaluated."""
+    shared = {
+        "eval_dataset": prepared.evaluation,
+        "data_collator": prepared.collator,
+        "processing_class": tokenizer,
+    }
+    if recipe.model.task == "sequence-classification":
+        return shared | {"compute_metrics": classification_metrics}
+    return shared | {"compute_metrics": language_model_metrics, "preprocess_logits_for_metrics": token_losses}

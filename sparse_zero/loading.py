@@ -1,0 +1,78 @@
+"""Base models and tokenizers, from the hub, a local directory or an installed package."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparse_zero.errors import UserError
+from sparse_zero.package import resolve
+from sparse_zero.recipe import Task
+
+_AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+
+
+def load_model(
+    name: str,
+    task: Task,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    settings: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The base model with the head of its task, built under deepspeed.zero.Init where a stage 3 run is configured.
+
+    Args: settings: entries of the model's configuration to set (id2label, pad_token_id); kwargs: for from_pretrained.
+    Raises UserError: no such model, or one that has no such head.
+    """
+    settings = dict(settings or {})
+    if "id2label" in settings:
+        # JSON has made the keys strings
+        settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
+    try:
+        return _AUTO_CLASS[task].from_pretrained(resolve(name), revision=revision, dtype=dtype, **settings, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {name} cannot be loaded for {task}: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer that can pad: one without a padding token pads with its end-of-sequence token.
+
+    Raises UserError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.tokenizer: {name} has no tokenizer that loads: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedConfig:
+    """Raises UserError: no such model."""
+    try:
+        return AutoConfig.from_pretrained(resolve(name), revision=revision, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {name} cannot be loaded: {_first_line(error)}") from error
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence, in tokens, that a model takes; None where its configuration does not say."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    # RoBERTa counts positions from padding_idx + 1
+    reserved = text.pad_token_id + 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return limit - reserved if limit else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,49 @@
+"""The table at the end of a run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_results(results: dict[str, Any], recipe: str) -> None:
+    """Args: results: as in results.json; recipe: the file's path, for the next command."""
+    table = Table(title=None, show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for key, digits in (("accuracy", 4), ("f1", 4), ("matthews_correlation", 4), ("perplexity", 2), ("loss", 4)):
+        if key in results:
+            before = results.get(f"{key}_before")
+            shown = f"{results[key]:.{digits}f}"
+            table.add_row(key.replace("_", " "), shown if before is None else f"{before:.{digits}f} -> {shown}")
+    trainable, total = results["trainable_parameters"], results["total_parameters"]
+    table.add_row("evaluated on", f"{results['eval_examples']:,} held-out examples")
+    table.add_row("trainable", f"{trainable:,} of {total:,} scalars ({100 * trainable / total:.2f}%)")
+    table.add_row(
+        "training",
+        f"{results['train_seconds']:.1f} s, {results['steps']:,} steps, {results['train_examples']:,} examples",
+    )
+    table.add_row("ranks", f"{results['world_size']}, ZeRO stage {results['zero_stage']}, {results['device']}")
+    table.add_row("optimizer state", _per_rank(results["optimizer_bytes_per_rank"]))
+    table.add_row("peak memory", _per_rank(results["peak_memory_bytes_per_rank"]))
+    paths = results["paths"]
+    table.add_row("adapter", f"{paths['adapter']} ({mebibytes(results['adapter_bytes'])})")
+    if "merged" in paths:
+        table.add_row("merged model", paths["merged"])
+    table.add_row("logs", f"tensorboard --logdir {paths['logs']}")
+    if "merged" in paths:
+        following = f"sparse-zero evaluate {recipe} --adapter {paths['adapter']}"
+    else:
+        following = f"sparse-zero merge {paths['adapter']} {Path(paths['adapter']).with_name('merged')}"
+    table.add_row("next", following)
+    # A log file has no width; a table cut at 80 columns would lose the paths.
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _per_rank(counts: list[int]) -> str:
+    return " + ".join(f"{count / 2**20:.1f}" for count in counts) + " MiB" + (" by rank" if len(counts) > 1 else "")

@@ -1,0 +1,125 @@
+"""What every rank runs: recipe -> data -> model -> trainer -> adapter and results.
+
+deepspeed --num_gpus 2 --module sparse_zero.train configs/demo.yaml training.learning_rate=1e-3
+torchrun --nproc-per-node 2 -m sparse_zero.train configs/demo.yaml
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+import rpn
+from sparse_zero.adapter import adapter_bytes, merge_adapter
+from sparse_zero.build import build, evaluation_settings, training_arguments
+from sparse_zero.errors import UserError
+from sparse_zero.model import sparsify
+from sparse_zero.recipe import Recipe, load_recipe
+from sparse_zero.report import print_results
+from sparse_zero.trainer import Backward, Forward, Objective, SparseTrainer
+from sparse_zero.zero import device_name, optimizer_bytes, peak_memory_bytes, stage_of
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for what the user has to correct."""
+    parser = argparse.ArgumentParser(prog="python -m sparse_zero.train", description="One rank of a training run.")
+    parser.add_argument("recipe", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the recipe")
+    parser.add_argument("--merge", action="store_true", help="also write the merged model, as OUTPUT_DIR/merged")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    options = parser.parse_args(argv)
+    try:
+        train(load_recipe(options.recipe, options.overrides), options.recipe, merge=options.merge)
+    except UserError as error:
+        # Every rank of a host meets the same error: one of them says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"sparse-zero: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(recipe: Recipe, path: str, merge: bool = False) -> dict[str, Any]:
+    """Run a recipe on this rank. Returns: what OUTPUT_DIR/results.json holds.
+
+    Args: path: the recipe's file, named in the table's next command; merge: also write OUTPUT_DIR/merged.
+
+    Raises UserError for everything in the recipe, the data or the model that cannot be used.
+    """
+    arguments = training_arguments(recipe)
+    set_seed(arguments.seed)
+    tokenizer, prepared, model = build(recipe, arguments)
+    sparsify(model, recipe.sparse)
+    model.sparsity.base_model, model.sparsity.revision = recipe.model.name, recipe.model.revision
+    trainer = SparseTrainer(
+        model,
+        arguments,
+        train_dataset=prepared.train,
+        objective=noisy_objective(model, recipe, arguments),
+        **evaluation_settings(recipe, prepared, tokenizer),
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    output = Path(arguments.output_dir)
+    trainer.save_model(str(output / "adapter"))
+    results = _results(trainer, metrics)
+    if trainer.is_world_process_zero():
+        results["adapter_bytes"] = adapter_bytes(output / "adapter")
+        results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
+        if merge:
+            merge_adapter(output / "adapter", output / "merged")
+            results["paths"]["merged"] = str(output / "merged")
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print_results(results, path)
+    return results
+
+
+def noisy_objective(model: nn.Module, recipe: Recipe, arguments: TrainingArguments) -> Objective | None:
+    """The recipe's `rpn` section as a Trainer's objective; None where there is no such section."""
+    if recipe.rpn is None:
+        return None
+    handle = rpn.attach(model, recipe.rpn)
+
+    def objective(forward: Forward, backward: Backward, step: int, micro_step: int) -> torch.Tensor:
+        handle.place(step=step, micro_step=micro_step, rank=arguments.process_index, world_size=arguments.world_size)
+        losses = rpn.run_passes(handle, recipe.rpn, forward, backward)
+        return losses["clean"] if "clean" in losses else losses["noisy"]
+
+    return objective
+
+
+def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
+    """The run's figures. Collective: each rank tells its own memory."""
+    history = trainer.state.log_history
+    before = next((entry for entry in history if "eval_loss" in entry and entry["step"] == 0), {})
+    runtime = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    # The Trainer counts evaluations during training as training; the last one came after it.
+    evaluating = sum(entry["eval_runtime"] for entry in history if "eval_runtime" in entry) - metrics["eval_runtime"]
+    after = {key.removeprefix("eval_"): metrics[key] for key in metrics if key.startswith("eval_")}
+    kept = ("accuracy", "f1", "matthews_correlation", "perplexity", "loss")
+    sparsity = trainer.model.sparsity
+    return {
+        **{f"{key}_before": before[f"eval_{key}"] for key in kept if f"eval_{key}" in before},
+        **{key: after[key] for key in kept if key in after},
+        "trainable_parameters": sparsity.trainable_parameters,
+        "total_parameters": sparsity.total_parameters,
+        "world_size": trainer.args.world_size,
+        "zero_stage": stage_of(trainer.deepspeed),
+        "optimizer_bytes_per_rank": gather_object([optimizer_bytes(trainer.optimizer)]),
+        "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes()]),
+        "train_seconds": round(runtime - evaluating, 3),
+        "train_examples": len(trainer.train_dataset),
+        "eval_examples": len(trainer.eval_dataset),
+        "steps": trainer.state.global_step,
+        "device": device_name(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

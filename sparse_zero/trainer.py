@@ -1,0 +1,96 @@
+"""transformers.Trainer for sparse models: what it saves, how it resumes, and an objective of several passes."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from sparse_zero.adapter import load_adapter, save_adapter
+from sparse_zero.model import sparsity_of
+
+Forward = Callable[[], torch.Tensor]
+Backward = Callable[[torch.Tensor, bool], None]
+Objective = Callable[[Forward, Backward, int, int], torch.Tensor]
+"""objective(forward, backward, step, micro_step) runs forward() and backward(loss, last) for each of its passes, and
+returns the loss to report. `last` is True for the final pass only: gradients are synchronised there."""
+
+
+class SparseTrainer(Trainer):
+    """A Trainer that saves adapters and never the frozen base model."""
+
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        sparsity_of(self.model)
+        self.objective = objective
+        self._micro_step = 0
+        # Nearly every forward takes **kwargs, but only the causal loss divides by num_items_in_batch. For the others
+        # the Trainer would still multiply by the number of ranks, in the gradient too.
+        if not self._loss_shifts_labels:
+            self.model_accepts_loss_kwargs = False
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self.objective is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scale = 1 if normalised else self.current_gradient_accumulation_steps
+        synchronise = self.accelerator.sync_gradients
+
+        def forward() -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return loss / scale
+
+        def backward(loss: torch.Tensor, last: bool) -> None:
+            self.accelerator.gradient_state._set_sync_gradients(synchronise and last)
+            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                self.accelerator.backward(loss, scale_wrt_gas=False)
+            elif isinstance(model, nn.parallel.DistributedDataParallel) and not (synchronise and last):
+                with model.no_sync():
+                    self.accelerator.backward(loss)
+            else:
+                self.accelerator.backward(loss)
+
+        loss = self.objective(forward, backward, self.state.global_step, self._micro_step)
+        self._micro_step = 0 if synchronise else self._micro_step + 1
+        return loss.detach()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter. Every rank must call it."""
+        output_dir = output_dir or self.args.output_dir
+        save_adapter(self.model, output_dir, is_main_process=self.args.should_save)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Adapter save", revision=self.args.hub_revision)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        # The Trainer asks DeepSpeed to leave the frozen weights out, and to do without them on load, only for a
+        # PeftModel. So the engine is told here, and the checkpoint is loaded here.
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled:
+            engine = self.model_wrapped
+            engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+            for weight in sparsity_of(self.model).weights.values():
+                weight.invalidate()
+        return model, train_dataloader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_adapter(self.model, Path(self.state.best_model_checkpoint))

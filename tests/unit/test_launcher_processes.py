@@ -1,0 +1,175 @@
+"""Ranks started by the real launchers, with a stand-in for the training: how they end, and that none is left."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.processes import exit_status
+
+STAND_IN = """
+import os, pathlib, signal, sys, time
+
+rank = os.environ["RANK"]
+role = [word for word in sys.argv if word.startswith("training.run_name=")][0].partition("=")[2]
+print("progress of rank", rank)
+
+def told(signum, frame):
+    with open(f"told.{rank}", "a") as file:
+        file.write(f"{signum} ")
+    if role != "deaf":
+        time.sleep(0.5)
+        sys.exit(0)
+
+signal.signal(signal.SIGTERM, told)
+pathlib.Path(f"started.{rank}").write_text(str(os.getpid()))
+if role == "finishes" and rank == "0":
+    pathlib.Path("runs/finishes").mkdir(parents=True)
+    pathlib.Path("runs/finishes/results.json").write_text('{"accuracy": 0.8}')
+elif role == "refuses":
+    if rank == "0":
+        print("sparse-zero: error: no such column", file=sys.stderr)
+    sys.exit(2)
+elif role == "dies" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif role != "finishes":
+    for _ in range(300):
+        time.sleep(0.1)
+"""
+COMMAND = """
+import sys
+from launcher import local
+from launcher.cli import main
+
+local.TRAINING_MODULE = "stand_in"
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts `sparse-zero train` with two stand-in ranks; whatever is still there at the end is killed."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "recipe.yaml").write_text("model: {name: m}\ndata: {path: d, columns: {text: t, label: l}}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # The machine's accelerators, should there be any, are not what is tested.
+    words = ["launch.processes=2", "training.use_cpu=true"]
+    started = []
+
+    def start(launcher, role, *options):
+        words.extend([f"launch.launcher={launcher}", f"training.run_name={role}", *options])
+        command = [sys.executable, "-c", COMMAND, "train", "recipe.yaml", *words]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in (*started, *survivors()):
+        process.kill()
+
+
+def ranks(process):
+    """The two ranks, once both have started."""
+    deadline = time.monotonic() + 30
+    files = [Path("started.0"), Path("started.1")]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+    return [psutil.Process(int(file.read_text())) for file in files]
+
+
+def survivors():
+    """Every process that was started for the stand-in: ranks, DeepSpeed's launcher and runner, torchrun."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status", "cwd"]):
+        here = process.info["cwd"] == str(Path.cwd())
+        if here and "stand_in" in (process.info["cmdline"] or []) and process.info["status"] != "zombie":
+            found.append(process)
+    return found
+
+
+def end(process):
+    out, err = process.communicate(timeout=30)
+    assert survivors() == []
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("returncode", "status"), [(0, 0), (2, 2), (-15, 143), (247, 137), (241, 143), (137, 137), (255, 255)]
+)
+def test_exit_status(returncode, status):
+    assert exit_status(returncode) == status
+
+
+@pytest.mark.distributed
+def test_deepspeed_a_ranks_refusal_is_all_that_is_printed(start):
+    status, out, err = end(start("deepspeed", "refuses"))
+    assert status == 2
+    assert err == "sparse-zero: error: no such column\n"
+    assert all(line.startswith("progress of rank") for line in out.splitlines()), out
+
+
+@pytest.mark.distributed
+def test_deepspeed_sigterm_reaches_each_rank_once_and_all_end(start):
+    process = start("deepspeed", "saves")
+    ranks(process)
+    process.terminate()
+    status, _, err = end(process)
+    assert (status, err) == (143, "")
+    # The launcher gives no rank a second SIGTERM, and the rank had the time to save.
+    assert [Path(f"told.{rank}").read_text() for rank in (0, 1)] == ["15 ", "15 "]
+
+
+@pytest.mark.distributed
+def test_deepspeed_a_killed_launcher_is_a_failure_and_its_ranks_end(start):
+    process = start("deepspeed", "saves")
+    ranks(process)[0].parent().kill()
+    status, _, _ = end(process)
+    assert status == 1
+
+
+@pytest.mark.distributed
+def test_deepspeed_sigint_before_the_ranks_exist(start):
+    process = start("deepspeed", "saves")
+    while not survivors():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    status, _, err = end(process)
+    assert (status, err) == (130, "")
+    assert not Path("started.0").exists()
+
+
+@pytest.mark.distributed
+def test_torchrun_a_second_signal_kills_ranks_that_do_not_listen(start):
+    process = start("torchrun", "deaf")
+    alive = ranks(process)
+    process.send_signal(signal.SIGINT)
+    while not all(Path(f"told.{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.05)
+    assert all(rank.is_running() for rank in alive)
+    process.send_signal(signal.SIGINT)
+    status, _, err = end(process)
+    assert (status, err) == (130, "")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("role", "expected"), [("refuses", 2), ("dies", 137)])
+def test_torchrun_a_ranks_status_is_kept_and_no_report_printed(start, role, expected):
+    status, _, err = end(start("torchrun", role))
+    assert status == expected
+    assert err.count("\n") == 1
+    assert err.startswith("sparse-zero: error: ")
+
+
+@pytest.mark.distributed
+def test_torchrun_json_is_alone_on_stdout(start):
+    status, out, err = end(start("torchrun", "finishes", "--json"))
+    assert status == 0
+    assert json.loads(out) == {"accuracy": 0.8}
+    assert err.count("progress of rank") == 2
