@@ -38,7 +38,7 @@ def run(command: local.Command, stdout: TextIO | None = None, grace_seconds: flo
     The first signal reaches each rank once, as SIGTERM; after `grace_seconds`, or at a second signal, whatever is
     left is killed. Takes every descendant of this process for its own: call it from the command line only.
     """
-    pass
+    _adopt_orphans()
     with _signals() as received:
         # In a session of its own it does not see the terminal's Ctrl-C, which ends each Python with a traceback.
         process = subprocess.Popen(command.argv, env=command.environ(), stdout=stdout, start_new_session=True)

