@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -44,6 +45,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     adapter = _adapter_directory(arguments.adapter)
+    _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.evaluate import evaluate
 
@@ -58,6 +60,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def merge(arguments: argparse.Namespace) -> int:
     """Write base model and adapter as a plain model directory."""
     adapter = _adapter_directory(arguments.adapter)
+    _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapter import merge_adapter
 
@@ -91,6 +94,14 @@ def _adapter_directory(name: str) -> Path:
     if not path.is_dir():
         raise UserError(f"{name}: no such adapter directory")
     return path
+
+
+def _settle_accelerator() -> None:
+    """Spares the user DeepSpeed's warning that it has detected no GPU."""
+    from launcher.devices import count_accelerators
+
+    if count_accelerators() == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _loader(task: str | None) -> str:

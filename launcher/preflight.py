@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 
 from launcher import devices
+from sparse_zero import package
 from sparse_zero.errors import UserError
 from sparse_zero.recipe import Recipe
 
 
 def check(recipe: Recipe) -> None:
-    """Raises UserError: the port is taken, the output directory is a file, the DeepSpeed file is not JSON."""
+    """Raises UserError: a package that is not installed, a DeepSpeed file that is not JSON, an output directory
+    that is a file, a port that is taken.
+    """
+    for address in (recipe.model.name, recipe.model.tokenizer, recipe.data.path):
+        package.resolve(address or "")
     _check_port(recipe.launch.master_port)
     _check_output_directory(Path(str(recipe.training["output_dir"])))
     if isinstance(recipe.training.get("deepspeed"), str):

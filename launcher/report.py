@@ -62,6 +62,8 @@ def readable(name: str, value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
     if isinstance(value, list | tuple):
         return (" x " if name == "shape" else ", ").join(map(str, value))
     return str(value)

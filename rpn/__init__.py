@@ -11,8 +11,8 @@ import importlib
 
 _HOME = {
     "RPNConfig": "rpn.config",
-    "attach": "rpn.attach",
-    "Handle": "rpn.attach",
+    "attach": "rpn.hooks",
+    "Handle": "rpn.hooks",
     "run_passes": "rpn.objective",
     "Stream": "rpn.streams",
     "Groups": "rpn.streams",
@@ -24,7 +24,4 @@ __all__ = list(_HOME)
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'rpn' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    # importing rpn.attach binds the submodule under the function's own name: the function must win
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(_HOME[name]), name)

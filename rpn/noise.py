@@ -12,7 +12,7 @@ pi is never written out: only the targets of the selected scalars are computed.
   grids of any size, so nothing is drawn twice and nothing walks in cycles; and since a half takes few values, its
   round functions are small tables and a round costs one look-up and one addition per moved scalar. Hashing each moved
   scalar instead takes about thirty passes over 64-bit numbers; permuting everything costs all B*T*H scalars.
-All draws are integer hashes of (stream key, counter): the same positions on CPU and GPU, whatever generator state.
+All draws are integer hashes of (stream key, counter), not a generator's: the same positions on CPU and GPU.
 `python benchmarks/noise.py` measures it against the full permutation.
 """
 
@@ -22,10 +22,10 @@ import math
 import torch
 from torch import Tensor
 
-from rpn.streams import Groups, Stream, integers, mix, permutation, uniforms
+from rpn.streams import Groups, Stream, integers, mix, uniforms
 
 # The purposes that draws are for: each has counters or keys of its own.
-_COUNT, _CIRCLE_START, _CIRCLE_TURN, _INNER_CIRCLE, _OUTER_CIRCLE, _ROUND = range(6)
+_COUNT, _CIRCLE_START, _CIRCLE_TURN, _INNER_CIRCLE, _OUTER_CIRCLE, _LAST_LABELS, _ROUND = range(7)
 
 
 def move_scalars(embeddings: Tensor, keep: Tensor, stream: Stream, *, probability: float) -> Tensor:
@@ -35,15 +35,39 @@ def move_scalars(embeddings: Tensor, keep: Tensor, stream: Stream, *, probabilit
     Returns: (batch, length, hidden); the gradient of a moved value goes to the position that it came from.
     """
     sources, targets = random_positions(stream.groups(keep), embeddings.shape[-1], probability)
-    flat = embeddings.reshape(-1)
-    return flat.scatter(0, targets, flat.gather(0, sources)).view_as(embeddings)
+    return _Move.apply(embeddings, sources, targets)
+
+
+class _Move(torch.autograd.Function):
+    """embeddings.flatten() with the values at `sources` copied to `targets`, in which no index occurs twice.
+
+    torch's own index_select and index_copy give the same gradient with twice the passes over B*T*H scalars.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(sources, targets)
+        moved = embeddings.clone(memory_format=torch.contiguous_format)
+        values = embeddings.reshape(-1).index_select(0, sources)
+        moved.view(-1).scatter_(0, targets.long(), values)
+        return moved
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        sources, targets = ctx.saved_tensors
+        grad = grad_output.clone(memory_format=torch.contiguous_format)
+        flat = grad.view(-1)
+        moved = flat.index_select(0, targets)
+        # overwritten values reach the loss no more; the moved ones reach it from where they went
+        flat.scatter_(0, targets.long(), 0).index_add_(0, sources, moved)
+        return grad, None, None
 
 
 def random_positions(groups: Groups, hidden: int, probability: float) -> tuple[Tensor, Tensor]:
     """The selected scalars of `groups` and where each goes, within its own group.
 
-    Returns: sources and targets, int64 (selected,) each, indices into the flattened (batch * length * hidden)
-    embeddings; no index occurs twice in the one or in the other.
+    Returns: sources and targets, (selected,) each, indices into the flattened (batch * length * hidden) embeddings,
+    int32 where that is enough; no index occurs twice in the one or in the other.
     """
     token, channel = select(groups, hidden, probability)
     return flat_positions(groups, hidden, token, channel), shuffle(groups, hidden, token, channel)
@@ -68,23 +92,26 @@ def select(groups: Groups, hidden: int, probability: float) -> tuple[Tensor, Ten
     token = torch.arange(len(group), device=device, dtype=torch.int32).repeat_interleave(count, output_size=total)
     slot = torch.arange(total, device=device, dtype=torch.int32)
     slot += _look_up((start - last + count).int(), token)
-    # two circles, turned against each other: with one, tokens whose starts are close would select alike
-    inner, outer = (_circle(groups.common_key, ring, hidden, device) for ring in (_INNER_CIRCLE, _OUTER_CIRCLE))
+    # two circles, turned against each other: with one, tokens whose starts are close would select alike;
+    # each lies there twice, so that no index needs a modulo
+    inner = _shuffled_channels(groups, hidden, _INNER_CIRCLE).repeat(2)
+    outer = _shuffled_channels(groups, hidden, _OUTER_CIRCLE).repeat(2)
     return token, _look_up(outer, _look_up(inner, slot).add_(_look_up(turn.int(), token)))
 
 
 def flat_positions(groups: Groups, hidden: int, token: Tensor, channel: Tensor) -> Tensor:
-    """int64: the index of (token, channel) in the flattened (batch * length * hidden) embeddings."""
-    return _look_up(_starts_of_rows(groups, groups.rows, hidden), token).add_(channel).long()
+    """The index of each (token, channel) in the flattened embeddings, as `random_positions` returns them."""
+    return _look_up(_starts_of_rows(groups, groups.rows, hidden), token).add_(channel)
 
 
 def shuffle(groups: Groups, hidden: int, token: Tensor, channel: Tensor) -> Tensor:
     """A random permutation of each group's positions, evaluated at (token, channel), int32 (selected,) each.
 
-    Returns: the targets, int64 (selected,), indices into the flattened (batch * length * hidden) embeddings.
-    Four Feistel rounds: token += f(channel), channel += f(token), twice. Sums are not reduced: every table repeats
-    three times, as far as a sum reaches, and the last look-up of each half folds it back. A group of n tokens has
-    3 * n entries in a table over tokens, and 3 * hidden in a table over channels.
+    Returns: the targets, (selected,), indices into the flattened (batch * length * hidden) embeddings.
+    Four Feistel rounds: token += f(channel), channel += f(token), twice; then the channels get new labels, since in
+    groups of few tokens the rounds alone would turn the channels rather than shuffle them. Sums are not reduced: every
+    table repeats three times, as far as a sum reaches, and the last look-up of each half folds it back. A group of n
+    tokens has 3 * n entries in a table over tokens, and 3 * hidden in a table over channels.
     """
     device = groups.rows.device
     group = groups.index_of_rows()
@@ -112,8 +139,8 @@ def shuffle(groups: Groups, hidden: int, token: Tensor, channel: Tensor) -> Tens
         at_token += _look_up(shift_by_channel(round_), at_channel)
         at_channel += _look_up(shift_by_token(round_ + 1), at_token)
     start_of_row = _starts_of_rows(groups, groups.rows[groups.starts()[tripled] + folded_token], hidden)
-    folded_channel = columns.int().repeat(3 * number_of_groups)
-    return _look_up(start_of_row, at_token).add_(_look_up(folded_channel, at_channel)).long()
+    channel_label = _shuffled_channels(groups, hidden, _LAST_LABELS).repeat(3 * number_of_groups)
+    return _look_up(start_of_row, at_token).add_(_look_up(channel_label, at_channel))
 
 
 def _starts_of_rows(groups: Groups, rows: Tensor, hidden: int) -> Tensor:
@@ -121,10 +148,10 @@ def _starts_of_rows(groups: Groups, rows: Tensor, hidden: int) -> Tensor:
     return (rows * hidden).to(torch.int32 if groups.tokens * hidden < 2**31 else torch.int64)
 
 
-def _circle(key: int, purpose: int, hidden: int, device: torch.device) -> Tensor:
-    """int32 (2 * hidden,): a random permutation of the channels, twice over, so that no index needs a modulo."""
-    circle = permutation(int(mix(torch.tensor(key), purpose)), hidden, device)
-    return circle.int().repeat(2)
+def _shuffled_channels(groups: Groups, hidden: int, purpose: int) -> Tensor:
+    """int32 (hidden,): a random permutation of the channels, the same for all groups."""
+    key = mix(torch.tensor(groups.common_key), purpose).to(groups.rows.device)
+    return mix(key, torch.arange(hidden, device=key.device)).argsort(stable=True).int()
 
 
 def _binomial(uniform: Tensor, trials: int, probability: float) -> Tensor:

@@ -6,7 +6,7 @@ its place in the global batch instead of the rank: 1, 2 and 4 ranks then draw th
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,27 +70,28 @@ class Stream:
         """The key of the whole forward on this rank, a signed 64-bit integer."""
         return stream_key(self.seed, self.step, self.pass_index, self.micro_step, self.rank)
 
-    def in_pass(self, pass_index: int) -> "Stream":
-        return replace(self, pass_index=pass_index)
+    def groups(self, keep: Tensor, per_example: bool = False) -> Groups:
+        """Groups the tokens that may be disturbed: as `scope` says, or per example whatever the scope.
 
-    def groups(self, keep: Tensor) -> Groups:
-        """Groups the tokens that may be disturbed: one group, or one per example (per packed piece of it).
-
-        keep: bool (batch, length), False where no noise may go.
-        An example's key does not depend on how its micro-batch is padded, nor on which rank holds it: its place
-        in the global batch is (micro_step * world_size + rank) * batch + row.
+        keep: bool (batch, length), False where no noise may go. A packed piece counts as an example.
+        With scope "sequence" an example's key depends neither on the padding of its micro-batch nor on the rank that
+        holds it: its place in the global batch is (micro_step * world_size + rank) * batch + row.
         """
         batch, length = keep.shape
         rows = keep.flatten().nonzero().squeeze(1)
-        if self.scope == "batch":
+        if self.scope == "batch" and not per_example:
             lengths = torch.full((min(len(rows), 1),), len(rows), device=keep.device)
             return Groups(rows, lengths, torch.full_like(lengths, self.key), self.key, batch * length)
         piece = 0 if self.pieces is None else self.pieces.flatten()[rows]
         # a piece holds at least one token, so its number stays below `length`
-        names, lengths = torch.unique_consecutive(rows // length * length + piece, return_counts=True)
-        place = (self.micro_step * self.world_size + self.rank) * batch + names // length
+        name = rows // length * length + piece
+        names, lengths = torch.unique_consecutive(name, return_counts=True)
+        row, piece = names // length, names % length
+        if self.scope == "batch":
+            return Groups(rows, lengths, mix(self.key, mix(row, piece)), self.key, batch * length)
+        place = (self.micro_step * self.world_size + self.rank) * batch + row
         common_key = stream_key(self.seed, self.step, self.pass_index)
-        return Groups(rows, lengths, mix(common_key, mix(place, names % length)), common_key, batch * length)
+        return Groups(rows, lengths, mix(common_key, mix(place, piece)), common_key, batch * length)
 
 
 def stream_key(*coordinates: int) -> int:
@@ -115,11 +116,6 @@ def integers(key: Tensor | int, counter: Tensor | int, bound: Tensor | int) -> T
 def uniforms(key: Tensor | int, counter: Tensor | int) -> Tensor:
     """float64 in [0, 1): the counter-th draw of each key."""
     return _shift(mix(key, counter), 11).double() * 2.0**-53
-
-
-def permutation(key: int, size: int, device: torch.device) -> Tensor:
-    """int64 (size,): a random permutation of range(size), the same on every device."""
-    return mix(key, torch.arange(size, device=device)).argsort(stable=True)
 
 
 def _signed(number: int) -> int:

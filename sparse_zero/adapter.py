@@ -22,6 +22,7 @@ from sparse_zero import selection
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError
 from sparse_zero.model import Sparsity, attach, merge_and_unload, sparsity_of, unwrap
+from sparse_zero.package import resolve
 from sparse_zero.zero import full_shape, gathered
 
 CONFIG_NAME = "adapter_config.json"
@@ -134,10 +135,9 @@ def read_config(directory: str | Path) -> AdapterConfig:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(raw, dict) or raw.get("adapter_type") != "sparse-zero":
         raise UserError(f"{path}: not a sparse-zero adapter")
-    if raw.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format {raw['format_version']} is newer than {FORMAT_VERSION}, the newest that this version reads"
-        )
+    newer = raw.get("format_version")
+    if isinstance(newer, int) and newer > FORMAT_VERSION:
+        raise UserError(f"{path}: format {newer} is newer than {FORMAT_VERSION}, the newest that this version reads")
     try:
         return AdapterConfig.model_validate(raw)
     except ValidationError as error:
@@ -157,7 +157,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     config = read_config(directory)
     inner = unwrap(model)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
-    _check_fits(inner, config, directory)
+    _check_fits(inner, config, tensors, directory)
     if not hasattr(inner, "sparsity"):
         counts = {name: tensor.count for name, tensor in config.tensors.items()}
         attach(inner, config.sparse, counts, config.modules_to_save)
@@ -195,7 +195,7 @@ def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _check_fits(model: nn.Module, config: AdapterConfig, directory: Path) -> None:
+def _check_fits(model: nn.Module, config: AdapterConfig, tensors: dict[str, torch.Tensor], directory: Path) -> None:
     parameters = dict(model.named_parameters())
     base = f"{directory}: made for {config.base_model_name_or_path}, does not fit {type(model).__name__}"
     if config.selection_rule != selection.RULE:
@@ -205,10 +205,13 @@ def _check_fits(model: nn.Module, config: AdapterConfig, directory: Path) -> Non
     for name in (*config.tensors, *config.modules_to_save):
         if name not in parameters:
             raise UserError(f"{base}: it has no parameter '{name}'")
-    for name, tensor in config.tensors.items():
+    shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
+    shapes |= {name: list(tensors[name].shape) for name in config.modules_to_save}
+    for name, saved in shapes.items():
         shape = list(full_shape(parameters[name]))
-        if shape != tensor.shape:
-            raise UserError(f"{base}: '{name}' has shape {shape} there and {tensor.shape} in the adapter")
+        if shape != saved:
+            raise UserError(f"{base}: '{name}' has shape {shape} there and {saved} in the adapter")
+    for name, tensor in config.tensors.items():
         numel = full_shape(parameters[name]).numel()
         drawn = selection.positions(config.sparse.seed, name, numel, tensor.count)
         if selection.checksum(drawn) != tensor.positions:
@@ -216,8 +219,11 @@ def _check_fits(model: nn.Module, config: AdapterConfig, directory: Path) -> Non
     if hasattr(model, "sparsity"):
         counts = {name: weight.base.numel() for name, weight in model.sparsity.weights.items()}
         given = {name: tensor.count for name, tensor in config.tensors.items()}
-        if counts != given or model.sparsity.config.seed != config.sparse.seed:
-            raise UserError(f"{directory}: this model was sparsified differently (seed, density or targets)")
+        seeds_differ = model.sparsity.config.seed != config.sparse.seed
+        if counts != given or seeds_differ or set(model.sparsity.whole) != set(config.modules_to_save):
+            raise UserError(
+                f"{directory}: this model was sparsified differently (seed, density, targets or modules_to_save)"
+            )
 
 
 def merge_adapter(directory: str | Path, out: str | Path) -> dict[str, Any]:
@@ -233,6 +239,8 @@ def merge_adapter(directory: str | Path, out: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory}: made in a program of your own; load it there and call merge_and_unload(model)")
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: is a file; the merged model is a directory")
+    if Path(out).resolve() == Path(resolve(config.base_model_name_or_path)).resolve():
+        raise UserError(f"{out}: is the base model, which merging there would overwrite; name another directory")
     model = load_model(
         config.base_model_name_or_path,
         config.task,

@@ -41,6 +41,9 @@ class UpdateClock:
     def __deepcopy__(self, memo: dict) -> "UpdateClock":
         return self  # a copied model is trained by optimizers too
 
+    def __reduce__(self) -> tuple:
+        return UpdateClock, ()  # a pickled model needs a hook in the process that opens it
+
 
 class SparseWeight:
     """One selected weight: where its tensors are, and how they go into the module's own weight."""
@@ -102,14 +105,21 @@ class SparseWeight:
 
     def refresh(self) -> None:
         """Write, unless the weight already holds these values. Called in every forward."""
-        state = (self.clock.steps, self.delta._version, self.enabled)
-        if is_partitioned(self.weight) or state != self._written:
+        if is_partitioned(self.weight) or self._written != self._state():
             self.write()
-            self._written = state
+            self._written = self._state()
+
+    def _state(self) -> tuple:
+        """Changes whenever the weight might not hold w0 + delta: a step, a load, an assignment, a disabled adapter."""
+        weight, delta = self.weight, self.delta
+        return self.clock.steps, self.enabled, id(delta), delta._version, id(weight), weight._version
 
     def invalidate(self) -> None:
         """Make the next forward write again: the delta was changed behind autograd's back (`delta.data`)."""
         self._written = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_written": None}  # a copy's tensors count their versions afresh
 
     def remove(self) -> None:
         """Take the delta and its buffers off the module; the weight stays as it is."""
@@ -133,8 +143,10 @@ class _SampledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
         (inputs,) = ctx.saved_tensors
-        # This node runs before the module's own backward, which reads the weight: a stage-3 copy, gathered afresh.
-        ctx.module.sparse_weight.refresh()
+        # This node runs before the module's own backward, which reads the weight. A stage-3 copy is gathered afresh,
+        # without the deltas; any other weight still holds what the forward saw, or autograd refuses it.
+        if is_partitioned(ctx.module.sparse_weight.weight):
+            ctx.module.sparse_weight.write()
         return grad_output, None, ctx.module.delta_gradient(inputs, grad_output), None
 
 

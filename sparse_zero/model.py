@@ -51,7 +51,9 @@ def sparsify(model: nn.Module, config: SparseConfig) -> nn.Module:
     whole_modules = find_whole(model, config)
     targets = find_targets(model, config, whole_modules)
     sizes = {f"{name}.weight": full_numel(module.weight) for name, module in targets.items()}
-    whole = {n: p for n, p in model.named_parameters() if any(n.startswith(w + ".") for w in whole_modules)}
+    # By identity: a tied parameter has one name here, which may be that of another module.
+    inside = {id(p) for name in whole_modules for p in model.get_submodule(name).parameters()}
+    whole = {n: p for n, p in model.named_parameters() if id(p) in inside}
     total = sum(full_numel(p) for p in model.parameters())
     counts = selection.budget(config.density, total, sum(full_numel(p) for p in whole.values()), sizes)
     return attach(model, config, counts, list(whole))
@@ -130,14 +132,14 @@ def unload(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within this block the model computes with its original weights (modules trained whole keep their training)."""
-    weights = list(sparsity_of(model).weights.values())
-    for weight in weights:
+    before = {weight: weight.enabled for weight in sparsity_of(model).weights.values()}
+    for weight in before:
         weight.enabled = False
     try:
         yield
     finally:
-        for weight in weights:
-            weight.enabled = True
+        for weight, enabled in before.items():
+            weight.enabled = enabled
 
 
 def _remove(model: nn.Module) -> nn.Module:

@@ -188,14 +188,19 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def explain(error: ValidationError, schema: type[BaseModel] = Recipe) -> str:
     """The first complaint of a validation in one line: the key, what is wrong with it, and the nearest known key."""
-    first = error.errors()[0]
+    first, *others = error.errors()
     *parents, last = map(str, first["loc"]) if first["loc"] else ("",)
     section, keys = _follow(schema, [*parents, last])
     if first["type"] == "extra_forbidden":
         place = f"in section '{'.'.join(parents)}'" if parents else "at the top level"
         hint = did_you_mean(last, section.model_fields) or f"; known: {', '.join(section.model_fields)}"
         return f"unknown key '{last}' {place}{hint}"
-    message = first["msg"].removeprefix("Value error, ")
+    alternatives = [
+        other["msg"].removeprefix("Input should be ")
+        for other in others
+        if other["msg"].startswith("Input should be ") and _follow(schema, [*map(str, other["loc"])])[1] == keys
+    ]
+    message = " or ".join([first["msg"].removeprefix("Value error, "), *alternatives])
     if first["type"] == "missing":
         return f"{'.'.join([*keys, last] if last not in keys else keys)} is missing"
     given = first.get("input")

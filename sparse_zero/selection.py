@@ -8,6 +8,7 @@ block is drawn by a fixed integer hash. Exact in count, sorted, any slice at the
 """
 
 import hashlib
+import math
 
 import torch
 
@@ -87,13 +88,14 @@ def budget(density: float, total: int, fully_trained: int, sizes: dict[str, int]
         raise UserError(
             f"sparse.density: {density:g} of {total:,} scalars is {wanted + fully_trained:,}, but the targets and "
             f"the fully trained modules have {available + fully_trained:,}: lower the density to at most "
-            f"{(available + fully_trained) / total:.4g}, or add targets"
+            f"{_rounded_down(available + fully_trained, total):.4g}, or add targets"
         )
     if wanted < len(sizes):
+        least = -_rounded_down(-fully_trained - len(sizes), total)
         raise UserError(
             f"sparse.density: {density:g} of {total:,} scalars is {wanted + fully_trained:,}, of which the fully "
             f"trained modules take {fully_trained:,}, too few for {len(sizes)} targets: raise the density to at "
-            f"least {(fully_trained + len(sizes)) / total:.4g}, or train less of the model whole (modules_to_save)"
+            f"least {least:.4g}, or train less of the model whole (modules_to_save)"
         )
     counts, seen = {}, 0
     taken = 0
@@ -108,3 +110,9 @@ def budget(density: float, total: int, fully_trained: int, sizes: dict[str, int]
         counts[largest] -= 1
         counts[name] = 1
     return counts
+
+
+def _rounded_down(part: int, total: int) -> float:
+    """part / total in four digits, never above it: a density that an error advises must be possible itself."""
+    digits = 3 - math.floor(math.log10(abs(part) / total))
+    return part * 10**digits // total / 10**digits

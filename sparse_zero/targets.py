@@ -55,7 +55,7 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
         for pattern in config.targets:
             matched = {n: m for n, m in modules.items() if _matches(n, [pattern])}
             if not matched:
-                raise UserError(_nothing_matches(pattern, linear))
+                raise UserError(_nothing_matches(pattern, linear, whole))
             found |= {n: m for n, m in matched.items() if n in linear}
             if not any(n in linear for n in matched):
                 name, module = next(iter(matched.items()))
@@ -69,7 +69,7 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
 def find_whole(model: nn.Module, config: SparseConfig) -> list[str]:
     """Names of the modules that are trained whole: those configured, or a sequence classifier's head.
 
-    Raises UserError where a configured name matches no module.
+    Raises UserError where a configured name matches no module, or none that has parameters.
     """
     names = [name for name, _ in model.named_modules() if name]
     if config.modules_to_save is not None:
@@ -78,6 +78,8 @@ def find_whole(model: nn.Module, config: SparseConfig) -> list[str]:
             matched = [name for name in names if _matches(name, [pattern])]
             if not matched:
                 raise UserError(f"sparse.modules_to_save: no module matches '{pattern}'{_near(pattern, names)}")
+            if not any(True for name in matched for _ in model.get_submodule(name).parameters()):
+                raise UserError(f"sparse.modules_to_save: '{pattern}' has no parameters to train")
             found += matched
         return [n for n in found if not any(n != w and n.startswith(w + ".") for w in found)]
     if not type(model).__name__.endswith("ForSequenceClassification"):
@@ -106,7 +108,9 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase("." + name, "*." + p) for p in patterns)
 
 
-def _nothing_matches(pattern: str, linear: dict[str, nn.Module]) -> str:
+def _nothing_matches(pattern: str, linear: dict[str, nn.Module], whole: tuple[str, ...]) -> str:
+    if any(_matches(name, [pattern]) for name in whole):
+        return f"sparse.targets: '{pattern}' is trained whole already (sparse.modules_to_save, or the default head)"
     return f"sparse.targets: '{pattern}' matches no module{_near(pattern, linear)}"
 
 

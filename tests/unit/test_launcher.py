@@ -22,7 +22,8 @@ BIN = Path(sys.executable).parent
 def plain_machine(monkeypatch, tmp_path):
     """Eight cores, no accelerator, none of the variables that change the command."""
     for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a test leaves in it is undone
+        monkeypatch.delenv(name)
     monkeypatch.setattr(devices, "count_accelerators", lambda: 0)
     monkeypatch.setattr(devices, "usable_cores", lambda: 8)
     monkeypatch.chdir(tmp_path)
@@ -228,6 +229,7 @@ def test_chosen_gpus_survive_deepspeeds_runner(capsys, recipe, monkeypatch):
         (["train", "recipe.yaml", "launch.master_port=70000"], "70000 is no port"),
         (["train", "recipe.yaml", "training.output_dir=recipe.yaml/x"], "recipe.yaml is a file"),
         (["train", "recipe.yaml", "training.deepspeed=broken.json"], "broken.json: not JSON"),
+        (["train", "recipe.yaml", "model.name=package://no_such_package/m"], "'no_such_package' is not installed"),
         (["evaluate", "recipe.yaml", "--adapter", "nowhere"], "nowhere: no such adapter directory"),
         (["inspect", "nowhere"], "nowhere: no such adapter directory"),
         (["merge", "nowhere", "out"], "nowhere: no such adapter directory"),
@@ -310,6 +312,7 @@ DESCRIPTION = {
 def test_evaluate(capsys, recipe, monkeypatch, tmp_path):
     def evaluate(recipe, adapter):
         assert (recipe.data.max_length, adapter) == (9, Path("."))
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
         return {"accuracy": 0.784, "loss": 0.5}
 
     stand_in(monkeypatch, "sparse_zero.evaluate", evaluate=evaluate)
@@ -345,6 +348,7 @@ def test_inspect(capsys, monkeypatch):
 
 def test_readable():
     pairs = {("bytes", 12): "12 bytes", ("bytes", 1536): "1.5 KiB", ("n", None): "-", ("n", True): "yes"}
+    assert report.readable("versions", {"torch": "2.6", "deepspeed": "0.16"}) == "torch 2.6, deepspeed 0.16"
     assert {given: report.readable(*given) for given in pairs} == pairs
 
 

@@ -1,6 +1,7 @@
 """Ranks started by the real launchers, with a stand-in for the training: how they end, and that none is left."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def start(tmp_path, monkeypatch):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "recipe.yaml").write_text("model: {name: m}\ndata: {path: d, columns: {text: t, label: l}}\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     # The machine's accelerators, should there be any, are not what is tested.
     words = ["launch.processes=2", "training.use_cpu=true"]
     started = []
@@ -65,7 +66,8 @@ def start(tmp_path, monkeypatch):
     def start(launcher, role, *options):
         words.extend([f"launch.launcher={launcher}", f"training.run_name={role}", *options])
         command = [sys.executable, "-c", COMMAND, "train", "recipe.yaml", *words]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, **pipes, start_new_session=True))
         return started[-1]
 
     yield start
@@ -135,11 +137,12 @@ def test_deepspeed_a_killed_launcher_is_a_failure_and_its_ranks_end(start):
 
 
 @pytest.mark.distributed
-def test_deepspeed_sigint_before_the_ranks_exist(start):
+def test_deepspeed_ctrl_c_before_the_ranks_exist(start):
     process = start("deepspeed", "saves")
-    while not survivors():
+    while not any("deepspeed.launcher.launch" in launcher.cmdline() for launcher in survivors()):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    # As a terminal does: to every process of the foreground group.
+    os.killpg(process.pid, signal.SIGINT)
     status, _, err = end(process)
     assert (status, err) == (130, "")
     assert not Path("started.0").exists()

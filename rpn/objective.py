@@ -1,0 +1,57 @@
+"""The training objective of arXiv 2212.05961 (section III): the clean loss plus the losses of K noisy passes."""
+
+import contextlib
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rpn.config import RPNConfig
+from rpn.hooks import Handle
+
+
+def run_passes(
+    handle: Handle | None,
+    config: RPNConfig,
+    forward: Callable[[], Tensor],
+    backward: Callable[[Tensor, bool], None],
+) -> dict[str, Tensor]:
+    """Accumulates the gradient of clean_weight * clean + noisy_weight * (noisy_0 + ... + noisy_{K-1}).
+
+    Each pass runs its backward before the next begins: the memory is that of one pass, the gradient that of the sum.
+    Call it once per micro-batch, after handle.place(...); the optimizer's step is the caller's.
+
+    handle: what rpn.attach returned; None trains on the clean loss alone.
+    forward: () -> scalar loss of the current micro-batch.
+    backward: (weighted scalar loss, last) -> None; `last` is True in the final pass, the only one after which
+        gradients need to be reduced over the ranks.
+    Returns: detached scalars: "total", what was differentiated; "clean" and "noisy" (the mean over the noisy passes),
+        unweighted, each where the objective has it.
+    Raises ValueError where neither a clean nor a noisy pass is left.
+    """
+    noisy_passes = config.passes if handle is not None and handle.disturbs else 0
+    passes: list[int | None] = [*([None] if config.clean else []), *range(noisy_passes)]
+    if not passes:
+        raise ValueError("clean: false, and no noise is attached: there is no loss to train on")
+    clean_loss: list[Tensor] = []
+    noisy_losses: list[Tensor] = []
+    for pass_index in passes:
+        with _mode(handle, pass_index):
+            loss = forward()
+            (clean_loss if pass_index is None else noisy_losses).append(loss.detach())
+            weight = config.clean_weight if pass_index is None else config.noisy_weight
+            backward(loss * weight, pass_index == passes[-1])
+        # the name would keep this pass's graph alive through the next forward
+        del loss
+    total = config.clean_weight * sum(clean_loss) + config.noisy_weight * sum(noisy_losses)
+    losses = {"total": total}
+    if clean_loss:
+        losses["clean"] = clean_loss[0]
+    if noisy_losses:
+        losses["noisy"] = sum(noisy_losses) / len(noisy_losses)
+    return losses
+
+
+def _mode(handle: Handle | None, pass_index: int | None) -> contextlib.AbstractContextManager:
+    if handle is None:
+        return contextlib.nullcontext()
+    return handle.clean() if pass_index is None else handle.noisy(pass_index)

@@ -1,0 +1,123 @@
+"""The noises that Random Position Noise is compared with. Each takes (embeddings, keep, stream), like a user's own.
+
+    embeddings  (batch, length, hidden), any float dtype; never modified
+    keep        bool (batch, length), False where no noise may go
+    stream      rpn.streams.Stream
+    returns     (batch, length, hidden)
+
+Gaussian and uniform numbers come from torch's generators, seeded by the streams' keys: they repeat exactly on one kind
+of device, whatever the padding and the number of ranks, but differ between CPU and GPU.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rpn.noise import flat_positions, select
+from rpn.streams import Groups, Stream, mix
+
+# keeps the choice between salt and pepper apart from the draws of rpn.noise
+_SALT = 1 << 32
+
+
+def gaussian(embeddings: Tensor, keep: Tensor, stream: Stream, *, std: float) -> Tensor:
+    """Adds N(0, std^2) to every scalar (the first baseline of arXiv 2212.05961)."""
+    groups = stream.groups(keep)
+    noise = _draw(groups, embeddings.shape[-1], lambda part, generator: part.normal_(0, std, generator=generator))
+    return _add(embeddings, groups, noise)
+
+
+def salt_and_pepper(embeddings: Tensor, keep: Tensor, stream: Stream, *, probability: float) -> Tensor:
+    """Overwrites each scalar with `probability`: with 0 (pepper) or the largest value of its group (salt), evenly.
+
+    The second baseline of arXiv 2212.05961, with the two values of the authors' code. The group is the micro-batch or
+    the example, as the stream's scope says. Overwritten scalars pass no gradient.
+    """
+    groups = stream.groups(keep)
+    hidden = embeddings.shape[-1]
+    token, channel = select(groups, hidden, probability)
+    positions = flat_positions(groups, hidden, token, channel).long()
+    group = groups.index_of_rows()
+    largest_of_row = embeddings.detach().reshape(-1, hidden).amax(1)[groups.rows]
+    largest = largest_of_row.new_zeros(len(groups.lengths)).scatter_reduce_(
+        0, group, largest_of_row, "amax", include_self=False
+    )
+    local_token = torch.arange(len(group), device=group.device) - groups.starts()[group]
+    is_salt = mix(mix(groups.keys[group] + _SALT, local_token)[token], channel.long()) & 1
+    flat = embeddings.reshape(-1)
+    return flat.scatter(0, positions, largest[group][token] * is_salt).view_as(embeddings)
+
+
+def neftune(embeddings: Tensor, keep: Tensor, stream: Stream, *, alpha: float) -> Tensor:
+    """Adds uniform noise in +-alpha / sqrt(L * hidden), L the disturbed tokens of the example (arXiv 2310.05914)."""
+    groups = stream.groups(keep, per_example=True)
+    return _add(embeddings, groups, _scaled_uniform(groups, embeddings.shape[-1], alpha))
+
+
+class FreeLB:
+    """Adversarial perturbations, algorithm 1 of arXiv 1909.11764. Holds the perturbation between a step's passes.
+
+    Pass 0 draws delta, uniform in +-radius / sqrt(L * hidden). Each later pass first moves it by `step` along the
+    gradient that the backward of the pass before has left, then projects it onto the ball of `radius`; both norms are
+    taken over an example's disturbed tokens. Unlike the paper's, dropout masks differ between the passes.
+    """
+
+    def __init__(self, step: float, radius: float):
+        self.step, self.radius = step, radius
+        self.delta: Tensor | None = None
+
+    def __call__(self, embeddings: Tensor, keep: Tensor, stream: Stream) -> Tensor:
+        """Raises RuntimeError in a pass after the first where no backward has left a gradient."""
+        groups = stream.groups(keep, per_example=True)
+        hidden = embeddings.shape[-1]
+        if stream.pass_index == 0:
+            delta = _scaled_uniform(groups, hidden, self.radius)
+        else:
+            delta = self._ascended(groups, hidden, stream.pass_index)
+        self.delta = delta.requires_grad_()
+        return _add(embeddings, groups, self.delta)
+
+    def _ascended(self, groups: Groups, hidden: int, pass_index: int) -> Tensor:
+        if self.delta is None or self.delta.grad is None or self.delta.shape != (len(groups.rows), hidden):
+            raise RuntimeError(
+                f"freelb: pass {pass_index} needs the gradient of pass {pass_index - 1} on the same micro-batch; "
+                "run one forward of the model, then its backward, in each pass (rpn.run_passes does)"
+            )
+        gradient = self.delta.grad
+        norm = _norm_of_groups(gradient, groups)
+        # an overflow of fp16 loss scaling leaves no direction: such a step stays where it is
+        stride = torch.where(norm.isfinite() & (norm > 0), self.step / norm, 0)
+        delta = self.delta.detach() + stride * gradient.nan_to_num(0, 0, 0)
+        return delta * (self.radius / _norm_of_groups(delta, groups).clamp(min=self.radius))
+
+
+def _norm_of_groups(values: Tensor, groups: Groups) -> Tensor:
+    """The norm of each group's part of `values` (tokens, hidden), repeated for its tokens: (tokens, 1)."""
+    norms = [part.norm() for part in values.split(groups.lengths.tolist())]
+    return torch.stack(norms)[groups.index_of_rows(), None] if norms else values.new_zeros(0, 1)
+
+
+def _scaled_uniform(groups: Groups, hidden: int, scale: float) -> Tensor:
+    """float32 (tokens, hidden): uniform in +-scale / sqrt(tokens of the group * hidden)."""
+
+    def fill(part: Tensor, generator: torch.Generator):
+        bound = scale / math.sqrt(part.numel())
+        part.uniform_(-bound, bound, generator=generator)
+
+    return _draw(groups, hidden, fill)
+
+
+def _draw(groups: Groups, hidden: int, fill: Callable[[Tensor, torch.Generator], object]) -> Tensor:
+    """float32 (tokens, hidden): each group's part filled from the group's own key."""
+    values = torch.empty(len(groups.rows), hidden, device=groups.rows.device)
+    generator = torch.Generator(values.device)
+    for key, part in zip(groups.keys.tolist(), values.split(groups.lengths.tolist()), strict=True):
+        fill(part, generator.manual_seed(key))
+    return values
+
+
+def _add(embeddings: Tensor, groups: Groups, noise: Tensor) -> Tensor:
+    flat = embeddings.reshape(-1, embeddings.shape[-1])
+    return flat.index_add(0, groups.rows, noise.to(embeddings.dtype)).view_as(embeddings)

@@ -1,0 +1,106 @@
+"""Starts ranks on this machine through the launchers that users have, and leaves none behind."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_MARK = "SPARSE_ZERO_TEST_RUN"
+"""An environment variable that marks every process of a run, also those that leave its session."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A launch that has ended as it should."""
+
+    output: str
+    """stdout and stderr of all ranks and of the launcher."""
+    seconds: float
+    left_over: list[str]
+    """Command lines of the processes that were still there when the launcher had ended (they are gone now)."""
+
+
+def run_ranks(
+    count: int,
+    script_or_module: str | Path,
+    *arguments: object,
+    launcher: str = "torchrun",
+    status: int = 0,
+    timeout: float = 240,
+) -> Run:
+    """Run a script (a Path) or a module (a str) on `count` ranks, on CPUs and over gloo.
+
+    launcher: "torchrun", "deepspeed" (its runner), or "launcher.torchrun" (ours, which keeps a rank's exit status).
+    Raises AssertionError, with everything that was printed, where the exit status is not `status` or never comes.
+    """
+    target = [str(script_or_module)] if isinstance(script_or_module, Path) else ["-m", script_or_module]
+    command = [*_launch(launcher, count), *target, *map(str, arguments)]
+    if launcher == "deepspeed":
+        command = ["--module" if word == "-m" else word for word in command]
+    mark = uuid.uuid4().hex
+    environment = {
+        **os.environ,
+        _MARK: mark,
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    started = time.monotonic()
+    # A file and not a pipe: a rank that outlives its launcher would hold the pipe open.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            seconds = time.monotonic() - started
+            left_over = _end(mark)
+            process.wait()
+        output.seek(0)
+        printed = output.read()
+    ending = f"ended with status {process.returncode}" if seconds < timeout else f"was ended after {timeout} s"
+    assert process.returncode == status, f"{' '.join(command)}\n{ending}; it printed\n{printed}"
+    return Run(printed, seconds, left_over)
+
+
+def _launch(launcher: str, count: int) -> list[str]:
+    if launcher == "deepspeed":
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        return [*runner, "--num_gpus", str(count), "--hostfile", os.devnull, "--master_port", str(_free_port())]
+    module = {"torchrun": "torch.distributed.run", "launcher.torchrun": "launcher.torchrun"}[launcher]
+    return [sys.executable, "-m", module, "--standalone", "--nproc-per-node", str(count)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _end(mark: str) -> list[str]:
+    """Kill every process of a run that does not end by itself. Returns their command lines."""
+    started_here = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get(_MARK) == mark:
+                started_here.append(process)
+    # Helpers of a rank (a resource tracker) see a moment later that it is gone.
+    _, alive = psutil.wait_procs(started_here, timeout=2)
+    left = []
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.append(" ".join(process.cmdline()))
+            process.kill()
+    return left
