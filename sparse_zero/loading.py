@@ -1,5 +1,6 @@
 """Base models and tokenizers, from the hub, a local directory or an installed package."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from sparse_zero.errors import UserError
 from sparse_zero.package import resolve
 from sparse_zero.recipe import Task
+
+logger = logging.getLogger(__name__)
 
 _AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
@@ -37,10 +41,21 @@ def load_model(
     if "id2label" in settings:
         # JSON has made the keys strings
         settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
+    verbosity = transformers_logging.get_verbosity()
+    # Its report on a new head's missing weights alarms people; what it would say of others is said below.
+    transformers_logging.set_verbosity_error()
     try:
-        return _AUTO_CLASS[task].from_pretrained(resolve(name), revision=revision, dtype=dtype, **settings, **kwargs)
+        model, report = _AUTO_CLASS[task].from_pretrained(
+            resolve(name), revision=revision, dtype=dtype, output_loading_info=True, **settings, **kwargs
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"model.name: {name} cannot be loaded for {task}: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    if missing:
+        logger.warning("%s has no weights for %s: they start at random", name, ", ".join(missing))
+    return model
 
 
 def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -6,15 +6,19 @@ torchrun --nproc-per-node 2 -m sparse_zero.train configs/demo.yaml
 
 import argparse
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
 import rpn
 from sparse_zero.adapter import adapter_bytes, merge_adapter
@@ -35,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--merge", action="store_true", help="also write the merged model, as OUTPUT_DIR/merged")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     options = parser.parse_args(argv)
+    _keep_quiet(main=os.environ.get("LOCAL_RANK", "0") == "0")
     try:
         train(load_recipe(options.recipe, options.overrides), options.recipe, merge=options.merge)
     except UserError as error:
@@ -43,6 +48,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"sparse-zero: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _keep_quiet(main: bool) -> None:
+    """One progress bar and one warning for each host, not for each rank."""
+    # DeepSpeed calls what torch has renamed; that is not the user's to correct.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not main:
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        logging.getLogger("sparse_zero").setLevel(logging.ERROR)
 
 
 def train(recipe: Recipe, path: str, merge: bool = False) -> dict[str, Any]:
