@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from sparse_zero.data import Prepared, load_splits, prepare
+from sparse_zero.encoding import check_packing
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.loading import load_config, load_model, load_tokenizer, max_positions
 from sparse_zero.metrics import classification_metrics, language_model_metrics, token_losses
@@ -68,6 +69,9 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedToken
         attn_implementation=section.attn_implementation,
         **origin,
     )
+    if recipe.data.packing:
+        rows = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
+        check_packing(model.config._attn_implementation, rows)
     return tokenizer, prepared, model
 
 
@@ -81,3 +85,14 @@ def evaluation_settings(recipe: Recipe, prepared: Prepared, tokenizer: PreTraine
     if recipe.model.task == "sequence-classification":
         return shared | {"compute_metrics": classification_metrics}
     return shared | {"compute_metrics": language_model_metrics, "preprocess_logits_for_metrics": token_losses}
+
+
+def evaluation_figures(metrics: dict[str, float]) -> dict[str, float]:
+    """What Trainer.evaluate measured of the model, without its `eval_` and without its timings.
+
+    The loss of a language model is that of all its tokens; the Trainer's own is a mean of the batches' means.
+    """
+    figures = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    figures["loss"] = figures.pop("token_loss", figures.get("loss"))
+    names = ("accuracy", "f1", "matthews_correlation", "perplexity", "loss")
+    return {name: figures[name] for name in names if figures.get(name) is not None}

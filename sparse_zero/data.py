@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, DatasetBuilder, Features, Sequence, Value, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetBuilder, Value, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
@@ -34,6 +34,7 @@ from sparse_zero.recipe import Columns, DataSection, Task
 logger = logging.getLogger(__name__)
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_LABEL_KINDS = ("bool", "int", "uint", "float", "string", "large_string")
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,7 @@ def prepare(
     if not data.packing:
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=encoding.IGNORED)
         return Prepared(*encoded, collator, None, max_length)
-    columns = ("input_ids", "labels", "position_ids")
-    packed = [_map(split, encoding.pack_batch, columns, 10_000, max_length=max_length) for split in encoded]
+    packed = [_map(split, encoding.pack_batch, batch_size=10_000, max_length=max_length) for split in encoded]
     return Prepared(*packed, encoding.PackedCollator(tokenizer.pad_token_id), None, max_length)
 
 
@@ -291,9 +291,7 @@ def _classes(dataset: Dataset, column: str, name: str) -> dict[Any, str | int | 
     feature = dataset.features[column]
     kind = _kind(feature)
     where = f"data.columns.label: column '{column}' of the {name} data"
-    if not isinstance(feature, ClassLabel) and not kind.startswith(
-        ("bool", "int", "uint", "float", "string", "large_s")
-    ):
+    if not isinstance(feature, ClassLabel) and not kind.startswith(_LABEL_KINDS):
         raise UserError(f"{where} holds {kind}; a label is a string, an integer or a boolean")
     values = dataset.unique(column)
     if isinstance(feature, ClassLabel):
@@ -331,26 +329,17 @@ def _language_model(
     reason = f"have no token to learn from within {max_length or 'any number of'} tokens (data.max_length)"
     encoded = []
     for name, split in splits.items():
-        after = _map(split, encode, ("input_ids", "labels"), tokenizer=tokenizer, max_length=max_length, **names)
+        after = _map(split, encode, tokenizer=tokenizer, max_length=max_length, **names)
         encoded.append(_drop(split, after, name, reason))
     return encoded
 
 
 def _map(
-    dataset: Dataset,
-    function: Callable[..., dict[str, list]],
-    columns: tuple[str, ...] | None = None,
-    batch_size: int = 1000,
-    **arguments: Any,
+    dataset: Dataset, function: Callable[..., dict[str, list]], batch_size: int = 1000, **arguments: Any
 ) -> Dataset:
-    """The columns that `function` makes, each a list of integers per example where `columns` names them."""
+    """The columns that `function` makes of batches, in place of what was there."""
     return dataset.map(
-        _versioned(function, arguments),
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=dataset.column_names,
-        # Inferred from the first batch, which may have lost all its examples.
-        features=Features({column: Sequence(Value("int32")) for column in columns}) if columns else None,
+        _versioned(function, arguments), batched=True, batch_size=batch_size, remove_columns=dataset.column_names
     )
 
 

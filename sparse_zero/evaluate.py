@@ -3,20 +3,19 @@
 from pathlib import Path
 
 from sparse_zero.adapter import load_adapter
-from sparse_zero.build import build, evaluation_settings, training_arguments
+from sparse_zero.build import build, evaluation_figures, evaluation_settings, training_arguments
 from sparse_zero.recipe import Recipe
 from sparse_zero.trainer import SparseTrainer
 
 
 def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
-    """Returns: the metrics of the recipe's task, with the Trainer's `eval_` taken off their names.
+    """Returns: the metrics of the recipe's task: loss and accuracy, F1, Matthews correlation, or perplexity.
 
     Raises UserError: see `build` and `load_adapter`.
     """
-    training = recipe.training | {"deepspeed": None, "report_to": "none", "output_dir": recipe.training["output_dir"]}
+    training = recipe.training | {"deepspeed": None, "report_to": "none"}
     arguments = training_arguments(recipe.model_copy(update={"training": training}))
     tokenizer, prepared, model = build(recipe, arguments)
     load_adapter(model, adapter)
     trainer = SparseTrainer(model, arguments, **evaluation_settings(recipe, prepared, tokenizer))
-    metrics = trainer.evaluate()
-    return {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    return evaluation_figures(trainer.evaluate())

@@ -9,6 +9,7 @@ state dict; beside `weight` stand
     weight_column_index  buffer (n,)
 """
 
+import functools
 import weakref
 from typing import Any
 
@@ -51,6 +52,7 @@ class SparseWeight:
     def __init__(self, module: nn.Module, parameter: str, selected: torch.Tensor, clock: UpdateClock) -> None:
         """Args: selected: int64 (n,), sorted positions in the flattened weight. Collective under ZeRO stage 3."""
         self.module, self.parameter, self.clock = module, parameter, clock
+        self.plain_class = type(module)
         self.enabled = True
         weight = self.weight
         self.shape = full_shape(weight)
@@ -187,24 +189,33 @@ class SparseConv1D(SparseModule, Conv1D):
         return inputs, grad_output
 
 
-SPARSE_CLASS: dict[type[nn.Module], type[SparseModule]] = {nn.Linear: SparseLinear, Conv1D: SparseConv1D}
+@functools.cache
+def sparse_class(plain: type[nn.Module]) -> type[SparseModule] | None:
+    """What a module of class `plain` becomes; None where the gradient of its weight is not known here."""
+    if plain in (nn.Linear, Conv1D):
+        return SparseLinear if plain is nn.Linear else SparseConv1D
+    # nn.Linear but for its rounding: x @ W.T + b. By name, for to import it takes seconds.
+    if (plain.__module__, plain.__name__) == ("transformers.models.falcon.modeling_falcon", "FalconLinear"):
+        return type("SparseFalconLinear", (SparseLinear, plain), {})
+    return None
 
 
 def is_supported(module: nn.Module) -> bool:
     """Whether the module's forward is one whose weight gradient is known here."""
-    return type(module) in SPARSE_CLASS
+    return sparse_class(type(module)) is not None
 
 
 def attach(module: nn.Module, selected: torch.Tensor, clock: UpdateClock) -> SparseWeight:
     """Turn a linear layer into a sparse one, in place."""
     weight = SparseWeight(module, "weight", selected, clock)
-    module.__class__ = SPARSE_CLASS[type(module)]
+    module.__class__ = sparse_class(weight.plain_class)
     module.sparse_weight = weight
     return weight
 
 
 def detach(module: nn.Module) -> None:
     """Turn a sparse module back into what it was; its weight keeps the values it holds now."""
-    module.sparse_weight.remove()
+    weight = module.sparse_weight
+    weight.remove()
     del module.sparse_weight
-    module.__class__ = next(plain for plain, sparse in SPARSE_CLASS.items() if isinstance(module, sparse))
+    module.__class__ = weight.plain_class

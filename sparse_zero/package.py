@@ -21,7 +21,7 @@ def resolve(name: str) -> str:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         install = f"pip install {package.replace('_', '-')}"
-        raise UserError(f"'{name}': the package '{package}' is not installed here; try `{install}`")
+        raise UserError(f"'{name}': '{package}' is not an installed package; try `{install}`")
     places = [Path(root, path) for root in spec.submodule_search_locations]
     for place in places:
         if place.exists():

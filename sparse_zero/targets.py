@@ -93,9 +93,11 @@ def find_whole(model: nn.Module, config: SparseConfig) -> list[str]:
 
 def _family_patterns(model: nn.Module, linear: dict[str, nn.Module]) -> list[str] | None:
     family = getattr(getattr(model, "config", None), "model_type", None)
-    patterns = VALUE_AND_OUTPUT.get(family, COMMON_VALUE_AND_OUTPUT)
-    if any(_matches(name, patterns) for name in linear):
-        return patterns
+    if family in VALUE_AND_OUTPUT:
+        return VALUE_AND_OUTPUT[family]
+    # Each of them: BART has Llama's name for its value projection, but not for its output projection.
+    if all(any(_matches(name, [pattern]) for name in linear) for pattern in COMMON_VALUE_AND_OUTPUT):
+        return COMMON_VALUE_AND_OUTPUT
     logger.warning(
         "sparse.targets: no value and output projections are known for %s; all linear layers are targets",
         family or type(model).__name__,

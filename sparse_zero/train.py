@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 import rpn
 from sparse_zero.adapter import adapter_bytes, merge_adapter
-from sparse_zero.build import build, evaluation_settings, training_arguments
+from sparse_zero.build import build, evaluation_figures, evaluation_settings, training_arguments
 from sparse_zero.errors import UserError
 from sparse_zero.model import sparsify
 from sparse_zero.recipe import Recipe, load_recipe
@@ -113,16 +113,15 @@ def noisy_objective(model: nn.Module, recipe: Recipe, arguments: TrainingArgumen
 def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
     """The run's figures. Collective: each rank tells its own memory."""
     history = trainer.state.log_history
-    before = next((entry for entry in history if "eval_loss" in entry and entry["step"] == 0), {})
+    before = evaluation_figures(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
+    after = evaluation_figures(metrics)
     runtime = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     # The Trainer counts evaluations during training as training; the last one came after it.
     evaluating = sum(entry["eval_runtime"] for entry in history if "eval_runtime" in entry) - metrics["eval_runtime"]
-    after = {key.removeprefix("eval_"): metrics[key] for key in metrics if key.startswith("eval_")}
-    kept = ("accuracy", "f1", "matthews_correlation", "perplexity", "loss")
     sparsity = trainer.model.sparsity
     return {
-        **{f"{key}_before": before[f"eval_{key}"] for key in kept if f"eval_{key}" in before},
-        **{key: after[key] for key in kept if key in after},
+        **{f"{key}_before": value for key, value in before.items()},
+        **after,
         "trainable_parameters": sparsity.trainable_parameters,
         "total_parameters": sparsity.total_parameters,
         "world_size": trainer.args.world_size,
