@@ -23,7 +23,7 @@ from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError
 from sparse_zero.model import Sparsity, attach, merge_and_unload, sparsity_of, unwrap
 from sparse_zero.package import resolve
-from sparse_zero.zero import full_shape, gathered
+from sparse_zero.zero import full_shape, gathered, settle
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -76,6 +76,7 @@ def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool 
     tensors = {}
     sources = {name: weight.delta for name, weight in sparsity.weights.items()}
     sources |= {name: parameters[name] for name in sparsity.whole}
+    settle(unwrap(model))
     for name, parameter in sources.items():
         with gathered([parameter]):
             if is_main_process:
@@ -164,6 +165,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         inner.sparsity.base_model = config.base_model_name_or_path
         inner.sparsity.revision = config.revision
     parameters = dict(inner.named_parameters())
+    settle(inner)
     for name, values in tensors.items():
         weight = inner.sparsity.weights.get(name)
         target = weight.delta if weight else parameters[name]

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+import deepspeed
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -39,9 +40,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             "or set training.use_cpu=true"
         )
     try:
-        return TrainingArguments(**settings)
+        arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
+    if arguments.deepspeed and torch.distributed.is_initialized():
+        # On CPU Accelerate starts torch's process group without DeepSpeed's knowledge, and from_pretrained at stage 3
+        # would take this for the only rank.
+        deepspeed.init_distributed(verbose=False)
+    return arguments
 
 
 def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, Prepared, PreTrainedModel]:

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,13 +47,25 @@ def load_model(
     transformers_logging.set_verbosity_error()
     try:
         model, report = _AUTO_CLASS[task].from_pretrained(
-            resolve(name), revision=revision, dtype=dtype, output_loading_info=True, **settings, **kwargs
+            resolve(name),
+            revision=revision,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for another number of labels is a new head
+            **settings,
+            **kwargs,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.name: {name} cannot be loaded for {task}: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    missing = sorted(key for key in report["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    prefix = f"{model.base_model_prefix}."
+    for key, saved, expected in sorted(report["mismatched_keys"]):
+        if key.startswith(prefix):
+            raise UserError(
+                f"model.name: {name} is damaged: {key} has shape {list(saved)}, its config says {list(expected)}"
+            )
+    missing = sorted(key for key in report["missing_keys"] if task == "causal-lm" or key.startswith(prefix))
     if missing:
         logger.warning("%s has no weights for %s: they start at random", name, ", ".join(missing))
     return model

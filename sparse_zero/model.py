@@ -11,7 +11,7 @@ from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError
 from sparse_zero.layers import SparseWeight, UpdateClock
 from sparse_zero.targets import find_targets, find_whole
-from sparse_zero.zero import full_numel, gathered
+from sparse_zero.zero import full_numel, gathered, settle
 
 
 @dataclass
@@ -117,6 +117,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Under ZeRO stage 3 every rank must call it; the pieces then hold the merged weights.
     """
     model = unwrap(model)
+    settle(model)
     for weight in sparsity_of(model).weights.values():
         with gathered([weight.weight, weight.delta], write=True):
             weight.write()

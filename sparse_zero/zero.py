@@ -40,6 +40,16 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterato
         yield
 
 
+def settle(model: nn.Module) -> None:
+    """Wait for what stage 3 has prefetched for a forward that never came. Call it before `gathered`.
+
+    After an evaluation some parameters are still in flight, and DeepSpeed asserts when they are to be partitioned.
+    """
+    prefetched = getattr(model, "ds_inflight_param_registry", {})
+    for parameter in list(prefetched):
+        prefetched.pop(parameter).wait()
+
+
 def stage_of(engine: Any) -> int:
     """The ZeRO stage of a DeepSpeed engine; 0 where there is no engine."""
     return engine.zero_optimization_stage() if engine is not None else 0
