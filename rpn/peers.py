@@ -87,8 +87,8 @@ class FreeLB:
             )
         gradient = self.delta.grad
         norm = _norm_of_groups(gradient, groups)
-        # an overflow of fp16 loss scaling leaves no direction: such a step stays where it is
-        stride = torch.where(norm.isfinite() & (norm > 0), self.step / norm, 0)
+        # an overflow of fp16 loss scaling (norm inf or nan) leaves no direction: such an example stays where it is
+        stride = torch.where(norm > 0, self.step / norm, 0)
         delta = self.delta.detach() + stride * gradient.nan_to_num(0, 0, 0)
         return delta * (self.radius / _norm_of_groups(delta, groups).clamp(min=self.radius))
 

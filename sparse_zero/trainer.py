@@ -52,13 +52,9 @@ class SparseTrainer(Trainer):
 
         def backward(loss: torch.Tensor, last: bool) -> None:
             self.accelerator.gradient_state._set_sync_gradients(synchronise and last)
-            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-                self.accelerator.backward(loss, scale_wrt_gas=False)
-            elif isinstance(model, nn.parallel.DistributedDataParallel) and not (synchronise and last):
-                with model.no_sync():
-                    self.accelerator.backward(loss)
-            else:
-                self.accelerator.backward(loss)
+            # As in Trainer.training_step: the loss is divided already
+            kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+            self.accelerator.backward(loss, **kwargs)
 
         loss = self.objective(forward, backward, self.state.global_step, self._micro_step)
         self._micro_step = 0 if synchronise else self._micro_step + 1
