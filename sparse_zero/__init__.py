@@ -12,6 +12,7 @@ _HOME = {
     "UserError": "sparse_zero.errors",
     "sparsify": "sparse_zero.model",
     "merge_and_unload": "sparse_zero.model",
+    "unload": "sparse_zero.model",
     "disable_adapter": "sparse_zero.model",
     "save_adapter": "sparse_zero.adapter",
     "load_adapter": "sparse_zero.adapter",

@@ -171,8 +171,6 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         target = weight.delta if weight else parameters[name]
         with gathered([target], write=True), torch.no_grad():
             target.copy_(values)
-        if weight:
-            weight.invalidate()
     return model
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, get_type_hints
 
 import deepspeed
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from sparse_zero.data import Prepared, load_splits, prepare
@@ -31,6 +32,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
                 f"unknown key '{key}' in section 'training'{did_you_mean(key, known)} "
                 "(the names are those of transformers.TrainingArguments)"
             )
+    _check_numbers(recipe.training)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     settings = {"report_to": "tensorboard", "eval_on_start": True, "use_cpu": devices == 0} | recipe.training
@@ -48,6 +50,18 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         # would take this for the only rank.
         deepspeed.init_distributed(verbose=False)
     return arguments
+
+
+def _check_numbers(training: dict[str, Any]) -> None:
+    """TrainingArguments takes a string for a learning rate, and the optimizer fails on it after the data is ready."""
+    kinds = get_type_hints(TrainingArguments)
+    for key, value in training.items():
+        if kinds[key] in (bool, int, float):
+            try:
+                TypeAdapter(kinds[key]).validate_python(value, strict=True)
+            except ValidationError as error:
+                problem = error.errors()[0]["msg"]
+                raise UserError(f"training.{key}: {problem[0].lower()}{problem[1:]}, not {value!r}") from None
 
 
 def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, Prepared, PreTrainedModel]:
@@ -96,9 +110,10 @@ def evaluation_settings(recipe: Recipe, prepared: Prepared, tokenizer: PreTraine
 def evaluation_figures(metrics: dict[str, float]) -> dict[str, float]:
     """What Trainer.evaluate measured of the model, without its `eval_` and without its timings.
 
-    The loss of a language model is that of all its tokens; the Trainer's own is a mean of the batches' means.
+    The loss is the mean over all examples, or over all tokens of a language model, whatever the number of ranks; the
+    Trainer's own is a mean of the batches' means.
     """
     figures = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
-    figures["loss"] = figures.pop("token_loss", figures.get("loss"))
+    figures["loss"] = figures.get("token_loss", figures.get("example_loss"))
     names = ("accuracy", "f1", "matthews_correlation", "perplexity", "loss")
     return {name: figures[name] for name in names if figures.get(name) is not None}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparse_zero.adapter import load_adapter
+from sparse_zero.adapter import load_adapter, read_config
 from sparse_zero.build import build, evaluation_figures, evaluation_settings, training_arguments
 from sparse_zero.recipe import Recipe
 from sparse_zero.trainer import SparseTrainer
@@ -14,7 +14,13 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
     Raises UserError: see `build` and `load_adapter`.
     """
     training = recipe.training | {"deepspeed": None, "report_to": "none"}
-    arguments = training_arguments(recipe.model_copy(update={"training": training}))
+    model_section = recipe.model
+    if recipe.training.get("deepspeed"):
+        # DeepSpeed trains in half precision by casting the model, where the Trainer alone would cast each operation.
+        training |= {"bf16": False, "fp16": False}
+        model_section = model_section.model_copy(update={"dtype": read_config(adapter).dtype})
+    recipe = recipe.model_copy(update={"training": training, "model": model_section})
+    arguments = training_arguments(recipe)
     tokenizer, prepared, model = build(recipe, arguments)
     load_adapter(model, adapter)
     trainer = SparseTrainer(model, arguments, **evaluation_settings(recipe, prepared, tokenizer))

@@ -120,9 +120,6 @@ class SparseWeight:
         """Make the next forward write again: the delta was changed behind autograd's back (`delta.data`)."""
         self._written = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_written": None}  # a copy's tensors count their versions afresh
-
     def remove(self) -> None:
         """Take the delta and its buffers off the module; the weight stays as it is."""
         for name in ("delta", "base", "row_starts", "column_index"):

@@ -8,7 +8,10 @@ from transformers import EvalPrediction
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, F1 and Matthews correlation of logits [examples, classes] against labels [examples].
+    """Loss, accuracy, F1 and Matthews correlation of logits [examples, classes] against labels [examples].
+
+    The loss is the mean over all examples, in nats; the Trainer's own is a mean of batch means, in which the examples
+    that fill up the last batch of a rank count twice.
 
     F1 is that of class 1 where there are two classes, else the mean over the classes that occur.
     """
@@ -16,6 +19,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     predicted, labels = logits.argmax(-1), prediction.label_ids
     average = "binary" if logits.shape[-1] == 2 else "macro"
     return {
+        "example_loss": F.cross_entropy(torch.as_tensor(logits).float(), torch.as_tensor(labels)).item(),
         "accuracy": float(accuracy_score(labels, predicted)),
         "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),
         "matthews_correlation": float(matthews_corrcoef(labels, predicted)),

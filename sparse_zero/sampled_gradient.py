@@ -70,8 +70,8 @@ def _dense_in_chunks(
     for i, (start, stop) in enumerate(itertools.pairwise(edges)):
         first, last = i * chunk, min((i + 1) * chunk, R)
         block = rows_NR[:, first:last].t() @ columns_NC
-        starts = row_starts[first : last + 1] - start
-        result[start:stop] = block.view(-1)[flat_positions(starts, column_index[start:stop], C)]
+        inside = flat_positions(row_starts[first : last + 1], column_index[start:stop], C)
+        result[start:stop] = block.view(-1)[inside]
     return result
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import rpn
@@ -77,7 +79,7 @@ def train(recipe: Recipe, path: str, merge: bool = False) -> dict[str, Any]:
         model,
         arguments,
         train_dataset=prepared.train,
-        objective=noisy_objective(model, recipe, arguments),
+        objective=noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids),
         **evaluation_settings(recipe, prepared, tokenizer),
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
@@ -89,6 +91,8 @@ def train(recipe: Recipe, path: str, merge: bool = False) -> dict[str, Any]:
         results["adapter_bytes"] = adapter_bytes(output / "adapter")
         results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
         if merge:
+            # At stage 3 from_pretrained would still partition the base among all ranks, and this one is alone here.
+            unset_hf_deepspeed_config()
             merge_adapter(output / "adapter", output / "merged")
             results["paths"]["merged"] = str(output / "merged")
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -96,15 +100,17 @@ def train(recipe: Recipe, path: str, merge: bool = False) -> dict[str, Any]:
     return results
 
 
-def noisy_objective(model: nn.Module, recipe: Recipe, arguments: TrainingArguments) -> Objective | None:
-    """The recipe's `rpn` section as a Trainer's objective; None where there is no such section."""
-    if recipe.rpn is None:
+def noisy_objective(
+    model: nn.Module, config: rpn.RPNConfig | None, arguments: TrainingArguments, special_token_ids: Iterable[int] = ()
+) -> Objective | None:
+    """A recipe's `rpn` section as a Trainer's objective; None where there is no such section."""
+    if config is None:
         return None
-    handle = rpn.attach(model, recipe.rpn)
+    handle = rpn.attach(model, config, special_token_ids=special_token_ids)
 
     def objective(forward: Forward, backward: Backward, step: int, micro_step: int) -> torch.Tensor:
         handle.place(step=step, micro_step=micro_step, rank=arguments.process_index, world_size=arguments.world_size)
-        losses = rpn.run_passes(handle, recipe.rpn, forward, backward)
+        losses = rpn.run_passes(handle, config, forward, backward)
         return losses["clean"] if "clean" in losses else losses["noisy"]
 
     return objective

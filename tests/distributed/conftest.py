@@ -1,8 +1,9 @@
-"""The bases that the ranks train, saved once per session."""
+"""The bases that the ranks train and the data, written once per session."""
 
 from pathlib import Path
 
 import pytest
+import recipes
 import tiny
 
 
@@ -13,3 +14,19 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny.save_llama(root / "llama")
     tiny.save_bert(root / "bert")
     return {"causal-lm": root / "llama", "sequence-classification": root / "bert"}
+
+
+@pytest.fixture(scope="session")
+def trainable(bases: dict[str, Path]) -> dict[str, int]:
+    """Trainable scalars of the sparse models, by task."""
+    return {
+        task: tiny.trainable_count(tiny.AUTO_CLASS[task].from_pretrained(base), task) for task, base in bases.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of train.jsonl and test.jsonl, see recipes.write_data."""
+    directory = tmp_path_factory.mktemp("data")
+    recipes.write_data(directory)
+    return directory

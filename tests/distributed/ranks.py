@@ -41,10 +41,9 @@ def run_ranks(
     launcher: "torchrun", "deepspeed" (its runner), or "launcher.torchrun" (ours, which keeps a rank's exit status).
     Raises AssertionError, with everything that was printed, where the exit status is not `status` or never comes.
     """
-    target = [str(script_or_module)] if isinstance(script_or_module, Path) else ["-m", script_or_module]
-    command = [*_launch(launcher, count), *target, *map(str, arguments)]
-    if launcher == "deepspeed":
-        command = ["--module" if word == "-m" else word for word in command]
+    __tracebackhide__ = True
+    module = [] if isinstance(script_or_module, Path) else ["--module" if launcher == "deepspeed" else "-m"]
+    command = [*_launch(launcher, count), *module, str(script_or_module), *map(str, arguments)]
     mark = uuid.uuid4().hex
     environment = {
         **os.environ,

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tiny
 from ranks import run_ranks
 
-WORKER = Path(__file__).with_name("trainer_worker.py")
+DIRECTORY = Path(__file__).parent
 
 
 def zero_config(stage: int, **settings: Any) -> dict[str, Any]:
@@ -30,10 +29,11 @@ def case(name: str, task: str, base: Path, examples: int, **training: Any) -> di
     return {"name": name, "task": task, "base": str(base), "examples": examples, "training": training}
 
 
-def run_cases(count: int, cases: list[dict[str, Any]], out: Path, **options: Any) -> list[dict[str, Any]]:
-    """Train all cases in one launch. Returns: for each rank, what it saw by the name of the case."""
-    out.mkdir(parents=True, exist_ok=True)
+def run_cases(
+    count: int, cases: list[dict[str, Any]], out: Path, worker: str = "trainer_worker.py"
+) -> list[dict[str, Any]]:
+    """Run all cases in one launch. Returns: for each rank, what it saw by the name of the case."""
     file = out / "cases.json"
     file.write_text(json.dumps(cases))
-    run_ranks(count, WORKER, file, out, **options)
+    run_ranks(count, DIRECTORY / worker, file, out)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(count)]

@@ -4,15 +4,20 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import tiny
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
+from rpn import RPNConfig
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
+from sparse_zero.train import noisy_objective
+from sparse_zero.trainer import Backward, Forward
 from sparse_zero.zero import optimizer_bytes
 
 
@@ -23,27 +28,74 @@ class WatchedTrainer(SparseTrainer):
         super().__init__(*args, **kwargs)
         self.frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
         self.frozen_with_gradient: set[str] = set()
+        self.batches = 0
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        self.batches += 1
         self.frozen_with_gradient |= {n for n, p in self.frozen.items() if p.requires_grad or p.grad is not None}
         return loss
 
 
+def noise_of(case: dict[str, Any]) -> RPNConfig | None:
+    return RPNConfig(**case["rpn"]) if case.get("rpn") else None
+
+
+def in_two_passes(forward: Forward, backward: Backward, step: int, micro_step: int) -> torch.Tensor:
+    """The same gradient as one pass has, in two halves."""
+    first = forward() / 2
+    backward(first, False)
+    second = forward() / 2
+    backward(second, True)
+    return first.detach() + second.detach()
+
+
 def optimizer_state(optimizer: Any) -> dict[str, int]:
     """Scalars in the innermost optimizer: parameters that have state, and each kind of state."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
     counts = {"parameters": 0, "exp_avg": 0, "exp_avg_sq": 0}
-    for parameter, state in optimizer.state.items():
-        assert {parameter.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
+    for parameter, state in innermost(optimizer).state.items():
         counts["parameters"] += parameter.numel()
         counts["exp_avg"] += state["exp_avg"].numel()
         counts["exp_avg_sq"] += state["exp_avg_sq"].numel()
     return counts
 
 
+def optimizer_dtypes(optimizer: Any) -> list[str]:
+    """Of what the innermost optimizer updates, and of its moments."""
+    entries = innermost(optimizer).state.items()
+    return sorted({str(t.dtype) for p, state in entries for t in (p, state["exp_avg"], state["exp_avg_sq"])})
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
+    arguments, model = build(case, out)
+    sparsify(model, SparseConfig(density=tiny.density_of(model, case["task"])))
+    objective = in_two_passes if case.get("two_passes") else noisy_objective(model, noise_of(case), arguments)
+    examples = tiny.examples(case["task"], case["examples"])
+    trainer = WatchedTrainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8], objective=objective)
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model(str(out / "adapter"))
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "batches": trainer.batches,
+        "losses": [entry["loss"] for entry in steps],
+        "norms": [entry.get("grad_norm") for entry in steps],
+        "state": optimizer_state(trainer.optimizer),
+        "state_dtypes": optimizer_dtypes(trainer.optimizer),
+        "optimizer_bytes": optimizer_bytes(trainer.optimizer),
+        "trainable_dtypes": sorted({str(p.dtype) for p in model.parameters() if p.requires_grad}),
+        "frozen_with_gradient": sorted(trainer.frozen_with_gradient),
+        "frozen": len(trainer.frozen),
+    }
+
+
+def build(case: dict[str, Any], out: Path) -> tuple[TrainingArguments, PreTrainedModel]:
+    """The base as the Trainer's users build it: under zero.Init where the arguments ask for ZeRO stage 3."""
     settings = {
         "output_dir": str(out),
         "use_cpu": True,
@@ -55,28 +107,14 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         "train_sampling_strategy": "sequential",
     }
     arguments = TrainingArguments(**settings | case["training"])
+    if arguments.deepspeed:
+        deepspeed.init_distributed(verbose=False)  # on CPU Accelerate starts torch's group only
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    model = tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], dtype=dtype)
-    built = {"dtypes": sorted({str(p.dtype) for p in model.parameters()})}
-    built["partitioned"] = all(hasattr(p, "ds_id") for p in model.parameters())
-    sparsify(model, SparseConfig(density=tiny.density_of(model, case["task"])))
-    trainer = WatchedTrainer(model, arguments, train_dataset=tiny.examples(case["task"], case["examples"]))
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model(str(out / "adapter"))
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "built": built,
-        "losses": [entry["loss"] for entry in steps],
-        "norms": [entry.get("grad_norm") for entry in steps],
-        "state": optimizer_state(trainer.optimizer),
-        "optimizer_bytes": optimizer_bytes(trainer.optimizer),
-        "trainable_dtypes": sorted({str(p.dtype) for p in model.parameters() if p.requires_grad}),
-        "frozen_with_gradient": sorted(trainer.frozen_with_gradient),
-        "frozen": len(trainer.frozen),
-    }
+    return arguments, tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], dtype=dtype)
 
 
-def main(cases: str, out: str) -> None:
+def main(run: Callable[[dict[str, Any], Path], dict[str, Any]], cases: str, out: str) -> None:
+    """Run each case as if it were alone in its process."""
     seen, environment = {}, dict(os.environ)
     for case in json.loads(Path(cases).read_text()):
         seen[case["name"]] = run(case, Path(out, case["name"]))
@@ -85,8 +123,8 @@ def main(cases: str, out: str) -> None:
         GradientState._reset_state()
         os.environ.clear()  # TrainingArguments leaves ACCELERATE_USE_DEEPSPEED there
         os.environ.update(environment)
-    Path(out, f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+    Path(out, f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(run, *sys.argv[1:])

@@ -85,7 +85,8 @@ def test_resolve_leaves_other_names_alone():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("package://no_such_thing/model", r"'no_such_thing' is not installed.*pip install no-such-thing"),
+        ("package://no_such_thing/model", r"'no_such_thing' is not an installed package.*pip install no-such-thing"),
+        ("package://csv/x.csv", "'csv' is not an installed package"),
         ("package://datasets/nowhere/x.csv", r"'datasets' is installed, but has no 'nowhere/x.csv'"),
         ("package://os.path/x", "write package://PACKAGE/PATH"),
         ("package://", "write package://PACKAGE/PATH"),
@@ -210,7 +211,7 @@ def test_unreadable_files_are_errors_of_one_line(name, content, message, write):
         ("no-such-org/no-such-data", {}, "'no-such-org/no-such-data' cannot be loaded: .*Hub"),
         ("csv", {}, "data.data_files is missing"),
         ("csv", {"data_files": "nowhere/x.csv"}, "cannot be loaded: Unable to find"),
-        ("package://no_such_thing/x.csv", {}, "'no_such_thing' is not installed"),
+        ("package://no_such_thing/x.csv", {}, "'no_such_thing' is not an installed package"),
     ],
 )
 def test_data_that_is_not_there(path, settings, message):
@@ -412,6 +413,16 @@ def test_examples_cut_before_their_completion_are_dropped_with_a_count(tokenizer
     assert "1 of 2 training examples have no token to learn from within 6 tokens" in caplog.text
     with pytest.raises(UserError, match="no training example is left: all 2 have no token to learn from within 2"):
         language(tokenizer, COMPLETIONS, rows, max_length=2)
+
+
+def test_an_example_of_one_token_is_dropped(tokenizer):
+    assert encoding.encode_plain_text({"text": ["bad"]}, tokenizer, "text", 1) == {"input_ids": [], "labels": []}
+
+
+def test_a_first_batch_that_is_dropped_whole_does_not_decide_the_column_types(tokenizer):
+    prompts = ["a film that goes on and on and on"] * 1000 + ["a film"]
+    result = language(tokenizer, COMPLETIONS, {"prompt": prompts, "completion": [" bad"] * 1001}, max_length=6)
+    assert counted(result.train[0], tokenizer) == " bad<eos>"
 
 
 def test_max_length_defaults_to_the_smaller_limit(tokenizer):

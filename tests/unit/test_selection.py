@@ -164,6 +164,18 @@ def test_too_sparse_for_the_fully_trained_modules():
     assert all(number in message for number in ("0.01", "10,000", "100", "150", "2 targets", "0.0152,")), message
 
 
+def test_fewer_scalars_than_targets():
+    with pytest.raises(UserError, match=r"too few for 3 targets: raise the density to at least 0\.0003,"):
+        budget(0.0002, 10_000, 0, {"a": 100, "b": 100, "c": 100})
+
+
+def test_the_advised_density_is_rounded_to_the_possible_side():
+    with pytest.raises(UserError, match=r"at most 0\.6666,"):
+        budget(1.0, 30_000_000, 0, {"a": 20_000_000})
+    with pytest.raises(UserError, match=r"at least 0\.3334,"):
+        budget(0.1, 30_000_000, 9_999_999, {"a": 20_000_000})
+
+
 @pytest.mark.parametrize("total", [601, 7_919, 22_713_216, 8_030_261_248])
 def test_the_density_that_an_error_advises_is_possible(total):
     sizes, fully_trained = {"a": math.isqrt(total), "b": total // 3}, total // 7

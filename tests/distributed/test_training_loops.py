@@ -1,0 +1,38 @@
+"""A sparse model is trained by plain torch, Accelerate, DeepSpeed and the Trainer alike."""
+
+import json
+from pathlib import Path
+
+import dense_reference
+import pytest
+import tiny
+from loops_worker import BATCH, LEARNING_RATE, STEPS, TASK, WAYS
+from ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def ranks(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float]]]:
+    """The losses that each rank saw, by way."""
+    out = tmp_path_factory.mktemp("loops")
+    run_ranks(RANKS, Path(__file__).with_name("loops_worker.py"), bases[TASK], out)
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def reference(bases: dict[str, Path]) -> list[float]:
+    batch = RANKS * BATCH
+    return dense_reference.train(bases[TASK], TASK, tiny.examples(TASK, STEPS * batch), batch, LEARNING_RATE).losses
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_loop_gives_the_losses_of_the_reference(ranks: list, reference: list[float], way: str) -> None:
+    losses = [sum(of_ranks) / RANKS for of_ranks in zip(*(rank[way] for rank in ranks), strict=True)]
+    assert losses == pytest.approx(reference, abs=1e-4)
+
+
+def test_ranks_see_different_examples(ranks: list) -> None:
+    assert ranks[0]["torch"] != pytest.approx(ranks[1]["torch"], abs=1e-2)
