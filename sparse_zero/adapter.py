@@ -21,6 +21,7 @@ from torch import nn
 from sparse_zero import selection
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError
+from sparse_zero.loading import load_model, load_tokenizer
 from sparse_zero.model import Sparsity, attach, merge_and_unload, sparsity_of, unwrap
 from sparse_zero.package import resolve
 from sparse_zero.zero import full_shape, gathered, settle
@@ -53,6 +54,7 @@ class AdapterConfig(BaseModel):
     format_version: int = FORMAT_VERSION
     base_model_name_or_path: str | None
     revision: str | None
+    tokenizer: str | None = None
     task: str | None
     dtype: str
     model_settings: dict[str, Any]
@@ -97,6 +99,7 @@ def _describe_adapter(model: nn.Module, sparsity: Sparsity) -> AdapterConfig:
     return AdapterConfig(
         base_model_name_or_path=sparsity.base_model,
         revision=sparsity.revision,
+        tokenizer=sparsity.tokenizer,
         task=_task_of(model),
         dtype=str(some_weight.dtype).removeprefix("torch."),
         model_settings={key: settings[key] for key in _MODEL_SETTINGS if settings.get(key) is not None},
@@ -163,7 +166,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         counts = {name: tensor.count for name, tensor in config.tensors.items()}
         attach(inner, config.sparse, counts, config.modules_to_save)
         inner.sparsity.base_model = config.base_model_name_or_path
-        inner.sparsity.revision = config.revision
+        inner.sparsity.revision, inner.sparsity.tokenizer = config.revision, config.tokenizer
     parameters = dict(inner.named_parameters())
     settle(inner)
     for name, values in tensors.items():
@@ -231,8 +234,6 @@ def merge_adapter(directory: str | Path, out: str | Path) -> dict[str, Any]:
 
     Returns: facts for the user. Raises UserError: see `load_adapter`; a base model that cannot be loaded.
     """
-    from sparse_zero.loading import load_model, load_tokenizer
-
     started = time.perf_counter()
     config = read_config(directory)
     if config.task is None or config.base_model_name_or_path is None:
@@ -248,9 +249,12 @@ def merge_adapter(directory: str | Path, out: str | Path) -> dict[str, Any]:
         dtype=getattr(torch, config.dtype),
         settings=config.model_settings,
     )
+    tokenizer = load_tokenizer(
+        config.tokenizer or config.base_model_name_or_path, None if config.tokenizer else config.revision
+    )
     merge_and_unload(load_adapter(model, directory))
     model.save_pretrained(out)
-    load_tokenizer(config.base_model_name_or_path, config.revision).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     return {
         "out": str(out),
         "base_model": config.base_model_name_or_path,

@@ -35,7 +35,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     _check_numbers(recipe.training)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    settings = {"report_to": "tensorboard", "eval_on_start": True, "use_cpu": devices == 0} | recipe.training
+    settings = {
+        "report_to": "tensorboard",
+        "eval_on_start": True,
+        "use_cpu": devices == 0,
+        # Every rank draws the same positions: there is nothing to broadcast
+        "ddp_broadcast_buffers": False,
+    }
+    settings |= recipe.training
     if ranks > devices and not settings["use_cpu"]:
         raise UserError(
             f"launch.processes: {ranks} ranks on a machine with {devices} accelerators; start at most {devices}, "
@@ -72,7 +79,10 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedToken
     """
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    tokenizer = load_tokenizer(section.tokenizer or section.name, **origin)
+    # A tokenizer of its own is not of the model's revision
+    tokenizer = load_tokenizer(
+        section.tokenizer or section.name, **origin | ({"revision": None} if section.tokenizer else {})
+    )
     limit = max_positions(load_config(section.name, **origin))
     with arguments.main_process_first(desc="data"):
         prepared = prepare(recipe.data, section.task, tokenizer, *load_splits(recipe.data), limit)

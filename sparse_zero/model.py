@@ -31,6 +31,8 @@ class Sparsity:
     base_model: str | None = None
     """Where the base model came from: a hub id, a directory or package://...; adapters carry it."""
     revision: str | None = None
+    tokenizer: str | None = None
+    """Where the tokenizer came from, if not from the base model."""
 
     @property
     def trainable_parameters(self) -> int:

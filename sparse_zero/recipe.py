@@ -134,7 +134,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply_override(raw, override)
     try:
-        recipe = Recipe.model_validate(raw)
+        # A section whose keys are all commented out reads as null
+        recipe = Recipe.model_validate({key: value for key, value in raw.items() if value is not None})
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from None
     training = dict(recipe.training)

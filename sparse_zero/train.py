@@ -75,6 +75,7 @@ def train(recipe: Recipe, path: str, merge: bool = False) -> dict[str, Any]:
     tokenizer, prepared, model = build(recipe, arguments)
     sparsify(model, recipe.sparse)
     model.sparsity.base_model, model.sparsity.revision = recipe.model.name, recipe.model.revision
+    model.sparsity.tokenizer = recipe.model.tokenizer
     trainer = SparseTrainer(
         model,
         arguments,

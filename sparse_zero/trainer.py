@@ -24,9 +24,12 @@ returns the loss to report. `last` is True for the final pass only: gradients ar
 class SparseTrainer(Trainer):
     """A Trainer that saves adapters and never the frozen base model."""
 
-    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        sparsity_of(self.model)
+    def __init__(self, model: nn.Module, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        sparsity_of(model)
+        # GPT-2 and its like divide their loss by num_items_in_batch, but transformers does not know it of these names.
+        if type(model).__name__.endswith("LMHeadModel") and getattr(model, "loss_type", None) is None:
+            model.loss_type = "ForCausalLM"
+        super().__init__(model, *args, **kwargs)
         self.objective = objective
         self._micro_step = 0
         # Nearly every forward takes **kwargs, but only the causal loss divides by num_items_in_batch. For the others

@@ -114,7 +114,8 @@ def test_deepspeed_a_ranks_refusal_is_all_that_is_printed(start):
     status, out, err = end(start("deepspeed", "refuses"))
     assert status == 2
     assert err == "sparse-zero: error: no such column\n"
-    assert all(line.startswith("progress of rank") for line in out.splitlines()), out
+    # Two ranks that print at once share a line and leave an empty one.
+    assert all(line.startswith("progress of rank") for line in out.splitlines() if line), out
 
 
 @pytest.mark.distributed

@@ -4,13 +4,14 @@ import pytest
 import torch
 from families import DECODERS, ENCODERS, LAYERS, VOCABULARY, tiny
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError
 from sparse_zero.model import sparsify
 from sparse_zero.targets import find_targets, find_whole
+from sparse_zero.trainer import SparseTrainer
 
 SELF_ATTENTION = [
     f"{stack}.block.{{}}.layer.0.SelfAttention.{end}" for stack in ("encoder", "decoder") for end in ("v", "o")
@@ -271,13 +272,9 @@ def test_the_loss_is_a_sum_over_num_items_in_batch(family):
     torch.testing.assert_close(output.loss, losses / 7)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(f, marks=pytest.mark.xfail(strict=True, reason="its loss_type is None") if f == "gpt2" else ())
-        for f in DECODERS
-    ],
-)
+@pytest.mark.parametrize("family", DECODERS)
 def test_the_trainer_sees_that_the_loss_divides_by_num_items_in_batch(family, tmp_path):
-    trainer = Trainer(tiny(family), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    model = sparsify(tiny(family), SparseConfig(density=0.1))
+    trainer = SparseTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    assert trainer.model_accepts_loss_kwargs
     assert trainer._loss_shifts_labels
