@@ -32,22 +32,21 @@ BATCHES = {
         "gradient_checkpointing": True,
     },
 }
-BATCHES["two-passes"] = BATCHES["noisy"] = BATCHES["accumulated"]
-"""Ways to the same optimizer step; in the last two the objective runs forward and backward twice per batch."""
+BATCHES["two-passes"] = BATCHES["accumulated"]
+"""Ways to the same optimizer step; in the last one the objective runs forward and backward twice per batch."""
 
-NOISE = {"probability": 0.3, "scope": "sequence"}
-"""With this scope the noise of an example does not depend on the rank that holds it."""
+FLOAT32 = [
+    *(f"{task}/{stage}/whole" for task in TASKS for stage in DEEPSPEED),
+    *(f"causal-lm/{stage}/accumulated" for stage in ("ddp", "zero2", "zero3")),
+    *(f"sequence-classification/{stage}/accumulated" for stage in ("ddp", "zero2")),
+    "causal-lm/ddp/two-passes",
+    "causal-lm/zero3/two-passes",
+    "sequence-classification/zero2/two-passes",
+]
+BFLOAT16 = ["causal-lm/zero2/bfloat16", "causal-lm/zero3/bfloat16"]
 
 PADDING = 2
 """Scalars by which a partition may exceed its share: each parameter (stage 3) or group (1, 2) is padded."""
-
-COMBINATIONS = [(stage, "whole") for stage in DEEPSPEED] + [
-    (stage, "accumulated") for stage in ("ddp", "zero2", "zero3")
-]
-FLOAT32 = [f"{task}/{stage}/{batch}" for task in TASKS for stage, batch in COMBINATIONS]
-FLOAT32 += [f"causal-lm/{stage}/two-passes" for stage in ("ddp", "zero2", "zero3")]
-NOISY = [f"causal-lm/{stage}/noisy" for stage in ("ddp", "zero2", "zero3")]
-BFLOAT16 = [f"{task}/{stage}/bfloat16" for task in TASKS for stage in ("zero2", "zero3")]
 
 
 def _task(name: str) -> str:
@@ -65,15 +64,15 @@ def _holds_a_share(name: str) -> bool:
 
 def _case(name: str, bases: dict[str, Path], **training: Any) -> dict[str, Any]:
     training |= OPTIMIZER | {"max_steps": STEPS, "lr_scheduler_type": "linear"}
-    objective = {"two_passes": name.endswith("two-passes"), "rpn": NOISE if name.endswith("noisy") else None}
-    return case(name, _task(name), bases[_task(name)], STEPS * BATCH, **training) | objective
+    two_passes = {"two_passes": name.endswith("two-passes")}
+    return case(name, _task(name), bases[_task(name)], STEPS * BATCH, **training) | two_passes
 
 
 @pytest.fixture(scope="module")
 def one_process(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process sees: by task in float32 and without DeepSpeed, by name in bfloat16."""
     batch = {"per_device_train_batch_size": BATCH}
-    cases = [_case(name, bases, **batch) for name in (*TASKS, "causal-lm/noisy")]
+    cases = [_case(name, bases, **batch) for name in TASKS]
     cases += [_case(name, bases, bf16=True, **batch, **DEEPSPEED[_stage(name)]) for name in BFLOAT16]
     return run_cases(1, cases, tmp_path_factory.mktemp("one"))[0]
 
@@ -86,7 +85,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(bases: dict[str, Path], out: Path) -> list[dict[str, Any]]:
     """What each of two ranks sees, by name."""
-    cases = [_case(name, bases, **BATCHES[name.split("/")[2]], **DEEPSPEED[_stage(name)]) for name in FLOAT32 + NOISY]
+    cases = [_case(name, bases, **BATCHES[name.split("/")[2]], **DEEPSPEED[_stage(name)]) for name in FLOAT32]
     cases += [_case(name, bases, bf16=True, **BATCHES["whole"], **DEEPSPEED[_stage(name)]) for name in BFLOAT16]
     return run_cases(RANKS, cases, out)
 
@@ -165,19 +164,6 @@ def test_frozen_weights_never_have_a_gradient(two_ranks: list, name: str) -> Non
     for rank in two_ranks:
         assert rank[name]["frozen"] > 20
         assert rank[name]["frozen_with_gradient"] == []
-
-
-@pytest.mark.parametrize("name", NOISY)
-def test_two_ranks_meet_the_noise_of_one_process(two_ranks: list, one_process: dict, name: str) -> None:
-    for rank in two_ranks:
-        assert rank[name]["losses"] == pytest.approx(one_process["causal-lm/noisy"]["losses"], abs=1e-4)
-        assert rank[name]["norms"] == pytest.approx(one_process["causal-lm/noisy"]["norms"], abs=1e-4)
-
-
-def test_noise_changes_the_losses(one_process: dict) -> None:
-    noisy, plain = one_process["causal-lm/noisy"], one_process["causal-lm"]
-    assert noisy["losses"][0] == pytest.approx(plain["losses"][0], abs=1e-4)  # the clean pass of the first step
-    assert noisy["losses"] != pytest.approx(plain["losses"], abs=1e-2)
 
 
 @pytest.mark.parametrize("name", BFLOAT16)

@@ -14,9 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedModel, TrainingArguments
 
-from rpn import RPNConfig
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
-from sparse_zero.train import noisy_objective
 from sparse_zero.trainer import Backward, Forward
 from sparse_zero.zero import optimizer_bytes
 
@@ -35,10 +33,6 @@ class WatchedTrainer(SparseTrainer):
         self.batches += 1
         self.frozen_with_gradient |= {n for n, p in self.frozen.items() if p.requires_grad or p.grad is not None}
         return loss
-
-
-def noise_of(case: dict[str, Any]) -> RPNConfig | None:
-    return RPNConfig(**case["rpn"]) if case.get("rpn") else None
 
 
 def in_two_passes(forward: Forward, backward: Backward, step: int, micro_step: int) -> torch.Tensor:
@@ -75,7 +69,7 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     arguments, model = build(case, out)
     sparsify(model, SparseConfig(density=tiny.density_of(model, case["task"])))
-    objective = in_two_passes if case.get("two_passes") else noisy_objective(model, noise_of(case), arguments)
+    objective = in_two_passes if case.get("two_passes") else None
     examples = tiny.examples(case["task"], case["examples"])
     trainer = WatchedTrainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8], objective=objective)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

@@ -229,7 +229,10 @@ def test_chosen_gpus_survive_deepspeeds_runner(capsys, recipe, monkeypatch):
         (["train", "recipe.yaml", "launch.master_port=70000"], "70000 is no port"),
         (["train", "recipe.yaml", "training.output_dir=recipe.yaml/x"], "recipe.yaml is a file"),
         (["train", "recipe.yaml", "training.deepspeed=broken.json"], "broken.json: not JSON"),
-        (["train", "recipe.yaml", "model.name=package://no_such_package/m"], "'no_such_package' is not an installed package"),
+        (
+            ["train", "recipe.yaml", "model.name=package://no_such_package/m"],
+            "'no_such_package' is not an installed package",
+        ),
         (["evaluate", "recipe.yaml", "--adapter", "nowhere"], "nowhere: no such adapter directory"),
         (["inspect", "nowhere"], "nowhere: no such adapter directory"),
         (["merge", "nowhere", "out"], "nowhere: no such adapter directory"),
