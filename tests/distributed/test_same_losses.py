@@ -21,8 +21,12 @@ DEEPSPEED = {
     "zero0": {"deepspeed": zero_config(0)},
     "zero1": {"deepspeed": zero_config(1)},
     "zero2": {"deepspeed": zero_config(2)},
-    # Without a threshold ZeRO stage 3 would keep all of so small a model whole
-    "zero3": {"deepspeed": zero_config(3, stage3_param_persistence_threshold=0)},
+    # By default ZeRO stage 3 would keep all of so small a model whole, or from forward to backward
+    "zero3": {
+        "deepspeed": zero_config(
+            3, stage3_param_persistence_threshold=0, stage3_max_live_parameters=0, stage3_max_reuse_distance=0
+        )
+    },
 }
 BATCHES = {
     "whole": {"per_device_train_batch_size": BATCH // RANKS},
