@@ -88,4 +88,5 @@ def peak_memory_bytes() -> int:
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads per rank of {platform.processor() or platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''} per process"
