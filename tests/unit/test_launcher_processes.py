@@ -140,7 +140,7 @@ def test_deepspeed_a_killed_launcher_is_a_failure_and_its_ranks_end(start):
 @pytest.mark.distributed
 def test_deepspeed_ctrl_c_before_the_ranks_exist(start):
     process = start("deepspeed", "saves")
-    while not any("deepspeed.launcher.launch" in launcher.cmdline() for launcher in survivors()):
+    while not any("deepspeed.launcher.launch" in launcher.info["cmdline"] for launcher in survivors()):
         time.sleep(0.05)
     # As a terminal does: to every process of the foreground group.
     os.killpg(process.pid, signal.SIGINT)
