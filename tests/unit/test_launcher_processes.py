@@ -52,6 +52,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def heed_signals():
+    """A test run in a shell's background ignores SIGINT, and its children would inherit that."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Starts `sparse-zero train` with two stand-in ranks; whatever is still there at the end is killed."""
@@ -67,7 +73,7 @@ def start(tmp_path, monkeypatch):
         words.extend([f"launch.launcher={launcher}", f"training.run_name={role}", *options])
         command = [sys.executable, "-c", COMMAND, "train", "recipe.yaml", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, **pipes, start_new_session=True))
+        started.append(subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heed_signals))
         return started[-1]
 
     yield start
@@ -154,7 +160,9 @@ def test_torchrun_a_second_signal_kills_ranks_that_do_not_listen(start):
     process = start("torchrun", "deaf")
     alive = ranks(process)
     process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 30
     while not all(Path(f"told.{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline, "no rank was told"
         time.sleep(0.05)
     assert all(rank.is_running() for rank in alive)
     process.send_signal(signal.SIGINT)
