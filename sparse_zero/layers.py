@@ -301,6 +301,8 @@ class SparseEmbedding(SampledModule, nn.Embedding):
             # As in nn.Embedding, padding has no gradient.
             words = ids != self.padding_idx
             ids, grad_output = ids[words], grad_output[words]
+        if self.scale_grad_by_freq:
+            grad_output = grad_output / torch.bincount(ids, minlength=1)[ids, None]
         return embedding_product(ids, grad_output, *pattern)
 
 
