@@ -90,7 +90,7 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
     else:
         chosen = {}
         draws = [_draw(name, targets[name], config, n, rows.get(name, ())) for name, n in counts.items()]
-    for name in rows.keys() - counts.keys():
+    for name in [name for name in rows if name not in counts]:
         shape = tuple(parameters[name].shape)
         draws.append(Draw(STRATIFIED, name, shape, len(rows[name]) * shape[1], config.seed, whole_rows=rows[name]))
     return attach(model, config, [draw for draw in draws if draw.count], whole, chosen)
