@@ -1,0 +1,138 @@
+"""The parameters of a base model: names, shapes and the modules that hold them, without their values."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+
+from sparse_zero.errors import UserError
+from sparse_zero.loading import load_config
+from sparse_zero.targets import Target, all_targets
+
+_AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+
+
+def task_of(class_name: str | None) -> str | None:
+    """The task that a transformers class is for."""
+    if class_name and class_name.endswith("ForSequenceClassification"):
+        return "sequence-classification"
+    return "causal-lm" if class_name and class_name.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+@dataclass
+class Architecture:
+    """A model without values."""
+
+    model: nn.Module
+    """On the meta device."""
+    config: PreTrainedConfig
+    source: str
+    """Where its configuration came from."""
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """By parameter name; a tied parameter once."""
+        return all_targets(self.model)
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """All names of each parameter, tied ones included."""
+        first = {id(target.parameter): name for name, target in self.targets.items()}
+        names: dict[str, list[str]] = {name: [] for name in self.targets}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[first[id(parameter)]].append(name)
+        return names
+
+    @property
+    def class_name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def task(self) -> str | None:
+        return task_of(self.class_name)
+
+    @property
+    def dtype(self) -> str | None:
+        dtype = getattr(self.config, "dtype", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        if self.task != "sequence-classification":
+            return {}
+        return {"id2label": self.config.id2label, "label2id": self.config.label2id}
+
+    @property
+    def total(self) -> int:
+        return sum(target.shape.numel() for target in self.targets.values())
+
+    @property
+    def prefix(self) -> str:
+        """Of the parameters that the model has without its head."""
+        return f"{self.model.base_model_prefix}."
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self.targets[name].shape) if name in self.targets else None
+
+    def modules(self, parameters: Iterable[str]) -> list[str]:
+        """The fewest modules that hold these parameters and no others; for what is left over, its own module."""
+        wanted, modules = set(parameters), dict(self.model.named_modules())
+        found: dict[str, None] = {}
+        for parameter in parameters:
+            parts = parameter.split(".")[:-1]
+            holders = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
+            full = [
+                holder
+                for holder in holders
+                if all(f"{holder}.{name}" in wanted for name, _ in modules[holder].named_parameters())
+            ]
+            found.update(dict.fromkeys((full or holders[-1:])[:1]))
+        return list(found)
+
+
+def architecture_of(
+    origin: str | Path,
+    base: str | None,
+    revision: str | None = None,
+    task: str | None = None,
+    class_name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    config: PreTrainedConfig | None = None,
+) -> Architecture:
+    """Build the base model of an adapter without its values.
+
+    Args: origin: the adapter, for errors; settings: entries of the model's configuration to set; config: the model's
+        configuration where the adapter carries it, so that the base model itself is not asked.
+    Raises UserError: no base model is known, or it cannot be found, or the class of the model is not known.
+    """
+    source = str(origin) if config is not None else base
+    if config is None:
+        if base is None:
+            raise UserError(f"{origin}: does not say what its base model is; --base names its directory or hub id")
+        try:
+            config = load_config(base, revision)
+        except UserError as error:
+            reason = str(error).removeprefix("model.name: ")
+            raise UserError(
+                f"{origin}: the configuration of its base model is needed, and {reason}; --base names a directory "
+                "that holds it"
+            ) from None
+    for key, value in (settings or {}).items():
+        if key == "id2label":
+            value = {int(index): label for index, label in value.items()}
+        setattr(config, key, value)
+    known_class = class_name or next(iter(config.architectures or ()), None)
+    with torch.device("meta"):
+        if task in _AUTO_CLASS:
+            model = _AUTO_CLASS[task].from_config(config)
+        elif known_class and hasattr(transformers, known_class):
+            model = getattr(transformers, known_class)(config)
+        else:
+            raise UserError(f"{origin}: the class of its base model, {known_class}, is not one of transformers")
+    return Architecture(model, config, str(source))

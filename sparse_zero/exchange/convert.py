@@ -1,0 +1,70 @@
+"""`sparse-zero convert`: from a directory of any format to a new one of any format that can be written."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparse_zero.errors import UserError
+from sparse_zero.exchange import FORMATS, model_delta, recognise
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str = "sparse-zero",
+    base: str | None = None,
+    max_density: float = model_delta.MAX_DENSITY,
+) -> dict[str, Any]:
+    """Write what `source` holds as a directory of the format `to`, complete or not at all.
+
+    Args: base: the base model's directory or hub id, where `source` does not say it or says another;
+        max_density: see `model_delta.read`.
+    Returns: facts for the user. Raises UserError: see `sparse_zero.exchange`; `out` holds files already.
+    """
+    started, source, out = time.perf_counter(), Path(source), Path(out)
+    kind = recognise(source)
+    if kind == to:
+        raise UserError(f"{source}: is a {FORMATS[to].TITLE} adapter already: copy the directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new directory")
+    format = FORMATS[kind]
+    contents = format.read(source, base, max_density) if kind == "model" else format.read(source, base)
+    adapter = contents.adapter()
+    unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
+    try:
+        written = FORMATS[to].write(adapter, unfinished)
+        os.replace(unfinished, out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({error})") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size = adapter_bytes(out)
+    return {
+        "out": str(out),
+        "from": format.TITLE,
+        "to": FORMATS[to].TITLE,
+        "base_model": adapter.config.base_model_name_or_path,
+        "task": adapter.config.task,
+        "weights": len(adapter.config.tensors),
+        "selected_scalars": sum(values.numel() for values in adapter.deltas.values()),
+        "whole_scalars": sum(values.numel() for values in (adapter.whole | adapter.rows).values()),
+        **written,
+        "bytes": size,
+        "bytes_per_scalar": size / max(1, contents.trained),
+        "notes": contents.notes,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+_FILES = ("adapter_*.json", "adapter_*.safetensors", "sparse_deltas.*", "*_init.*", "config.json")
+
+
+def adapter_bytes(directory: Path) -> int:
+    """Bytes of an adapter's files of any format, without model card and tokenizer."""
+    return sum(path.stat().st_size for pattern in _FILES for path in directory.glob(pattern))

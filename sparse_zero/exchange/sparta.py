@@ -1,0 +1,223 @@
+"""The reference implementation's adapters (peft-sparta 0.0.3).
+
+config.json                     the base model's configuration, with `sparta_pretrained_model`
+sparse_deltas.safetensors       for every parameter NAME of the model `indices.NAME`, int32 (n, dimensions), and
+                                `deltas.NAME` (n,), of length 0 where nothing was selected; or sparse_deltas.pt, a dict
+                                of the dicts `indices` and `deltas`
+head_init, new_embeddings_init  .safetensors or .pt: what a new head, and the embeddings of new tokens, were before
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from sparse_zero.adapter_files import Adapter
+from sparse_zero.errors import UserError
+from sparse_zero.exchange.architecture import Architecture, task_of
+from sparse_zero.exchange.checkpoint import Checkpoint
+from sparse_zero.exchange.contents import Contents, Selected
+from sparse_zero.exchange.files import read_json, read_pickled, read_safetensors, write_json, write_safetensors
+from sparse_zero.exchange.peft_files import architecture_for
+from sparse_zero.loading import load_tokenizer
+from sparse_zero.package import resolve
+
+TITLE = "peft-sparta"
+DELTAS, HEAD, EMBEDDINGS = "sparse_deltas", "head_init", "new_embeddings_init"
+HEAD_NAME = "score.weight"
+BASE_KEY = "sparta_pretrained_model"
+SINGLE_LABEL = "single_label_classification"
+
+
+def recognise(directory: Path) -> bool:
+    return any((directory / f"{DELTAS}.{ending}").is_file() for ending in ("safetensors", "pt"))
+
+
+def read(directory: Path, base: str | None) -> Contents:
+    settings = read_json(directory / "config.json")
+    indices, deltas = _read_deltas(directory)
+    name_of_class = next(iter(settings.get("architectures") or ()), None)
+    selected = {
+        name: Selected(indices[name], values)
+        for name, values in deltas.items()
+        if values.numel() or indices[name].numel()
+    }
+    contents = Contents(
+        origin=directory,
+        format="sparta",
+        base=base or settings.get(BASE_KEY),
+        selected=selected,
+        task=task_of(name_of_class),
+        class_name=name_of_class,
+        dtype=settings.get("dtype") or settings.get("torch_dtype"),
+        rule="each scalar by chance (Bernoulli)",
+        sparse={"selection": "bernoulli"},
+        settings={k: settings[k] for k in ("id2label", "label2id", "problem_type", "pad_token_id") if settings.get(k)},
+        config=AutoConfig.from_pretrained(directory),
+    )
+    if (head := _read_init(directory, HEAD)) is not None:
+        contents.whole[HEAD_NAME] = head.float() + _dense(contents, HEAD_NAME, head).float()
+    if (embeddings := _read_init(directory, EMBEDDINGS)) is not None:
+        _read_new_rows(contents, embeddings)
+    return contents
+
+
+def _read_deltas(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    path = directory / f"{DELTAS}.safetensors"
+    if path.is_file():
+        tensors = read_safetensors(path)
+        kinds = {key.partition(".")[0] for key in tensors}
+        found = [
+            {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{kind}.")}
+            for kind in ("indices", "deltas")
+        ]
+    else:
+        path = path.with_suffix(".pt")
+        content = read_pickled(path)
+        kinds = set(content) if isinstance(content, dict) else {"something else"}
+        found = [dict(content[kind]) for kind in ("indices", "deltas")] if kinds == {"indices", "deltas"} else []
+    if kinds != {"indices", "deltas"}:
+        raise UserError(f"{path}: damaged: holds {', '.join(sorted(kinds)) or 'nothing'}, not indices and deltas")
+    if odd := sorted(found[0].keys() ^ found[1].keys()):
+        raise UserError(f"{path}: damaged: '{odd[0]}' has only one of indices and deltas")
+    return found[0], found[1]
+
+
+def _read_init(directory: Path, name: str) -> torch.Tensor | None:
+    path = directory / f"{name}.safetensors"
+    if path.is_file():
+        tensor = read_safetensors(path).get(name.removesuffix("_init"))
+        if tensor is None:
+            raise UserError(f"{path}: damaged: '{name.removesuffix('_init')}' is not in it")
+        return tensor
+    path = path.with_suffix(".pt")
+    return read_pickled(path) if path.is_file() else None
+
+
+def _dense(contents: Contents, name: str, like: torch.Tensor) -> torch.Tensor:
+    """The deltas of a parameter as a matrix of the shape of `like`, taken out of `contents`."""
+    dense = like.new_zeros(like.shape, dtype=torch.float32)
+    entry = contents.selected.pop(name, None)
+    if entry is not None:
+        at = entry.indices.long()
+        if at.dim() != 2 or at.shape != (entry.values.numel(), like.dim()) or (at >= torch.tensor(like.shape)).any():
+            raise UserError(f"{contents.origin}: damaged: the indices of '{name}' do not fit its {list(like.shape)}")
+        dense[at.unbind(1)] = entry.values.float()
+    return dense
+
+
+def _read_new_rows(contents: Contents, init: torch.Tensor) -> None:
+    """Embeddings that were appended for new tokens are ours to hold whole: the base model does not have them."""
+    architecture = contents.architecture()
+    embedding = architecture.model.get_input_embeddings()
+    name = next(n for n, target in architecture.targets.items() if target.parameter is embedding.weight)
+    first = embedding.weight.shape[0] - init.shape[0]
+    entry, rows = contents.selected.pop(name, None), init.float()
+    if entry is not None:
+        new = entry.indices[:, 0] >= first
+        shift = torch.tensor([first, 0])
+        contents.selected[name] = Selected(entry.indices[new].long() - shift, entry.values[new])
+        rows = rows + _dense(contents, name, init)
+        if not new.all():
+            contents.selected[name] = Selected(entry.indices[~new], entry.values[~new])
+    contents.rows[name] = (tuple(range(first, first + len(rows))), rows)
+    if (contents.origin / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(str(contents.origin))
+        contents.new_tokens = tokenizer.convert_ids_to_tokens(list(contents.rows[name][0]))
+
+
+def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
+    """The reference's loaders ask for every parameter of the model, and know one kind of head: a linear `score`."""
+    architecture = architecture_for(adapter)
+    classifier = architecture.task == "sequence-classification"
+    _refuse(adapter, architecture, classifier)
+    config, base = adapter.config, adapter.config.base_model_name_or_path
+    some = next(iter((adapter.deltas | adapter.whole | adapter.rows).values()))
+    tensors = {}
+    for name, target in architecture.targets.items():
+        at, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=some.dtype)
+        if name == HEAD_NAME and classifier:
+            # From a head of zeros the deltas are the values, bit for bit.
+            values = adapter.whole[name].flatten()
+            at = torch.arange(values.numel())
+        elif name in adapter.whole:
+            weights = Checkpoint.open(base, config.revision, architecture).require([name])
+            values = (adapter.whole[name].float() - weights.tensor(name).float()).flatten()
+            at = torch.arange(values.numel())
+        elif name in adapter.deltas:
+            at, values = _old_positions(adapter, name), adapter.deltas[name]
+        tensors[f"indices.{name}"] = _coordinates(at, adapter, name, tuple(target.shape))
+        tensors[f"deltas.{name}"] = values
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / f"{DELTAS}.safetensors", tensors)
+    if classifier:
+        zeros = torch.zeros_like(adapter.whole[HEAD_NAME])
+        write_safetensors(directory / f"{HEAD}.safetensors", {"head": zeros})
+    for rows in adapter.rows.values():
+        # The loader of peft-sparta 0.0.3 hands safetensors a torch.device, which it refuses: a .pt file it can read.
+        torch.save(rows, directory / f"{EMBEDDINGS}.pt")
+        architecture.config.vocab_size += len(rows)
+        tokenizer = load_tokenizer(config.tokenizer or base, None if config.tokenizer else config.revision)
+        tokenizer.add_tokens(config.new_tokens, special_tokens=True)
+        tokenizer.save_pretrained(directory)
+    architecture.config.save_pretrained(directory)
+    # The loader wants to read what transformers leaves out of a configuration because it is the default.
+    settings = read_json(directory / "config.json") | architecture.labels
+    settings |= {BASE_KEY: resolve(base), "architectures": [architecture.class_name]}
+    if classifier:
+        settings["problem_type"] = SINGLE_LABEL
+    write_json(directory / "config.json", settings)
+    return {}
+
+
+def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> None:
+    if architecture.task is None:
+        raise UserError(
+            f"{architecture.class_name}: the reference loads causal and sequence-classification models only"
+        )
+    odd = [n for n in architecture.targets if not n.startswith(architecture.prefix) and n != HEAD_NAME]
+    if classifier and (HEAD_NAME not in architecture.targets or odd):
+        raise UserError(
+            f"'{(odd or [HEAD_NAME])[0]}': the reference's loader knows classifiers with one linear `score` without a "
+            f"bias, and {architecture.class_name} is not of that kind; `--to shira` or `--to supertuning` can write it"
+        )
+    if classifier and (kind := adapter.config.model_settings.get("problem_type") or SINGLE_LABEL) != SINGLE_LABEL:
+        raise UserError(f"problem_type {kind}: the reference's loader knows {SINGLE_LABEL} only")
+    if classifier and HEAD_NAME not in adapter.whole:
+        raise UserError(f"'{HEAD_NAME}' was not trained whole, and the reference's loader needs all of it")
+    for name in {**adapter.deltas, **adapter.whole, **adapter.rows}:
+        if name not in architecture.targets:
+            raise UserError(
+                f"'{name}' is no parameter of {architecture.class_name} ({architecture.source}); "
+                "--base names another base model"
+            )
+    for name in adapter.rows:
+        known, rows = architecture.shape(name)[0], adapter.draw(name).whole_rows
+        if not classifier or rows != tuple(range(known, adapter.draw(name).shape[0])):
+            raise UserError(
+                f"'{name}' has rows that were trained whole; the reference holds those of new tokens of a sequence "
+                "classifier only; `sparse-zero merge` can write it"
+            )
+
+
+def _old_positions(adapter: Adapter, name: str) -> torch.Tensor:
+    """Without those of rows that were trained whole."""
+    flat = adapter.positions(name)
+    if name not in adapter.rows:
+        return flat
+    # New rows are the last ones.
+    return flat[flat < adapter.draw(name).whole_rows[0] * adapter.draw(name).shape[-1]]
+
+
+def _coordinates(flat: torch.Tensor, adapter: Adapter, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    known = adapter.draw(name).shape if name in adapter.deltas else shape
+    if known[1:] != shape[1:] or (known != shape and name not in adapter.rows):
+        raise UserError(
+            f"'{name}' has shape {list(known)}, and {list(shape)} in the base model; --base names the right one"
+        )
+    columns = []
+    for length in reversed(shape[1:]):
+        columns.append(flat % length)
+        flat = torch.div(flat, length, rounding_mode="trunc")
+    return torch.stack([flat, *reversed(columns)], dim=1).to(torch.int32)
