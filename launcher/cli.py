@@ -127,9 +127,9 @@ def _add_convert(commands) -> argparse.ArgumentParser:
     convert.add_argument(
         "--max-density",
         type=_share,
-        default=None,
+        default=0.5,
         metavar="SHARE",
-        help="refuse a fine-tuned model of which a larger share of the scalars differs (default: 0.5)",
+        help="refuse a fine-tuned model of which a larger share of the scalars differs (default: %(default)s)",
     )
     return convert
 

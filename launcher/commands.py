@@ -79,8 +79,7 @@ def convert(arguments: argparse.Namespace) -> int:
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.exchange.convert import convert
 
-        density = {} if arguments.max_density is None else {"max_density": arguments.max_density}
-        facts = convert(source, Path(arguments.out), arguments.to, arguments.base, **density)
+        facts = convert(source, Path(arguments.out), arguments.to, arguments.base, arguments.max_density)
     if arguments.json:
         report.print_json(facts)
     else:

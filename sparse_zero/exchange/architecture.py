@@ -116,23 +116,40 @@ def architecture_of(
         if base is None:
             raise UserError(f"{origin}: does not say what its base model is; --base names its directory or hub id")
         try:
-            config = load_config(base, revision)
+            config = configuration(base, revision)
         except UserError as error:
-            reason = str(error).removeprefix("model.name: ")
             raise UserError(
-                f"{origin}: the configuration of its base model is needed, and {reason}; --base names a directory "
+                f"{origin}: the configuration of its base model is needed, and {error}; --base names a directory "
                 "that holds it"
             ) from None
     for key, value in (settings or {}).items():
         if key == "id2label":
             value = {int(index): label for index, label in value.items()}
         setattr(config, key, value)
-    known_class = class_name or next(iter(config.architectures or ()), None)
+    return Architecture(_model(origin, config, task, class_name), config, str(source))
+
+
+def configuration(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Raises UserError: no model of transformers there."""
+    try:
+        return load_config(str(name), revision)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("model.name: ")) from None
+
+
+def _model(origin: str | Path, config: PreTrainedConfig, task: str | None, class_name: str | None) -> nn.Module:
+    names = [name for name in (class_name, *(config.architectures or ())) if name]
+    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    # An adapter's class is not that of another base model that the user names.
+    fitting = [kind for kind in known if isinstance(config, kind.config_class)]
     with torch.device("meta"):
         if task in _AUTO_CLASS:
-            model = _AUTO_CLASS[task].from_config(config)
-        elif known_class and hasattr(transformers, known_class):
-            model = getattr(transformers, known_class)(config)
-        else:
-            raise UserError(f"{origin}: the class of its base model, {known_class}, is not one of transformers")
-    return Architecture(model, config, str(source))
+            try:
+                return _AUTO_CLASS[task].from_config(config)
+            except ValueError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"{origin}: its base model has no head for {task} ({reason})") from None
+        if not fitting:
+            shown = ", ".join(dict.fromkeys(names)) or "not said"
+            raise UserError(f"{origin}: the class of its base model, {shown}, is not one of transformers")
+        return fitting[0](config)

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from sparse_zero.errors import UserError
-from sparse_zero.exchange.architecture import Architecture, architecture_of, task_of
+from sparse_zero.exchange.architecture import Architecture, architecture_of, configuration, task_of
 from sparse_zero.exchange.checkpoint import Checkpoint, has_weights, row_chunks
 from sparse_zero.exchange.contents import Contents, Selected
 from sparse_zero.exchange.files import read_json
@@ -31,7 +30,7 @@ def read(directory: Path, base: str | None, max_density: float = MAX_DENSITY) ->
         raise UserError(f"{directory}: a whole model; --base names the original, from which it differs")
     settings = read_json(directory / "config.json")
     class_name = next(iter(settings.get("architectures") or ()), None)
-    config = AutoConfig.from_pretrained(directory)
+    config = configuration(directory)
     architecture = architecture_of(directory, base, class_name=class_name, config=config)
     tuned = Checkpoint.open(str(directory), None, architecture).require(architecture.targets)
     original = Checkpoint.open(base, None, architecture)

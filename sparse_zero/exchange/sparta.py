@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from sparse_zero.adapter_files import Adapter
 from sparse_zero.errors import UserError
-from sparse_zero.exchange.architecture import Architecture, task_of
+from sparse_zero.exchange.architecture import Architecture, configuration, task_of
 from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.contents import Contents, Selected
 from sparse_zero.exchange.files import read_json, read_pickled, read_safetensors, write_json, write_safetensors
@@ -54,7 +53,7 @@ def read(directory: Path, base: str | None) -> Contents:
         rule="each scalar by chance (Bernoulli)",
         sparse={"selection": "bernoulli"},
         settings={k: settings[k] for k in ("id2label", "label2id", "problem_type", "pad_token_id") if settings.get(k)},
-        config=AutoConfig.from_pretrained(directory),
+        config=configuration(directory),
     )
     if (head := _read_init(directory, HEAD)) is not None:
         contents.whole[HEAD_NAME] = head.float() + _dense(contents, HEAD_NAME, head).float()

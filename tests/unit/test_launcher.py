@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -53,7 +54,7 @@ def one_error(capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "RECIPE", "--dry-run"]])
+@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["train", "RECIPE", "--dry-run"]])
 def test_answers_without_importing_the_heavy_libraries(words, recipe):
     words = [recipe if word == "RECIPE" else word for word in words]
     code = (
@@ -88,7 +89,9 @@ def test_override_with_dashes_is_refused_with_the_right_spelling(capsys, recipe)
     assert "an override has no dashes: training.seed=1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["trian"], ["inspect", "a", "b"], ["evaluate", "r.yaml"], []])
+@pytest.mark.parametrize(
+    "words", [["trian"], ["inspect", "a", "b"], ["evaluate", "r.yaml"], ["convert", "a", "b", "--to", "lora"], []]
+)
 def test_wrong_arguments_end_with_two(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -308,7 +311,12 @@ DESCRIPTION = {
     "density": 0.02,
     "trainable_parameters": 453120,
     "bytes": 3 * 1024**2,
-    "tensors": [{"name": f"layer.{'x' * 90}.weight", "shape": [384, 1536], "scalars": 11796, "norm": 0.03125}],
+    "kinds": [{"name": "layer.*.weight", "weights": 40}],
+    "layers": [],
+    "tensors": [{"name": f"layer.{'x' * 90}.{i}.weight", "shape": [384, 1536], "scalars": 11796} for i in range(40)],
+    "histogram": [{"from": 0, "to": 0, "scalars": 1}, {"from": 1e-3, "to": 1e-2, "scalars": 3}],
+    "largest": [{"name": "layer.3.weight", "position": [4, 5], "delta": -0.03125}],
+    "notes": ["it was [long] ago"],
 }
 
 
@@ -340,13 +348,34 @@ def test_merge(capsys, monkeypatch):
 
 
 def test_inspect(capsys, monkeypatch):
-    stand_in(monkeypatch, "sparse_zero.inspect", describe=lambda adapter: DESCRIPTION)
+    stand_in(monkeypatch, "sparse_zero.inspect", describe=lambda adapter, base: DESCRIPTION)
     assert main(["inspect", ".", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == DESCRIPTION
     assert main(["inspect", "."]) == 0
     out = capsys.readouterr().out
-    for shown in ("org/[bold]model", "453,120", "3.0 MiB", f"layer.{'x' * 90}.weight", "384 x 1536", "11,796"):
+    for shown in ("org/[bold]model", "453,120", "3.0 MiB", f"layer.{'x' * 90}.23.weight", "384 x 1536", "11,796"):
         assert shown in out, shown
+    assert f"layer.{'x' * 90}.24.weight" not in out
+    assert "... and 16 more: --json lists all" in out
+    assert f"1e-03 to 1e-02  {'#' * 40}  3  75.0%" in out
+    assert "4, 5      -0.03125" in out
+    assert out.endswith("note: it was [long] ago\n")
+
+
+def test_convert(capsys, monkeypatch):
+    def convert(source, out, to, base, max_density):
+        return {"out": str(out), "to": to, "base_model": base, "max_density": max_density, "notes": ["kept whole"]}
+
+    stand_in(monkeypatch, "sparse_zero.exchange.convert", convert=convert)
+    words = ["convert", ".", "new", "--to", "shira", "--base", "org/model"]
+    assert main([*words, "--max-density", "0.25", "--json"]) == 0
+    facts = {"out": "new", "to": "shira", "base_model": "org/model", "max_density": 0.25, "notes": ["kept whole"]}
+    assert json.loads(capsys.readouterr().out) == facts
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"to +shira *\n", out)
+    assert re.search(r"max density +0\.5 *\n", out)
+    assert out.endswith("note: kept whole\n")
 
 
 def test_readable():
