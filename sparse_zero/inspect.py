@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sparse_zero.errors import UserError
 from sparse_zero.exchange import FORMATS, read
 from sparse_zero.exchange.contents import Contents
 from sparse_zero.exchange.convert import adapter_bytes
@@ -63,7 +64,11 @@ def _add_shapes(contents: Contents) -> None:
         contents.config or (contents.base and Path(resolve(contents.base)).is_dir())
     ):
         return
-    architecture = contents.architecture()
+    try:
+        architecture = contents.architecture()
+    except UserError as error:
+        contents.notes.append(f"the weights' shapes are not known ({error})")
+        return
     contents.total = architecture.total
     for name, entry in contents.selected.items():
         entry.shape = entry.shape or architecture.shape(name)

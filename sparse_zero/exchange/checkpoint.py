@@ -16,6 +16,7 @@ from sparse_zero.exchange.files import read_json
 from sparse_zero.package import resolve
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FETCHED = ["*.json", "*.safetensors"]
 CHUNK_BYTES = 64 * 2**20
 """Of one tensor, how much is read at once."""
 
@@ -37,10 +38,8 @@ class Checkpoint:
         directory = Path(resolve(name))
         if not directory.is_dir():
             try:
-                directory = Path(
-                    snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-                )
-            except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+                directory = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
+            except (OSError, HfHubHTTPError, HFValidationError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(f"--base: {name} is no directory, and cannot be fetched ({reason})") from None
         if not has_weights(directory):
@@ -48,6 +47,26 @@ class Checkpoint:
                 f"{directory}: neither {SINGLE} nor {INDEX} is there; save it with transformers (save_pretrained)"
             )
         return cls(directory, architecture)
+
+    @classmethod
+    def at_hand(cls, name: str | None, revision: str | None, architecture: Architecture) -> "Checkpoint | None":
+        """`open` where that needs no download, else None."""
+        if name is None:
+            return None
+        directory = Path(resolve(name))
+        if not directory.is_dir():
+            try:
+                found = snapshot_download(name, revision=revision, allow_patterns=_FETCHED, local_files_only=True)
+            except (LocalEntryNotFoundError, HFValidationError):
+                return None
+            directory = Path(found)
+        return cls(directory, architecture) if has_weights(directory) else None
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As of a model, those that are stored. They are mapped: only what is read of them costs anything."""
+        for name in self.architecture.targets:
+            if self.key(name) is not None:
+                yield name, self.tensor(name)
 
     @cached_property
     def files(self) -> dict[str, Path]:

@@ -11,6 +11,8 @@ from sparse_zero.adapter_files import Adapter, AdapterConfig, SelectedTensor, li
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.exchange.architecture import Architecture, architecture_of
+from sparse_zero.exchange.checkpoint import Checkpoint
+from sparse_zero.fingerprint import fingerprint
 from sparse_zero.selection import STORED, STRATIFIED, Draw, whole_rows
 
 
@@ -102,6 +104,8 @@ class Contents:
             else:
                 draw = Draw(STRATIFIED, name, shape, len(rows) * shape[-1], whole_rows=rows)
             tensors[name] = SelectedTensor.describe(draw, stored[name] if name in stored else draw.positions())
+        if not self.trained:
+            raise UserError(f"{self.origin}: holds no trained scalar")
         for name, values in self.whole.items():
             self._check_whole(name, values, architecture)
         return Adapter(
@@ -141,11 +145,13 @@ class Contents:
             )
 
     def _config(self, architecture: Architecture, tensors: dict[str, SelectedTensor]) -> AdapterConfig:
-        total = architecture.total
-        grown = {name: values for name, (_, values) in self.rows.items()}
-        density = min(1.0, self.trained / max(total, 1))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        shapes |= {name: list(values.shape) for name, values in self.whole.items()}
+        grown = sum(torch.Size(shape).numel() - architecture.targets[n].shape.numel() for n, shape in shapes.items())
+        total = architecture.total + grown
+        base = Checkpoint.at_hand(self.base, self.revision, architecture)
         sparse = {
-            "density": density,
+            "density": self.trained / total,
             "targets": list(tensors) or None,
             "modules_to_save": list(architecture.modules(self.whole)),
             "trainable_token_indices": sorted({row for rows, _ in self.rows.values() for row in rows}) or None,
@@ -153,12 +159,13 @@ class Contents:
         return AdapterConfig(
             base_model_name_or_path=self.base,
             revision=self.revision,
+            base_fingerprint=fingerprint(base, {*self.whole, *self.rows}) if base else {},
             new_tokens=self.new_tokens,
             task=self.task or architecture.task,
             dtype=self.dtype or architecture.dtype or "float32",
             model_settings=self.settings | _labels(self.whole, self.settings | architecture.labels),
             sparse=SparseConfig(**sparse | self.sparse),
-            total_parameters=max(total, sum(values.numel() for values in grown.values())),
+            total_parameters=total,
             trainable_parameters=self.trained,
             tensors=tensors,
             modules_to_save=list(self.whole),

@@ -10,6 +10,9 @@ from safetensors import SafetensorError
 
 from sparse_zero.errors import UserError
 from sparse_zero.exchange import FORMATS, model_delta, recognise
+from sparse_zero.exchange.checkpoint import Checkpoint
+from sparse_zero.exchange.contents import Contents
+from sparse_zero.fingerprint import differences, fingerprint
 
 
 def convert(
@@ -34,6 +37,8 @@ def convert(
     format = FORMATS[kind]
     contents = format.read(source, base, max_density) if kind == "model" else format.read(source, base)
     adapter = contents.adapter()
+    if base is not None and kind == "sparse-zero":
+        _refuse_other_base(contents)
     unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
     try:
         written = FORMATS[to].write(adapter, unfinished)
@@ -60,6 +65,17 @@ def convert(
         "notes": contents.notes,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _refuse_other_base(contents: Contents) -> None:
+    """Our own adapters know their base model's weights."""
+    known = contents.adapter().config.base_fingerprint
+    given = Checkpoint.at_hand(contents.base, contents.revision, contents.architecture())
+    if given is not None and (odd := differences(fingerprint(given), known)):
+        raise UserError(
+            f"{contents.origin}: was made for a model with other weights than {contents.base}: '{odd[0]}'; "
+            "--base names the one that it was trained on"
+        )
 
 
 _FILES = ("adapter_*.json", "adapter_*.safetensors", "sparse_deltas.*", "*_init.*", "config.json")

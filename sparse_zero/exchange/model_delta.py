@@ -9,6 +9,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.exchange.architecture import Architecture, architecture_of, configuration, task_of
 from sparse_zero.exchange.checkpoint import Checkpoint, has_weights, row_chunks
 from sparse_zero.exchange.contents import Contents, Selected
+from sparse_zero.exchange.deltas import difference
 from sparse_zero.exchange.files import read_json
 from sparse_zero.loading import load_tokenizer
 
@@ -100,9 +101,8 @@ def _compare(
         changed += flat.numel()
         # What is kept whole in the end need not be collected
         if changed <= WHOLE_ABOVE * size:
-            wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
             positions.append(flat + start * width)
-            values.append(_delta(old[flat].to(wide), new[flat].to(wide)))
+            values.append(difference(old[flat], new[flat]))
     found.changed[name] = changed, size
     if changed > WHOLE_ABOVE * size:
         found.whole.append(name)
@@ -112,16 +112,6 @@ def _compare(
         found.selected[name] = Selected(torch.cat(positions), torch.cat(values))
     if grown:
         found.rows[name] = tuple(range(before[0], shape[0])), tuned.rows(name, before[0], shape[0])
-
-
-def _delta(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """What leads from `old` to `new` when it is added, rounding included where that is possible."""
-    delta = new - old
-    for _ in range(2):
-        short = old + delta
-        delta = torch.where(short < new, delta.nextafter(torch.full_like(delta, torch.inf)), delta)
-        delta = torch.where(short > new, delta.nextafter(torch.full_like(delta, -torch.inf)), delta)
-    return delta
 
 
 def _refuse_dense(directory: Path, base: str, found: _Differences, total: int, max_density: float) -> None:

@@ -13,7 +13,7 @@ from sparse_zero.adapter_files import Adapter
 from sparse_zero.errors import UserError
 from sparse_zero.exchange import peft_files
 from sparse_zero.exchange.contents import Contents, Selected
-from sparse_zero.exchange.padding import padded
+from sparse_zero.exchange.deltas import padded
 
 TITLE = "PEFT SHiRA"
 _PARTS = {"shira_indices": "indices", "shira_weight": "values"}

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from sparse_zero.adapter_files import Adapter
+from sparse_zero.adapter_files import Adapter, row_mask
 from sparse_zero.errors import UserError
 from sparse_zero.exchange.architecture import Architecture, configuration, task_of
 from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.contents import Contents, Selected
+from sparse_zero.exchange.deltas import difference
 from sparse_zero.exchange.files import read_json, read_pickled, read_safetensors, write_json, write_safetensors
 from sparse_zero.exchange.peft_files import architecture_for
 from sparse_zero.loading import load_tokenizer
@@ -142,10 +143,12 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
             at = torch.arange(values.numel())
         elif name in adapter.whole:
             weights = Checkpoint.open(base, config.revision, architecture).require([name])
-            values = (adapter.whole[name].float() - weights.tensor(name).float()).flatten()
+            values = difference(weights.tensor(name), adapter.whole[name]).flatten()
             at = torch.arange(values.numel())
+        elif name in adapter.rows:
+            at, values = _with_rows(adapter, name, architecture)
         elif name in adapter.deltas:
-            at, values = _old_positions(adapter, name), adapter.deltas[name]
+            at, values = adapter.positions(name), adapter.deltas[name]
         tensors[f"indices.{name}"] = _coordinates(at, adapter, name, tuple(target.shape))
         tensors[f"deltas.{name}"] = values
     directory.mkdir(parents=True, exist_ok=True)
@@ -153,13 +156,15 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     if classifier:
         zeros = torch.zeros_like(adapter.whole[HEAD_NAME])
         write_safetensors(directory / f"{HEAD}.safetensors", {"head": zeros})
-    for rows in adapter.rows.values():
-        # The loader of peft-sparta 0.0.3 hands safetensors a torch.device, which it refuses: a .pt file it can read.
-        torch.save(rows, directory / f"{EMBEDDINGS}.pt")
-        architecture.config.vocab_size += len(rows)
-        tokenizer = load_tokenizer(config.tokenizer or base, None if config.tokenizer else config.revision)
-        tokenizer.add_tokens(config.new_tokens, special_tokens=True)
-        tokenizer.save_pretrained(directory)
+    for name in adapter.rows:
+        rows = _new_rows(adapter, name, architecture)
+        if len(rows):
+            # The loader of peft-sparta 0.0.3 hands safetensors a torch.device, which it refuses; a .pt file it reads.
+            torch.save(rows, directory / f"{EMBEDDINGS}.pt")
+            architecture.config.vocab_size += len(rows)
+            tokenizer = load_tokenizer(config.tokenizer or base, None if config.tokenizer else config.revision)
+            tokenizer.add_tokens(config.new_tokens, special_tokens=True)
+            tokenizer.save_pretrained(directory)
     architecture.config.save_pretrained(directory)
     # The loader wants to read what transformers leaves out of a configuration because it is the default.
     settings = read_json(directory / "config.json") | architecture.labels
@@ -192,21 +197,39 @@ def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> N
                 "--base names another base model"
             )
     for name in adapter.rows:
-        known, rows = architecture.shape(name)[0], adapter.draw(name).whole_rows
-        if not classifier or rows != tuple(range(known, adapter.draw(name).shape[0])):
+        known, draw = architecture.shape(name)[0], adapter.draw(name)
+        if not classifier and draw.shape[0] > known:
             raise UserError(
-                f"'{name}' has rows that were trained whole; the reference holds those of new tokens of a sequence "
-                "classifier only; `sparse-zero merge` can write it"
+                f"'{name}' has {draw.shape[0] - known} rows of new tokens, and the reference's loader gives room to "
+                "those of sequence classifiers only; `sparse-zero merge` can write them"
             )
+        if set(range(known, draw.shape[0])) - set(draw.whole_rows):
+            raise UserError(f"'{name}' has new rows that were not trained whole, which the reference cannot hold")
 
 
-def _old_positions(adapter: Adapter, name: str) -> torch.Tensor:
-    """Without those of rows that were trained whole."""
-    flat = adapter.positions(name)
-    if name not in adapter.rows:
-        return flat
-    # New rows are the last ones.
-    return flat[flat < adapter.draw(name).whole_rows[0] * adapter.draw(name).shape[-1]]
+def _new_rows(adapter: Adapter, name: str, architecture: Architecture) -> torch.Tensor:
+    """(rows, columns) of those that the base model does not have."""
+    known = architecture.shape(name)[0]
+    new = [place for place, row in enumerate(adapter.draw(name).whole_rows) if row >= known]
+    return adapter.rows[name][new]
+
+
+def _with_rows(adapter: Adapter, name: str, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and deltas of a weight with rows that were trained whole, in those rows that the base model has."""
+    config, draw, (known, columns) = adapter.config, adapter.draw(name), architecture.shape(name)
+    flat, rows = adapter.positions(name), adapter.rows[name]
+    old = [place for place, row in enumerate(draw.whole_rows) if row < known]
+    if old:
+        weights = Checkpoint.open(config.base_model_name_or_path, config.revision, architecture).require([name])
+        before = weights.tensor(name)[[draw.whole_rows[place] for place in old]]
+        rows = difference(before, rows[old])
+    inside = row_mask(draw, flat)
+    values = rows.new_zeros(flat.numel())
+    if name in adapter.deltas:
+        values[~inside] = adapter.deltas[name].to(values.dtype)
+    kept = flat < known * columns
+    values[inside & kept] = rows[: len(old)].flatten()
+    return flat[kept], values[kept]
 
 
 def _coordinates(flat: torch.Tensor, adapter: Adapter, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.exchange import peft_files
 from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.contents import Contents, Selected
-from sparse_zero.exchange.padding import padded
+from sparse_zero.exchange.deltas import padded
 
 TITLE = "PEFT Super-Tuning"
 _PARTS = {"supertuning_indices": "indices", "supertuning_values": "values"}
@@ -80,10 +80,10 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     for name, flat, values in targets:
         count = scalars_at(sparsity, sizes[name])
         added += count - flat.numel()
-        flat, values = padded(name, flat, values, sizes[name], count)
-        layer = name.removesuffix(".weight")
         if sizes[name] >= 2**31:
             raise UserError(f"'{name}' has {sizes[name]:,} scalars, more than {TITLE}'s 32-bit indices reach")
+        flat, values = padded(name, flat, values, sizes[name], count)
+        layer = name.removesuffix(".weight")
         tensors[f"{layer}.supertuning_indices"] = flat.to(torch.int32)
         tensors[f"{layer}.supertuning_values"] = values
     method = {

@@ -143,7 +143,7 @@ def test_one_sparsity_for_all(sizes, counts):
         ("gpt2", {}, "shira", "'transformer.h.0.attn.c_attn.weight' (Conv1D) is not the weight of a linear layer"),
         ("gpt2", {}, "supertuning", "`--to sparta` or `sparse-zero merge` can write it"),
         ("llama", {"targets": ["embed_tokens"]}, "shira", "'model.embed_tokens.weight' (Embedding) is not"),
-        ("llama", {"trainable_token_indices": [4, 5]}, "shira", "'model.embed_tokens.weight' has rows"),
+        ("llama", {"trainable_token_indices": [4, 5]}, "shira", "'lm_head.weight' has rows"),
         (
             "bert",
             {"targets": ["self.query.bias", "self.value"]},
@@ -220,6 +220,18 @@ def test_wrong_base(bases, tmp_path):
         convert(tmp_path / "peft", tmp_path / "ours", base=str(smaller))
     with pytest.raises(UserError, match=r"nowhere cannot be loaded.*--base"):
         convert(tmp_path / "peft", tmp_path / "ours", base="./nowhere")
+
+
+def test_the_base_models_weights_are_known_from_then_on(bases, tmp_path):
+    peft_adapter(bases["bert"], tmp_path / "peft", CLASSIFIER, "shira")
+    convert(tmp_path / "peft", tmp_path / "ours")
+    other = save_base(tmp_path / "other", "bert", CLASSIFIER, initializer_range=0.5)
+    before = open_base(other, CLASSIFIER)
+    with pytest.raises(UserError, match="this model has other weights"):
+        load_adapter(before, tmp_path / "ours")
+    with pytest.raises(UserError, match=r"made for a model with other weights than .*other: 'bert\."):
+        convert(tmp_path / "ours", tmp_path / "back", to="shira", base=str(other))
+    convert(tmp_path / "ours", tmp_path / "back", to="shira", base=str(bases["bert"]))
 
 
 @pytest.mark.parametrize("supra", [False, True])

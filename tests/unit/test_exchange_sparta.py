@@ -81,12 +81,17 @@ def test_trained_with_the_reference_opens_here(bases, tmp_path, task, dtype, pic
     assert config.modules_to_save == (["score.weight"] if task == CLASSIFIER else [])
 
 
-def test_causal_opens_in_the_reference(bases, tmp_path):
-    ours(bases[CAUSAL], tmp_path / "ours", CAUSAL, targets="all", density=0.02)
+@pytest.mark.parametrize("settings", [{"targets": "all"}, {"trainable_token_indices": [4, 9]}])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_causal_opens_in_the_reference(tmp_path, family, settings):
+    base = tmp_path / "base"
+    save_base(base, family, CAUSAL)
+    # The reference works in bfloat16: from a base in bfloat16 it gets the same weights, bit for bit.
+    open_base(base, CAUSAL, torch.bfloat16).save_pretrained(base)
+    ours(base, tmp_path / "ours", CAUSAL, **settings)
     convert(tmp_path / "ours", tmp_path / "sparta", to="sparta")
     theirs = SpaRTAforCausalLM(str(tmp_path / "sparta"))
-    model = load_adapter(open_base(bases[CAUSAL], CAUSAL, torch.bfloat16), tmp_path / "ours")
-    # The reference works in bfloat16: the same weights, bit for bit, and hence the same logits.
+    model = load_adapter(open_base(base, CAUSAL, torch.bfloat16), tmp_path / "ours")
     torch.testing.assert_close(logits(model), logits(theirs.base_model), rtol=0, atol=0)
     assert_same_weights(theirs.base_model, model)
 
@@ -207,9 +212,11 @@ def test_other_heads_are_refused(tmp_path):
         convert(tmp_path / "ours", tmp_path / "sparta", to="sparta")
 
 
-def test_rows_of_known_tokens_are_refused(bases, tmp_path):
-    ours(bases[CAUSAL], tmp_path / "ours", CAUSAL, trainable_token_indices=[4])
-    with pytest.raises(UserError, match=r"'model.embed_tokens.weight' has rows .* `sparse-zero merge`"):
+def test_new_tokens_of_a_causal_model_are_refused(bases, tmp_path):
+    model = open_base(bases[CAUSAL], CAUSAL)
+    model.resize_token_embeddings(VOCABULARY + 1)
+    save_adapter(sparsify(model, SparseConfig(trainable_token_indices=[VOCABULARY])), tmp_path / "ours")
+    with pytest.raises(UserError, match=r"has 1 rows of new tokens, .* `sparse-zero merge`"):
         convert(tmp_path / "ours", tmp_path / "sparta", to="sparta")
 
 

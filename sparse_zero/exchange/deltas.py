@@ -1,14 +1,27 @@
-"""More positions for formats that fix the number of scalars of a weight: a delta of zero changes nothing."""
+"""Arithmetic on positions and deltas: those of two weights, and more of them for formats that fix their number."""
 
 import torch
 
 from sparse_zero import selection
 
 
+def difference(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What leads from `old` to `new` when it is added, rounding included where that is possible. At least float32."""
+    dtype = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+    old, new = old.to(dtype), new.to(dtype)
+    delta = new - old
+    for _ in range(2):
+        sum_ = old + delta
+        delta = torch.where(sum_ < new, delta.nextafter(torch.full_like(delta, torch.inf)), delta)
+        delta = torch.where(sum_ > new, delta.nextafter(torch.full_like(delta, -torch.inf)), delta)
+    return delta
+
+
 def padded(
     name: str, flat: torch.Tensor, values: torch.Tensor, numel: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` positions with their deltas, in increasing order: those given, and others spread over the weight with 0.
+    """`count` positions with their deltas, in increasing order: those given, and others spread over the weight with 0,
+    which change nothing.
 
     Args: flat: int64 (n,), increasing; values: (n,); numel: scalars of the weight, at least `count`, at least n.
     Returns: int64 (count,), (count,).
