@@ -52,8 +52,8 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     _print(table)
 
 
-MOST_ROWS = 24
-"""Longer tables are left to --json."""
+MOST_ROWS = 30
+"""What longer tables have is left to --json."""
 
 
 def print_description(title: str, facts: Mapping[str, Any]) -> None:
@@ -62,14 +62,17 @@ def print_description(title: str, facts: Mapping[str, Any]) -> None:
     print_facts(
         title, {name: fact for name, fact in facts.items() if name not in tables and fact not in (None, {}, [])}
     )
+    few = len(facts["tensors"]) <= MOST_ROWS
     for name, heading in (("kinds", "weights of each kind"), ("layers", "layers"), ("tensors", "weights")):
         rows = facts[name]
-        # Grouping tells nothing where each group has one weight.
-        if rows and (name == "tensors" or len(rows) < len(facts["tensors"])):
+        # Groups of one weight each tell nothing more than the weights do.
+        if few if name == "tensors" else len(rows) < len(facts["tensors"]):
             print(f"\n{heading}")
             print_rows(rows[:MOST_ROWS])
             if len(rows) > MOST_ROWS:
                 print(f"... and {len(rows) - MOST_ROWS} more: --json lists all")
+    if not few:
+        print(f"\n{len(facts['tensors'])} weights: --json lists each")
     if facts["histogram"]:
         print("\nmagnitudes of the changes")
         print_histogram(facts["histogram"])
@@ -86,7 +89,8 @@ def print_histogram(bars: Sequence[Mapping[str, Any]], width: int = 40) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     total, most = sum(bar["scalars"] for bar in bars), max(bar["scalars"] for bar in bars)
     for bar in bars:
-        shown = f"{bar['from']:.0e} to {bar['to']:.0e}" if bar["to"] else "0"
+        below = f"{bar['from']:.0e} to" if bar["from"] else "below"
+        shown = f"{below} {bar['to']:.0e}" if bar["to"] else "0"
         length = math.ceil(width * bar["scalars"] / most)
         table.add_row(shown, "#" * length, f"{bar['scalars']:,}", f"{100 * bar['scalars'] / total:.1f}%")
     _print(table)

@@ -1,6 +1,7 @@
 """What `sparse-zero inspect` shows of an adapter of any format. The base model is read only where it must be."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from sparse_zero.exchange import FORMATS, read
 from sparse_zero.exchange.contents import Contents
 from sparse_zero.exchange.convert import adapter_bytes
 from sparse_zero.package import resolve
+
+SMALLEST = -8
+"""The power of ten below which the histogram does not tell magnitudes apart: they vanish beside any weight."""
 
 LARGEST = 10
 """How many of the largest changes are listed."""
@@ -126,20 +130,21 @@ def _grouped(tensors: list[dict[str, Any]], group: Any) -> list[dict[str, Any]]:
 
 
 def histogram(changes: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
-    """How many deltas have a magnitude of [10^k, 10^(k+1)), from zeros upwards. Empty ones in between too."""
-    counts: dict[int | None, int] = {}
+    """How many deltas have a magnitude of [10^k, 10^(k+1)), empty ranges in between included.
+
+    Zeros come first (`from` and `to` are 0), then, as one, those below 10^SMALLEST.
+    """
+    zeros, decades = 0, Counter()
     for values in changes:
         magnitude = values.abs().double()
-        zeros = int((magnitude == 0).sum())
-        if zeros:
-            counts[None] = counts.get(None, 0) + zeros
-        decades, numbers = magnitude[magnitude > 0].log10().floor().long().unique(return_counts=True)
-        for decade, number in zip(decades.tolist(), numbers.tolist(), strict=True):
-            counts[decade] = counts.get(decade, 0) + number
-    known = [decade for decade in counts if decade is not None]
-    bars = [{"from": 0.0, "to": 0.0, "scalars": counts[None]}] if None in counts else []
-    for decade in range(min(known), max(known) + 1) if known else ():
-        bars.append({"from": 10.0**decade, "to": 10.0 ** (decade + 1), "scalars": counts.get(decade, 0)})
+        zeros += int((magnitude == 0).sum())
+        found, numbers = magnitude[magnitude > 0].log10().floor().long().unique(return_counts=True)
+        for decade, number in zip(found.tolist(), numbers.tolist(), strict=True):
+            decades[max(decade, SMALLEST - 1)] += number
+    bars = [{"from": 0.0, "to": 0.0, "scalars": zeros}] if zeros else []
+    for decade in range(min(decades), max(decades) + 1) if decades else ():
+        least = 0.0 if decade < SMALLEST else 10.0**decade
+        bars.append({"from": least, "to": 10.0 ** (decade + 1), "scalars": decades[decade]})
     return bars
 
 

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
 
 from sparse_zero.errors import UserError
 from sparse_zero.exchange.architecture import Architecture
@@ -46,7 +48,11 @@ class Checkpoint:
             raise UserError(
                 f"{directory}: neither {SINGLE} nor {INDEX} is there; save it with transformers (save_pretrained)"
             )
-        return cls(directory, architecture)
+        checkpoint = cls(directory, architecture)
+        body = [name for name in architecture.targets if name.startswith(architecture.prefix)]
+        # A head may be new. Where another part is missing, the stored names are not the model's own.
+        renamed = any(checkpoint.key(name) is None for name in body)
+        return LoadedCheckpoint(directory, architecture) if renamed else checkpoint
 
     @classmethod
     def at_hand(cls, name: str | None, revision: str | None, architecture: Architecture) -> "Checkpoint | None":
@@ -87,14 +93,13 @@ class Checkpoint:
                     return key
         return None
 
+    notes: ClassVar[list[str]] = []
+
     def require(self, names: Iterable[str]) -> "Checkpoint":
         """Raises UserError: one of these parameters is not stored."""
         for name in names:
             if self.key(name) is None:
-                raise UserError(
-                    f"{self.directory}: has no weights for '{name}'; if they are stored under an older name, load the "
-                    "model with this version of transformers and save it again"
-                )
+                raise UserError(f"{self.directory}: damaged: has no weights for '{name}'")
         return self
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -113,6 +118,40 @@ class Checkpoint:
 
     def _file(self, name: str):
         return _opened(self.files[self.key(name)])
+
+
+class LoadedCheckpoint(Checkpoint):
+    """A model whose stored tensors transformers renames, joins or splits (the experts of mixtures): loaded whole."""
+
+    notes: ClassVar[list[str]] = ["loaded whole: the weights are stored under other names than the model's own"]
+
+    @cached_property
+    def loaded(self) -> dict[str, torch.Tensor]:
+        verbosity = transformers_logging.get_verbosity()
+        # Its report on missing weights alarms people; they are told of those that matter.
+        transformers_logging.set_verbosity_error()
+        try:
+            model, report = type(self.architecture.model).from_pretrained(
+                self.directory, dtype="auto", output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{self.directory}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        return {n: t.detach() for n, t in model.state_dict().items() if n not in report["missing_keys"]}
+
+    def key(self, name: str) -> str | None:
+        return next((alias for alias in self.architecture.aliases.get(name, [name]) if alias in self.loaded), None)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.loaded[self.key(name)].shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.loaded[self.key(name)]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = self.tensor(name)
+        return tensor[start:stop] if tensor.dim() else tensor
 
 
 def row_chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -151,6 +151,22 @@ def test_tied_embeddings(tmp_path):
     torch.testing.assert_close(logits(opened), logits(open_base(tmp_path / "tuned", CAUSAL)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_one_by_one(tmp_path, family):
+    settings = {} if family == "mixtral" else {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    base = save_base(tmp_path / "base", family, CAUSAL, **settings)
+    assert any(".experts.1." in name for name in load_file(base / "model.safetensors"))
+    positions = sparsely_tuned(base, tmp_path / "tuned", targets=["experts.down_proj"])
+    facts = convert(tmp_path / "tuned", tmp_path / "ours", base=str(base))
+    assert "loaded whole" in facts["notes"][0]
+    adapter = read_adapter(tmp_path / "ours")
+    assert {name: adapter.positions(name).tolist() for name in adapter.deltas} == {
+        name: flat.tolist() for name, flat in positions.items()
+    }
+    opened = load_adapter(open_base(base, CAUSAL), tmp_path / "ours")
+    torch.testing.assert_close(logits(opened), logits(open_base(tmp_path / "tuned", CAUSAL)), rtol=0, atol=1e-6)
+
+
 def test_memory_is_bounded(tmp_path):
     """Two models of 170 MB in shards: the process does not grow by the size of one of them."""
     config = LlamaConfig(
@@ -213,7 +229,7 @@ def test_bad_input(bases, tmp_path):
     assert f"{path}: damaged" in refusal()
     del tensors["model.norm.weight"]
     save_file(tensors, path)
-    assert "has no weights for 'model.norm.weight'" in refusal()
+    assert "damaged: has no weights for 'model.norm.weight'" in refusal()
     path.write_bytes(content)
     config = tmp_path / "tuned" / "config.json"
     settings = json.loads(config.read_text())

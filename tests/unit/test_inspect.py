@@ -135,14 +135,14 @@ def test_whole_modules(tmp_path):
 def test_histogram_of_nothing_and_of_the_edges():
     assert histogram([]) == []
     assert histogram([torch.zeros(3)]) == [{"from": 0.0, "to": 0.0, "scalars": 3}]
-    bars = histogram([torch.tensor([1e-3, -9.99e-3]), torch.tensor([10.0, 0.0])])
-    assert [(bar["from"], bar["scalars"]) for bar in bars] == [
-        (0.0, 1),
-        (1e-3, 2),
-        (1e-2, 0),
-        (0.1, 0),
-        (1, 0),
-        (10, 1),
+    bars = histogram([torch.tensor([1e-3, -9.99e-3]), torch.tensor([1.0, 0.0])])
+    assert [(bar["from"], bar["scalars"]) for bar in bars] == [(0.0, 1), (1e-3, 2), (1e-2, 0), (0.1, 0), (1, 1)]
+    # Whatever is tiny is one bar.
+    bars = histogram([torch.tensor([1e-30, -9e-9, 2e-7])])
+    assert [(bar["from"], bar["to"], bar["scalars"]) for bar in bars] == [
+        (0, 1e-8, 2),
+        (1e-8, 1e-7, 0),
+        (1e-7, 1e-6, 1),
     ]
 
 

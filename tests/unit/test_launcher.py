@@ -306,15 +306,16 @@ def stand_in(monkeypatch, module, **functions):
     monkeypatch.setitem(sys.modules, module, fake)
 
 
+BARS = [(0, 0, 1), (0, 1e-8, 0), (1e-8, 1e-7, 3)]
 DESCRIPTION = {
     "base_model": "org/[bold]model",
     "density": 0.02,
     "trainable_parameters": 453120,
     "bytes": 3 * 1024**2,
-    "kinds": [{"name": "layer.*.weight", "weights": 40}],
-    "layers": [],
-    "tensors": [{"name": f"layer.{'x' * 90}.{i}.weight", "shape": [384, 1536], "scalars": 11796} for i in range(40)],
-    "histogram": [{"from": 0, "to": 0, "scalars": 1}, {"from": 1e-3, "to": 1e-2, "scalars": 3}],
+    "kinds": [{"name": f"layer.*.{'x' * 90}.weight", "shape": [384, 1536], "scalars": 11796}],
+    "layers": [{"name": f"layer.{index}", "weights": 2} for index in range(40)],
+    "tensors": [{"name": f"layer.{index // 2}.{index}.weight", "scalars": 1} for index in range(80)],
+    "histogram": [{"from": start, "to": end, "scalars": n} for start, end, n in BARS],
     "largest": [{"name": "layer.3.weight", "position": [4, 5], "delta": -0.03125}],
     "notes": ["it was [long] ago"],
 }
@@ -353,11 +354,14 @@ def test_inspect(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == DESCRIPTION
     assert main(["inspect", "."]) == 0
     out = capsys.readouterr().out
-    for shown in ("org/[bold]model", "453,120", "3.0 MiB", f"layer.{'x' * 90}.23.weight", "384 x 1536", "11,796"):
+    for shown in ("org/[bold]model", "453,120", "3.0 MiB", f"layer.*.{'x' * 90}.weight", "384 x 1536", "11,796"):
         assert shown in out, shown
-    assert f"layer.{'x' * 90}.24.weight" not in out
-    assert "... and 16 more: --json lists all" in out
-    assert f"1e-03 to 1e-02  {'#' * 40}  3  75.0%" in out
+    assert re.search(r"layer\.29 .*\n\.\.\. and 10 more: --json lists all\n", out)
+    assert "\n80 weights: --json lists each\n" in out
+    assert "layer.0.0.weight" not in out
+    bars = [line.split("  ")[0] for line in out.splitlines() if re.search(r"\d\.\d% *$", line)]
+    assert bars == ["0", "below 1e-08", "1e-08 to 1e-07"]
+    assert f"1e-08 to 1e-07  {'#' * 40}  3  75.0%" in out
     assert "4, 5      -0.03125" in out
     assert out.endswith("note: it was [long] ago\n")
 
