@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sparse_zero.errors import UserError
-from sparse_zero.exchange import FORMATS, read
+from sparse_zero.exchange import format_of, read
 from sparse_zero.exchange.contents import Contents
-from sparse_zero.exchange.convert import adapter_bytes
+from sparse_zero.exchange.files import adapter_bytes
 from sparse_zero.package import resolve
 
 SMALLEST = -8
@@ -33,7 +33,7 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
     changes = {name: entry.values.float() for name, entry in contents.selected.items()}
     size = adapter_bytes(Path(directory))
     facts = {
-        "format": FORMATS[contents.format].TITLE,
+        "format": format_of(contents.format).TITLE,
         "base_model": contents.base,
         "revision": contents.revision,
         "task": contents.task,

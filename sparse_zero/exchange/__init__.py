@@ -8,31 +8,36 @@ Each format is a module with
 All of them raise UserError for what cannot be read, or what the format cannot hold.
 """
 
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 from sparse_zero.errors import UserError
-from sparse_zero.exchange import model_delta, own, peft_other, shira, sparta, supertuning
 from sparse_zero.exchange.contents import Contents
 
-FORMATS: dict[str, ModuleType] = {
-    "sparse-zero": own,
-    "sparta": sparta,
-    "shira": shira,
-    "supertuning": supertuning,
-    "model": model_delta,
-    "peft": peft_other,
+_MODULES = {
+    "sparse-zero": "own",
+    "sparta": "sparta",
+    "shira": "shira",
+    "supertuning": "supertuning",
+    "model": "model_delta",
+    "peft": "peft_other",
 }
 """In the order in which a directory is tried."""
 
 
+def format_of(name: str) -> ModuleType:
+    """The module of a format. Imported when it is asked for: most of them need transformers, which takes seconds."""
+    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+
+
 def recognise(directory: str | Path) -> str:
-    """The format of a directory, a key of FORMATS. Raises UserError: none of them."""
+    """The format of a directory, by name. Raises UserError: none of them."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
-    for name, format in FORMATS.items():
-        if format.recognise(directory):
+    for name in _MODULES:
+        if format_of(name).recognise(directory):
             return name
     raise UserError(
         f"{directory}: no known adapter or model: looked for adapter_config.json (sparse-zero, PEFT's SHiRA and "
@@ -43,4 +48,4 @@ def recognise(directory: str | Path) -> str:
 
 def read(directory: str | Path, base: str | None = None) -> Contents:
     """What a directory of any format holds. Raises UserError: see the formats."""
-    return FORMATS[recognise(directory)].read(Path(directory), base)
+    return format_of(recognise(directory)).read(Path(directory), base)

@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
-from sparse_zero.errors import UserError
+from sparse_zero.adapter_files import Adapter
+from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.loading import load_config
 from sparse_zero.targets import Target, all_targets
 
@@ -129,6 +130,29 @@ def architecture_of(
     return Architecture(_model(origin, config, task, class_name), config, str(source))
 
 
+def architecture_for(adapter: Adapter) -> Architecture:
+    """The base model of an adapter, without values. Raises UserError: it cannot be found, or does not fit."""
+    config = adapter.config
+    base = config.base_model_name_or_path
+    found = architecture_of(base or "the adapter", base, config.revision, config.task, settings=config.model_settings)
+    shapes = {name: list(values.shape) for name, values in adapter.whole.items()}
+    shapes |= {name: tensor.shape for name, tensor in config.tensors.items()}
+    for name, shape in shapes.items():
+        expected = found.shape(name)
+        if expected is None:
+            near = did_you_mean(name, found.targets)
+            raise UserError(
+                f"'{name}' is no parameter of {found.class_name}, {base}{near}; --base names the right one"
+            )
+        # Rows of new tokens are more than the base model has.
+        grown = name in adapter.rows and shape[1:] == list(expected[1:]) and shape[0] >= expected[0]
+        if shape != list(expected) and not grown:
+            raise UserError(
+                f"'{name}' has shape {shape}, and {list(expected)} in {base}; --base names the right base model"
+            )
+    return found
+
+
 def configuration(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
     """Raises UserError: no model of transformers there."""
     try:
@@ -141,7 +165,7 @@ def _model(origin: str | Path, config: PreTrainedConfig, task: str | None, class
     names = [name for name in (class_name, *(config.architectures or ())) if name]
     known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     # An adapter's class is not that of another base model that the user names.
-    fitting = [kind for kind in known if isinstance(config, kind.config_class)]
+    fitting = [kind for kind in known if type(config) is getattr(kind, "config_class", None)]
     with torch.device("meta"):
         if task in _AUTO_CLASS:
             try:

@@ -33,6 +33,8 @@ class Checkpoint:
 
     directory: Path
     architecture: Architecture
+    notes: ClassVar[list[str]] = []
+    """What a user must know of how it is read."""
 
     @classmethod
     def open(cls, name: str, revision: str | None, architecture: Architecture) -> "Checkpoint":
@@ -66,7 +68,9 @@ class Checkpoint:
             except (LocalEntryNotFoundError, HFValidationError):
                 return None
             directory = Path(found)
-        return cls(directory, architecture) if has_weights(directory) else None
+        checkpoint = cls(directory, architecture)
+        complete = has_weights(directory) and all(path.is_file() for path in checkpoint.files.values())
+        return checkpoint if complete else None
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As of a model, those that are stored. They are mapped: only what is read of them costs anything."""
@@ -92,8 +96,6 @@ class Checkpoint:
                 if key in self.files:
                     return key
         return None
-
-    notes: ClassVar[list[str]] = []
 
     def require(self, names: Iterable[str]) -> "Checkpoint":
         """Raises UserError: one of these parameters is not stored."""

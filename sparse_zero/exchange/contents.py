@@ -3,17 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparse_zero.adapter_files import Adapter, AdapterConfig, SelectedTensor, library_versions
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.exchange.architecture import Architecture, architecture_of
-from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.fingerprint import fingerprint
 from sparse_zero.selection import STORED, STRATIFIED, Draw, whole_rows
+
+if TYPE_CHECKING:
+    from sparse_zero.exchange.architecture import Architecture
 
 
 @dataclass
@@ -30,11 +31,11 @@ class Selected:
 
 @dataclass
 class Contents:
-    """One directory, read without its base model unless the format needs it."""
+    """One directory, read without its base model (and without importing transformers) unless the format needs it."""
 
     origin: Path
     format: str
-    """Of `sparse_zero.exchange.FORMATS`."""
+    """By name, as in `sparse_zero.exchange`."""
     base: str | None
     selected: dict[str, Selected]
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -72,8 +73,10 @@ class Contents:
         whole = sum(values.numel() for values in self.whole.values())
         return selected + whole + sum(values.numel() for _, values in self.rows.values())
 
-    def architecture(self) -> Architecture:
+    def architecture(self) -> "Architecture":
         """Of the base model. Raises UserError: it cannot be found."""
+        from sparse_zero.exchange.architecture import architecture_of
+
         return architecture_of(
             self.origin,
             self.base,
@@ -116,7 +119,7 @@ class Contents:
             stored=stored,
         )
 
-    def _shape(self, name: str, architecture: Architecture) -> tuple[int, ...]:
+    def _shape(self, name: str, architecture: "Architecture") -> tuple[int, ...]:
         """The weight's shape, with room for its new rows."""
         expected = architecture.shape(name)
         if expected is None:
@@ -134,7 +137,7 @@ class Contents:
             )
         return expected
 
-    def _check_whole(self, name: str, values: torch.Tensor, architecture: Architecture) -> None:
+    def _check_whole(self, name: str, values: torch.Tensor, architecture: "Architecture") -> None:
         expected = architecture.shape(name)
         # Embeddings may have been given more rows than the base model has.
         if expected is None or tuple(values.shape[1:]) != expected[1:] or values.shape[0] < expected[0]:
@@ -144,7 +147,9 @@ class Contents:
                 f"{architecture.source} has {there}; --base names the right base model"
             )
 
-    def _config(self, architecture: Architecture, tensors: dict[str, SelectedTensor]) -> AdapterConfig:
+    def _config(self, architecture: "Architecture", tensors: dict[str, SelectedTensor]) -> AdapterConfig:
+        from sparse_zero.exchange.checkpoint import Checkpoint
+
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         shapes |= {name: list(values.shape) for name, values in self.whole.items()}
         grown = sum(torch.Size(shape).numel() - architecture.targets[n].shape.numel() for n, shape in shapes.items())
@@ -189,7 +194,7 @@ def _labels(whole: Mapping[str, torch.Tensor], known: Mapping[str, Any]) -> dict
 def _sorted(origin: Path, name: str, entry: Selected, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions in increasing order, and the values in the same order. Raises UserError: they do not fit."""
     indices, size = entry.indices.to(torch.int64), torch.Size(shape).numel()
-    fits = indices.shape[0] == entry.values.numel()
+    fits = indices.dim() in (1, 2) and entry.values.dim() == 1 and len(indices) == len(entry.values)
     if indices.dim() == 2 and fits:
         fits = indices.shape[1] == len(shape) and bool((indices < torch.tensor(shape)).all() and (indices >= 0).all())
         flat = torch.zeros(len(indices), dtype=torch.int64)

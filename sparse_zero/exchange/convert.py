@@ -9,9 +9,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sparse_zero.errors import UserError
-from sparse_zero.exchange import FORMATS, model_delta, recognise
+from sparse_zero.exchange import format_of, model_delta, recognise
 from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.contents import Contents
+from sparse_zero.exchange.files import adapter_bytes
 from sparse_zero.fingerprint import differences, fingerprint
 
 
@@ -31,17 +32,17 @@ def convert(
     started, source, out = time.perf_counter(), Path(source), Path(out)
     kind = recognise(source)
     if kind == to:
-        raise UserError(f"{source}: is a {FORMATS[to].TITLE} adapter already: copy the directory")
+        raise UserError(f"{source}: is a {format_of(to).TITLE} adapter already: copy the directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; name a new directory")
-    format = FORMATS[kind]
+    format = format_of(kind)
     contents = format.read(source, base, max_density) if kind == "model" else format.read(source, base)
     adapter = contents.adapter()
     if base is not None and kind == "sparse-zero":
         _refuse_other_base(contents)
     unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
     try:
-        written = FORMATS[to].write(adapter, unfinished)
+        written = format_of(to).write(adapter, unfinished)
         os.replace(unfinished, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from None
@@ -53,7 +54,7 @@ def convert(
     return {
         "out": str(out),
         "from": format.TITLE,
-        "to": FORMATS[to].TITLE,
+        "to": format_of(to).TITLE,
         "base_model": adapter.config.base_model_name_or_path,
         "task": adapter.config.task,
         "weights": len(adapter.config.tensors),
@@ -76,11 +77,3 @@ def _refuse_other_base(contents: Contents) -> None:
             f"{contents.origin}: was made for a model with other weights than {contents.base}: '{odd[0]}'; "
             "--base names the one that it was trained on"
         )
-
-
-_FILES = ("adapter_*.json", "adapter_*.safetensors", "sparse_deltas.*", "*_init.*", "config.json")
-
-
-def adapter_bytes(directory: Path) -> int:
-    """Bytes of an adapter's files of any format, without model card and tokenizer."""
-    return sum(path.stat().st_size for pattern in _FILES for path in directory.glob(pattern))

@@ -51,3 +51,11 @@ def read_pickled(path: Path) -> Any:
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: damaged, or more than a file of tensors ({first_line})") from None
+
+
+_FILES = ("adapter_*.json", "adapter_*.safetensors", "sparse_deltas.*", "*_init.*", "config.json")
+
+
+def adapter_bytes(directory: Path) -> int:
+    """Bytes of an adapter's files of any format, without model card and tokenizer."""
+    return sum(path.stat().st_size for pattern in _FILES for path in directory.glob(pattern))

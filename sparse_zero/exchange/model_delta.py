@@ -81,11 +81,11 @@ def _compare(
         found.whole.append(name)
         found.notes.append(f"'{name}' is kept whole: the base model does not have it")
         return
-    before = original.shape(name)
-    grown = len(shape) == 2 and before[1:] == shape[1:] and before[0] < shape[0]
+    architecture, before = tuned.architecture, original.shape(name)
+    grown = name in _embeddings(architecture) and before[1:] == shape[1:] and before[0] < shape[0]
     if before != shape and not grown:
-        if before[1:] == shape[1:]:
-            # A head for another number of labels, or an embedding that was cut.
+        if not name.startswith(architecture.prefix):
+            # A head for other labels than the base model's
             found.whole.append(name)
             found.notes.append(f"'{name}' is kept whole: it has shape {list(before)} in the base model")
             return
@@ -112,6 +112,14 @@ def _compare(
         found.selected[name] = Selected(torch.cat(positions), torch.cat(values))
     if grown:
         found.rows[name] = tuple(range(before[0], shape[0])), tuned.rows(name, before[0], shape[0])
+
+
+def _embeddings(architecture: Architecture) -> set[str]:
+    """Parameters that get more rows for new tokens."""
+    model = architecture.model
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    inside = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    return {name for name, target in architecture.targets.items() if id(target.parameter) in inside}
 
 
 def _refuse_dense(directory: Path, base: str, found: _Differences, total: int, max_density: float) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparse_zero.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from sparse_zero.errors import UserError
-from sparse_zero.exchange.architecture import Architecture, architecture_of, task_of
+from sparse_zero.exchange.architecture import architecture_for, task_of
 from sparse_zero.exchange.files import read_json, read_safetensors, write_json, write_safetensors
 from sparse_zero.package import resolve
 
@@ -89,40 +89,19 @@ def linear_targets(adapter: Adapter, title: str) -> Iterator[tuple[str, torch.Te
         raise UserError(f"nothing was selected from any weight, and {title} must have some; {elsewhere}")
     modules = architecture.modules(adapter.whole)
     for name, values in adapter.deltas.items():
-        target = architecture.targets.get(name)
-        module, parameter = target.owners[0] if target else (None, "")
+        target = architecture.targets[name]
+        module, parameter = target.owners[0]
         if not isinstance(module, nn.Linear) or parameter != "weight":
-            kind = type(module).__name__ if target else f"not in {architecture.source}"
+            kind = type(module).__name__
             raise UserError(f"'{name}' ({kind}) is not the weight of a linear layer, as {title} needs it; {elsewhere}")
-        _refuse_shape(name, adapter, tuple(target.shape), architecture)
         if len(target.owners) > 1:
             raise UserError(f"'{name}' is tied to another module's weight, which {title} would untie; {elsewhere}")
         if any(name.startswith(f"{held}.") for held in modules):
             raise UserError(f"'{name}' is in a module that is trained whole, and {title} leaves it out; {elsewhere}")
         yield name, adapter.positions(name), values
     for name in adapter.whole:
-        if name in architecture.targets and len(architecture.targets[name].owners) > 1:
+        if len(architecture.targets[name].owners) > 1:
             raise UserError(f"'{name}' is tied and trained whole, which PEFT would untie; {elsewhere}")
-
-
-def _refuse_shape(name: str, adapter: Adapter, shape: tuple[int, ...], architecture: Architecture) -> None:
-    if shape != adapter.draw(name).shape:
-        raise UserError(
-            f"'{name}' has shape {list(adapter.draw(name).shape)}, and {list(shape)} in {architecture.source}; "
-            "--base names the right base model"
-        )
-
-
-def architecture_for(adapter: Adapter) -> Architecture:
-    """The base model of an adapter, without values. Raises UserError: it cannot be found."""
-    config = adapter.config
-    return architecture_of(
-        config.base_model_name_or_path or "the adapter",
-        config.base_model_name_or_path,
-        config.revision,
-        config.task,
-        settings=config.model_settings,
-    )
 
 
 def write(adapter: Adapter, directory: Path, tensors: Mapping[str, torch.Tensor], method: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def read(directory: Path, base: str | None) -> Contents:
     selected = {}
     for name, parts in layers.items():
         indices, values = peft_files.required(directory, name, parts, "indices", "values")
-        selected[name] = Selected(indices.to(torch.int64).t().contiguous(), values)
+        selected[name] = Selected(indices.to(torch.int64).movedim(0, -1), values)
     return Contents(
         origin=directory,
         format="shira",

@@ -14,12 +14,11 @@ import torch
 
 from sparse_zero.adapter_files import Adapter, row_mask
 from sparse_zero.errors import UserError
-from sparse_zero.exchange.architecture import Architecture, configuration, task_of
+from sparse_zero.exchange.architecture import Architecture, architecture_for, configuration, task_of
 from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.contents import Contents, Selected
 from sparse_zero.exchange.deltas import difference
 from sparse_zero.exchange.files import read_json, read_pickled, read_safetensors, write_json, write_safetensors
-from sparse_zero.exchange.peft_files import architecture_for
 from sparse_zero.loading import load_tokenizer
 from sparse_zero.package import resolve
 
@@ -75,12 +74,16 @@ def _read_deltas(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
     else:
         path = path.with_suffix(".pt")
         content = read_pickled(path)
-        kinds = set(content) if isinstance(content, dict) else {"something else"}
-        found = [dict(content[kind]) for kind in ("indices", "deltas")] if kinds == {"indices", "deltas"} else []
+        if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
+            raise UserError(f"{path}: damaged: not a dict of indices and deltas")
+        kinds = set(content)
+        found = [content.get(kind, {}) for kind in ("indices", "deltas")]
     if kinds != {"indices", "deltas"}:
         raise UserError(f"{path}: damaged: holds {', '.join(sorted(kinds)) or 'nothing'}, not indices and deltas")
     if odd := sorted(found[0].keys() ^ found[1].keys()):
         raise UserError(f"{path}: damaged: '{odd[0]}' has only one of indices and deltas")
+    if odd := [name for part in found for name, value in part.items() if not isinstance(value, torch.Tensor)]:
+        raise UserError(f"{path}: damaged: '{odd[0]}' is no tensor")
     return found[0], found[1]
 
 
@@ -92,7 +95,10 @@ def _read_init(directory: Path, name: str) -> torch.Tensor | None:
             raise UserError(f"{path}: damaged: '{name.removesuffix('_init')}' is not in it")
         return tensor
     path = path.with_suffix(".pt")
-    return read_pickled(path) if path.is_file() else None
+    tensor = read_pickled(path) if path.is_file() else None
+    if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
+        raise UserError(f"{path}: damaged: not a matrix")
+    return tensor
 
 
 def _dense(contents: Contents, name: str, like: torch.Tensor) -> torch.Tensor:
@@ -100,8 +106,9 @@ def _dense(contents: Contents, name: str, like: torch.Tensor) -> torch.Tensor:
     dense = like.new_zeros(like.shape, dtype=torch.float32)
     entry = contents.selected.pop(name, None)
     if entry is not None:
-        at = entry.indices.long()
-        if at.dim() != 2 or at.shape != (entry.values.numel(), like.dim()) or (at >= torch.tensor(like.shape)).any():
+        at, limit = entry.indices.long(), torch.tensor(like.shape)
+        fits = at.shape == (entry.values.numel(), like.dim())
+        if not fits or bool((at < 0).any() or (at >= limit).any()):
             raise UserError(f"{contents.origin}: damaged: the indices of '{name}' do not fit its {list(like.shape)}")
         dense[at.unbind(1)] = entry.values.float()
     return dense
@@ -114,10 +121,12 @@ def _read_new_rows(contents: Contents, init: torch.Tensor) -> None:
     name = next(n for n, target in architecture.targets.items() if target.parameter is embedding.weight)
     first = embedding.weight.shape[0] - init.shape[0]
     entry, rows = contents.selected.pop(name, None), init.float()
+    if first < 0 or init.shape[1] != embedding.weight.shape[1] or (entry is not None and entry.indices.dim() != 2):
+        shape = list(embedding.weight.shape)
+        raise UserError(f"{contents.origin}: damaged: the new embeddings do not fit '{name}', {shape}")
     if entry is not None:
         new = entry.indices[:, 0] >= first
-        shift = torch.tensor([first, 0])
-        contents.selected[name] = Selected(entry.indices[new].long() - shift, entry.values[new])
+        contents.selected[name] = Selected(entry.indices[new].long() - torch.tensor([first, 0]), entry.values[new])
         rows = rows + _dense(contents, name, init)
         if not new.all():
             contents.selected[name] = Selected(entry.indices[~new], entry.values[~new])
@@ -149,7 +158,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
             at, values = _with_rows(adapter, name, architecture)
         elif name in adapter.deltas:
             at, values = adapter.positions(name), adapter.deltas[name]
-        tensors[f"indices.{name}"] = _coordinates(at, adapter, name, tuple(target.shape))
+        tensors[f"indices.{name}"] = _coordinates(at, tuple(target.shape))
         tensors[f"deltas.{name}"] = values
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / f"{DELTAS}.safetensors", tensors)
@@ -190,12 +199,6 @@ def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> N
         raise UserError(f"problem_type {kind}: the reference's loader knows {SINGLE_LABEL} only")
     if classifier and HEAD_NAME not in adapter.whole:
         raise UserError(f"'{HEAD_NAME}' was not trained whole, and the reference's loader needs all of it")
-    for name in {**adapter.deltas, **adapter.whole, **adapter.rows}:
-        if name not in architecture.targets:
-            raise UserError(
-                f"'{name}' is no parameter of {architecture.class_name} ({architecture.source}); "
-                "--base names another base model"
-            )
     for name in adapter.rows:
         known, draw = architecture.shape(name)[0], adapter.draw(name)
         if not classifier and draw.shape[0] > known:
@@ -205,6 +208,11 @@ def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> N
             )
         if set(range(known, draw.shape[0])) - set(draw.whole_rows):
             raise UserError(f"'{name}' has new rows that were not trained whole, which the reference cannot hold")
+        if len(adapter.config.new_tokens) != draw.shape[0] - known:
+            raise UserError(
+                f"'{name}' has {draw.shape[0] - known} rows of new tokens, and the adapter names "
+                f"{len(adapter.config.new_tokens)} tokens; the reference's loader needs a tokenizer that knows them"
+            )
 
 
 def _new_rows(adapter: Adapter, name: str, architecture: Architecture) -> torch.Tensor:
@@ -232,14 +240,6 @@ def _with_rows(adapter: Adapter, name: str, architecture: Architecture) -> tuple
     return flat[kept], values[kept]
 
 
-def _coordinates(flat: torch.Tensor, adapter: Adapter, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    known = adapter.draw(name).shape if name in adapter.deltas else shape
-    if known[1:] != shape[1:] or (known != shape and name not in adapter.rows):
-        raise UserError(
-            f"'{name}' has shape {list(known)}, and {list(shape)} in the base model; --base names the right one"
-        )
-    columns = []
-    for length in reversed(shape[1:]):
-        columns.append(flat % length)
-        flat = torch.div(flat, length, rounding_mode="trunc")
-    return torch.stack([flat, *reversed(columns)], dim=1).to(torch.int32)
+def _coordinates(flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns: int32 (n, dimensions)"""
+    return torch.stack(torch.unravel_index(flat, shape), dim=1).to(torch.int32)

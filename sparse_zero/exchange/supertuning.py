@@ -35,15 +35,15 @@ def read(directory: Path, base: str | None) -> Contents:
             "densely; only Super-Tuning without r can be read; merge it with PEFT (merge_and_unload) and use the "
             "merged model"
         )
-    facts = peft_files.facts(config, base)
+    largest = config.get("select_top", True)
     contents = Contents(
         origin=directory,
         format="supertuning",
         selected={},
         whole=whole,
-        rule=f"{'largest' if config.get('select_top', True) else 'smallest'} scalars, sparsity {config['sparsity']:g}",
-        sparse={"selection": "magnitude" if config.get("select_top", True) else "magnitude-smallest"},
-        **facts,
+        rule=f"{'largest' if largest else 'smallest'} scalars, sparsity {config.get('sparsity')}",
+        sparse={"selection": "magnitude" if largest else "magnitude-smallest"},
+        **peft_files.facts(config, base),
     )
     lacking = [name for name, parts in layers.items() if "indices" not in parts]
     weights = _base_weights(contents, base, lacking) if lacking else None
@@ -54,7 +54,7 @@ def read(directory: Path, base: str | None) -> Contents:
             scores = weights.tensor(name).abs().flatten()
             if values.numel() > scores.numel():
                 raise UserError(f"{directory}: '{name}' has more values than {weights.directory} has scalars there")
-            indices = scores.topk(values.numel(), largest=config.get("select_top", True)).indices
+            indices = scores.topk(values.numel(), largest=largest).indices
         else:
             indices, values = peft_files.required(directory, name, parts, "indices", "values")
         contents.selected[name] = Selected(indices.to(torch.int64), values)

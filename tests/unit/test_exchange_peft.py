@@ -143,7 +143,7 @@ def test_one_sparsity_for_all(sizes, counts):
         ("gpt2", {}, "shira", "'transformer.h.0.attn.c_attn.weight' (Conv1D) is not the weight of a linear layer"),
         ("gpt2", {}, "supertuning", "`--to sparta` or `sparse-zero merge` can write it"),
         ("llama", {"targets": ["embed_tokens"]}, "shira", "'model.embed_tokens.weight' (Embedding) is not"),
-        ("llama", {"trainable_token_indices": [4, 5]}, "shira", "'lm_head.weight' has rows"),
+        ("llama", {"trainable_token_indices": [4, 5]}, "shira", "weight' has rows that were trained whole"),
         (
             "bert",
             {"targets": ["self.query.bias", "self.value"]},

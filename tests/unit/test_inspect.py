@@ -8,7 +8,7 @@ from exchange_cases import CAUSAL, CLASSIFIER, open_base, peft_adapter, save_bas
 from launcher.cli import main
 from sparse_zero import SparseConfig, UserError, merge_and_unload, save_adapter, sparsify
 from sparse_zero.adapter_files import adapter_bytes, read_adapter
-from sparse_zero.exchange import FORMATS
+from sparse_zero.exchange import format_of
 from sparse_zero.exchange.convert import convert
 from sparse_zero.inspect import describe, histogram
 
@@ -89,7 +89,7 @@ def test_other_formats(base, tmp_path, kind, base_is_there):
     if not base_is_there:
         shutil.rmtree(here)
     facts = describe(tmp_path / "theirs")
-    assert facts["format"] == FORMATS[kind].TITLE
+    assert facts["format"] == format_of(kind).TITLE
     same = ["base_model", "task", "trainable_parameters", "norm", "histogram", "kinds", "layers"]
     # The reference's directory has the base model's configuration in it.
     shapes_known = base_is_there or kind == "sparta"
