@@ -82,7 +82,8 @@ def _compare(
         found.notes.append(f"'{name}' is kept whole: the base model does not have it")
         return
     architecture, before = tuned.architecture, original.shape(name)
-    grown = name in _embeddings(architecture) and before[1:] == shape[1:] and before[0] < shape[0]
+    vocabulary = getattr(architecture.config.get_text_config(), "vocab_size", None)
+    grown = len(shape) == 2 and shape[0] == vocabulary and before[0] < shape[0] and before[1:] == shape[1:]
     if before != shape and not grown:
         if not name.startswith(architecture.prefix):
             # A head for other labels than the base model's
@@ -112,14 +113,6 @@ def _compare(
         found.selected[name] = Selected(torch.cat(positions), torch.cat(values))
     if grown:
         found.rows[name] = tuple(range(before[0], shape[0])), tuned.rows(name, before[0], shape[0])
-
-
-def _embeddings(architecture: Architecture) -> set[str]:
-    """Parameters that get more rows for new tokens."""
-    model = architecture.model
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    inside = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
-    return {name for name, target in architecture.targets.items() if id(target.parameter) in inside}
 
 
 def _refuse_dense(directory: Path, base: str, found: _Differences, total: int, max_density: float) -> None:

@@ -13,11 +13,14 @@ from torch import nn
 
 from sparse_zero.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from sparse_zero.errors import UserError
-from sparse_zero.exchange.architecture import architecture_for, task_of
+from sparse_zero.exchange.architecture import Architecture, architecture_for, task_of
+from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.files import read_json, read_safetensors, write_json, write_safetensors
 from sparse_zero.package import resolve
 
 PREFIX = "base_model.model."
+HEADS = ["classifier", "score"]
+"""What PEFT adds to `modules_to_save` of a sequence classifier by itself."""
 _TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
 
 
@@ -90,12 +93,11 @@ def linear_targets(adapter: Adapter, title: str) -> Iterator[tuple[str, torch.Te
     modules = architecture.modules(adapter.whole)
     for name, values in adapter.deltas.items():
         target = architecture.targets[name]
-        module, parameter = target.owners[0]
-        if not isinstance(module, nn.Linear) or parameter != "weight":
-            kind = type(module).__name__
-            raise UserError(f"'{name}' ({kind}) is not the weight of a linear layer, as {title} needs it; {elsewhere}")
-        if len(target.owners) > 1:
-            raise UserError(f"'{name}' is tied to another module's weight, which {title} would untie; {elsewhere}")
+        kinds = " and ".join(type(module).__name__ for module, _ in target.owners)
+        linear = all(isinstance(module, nn.Linear) and held == "weight" for module, held in target.owners)
+        # PEFT adapts modules, and would untie those that share a weight.
+        if not linear or len(target.owners) > 1:
+            raise UserError(f"'{name}' ({kinds}) is not the weight of one linear layer, as {title} needs; {elsewhere}")
         if any(name.startswith(f"{held}.") for held in modules):
             raise UserError(f"'{name}' is in a module that is trained whole, and {title} leaves it out; {elsewhere}")
         yield name, adapter.positions(name), values
@@ -107,22 +109,44 @@ def linear_targets(adapter: Adapter, title: str) -> Iterator[tuple[str, torch.Te
 def write(adapter: Adapter, directory: Path, tensors: Mapping[str, torch.Tensor], method: dict[str, Any]) -> None:
     """Write an adapter as PEFT would.
 
-    Args: tensors: by name, without PEFT's prefix; method: the fields of the configuration that the method adds.
+    Args: tensors: of what was selected, by name, without PEFT's prefix; method: the fields of the configuration that
+        the method adds.
     """
-    config = adapter.config
-    targets = [name.removesuffix(".weight") for name in adapter.deltas]
-    tasks = {task: peft_task for peft_task, task in _TASKS.items()}
-    base = config.base_model_name_or_path
+    config, architecture = adapter.config, architecture_for(adapter)
+    modules = architecture.modules(adapter.whole)
+    wrapped = _wrapped(modules, architecture)
+    task = {task: peft_task for peft_task, task in _TASKS.items()}.get(config.task)
+    if task == "SEQ_CLS" and wrapped != _wrapped([*modules, *HEADS], architecture):
+        # PEFT would ask for the values of a head that was not trained.
+        task = None
+    kind = type(architecture.model)
     common = {
-        "auto_mapping": None,
-        "base_model_name_or_path": resolve(base) if base else None,
+        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": resolve(config.base_model_name_or_path),
         "inference_mode": True,
         "init_weights": True,
-        "modules_to_save": architecture_for(adapter).modules(adapter.whole) or None,
+        "modules_to_save": modules or None,
         "revision": config.revision,
-        "target_modules": targets,
-        "task_type": tasks.get(config.task),
+        "target_modules": [name.removesuffix(".weight") for name in adapter.deltas],
+        "task_type": task,
     }
+    tensors = {**tensors, **adapter.whole, **_rest_of(wrapped, adapter, architecture)}
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / WEIGHTS_NAME, {PREFIX + name: tensor for name, tensor in tensors.items()})
     write_json(directory / CONFIG_NAME, common | method)
+
+
+def _wrapped(names: list[str], architecture: Architecture) -> set[str]:
+    """The modules that PEFT takes for those of `modules_to_save`: it compares endings."""
+    return {name for name, _ in architecture.model.named_modules() if name.endswith(tuple(names))}
+
+
+def _rest_of(modules: set[str], adapter: Adapter, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """What is in these modules besides what was trained whole, from the base model: PEFT takes whole modules only."""
+    held = [f"{name}.{key}" for name in modules for key in architecture.model.get_submodule(name).state_dict()]
+    missing = [name for name in held if name not in adapter.whole]
+    if not missing:
+        return {}
+    config = adapter.config
+    base = Checkpoint.open(config.base_model_name_or_path, config.revision, architecture).require(missing)
+    return {name: base.tensor(name) for name in missing}

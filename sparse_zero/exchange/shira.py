@@ -69,5 +69,5 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
         "random_seed": 0,
         "fan_in_fan_out": False,
     }
-    peft_files.write(adapter, directory, tensors | adapter.whole, method)
+    peft_files.write(adapter, directory, tensors, method)
     return {"r": r, "padding_scalars": added}

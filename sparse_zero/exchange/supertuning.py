@@ -95,7 +95,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "save_precomputed_indices": True,
     }
-    peft_files.write(adapter, directory, tensors | adapter.whole, method)
+    peft_files.write(adapter, directory, tensors, method)
     return {"sparsity": sparsity, "padding_scalars": added}
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from exchange_cases import CAUSAL, CLASSIFIER, TASKS, logits, open_base, save_base, tokens
 from families import VOCABULARY
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
 from sparse_zero import SparseConfig, UserError, load_adapter, merge_and_unload, sparsify
 from sparse_zero.adapter import write_merged
@@ -64,8 +65,6 @@ def test_the_changes_and_nothing_else(bases, tmp_path, dtype, shard):
 
 
 def test_to_peft(bases, tmp_path):
-    from peft import PeftModel
-
     sparsely_tuned(bases[CAUSAL], tmp_path / "tuned")
     convert(tmp_path / "tuned", tmp_path / "peft", to="shira", base=str(bases[CAUSAL]))
     theirs = PeftModel.from_pretrained(open_base(bases[CAUSAL], CAUSAL), tmp_path / "peft")
@@ -88,6 +87,7 @@ def test_a_new_head_is_kept_whole(bases, tmp_path, family):
     facts = convert(tmp_path / "tuned", tmp_path / "ours", base=str(original))
     head = "score.weight" if family == "llama" else "classifier.weight"
     assert f"'{head}' is kept whole: the base model does not have it" in facts["notes"]
+    assert not any("loaded whole" in note for note in facts["notes"])
     model = TASKS[CLASSIFIER].from_pretrained(original, num_labels=3)
     load_adapter(model, tmp_path / "ours")
     torch.testing.assert_close(logits(model), logits(open_base(tmp_path / "tuned", CLASSIFIER)), rtol=0, atol=1e-6)
@@ -109,6 +109,47 @@ def test_one_dense_weight_is_kept_whole(bases, tmp_path):
     }
     opened = load_adapter(open_base(bases[CAUSAL], CAUSAL), tmp_path / "ours")
     torch.testing.assert_close(logits(opened), logits(model), rtol=0, atol=1e-6)
+
+
+def test_a_layer_of_which_a_part_is_kept_whole(bases, tmp_path):
+    """PEFT saves whole modules: the other parameters of such a module are those of the base model."""
+    model = open_base(bases["bert"], CLASSIFIER)
+    layer = model.bert.encoder.layer[0].attention
+    with torch.no_grad():
+        layer.output.LayerNorm.weight.add_(0.5)
+        layer.self.value.weight[3, 4] += 5
+    model.save_pretrained(tmp_path / "tuned")
+    convert(tmp_path / "tuned", tmp_path / "peft", to="supertuning", base=str(bases["bert"]))
+    theirs = PeftModel.from_pretrained(open_base(bases["bert"], CLASSIFIER), tmp_path / "peft")
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-6)
+
+    with torch.no_grad():
+        layer.self.value.bias.add_(0.5)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(UserError, match=r"self.value.weight' is in a module that is trained whole"):
+        convert(tmp_path / "tuned", tmp_path / "other", to="supertuning", base=str(bases["bert"]))
+
+
+def test_other_models_and_their_buffers(tmp_path):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    model = ResNetForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() == 4)[1, 2, 0, 1] += 1
+    model.save_pretrained(tmp_path / "tuned")
+    facts = convert(tmp_path / "tuned", tmp_path / "ours", base=str(tmp_path / "base"))
+    assert (facts["task"], facts["selected_scalars"]) == (None, 1)
+    opened = ResNetForImageClassification.from_pretrained(tmp_path / "base").eval()
+    load_adapter(opened, tmp_path / "ours")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(images).logits, model(images).logits, rtol=0, atol=1e-6)
+
+    next(buffer for name, buffer in model.named_buffers() if name.endswith("running_mean")).add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(UserError, match=r"the buffer '.*running_mean' differs"):
+        convert(tmp_path / "tuned", tmp_path / "other", base=str(tmp_path / "base"))
 
 
 def test_a_model_tuned_densely_is_refused_unless_asked_for(bases, tmp_path):
@@ -208,6 +249,12 @@ def test_memory_is_bounded(tmp_path):
         check=True,
     )
     assert 1024 * int(done.stdout.split()[-1]) < 0.2 * size
+    adapter = read_adapter(tmp_path / "ours")
+    assert list(adapter.deltas) == ["model.layers.1.mlp.up_proj.weight"]
+    (shape,) = {adapter.draw(name).shape for name in adapter.deltas}
+    changed = torch.zeros(shape)
+    changed[::7, ::11] = 1
+    assert torch.equal(adapter.positions("model.layers.1.mlp.up_proj.weight"), changed.flatten().nonzero().squeeze(1))
 
 
 # Bad input

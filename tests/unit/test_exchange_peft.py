@@ -117,9 +117,13 @@ def test_indices_that_were_not_saved_come_from_the_base(bases, tmp_path, select_
     torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "counts"), [((256, 384), (3, 4)), ((10, 7), (1, 7)), ((999_983, 1_000_003), (10_007, 10_009))]
-)
+SHARES = [
+    *(((256, 384), (3, 4)), ((10, 7), (1, 7))),
+    *(((999_983, 1_000_003), (10_007, 10_009)), ((99_896, 99_896), (101, 7))),
+]
+
+
+@pytest.mark.parametrize(("sizes", "counts"), SHARES)
 def test_one_sparsity_for_all(sizes, counts):
     sparsity = common_sparsity(dict(zip("ab", zip(counts, sizes, strict=True), strict=True)))
     held = [scalars_at(sparsity, size) for size in sizes]
@@ -138,9 +142,9 @@ def test_one_sparsity_for_all(sizes, counts):
             "llama",
             {"targets": ["norm"], "density": 0.002},
             "shira",
-            "'model.norm.weight' (LlamaRMSNorm) is not the weight of a linear",
+            "'model.norm.weight' (LlamaRMSNorm) is not the weight of one linear",
         ),
-        ("gpt2", {}, "shira", "'transformer.h.0.attn.c_attn.weight' (Conv1D) is not the weight of a linear layer"),
+        ("gpt2", {}, "shira", "'transformer.h.0.attn.c_attn.weight' (Conv1D) is not the weight of one linear layer"),
         ("gpt2", {}, "supertuning", "`--to sparta` or `sparse-zero merge` can write it"),
         ("llama", {"targets": ["embed_tokens"]}, "shira", "'model.embed_tokens.weight' (Embedding) is not"),
         ("llama", {"trainable_token_indices": [4, 5]}, "shira", "weight' has rows that were trained whole"),
@@ -167,6 +171,9 @@ def test_tied_weights_are_refused(tmp_path):
     ours(base, tmp_path / "ours", "llama", modules_to_save=["lm_head"], density=0.4)
     with pytest.raises(UserError, match=r"'model.embed_tokens.weight' is tied and trained whole"):
         convert(tmp_path / "ours", tmp_path / "peft", to="shira")
+    ours(base, tmp_path / "selected", "llama", targets=["lm_head"])
+    with pytest.raises(UserError, match=r"\(Embedding and Linear\) is not the weight of one linear layer"):
+        convert(tmp_path / "selected", tmp_path / "peft", to="shira")
 
 
 # Bad input
@@ -258,3 +265,20 @@ def test_a_config_says_what_peft_needs(bases, tmp_path):
     assert config["modules_to_save"] == ["classifier"]
     assert config["base_model_name_or_path"] == str(bases["bert"])
     assert config["target_modules"][0] == "bert.encoder.layer.0.attention.self.value"
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_heads_of_several_layers(tmp_path, family):
+    base = save_base(tmp_path / "base", family, CLASSIFIER, max_position_embeddings=70)
+    model = sparsify(open_base(base, CLASSIFIER), SparseConfig(density=0.12))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape))
+    save_adapter(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "peft", to="supertuning")
+    theirs = PeftModel.from_pretrained(open_base(base, CLASSIFIER), tmp_path / "peft")
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-6)
+    convert(tmp_path / "peft", tmp_path / "back")
+    opened = load_adapter(open_base(base, CLASSIFIER), tmp_path / "back")
+    torch.testing.assert_close(logits(opened), logits(model), rtol=0, atol=1e-6)
