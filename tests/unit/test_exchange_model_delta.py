@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
-from sparse_zero import SparseConfig, UserError, load_adapter, merge_and_unload, sparsify
+from sparse_zero import SparseConfig, UserError, load_adapter, merge_and_unload, save_adapter, sparsify
 from sparse_zero.adapter import write_merged
 from sparse_zero.adapter_files import read_adapter
 from sparse_zero.exchange.convert import convert
@@ -190,6 +190,20 @@ def test_tied_embeddings(tmp_path):
     assert facts["weights"] == 1
     opened = load_adapter(open_base(base, CAUSAL), tmp_path / "ours")
     torch.testing.assert_close(logits(opened), logits(open_base(tmp_path / "tuned", CAUSAL)), rtol=0, atol=1e-6)
+
+
+def test_a_model_of_which_only_the_head_is_new(bases, tmp_path):
+    tuned = TASKS[CLASSIFIER].from_pretrained(bases[CAUSAL], num_labels=3)
+    tuned.save_pretrained(tmp_path / "tuned")
+    facts = convert(tmp_path / "tuned", tmp_path / "ours", base=str(bases[CAUSAL]))
+    assert (facts["weights"], facts["whole_scalars"]) == (0, 48)
+    model = TASKS[CLASSIFIER].from_pretrained(bases[CAUSAL], num_labels=3)
+    load_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(logits(model), logits(tuned), rtol=0, atol=0)
+    save_adapter(model, tmp_path / "again")
+    assert read_adapter(tmp_path / "again").config.dtype == "float32"
+    with pytest.raises(UserError, match="nothing was selected from any weight, and PEFT SHiRA must have some"):
+        convert(tmp_path / "ours", tmp_path / "peft", to="shira")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
