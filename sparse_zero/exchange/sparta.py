@@ -19,7 +19,7 @@ from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.contents import Contents, Selected
 from sparse_zero.exchange.deltas import difference
 from sparse_zero.exchange.files import read_json, read_pickled, read_safetensors, write_json, write_safetensors
-from sparse_zero.loading import load_tokenizer
+from sparse_zero.loading import add_tokens, load_tokenizer
 from sparse_zero.package import resolve
 
 TITLE = "peft-sparta"
@@ -171,9 +171,10 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
             # The loader of peft-sparta 0.0.3 hands safetensors a torch.device, which it refuses; a .pt file it reads.
             torch.save(rows, directory / f"{EMBEDDINGS}.pt")
             architecture.config.vocab_size += len(rows)
-            tokenizer = load_tokenizer(config.tokenizer or base, None if config.tokenizer else config.revision)
-            tokenizer.add_tokens(config.new_tokens, special_tokens=True)
-            tokenizer.save_pretrained(directory)
+    if config.new_tokens:
+        tokenizer = load_tokenizer(config.tokenizer or base, None if config.tokenizer else config.revision)
+        add_tokens(tokenizer, config.new_tokens)
+        tokenizer.save_pretrained(directory)
     architecture.config.save_pretrained(directory)
     # The loader wants to read what transformers leaves out of a configuration because it is the default.
     settings = read_json(directory / "config.json") | architecture.labels
@@ -200,17 +201,20 @@ def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> N
     if classifier and HEAD_NAME not in adapter.whole:
         raise UserError(f"'{HEAD_NAME}' was not trained whole, and the reference's loader needs all of it")
     for name in adapter.rows:
-        known, draw = architecture.shape(name)[0], adapter.draw(name)
-        if not classifier and draw.shape[0] > known:
+        draw = adapter.draw(name)
+        known, size = architecture.shape(name)[0], draw.shape[0]
+        if size == known:
+            continue
+        if not classifier:
             raise UserError(
-                f"'{name}' has {draw.shape[0] - known} rows of new tokens, and the reference's loader gives room to "
-                "those of sequence classifiers only; `sparse-zero merge` can write them"
+                f"'{name}' has {size - known} rows of new tokens, and the reference's loader gives room to those of "
+                "sequence classifiers only; `sparse-zero merge` can write them"
             )
-        if set(range(known, draw.shape[0])) - set(draw.whole_rows):
+        if set(range(known, size)) - set(draw.whole_rows):
             raise UserError(f"'{name}' has new rows that were not trained whole, which the reference cannot hold")
-        if len(adapter.config.new_tokens) != draw.shape[0] - known:
+        if len(adapter.config.new_tokens) != size - known:
             raise UserError(
-                f"'{name}' has {draw.shape[0] - known} rows of new tokens, and the adapter names "
+                f"'{name}' has {size - known} rows of new tokens, and the adapter names "
                 f"{len(adapter.config.new_tokens)} tokens; the reference's loader needs a tokenizer that knows them"
             )
 
