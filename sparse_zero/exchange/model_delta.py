@@ -56,7 +56,7 @@ def read(directory: Path, base: str | None, max_density: float = MAX_DENSITY) ->
         settings=labels | {k: settings[k] for k in ("problem_type", "pad_token_id") if settings.get(k) is not None},
         config=config,
         new_tokens=_tokens(directory, added),
-        notes=[*tuned.notes, *found.notes],
+        notes=[*dict.fromkeys([*tuned.notes, *original.notes]), *found.notes],
     )
 
 

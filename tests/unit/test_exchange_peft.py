@@ -225,6 +225,14 @@ def test_wrong_base(bases, tmp_path):
     smaller = save_base(tmp_path / "smaller", "llama", CAUSAL, hidden_size=8, head_dim=4)
     with pytest.raises(UserError, match="do not fit a weight of shape"):
         convert(tmp_path / "peft", tmp_path / "ours", base=str(smaller))
+    ours(bases["llama"], tmp_path / "own", "llama")
+    (smaller / "model.safetensors").unlink()
+    for other, complaint in (
+        (smaller, r"has shape \[8, 16\], and \[4, 8\]"),
+        (bases["gpt2"], "is no parameter of GPT2"),
+    ):
+        with pytest.raises(UserError, match=rf"'model.layers.0.self_attn.v_proj.weight' {complaint}.*--base names"):
+            convert(tmp_path / "own", tmp_path / "peft2", to="shira", base=str(other))
     with pytest.raises(UserError, match=r"nowhere cannot be loaded.*--base"):
         convert(tmp_path / "peft", tmp_path / "ours", base="./nowhere")
 
