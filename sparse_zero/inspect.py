@@ -64,11 +64,11 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
 
 def _add_shapes(contents: Contents) -> None:
     """What the directory does not tell of the base model, where that needs no download."""
-    if contents.total is not None or not (
-        contents.config or (contents.base and Path(resolve(contents.base)).is_dir())
-    ):
+    if contents.total is not None:
         return
     try:
+        if contents.config is None and not (contents.base and Path(resolve(contents.base)).is_dir()):
+            return
         architecture = contents.architecture()
     except UserError as error:
         contents.notes.append(f"the weights' shapes are not known ({error})")
