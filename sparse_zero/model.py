@@ -153,7 +153,8 @@ def attach(
 def _settle_leaves(model: nn.Module, _: Any) -> None:
     """DeepSpeed decides on leaf modules, after `sparsify`: the first forward on a partitioned base knows them."""
     sparsity = model.sparsity
-    if not sparsity.leaves_settled and is_partitioned(next(iter(sparsity.weights.values())).weight):
+    partitioned = any(is_partitioned(weight.weight) for weight in sparsity.weights.values())
+    if partitioned and not sparsity.leaves_settled:
         sparsity.hooks += let_leaf_inputs_have_gradients(model)
         sparsity.leaves_settled = True
 
