@@ -251,8 +251,48 @@ class SparseModule:
     selected_names: ClassVar[frozenset[str]]
     sparse_weights: dict[str, SparseWeight]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        copies = [w for w in self.sparse_weights.values() if is_partitioned(w.weight) and is_whole(w.weight)]
+        if not (copies and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        with _Regathered(copies):
+            return super().forward(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new_module, (self.plain_class, self.selected_names), self.__dict__
+
+
+class _Regathered(torch.autograd.graph.saved_tensors_hooks):
+    """Keeps stage 3's gathered copies out of the graph, which would hold on to them until backward.
+
+    Of a parameter itself autograd keeps no copy; but what its readers get here is computed.
+    """
+
+    def __init__(self, weights: list[SparseWeight]) -> None:
+        def pack(tensor: torch.Tensor) -> Any:
+            for weight in weights:
+                if (start := _start_within(tensor, weight.weight)) is not None:
+                    return weight, weight.dropping, tensor.size(), tensor.stride(), start
+            return tensor
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            weight, forwards, size, stride, start = packed
+            weight.write(forwards)
+            copy = weight.weight.data
+            return copy.as_strided(size, stride, copy.storage_offset() + start)
+
+        super().__init__(pack, unpack)
+
+
+def _start_within(tensor: torch.Tensor, whole: torch.Tensor) -> int | None:
+    """Where a view of `whole` begins in it, in scalars; None of anything else."""
+    if tensor.layout != torch.strided or tensor.dtype != whole.dtype or not tensor.numel():
+        return None
+    start = (tensor.data_ptr() - whole.data_ptr()) // whole.element_size()
+    # One storage may hold several gathered parameters
+    return start if 0 <= start < whole.numel() else None
 
 
 class SampledModule(SparseModule):

@@ -1,6 +1,9 @@
 """One rank that trains every kind of parameter, and works with the adapters: CASES.json OUT."""
 
+import contextlib
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import tiny
 import torch
 from partitioned_worker import whole_weights
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from trainer_worker import build, main
 
 from sparse_zero import (
@@ -21,6 +25,8 @@ from sparse_zero import (
     unload,
     unmerge_adapter,
 )
+from sparse_zero.layers import SparseWeight
+from sparse_zero.zero import is_partitioned
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -30,14 +36,41 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     sparsify(model, SparseConfig(**case["sparse"]))
     examples = tiny.examples(case["task"], case["examples"])
     trainer = SparseTrainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8])
-    trainer.train()
+    with watched_copies(model) as kept:
+        trainer.train()
     adapted = trainer.evaluate()["eval_loss"]
     with disable_adapter(model):
         disabled = trainer.evaluate()["eval_loss"]
     again = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(out / "adapter"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "adapted": [adapted, again], "disabled": disabled}
+    return {"losses": losses, "adapted": [adapted, again], "disabled": disabled, "copies": kept}
+
+
+@contextlib.contextmanager
+def watched_copies(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Counts the gathered copies into which deltas are written in a forward, and those still there at its end."""
+    made: list[StorageWeakRef] = []
+    counts = {"made": 0, "kept": 0}
+    write = SparseWeight.write
+
+    def watched(weight: SparseWeight, *args: Any) -> None:
+        write(weight, *args)
+        if is_partitioned(weight.weight):
+            made.append(StorageWeakRef(weight.weight.untyped_storage()))
+
+    def after_forward(*_: Any) -> None:
+        gc.collect()
+        counts["made"] += len(made)
+        counts["kept"] += sum(not reference.expired() for reference in made)
+        made.clear()
+
+    SparseWeight.write = watched
+    hooks = [model.register_forward_pre_hook(lambda *_: made.clear()), model.register_forward_hook(after_forward)]
+    yield counts
+    SparseWeight.write = write
+    for hook in hooks:
+        hook.remove()
 
 
 def work_with(model: nn.Module, adapters: dict[str, str], out: Path) -> dict[str, Any]:

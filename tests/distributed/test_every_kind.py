@@ -19,7 +19,11 @@ from sparse_zero.adapter_files import read_adapter
 pytestmark = pytest.mark.distributed
 
 RANKS, TASK, EXAMPLES = 2, "causal-lm", 40
-STAGES = {"zero2": zero_config(2), "zero3": zero_config(3, stage3_param_persistence_threshold=0)}
+# Nothing that is gathered stays for its next use, so that what does stay is seen.
+AT_ONCE = dict.fromkeys(
+    ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"], 0
+)
+STAGES = {"zero2": zero_config(2), "zero3": zero_config(3, **AT_ONCE)}
 TIED = ["embedding", "tokens"]
 
 
@@ -105,6 +109,14 @@ def test_dropout_is_the_same_on_every_rank_and_at_every_stage(ranks: list, out: 
     without = masked_training(out, "dropout")
     assert losses[0][0] == pytest.approx(without[0], abs=1e-4), "nothing to drop yet"
     assert abs(losses[0][-1] - without[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_no_gathered_copy_outlives_the_forward(ranks: list, kind: str) -> None:
+    for rank in ranks:
+        copies = rank[f"{kind}-zero3"]["copies"]
+        assert copies["made"] > 0
+        assert copies["kept"] == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
