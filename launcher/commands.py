@@ -62,9 +62,9 @@ def merge(arguments: argparse.Namespace) -> int:
     adapter = _adapter_directory(arguments.adapter)
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.adapter import merge_adapter
+        from sparse_zero.adapter import write_merged
 
-        facts = merge_adapter(adapter, Path(arguments.out))
+        facts = write_merged(adapter, Path(arguments.out))
     if arguments.json:
         report.print_json(facts)
     else:
@@ -77,7 +77,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     """Say what an adapter holds."""
     adapter = _adapter_directory(arguments.adapter)
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.adapter import describe
+        from sparse_zero.inspect import describe
 
         facts = describe(adapter)
     if arguments.json:

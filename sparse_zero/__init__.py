@@ -14,8 +14,13 @@ _HOME = {
     "merge_and_unload": "sparse_zero.model",
     "unload": "sparse_zero.model",
     "disable_adapter": "sparse_zero.model",
+    "set_scale": "sparse_zero.model",
     "save_adapter": "sparse_zero.adapter",
     "load_adapter": "sparse_zero.adapter",
+    "set_adapter": "sparse_zero.switching",
+    "delete_adapter": "sparse_zero.switching",
+    "merge_adapter": "sparse_zero.switching",
+    "unmerge_adapter": "sparse_zero.switching",
     "SparseTrainer": "sparse_zero.trainer",
 }
 

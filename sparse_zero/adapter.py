@@ -1,123 +1,101 @@
-"""The adapter directory: the values that were trained and a recipe that regenerates their positions.
+"""Adapters and models: what a sparse model saves, and an adapter that is put onto its base model."""
 
-adapter_config.json         base model, task, selection rule, what was drawn from which weight
-adapter_model.safetensors   one tensor (n,) per selected weight, and the parameters trained whole, by the base
-                            model's own parameter names
-"""
-
-import json
-import platform
+import logging
 import time
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from sparse_zero import selection
-from sparse_zero.config import SparseConfig
+from sparse_zero.adapter_files import (
+    Adapter,
+    AdapterConfig,
+    SelectedTensor,
+    checked_positions,
+    library_versions,
+    read_adapter,
+    read_config,
+    row_mask,
+    write_adapter,
+)
+from sparse_zero.card import model_card
 from sparse_zero.errors import UserError
-from sparse_zero.loading import load_model, load_tokenizer
-from sparse_zero.model import Sparsity, attach, merge_and_unload, sparsity_of, unwrap
+from sparse_zero.fingerprint import differences, fingerprint
+from sparse_zero.loading import add_tokens, load_model, load_tokenizer
+from sparse_zero.model import Sparsity, attach, merge_and_unload, set_scale, sparsity_of, unwrap
 from sparse_zero.package import resolve
+from sparse_zero.selection import STORED
 from sparse_zero.zero import full_shape, gathered, settle
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
 
 # What a task adds to the base model's own configuration, without which a merged model would not be the trained one.
 _MODEL_SETTINGS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
-class SelectedTensor(BaseModel):
-    """What was drawn from one weight."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    shape: list[int]
-    count: int
-    positions: str
-    """Checksum of the positions, so that a changed rule can never place values wrongly."""
-
-
-class AdapterConfig(BaseModel):
-    """adapter_config.json"""
-
-    model_config = ConfigDict(extra="forbid")
-
-    adapter_type: str = "sparse-zero"
-    format_version: int = FORMAT_VERSION
-    base_model_name_or_path: str | None
-    revision: str | None
-    tokenizer: str | None = None
-    task: str | None
-    dtype: str
-    model_settings: dict[str, Any]
-    selection_rule: str
-    sparse: SparseConfig
-    total_parameters: int
-    trainable_parameters: int
-    tensors: dict[str, SelectedTensor]
-    modules_to_save: list[str]
-    """The parameters that were trained whole."""
-    library_versions: dict[str, str]
-
-
 def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool = True) -> None:
     """Write a sparse model's adapter. Under ZeRO stage 3 every rank must call it; the main process writes.
 
-    Raises UserError where the model is not sparse.
+    Raises UserError: the model is not sparse; the directory cannot be written.
     """
-    sparsity = sparsity_of(model)
-    parameters = dict(unwrap(model).named_parameters())
-    tensors = {}
-    sources = {name: weight.delta for name, weight in sparsity.weights.items()}
-    sources |= {name: parameters[name] for name in sparsity.whole}
-    settle(unwrap(model))
-    for name, parameter in sources.items():
-        with gathered([parameter]):
-            if is_main_process:
-                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    if not is_main_process:
-        return
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-    text = _describe_adapter(unwrap(model), sparsity).model_dump_json(indent=2)
-    (directory / CONFIG_NAME).write_text(text + "\n")
+    adapter = collect(model, keep=is_main_process)
+    if is_main_process:
+        write_adapter(adapter, directory, model_card(adapter.config))
 
 
-def _describe_adapter(model: nn.Module, sparsity: Sparsity) -> AdapterConfig:
+def collect(model: nn.Module, keep: bool = True) -> Adapter:
+    """A sparse model's active adapter, on the CPU. Collective under ZeRO stage 3.
+
+    Args: keep: whether this rank wants the values; without it only the config is filled.
+    """
+    sparsity, inner = sparsity_of(model), unwrap(model)
+    parameters = dict(inner.named_parameters())
+    settle(inner)
+    positions = {name: weight.flat_positions() for name, weight in sparsity.weights.items()} if keep else {}
+    adapter = Adapter(_describe(inner, sparsity, positions), deltas={}, whole={})
+    for name, weight in sparsity.weights.items():
+        with gathered([weight.delta]):
+            if not keep:
+                continue
+            values = weight.delta.detach()
+            if weight.draw.rule == STORED:
+                adapter.stored[name] = positions[name].cpu()
+            if weight.draw.whole_rows:
+                inside = row_mask(weight.draw, positions[name])
+                rows = weight.base[inside].to(torch.promote_types(weight.base.dtype, values.dtype)) + values[inside]
+                adapter.rows[name] = rows.to(values.dtype).cpu().view(-1, weight.shape[-1])
+                values = values[~inside]
+            if values.numel():
+                adapter.deltas[name] = values.to("cpu", copy=True)
+    for name in sparsity.whole:
+        with gathered([parameters[name]]):
+            if keep:
+                adapter.whole[name] = parameters[name].detach().to("cpu", copy=True)
+    return adapter
+
+
+def _describe(model: nn.Module, sparsity: Sparsity, positions: Mapping[str, torch.Tensor]) -> AdapterConfig:
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
     some_weight = next(iter(sparsity.weights.values())).weight
     return AdapterConfig(
         base_model_name_or_path=sparsity.base_model,
         revision=sparsity.revision,
+        base_fingerprint=sparsity.fingerprint,
         tokenizer=sparsity.tokenizer,
+        new_tokens=sparsity.new_tokens,
         task=_task_of(model),
         dtype=str(some_weight.dtype).removeprefix("torch."),
         model_settings={key: settings[key] for key in _MODEL_SETTINGS if settings.get(key) is not None},
-        selection_rule=selection.RULE,
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
-        tensors={
-            name: SelectedTensor(
-                shape=list(weight.shape),
-                count=weight.base.numel(),
-                positions=selection.checksum(weight.flat_positions()),
-            )
-            for name, weight in sparsity.weights.items()
-        },
+        tensors={n: SelectedTensor.describe(sparsity.weights[n].draw, flat) for n, flat in positions.items()},
         modules_to_save=sparsity.whole,
-        library_versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "deepspeed", "sparse-zero")},
+        results=sparsity.results,
+        library_versions=library_versions(),
     )
 
 
@@ -128,110 +106,136 @@ def _task_of(model: nn.Module) -> str | None:
     return "causal-lm" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def read_config(directory: str | Path) -> AdapterConfig:
-    """Raises UserError: not an adapter directory, a file that is damaged, or one of a newer version."""
-    path = Path(directory) / CONFIG_NAME
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory}: not an adapter directory ({CONFIG_NAME} is not there)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(raw, dict) or raw.get("adapter_type") != "sparse-zero":
-        raise UserError(f"{path}: not a sparse-zero adapter")
-    newer = raw.get("format_version")
-    if isinstance(newer, int) and newer > FORMAT_VERSION:
-        raise UserError(f"{path}: format {newer} is newer than {FORMAT_VERSION}, the newest that this version reads")
-    try:
-        return AdapterConfig.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> nn.Module:
     """Put an adapter onto its base model (which becomes sparse), or its values into a model sparsified alike.
 
+    Args: adapter_name: of a sparse model, keep the adapter under this name until `set_adapter` asks for it.
     Under ZeRO stage 3 every rank must call it. In place; nothing is touched before everything fits.
 
-    Raises UserError: a damaged file, other names or shapes than the model's, positions that this version draws
-    differently.
+    Raises UserError: a damaged file, another base model, positions that this version draws differently.
     """
-    directory = Path(directory)
-    config = read_config(directory)
     inner = unwrap(model)
-    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
-    _check_fits(inner, config, tensors, directory)
-    if not hasattr(inner, "sparsity"):
-        counts = {name: tensor.count for name, tensor in config.tensors.items()}
-        attach(inner, config.sparse, counts, config.modules_to_save)
-        inner.sparsity.base_model = config.base_model_name_or_path
-        inner.sparsity.revision, inner.sparsity.tokenizer = config.revision, config.tokenizer
-    parameters = dict(inner.named_parameters())
-    settle(inner)
-    for name, values in tensors.items():
-        weight = inner.sparsity.weights.get(name)
-        target = weight.delta if weight else parameters[name]
-        with gathered([target], write=True), torch.no_grad():
-            target.copy_(values)
+    adapter = read_adapter(directory)
+    if hasattr(inner, "sparsity") and adapter_name in (None, inner.sparsity.name):
+        _check_base(inner, adapter, directory, inner.sparsity.fingerprint)
+        _check_sparsified_alike(inner.sparsity, adapter, directory)
+        _set_values(inner, adapter)
+    elif hasattr(inner, "sparsity"):
+        _check_base(inner, adapter, directory, inner.sparsity.fingerprint)
+        for name in adapter.config.tensors:
+            checked_positions(adapter, name, directory)
+        inner.__dict__.setdefault("parked_adapters", {})[adapter_name] = adapter
+    else:
+        put_on(inner, adapter, directory, adapter_name or "default")
     return model
 
 
-def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, torch.Tensor]:
-    expected = {*config.tensors, *config.modules_to_save}
-    try:
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            if names != expected:
-                odd = sorted(names ^ expected)[0]
-                raise UserError(f"{path}: '{odd}' is in only one of {WEIGHTS_NAME} and {CONFIG_NAME}")
-            tensors = {name: file.get_tensor(name) for name in sorted(names)}
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-    for name, tensor in config.tensors.items():
-        if list(tensors[name].shape) != [tensor.count]:
-            raise UserError(
-                f"{path}: '{name}' has shape {list(tensors[name].shape)}, {CONFIG_NAME} says {tensor.count}"
-            )
-    return tensors
+def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name: str = "default") -> None:
+    """Make a base model sparse with an adapter. In place. Collective under ZeRO stage 3.
+
+    Args: origin: what the adapter is called in errors.
+    Raises UserError where it does not fit, with the model as it was.
+    """
+    config = adapter.config
+    settle(inner)
+    _check_shapes(inner, adapter, origin)
+    with_rows = {name for name in config.tensors if config.tensors[name].whole_rows}
+    base = fingerprint(inner, {*config.modules_to_save, *with_rows})
+    _check_base(inner, adapter, origin, base)
+    draws = [adapter.draw(name) for name in config.tensors]
+    attach(inner, config.sparse, draws, list(config.modules_to_save), _CheckedPositions(adapter, origin), base)
+    sparsity = inner.sparsity
+    sparsity.name = adapter_name
+    sparsity.base_model, sparsity.revision = config.base_model_name_or_path, config.revision
+    sparsity.tokenizer, sparsity.new_tokens = config.tokenizer, list(config.new_tokens)
+    sparsity.results = dict(config.results)
+    _set_values(inner, adapter)
 
 
-def _check_fits(model: nn.Module, config: AdapterConfig, tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    parameters = dict(model.named_parameters())
-    base = f"{directory}: made for {config.base_model_name_or_path}, does not fit {type(model).__name__}"
-    if config.selection_rule != selection.RULE:
-        raise UserError(
-            f"{directory}: selection rule '{config.selection_rule}' is not known; this is {selection.RULE}"
-        )
-    for name in (*config.tensors, *config.modules_to_save):
+class _CheckedPositions(Mapping[str, torch.Tensor]):
+    """The positions of each weight, drawn and checked when they are asked for: all together may be large."""
+
+    def __init__(self, adapter: Adapter, origin: str | Path) -> None:
+        self.adapter, self.origin = adapter, origin
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return checked_positions(self.adapter, name, self.origin)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapter.config.tensors)
+
+    def __len__(self) -> int:
+        return len(self.adapter.config.tensors)
+
+
+@torch.no_grad()
+def _set_values(inner: nn.Module, adapter: Adapter) -> None:
+    settle(inner)
+    parameters = dict(inner.named_parameters())
+    for name, weight in inner.sparsity.weights.items():
+        values = adapter.deltas.get(name)
+        if name in adapter.rows:
+            inside = row_mask(weight.draw, weight.flat_positions())
+            device, rows = inside.device, adapter.rows[name].flatten()
+            spread = torch.zeros(inside.numel(), dtype=rows.dtype, device=device)
+            spread[inside] = (rows.to(device).float() - weight.base[inside].float()).to(rows.dtype)
+            if values is not None:
+                spread[~inside] = values.to(device)
+            values = spread
+        with gathered([weight.delta], write=True):
+            weight.delta.copy_(values)
+    for name, values in adapter.whole.items():
+        with gathered([parameters[name]], write=True):
+            parameters[name].copy_(values)
+
+
+def _check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None:
+    config, parameters = adapter.config, dict(model.named_parameters())
+    base = f"{origin}: made for {config.base_model_name_or_path}, does not fit {type(model).__name__}"
+    shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
+    shapes |= {name: list(values.shape) for name, values in adapter.whole.items()}
+    for name, saved in shapes.items():
         if name not in parameters:
             raise UserError(f"{base}: it has no parameter '{name}'")
-    shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
-    shapes |= {name: list(tensors[name].shape) for name in config.modules_to_save}
-    for name, saved in shapes.items():
         shape = list(full_shape(parameters[name]))
         if shape != saved:
-            raise UserError(f"{base}: '{name}' has shape {shape} there and {saved} in the adapter")
-    for name, tensor in config.tensors.items():
-        numel = full_shape(parameters[name]).numel()
-        drawn = selection.positions(config.sparse.seed, name, numel, tensor.count)
-        if selection.checksum(drawn) != tensor.positions:
-            raise UserError(f"{directory}: the positions of '{name}' are not those that it was trained with")
-    if hasattr(model, "sparsity"):
-        counts = {name: weight.base.numel() for name, weight in model.sparsity.weights.items()}
-        given = {name: tensor.count for name, tensor in config.tensors.items()}
-        seeds_differ = model.sparsity.config.seed != config.sparse.seed
-        if counts != given or seeds_differ or set(model.sparsity.whole) != set(config.modules_to_save):
-            raise UserError(
-                f"{directory}: this model was sparsified differently (seed, density, targets or modules_to_save)"
-            )
+            grown = config.tensors[name].whole_rows if name in config.tensors else ()
+            hint = f"; model.resize_token_embeddings({saved[0]}) makes room for its new tokens" if grown else ""
+            raise UserError(f"{base}: '{name}' has shape {shape} there and {saved} in the adapter{hint}")
 
 
-def merge_adapter(directory: str | Path, out: str | Path) -> dict[str, Any]:
+def _check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: dict[str, str]) -> None:
+    config = adapter.config
+    half = {str(p.dtype) == "torch.float16" for p in model.parameters() if p.is_floating_point()}
+    if any(half) != (config.dtype == "float16"):
+        logger.warning("%s: not checked against the base model's weights: only one of them is in float16", origin)
+        return
+    if odd := differences(base, config.base_fingerprint):
+        at = f" at revision {config.revision}" if config.revision else ""
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"{origin}: made for {config.base_model_name_or_path}{at}, and this model has other weights: "
+            f"'{odd[0]}'{more}; load that base model, in the revision that the adapter was trained on"
+        )
+
+
+def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | Path) -> None:
+    config = adapter.config
+    same = sparsity.weights.keys() == config.tensors.keys() and set(sparsity.whole) == set(config.modules_to_save)
+    for name, weight in sparsity.weights.items() if same else ():
+        here = SelectedTensor.describe(weight.draw, weight.flat_positions())
+        same = same and here.positions == config.tensors[name].positions
+    if not same:
+        raise UserError(
+            f"{origin}: this model was sparsified differently (seed, density, targets or modules_to_save); "
+            "give an adapter_name to keep it beside the active adapter"
+        )
+
+
+def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> dict[str, Any]:
     """Write the base model with an adapter's values in its weights, as a plain Hugging Face model directory.
 
+    Args: scale: how often the deltas count.
     Returns: facts for the user. Raises UserError: see `load_adapter`; a base model that cannot be loaded.
     """
     started = time.perf_counter()
@@ -252,7 +256,10 @@ def merge_adapter(directory: str | Path, out: str | Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(
         config.tokenizer or config.base_model_name_or_path, None if config.tokenizer else config.revision
     )
-    merge_and_unload(load_adapter(model, directory))
+    add_tokens(model, tokenizer, config.new_tokens)
+    load_adapter(model, directory)
+    set_scale(model, scale)
+    merge_and_unload(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {
@@ -263,38 +270,3 @@ def merge_adapter(directory: str | Path, out: str | Path) -> dict[str, Any]:
         "merged_parameters": config.trainable_parameters,
         "seconds": time.perf_counter() - started,
     }
-
-
-def describe(directory: str | Path) -> dict[str, Any]:
-    """What `sparse-zero inspect` shows, read without the base model."""
-    directory = Path(directory)
-    config = read_config(directory)
-    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
-    return {
-        "base_model": config.base_model_name_or_path,
-        "revision": config.revision,
-        "task": config.task,
-        "dtype": config.dtype,
-        "selection_rule": config.selection_rule,
-        "seed": config.sparse.seed,
-        "density": config.trainable_parameters / config.total_parameters,
-        "trainable_parameters": config.trainable_parameters,
-        "total_parameters": config.total_parameters,
-        "bytes": adapter_bytes(directory),
-        "library_versions": config.library_versions,
-        "tensors": [
-            {
-                "name": name,
-                "shape": config.tensors[name].shape if name in config.tensors else list(values.shape),
-                "trained": "selected" if name in config.tensors else "whole",
-                "scalars": values.numel(),
-                "norm": values.float().norm().item(),
-            }
-            for name, values in tensors.items()
-        ],
-    }
-
-
-def adapter_bytes(directory: str | Path) -> int:
-    """Bytes of an adapter's two files."""
-    return sum((Path(directory) / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME))

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from sparse_zero.adapter import load_adapter, read_config
+from sparse_zero.adapter import load_adapter
+from sparse_zero.adapter_files import read_config
 from sparse_zero.build import build, evaluation_figures, evaluation_settings, training_arguments
 from sparse_zero.recipe import Recipe
 from sparse_zero.trainer import SparseTrainer

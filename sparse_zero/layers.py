@@ -1,25 +1,31 @@
-"""The parametrisation: a module whose frozen weight carries a trainable 1-D delta at the selected positions.
+"""The parametrisation: a frozen parameter that carries a trainable 1-D delta at its selected positions.
 
-A sparse module computes exactly what it did before, with W[selected] = w0 + delta inside its own weight, and passes
-its output through a node whose backward yields the gradient of delta. The weight keeps its name and its place in the
-state dict; beside `weight` stand
-    weight_delta         Parameter (n,)    trained
+W[selected] = w0 + delta is written into the parameter itself, so that the model computes as it always did; the
+parameter keeps its name and its place in the state dict. Beside a `weight` stand
+    weight_delta         Parameter (n,)    trained; at every place of a tied weight
     weight_base          buffer (n,)       w0, the original values, so that unmerging is exact
-    weight_row_starts    buffer (R + 1,)   CSR pattern of the positions, int32
+    weight_row_starts    buffer (R + 1,)   CSR pattern of the positions in the weight as a matrix of R rows, int32
     weight_column_index  buffer (n,)
+The class of a module that holds such parameters becomes a subclass of what it was, in two ways:
+- Reading a selected parameter gives a tensor that leads the gradient to the delta (`_ReadGradient`). That covers every
+  module, and every reader of a parameter, at the price of a dense gradient of that parameter for a moment.
+- The forward of a linear layer or an embedding yields the gradient at the selected positions alone
+  (`_SampledGradient`).
 """
 
 import functools
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from sparse_zero.sampled_gradient import csr_pattern, flat_positions, sampled_product
-from sparse_zero.zero import full_shape, gathered, is_partitioned
+from sparse_zero.sampled_gradient import csr_pattern, embedding_product, flat_positions, sampled_product
+from sparse_zero.selection import Draw, stream_key
+from sparse_zero.targets import Target
+from sparse_zero.zero import full_shape, gathered, is_partitioned, is_whole
 
 
 class UpdateClock:
@@ -31,6 +37,9 @@ class UpdateClock:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.forwards = 0
+        """Training forwards of the model so far: each drops other deltas, where there is dropout."""
+        self.training = False
         reference = weakref.ref(self)
 
         def tick(*_: Any) -> None:
@@ -38,6 +47,11 @@ class UpdateClock:
                 clock.steps += 1
 
         weakref.finalize(self, register_optimizer_step_post_hook(tick).remove)
+
+    def before_forward(self, model: nn.Module, _: Any) -> None:
+        """A forward pre-hook of the model as a whole: a layer may run several times in one forward."""
+        self.training = model.training
+        self.forwards += model.training
 
     def __deepcopy__(self, memo: dict) -> "UpdateClock":
         return self  # a copied model is trained by optimizers too
@@ -47,83 +61,152 @@ class UpdateClock:
 
 
 class SparseWeight:
-    """One selected weight: where its tensors are, and how they go into the module's own weight."""
+    """One selected parameter: where its tensors are, and how they go into the parameter."""
 
-    def __init__(self, module: nn.Module, parameter: str, selected: torch.Tensor, clock: UpdateClock) -> None:
-        """Args: selected: int64 (n,), sorted positions in the flattened weight. Collective under ZeRO stage 3."""
-        self.module, self.parameter, self.clock = module, parameter, clock
-        self.plain_class = type(module)
-        self.enabled = True
+    def __init__(
+        self, target: Target, draw: Draw, selected: torch.Tensor, clock: UpdateClock, dropout: float = 0.0
+    ) -> None:
+        """Args: selected: int64 (n,), sorted positions in the flattened parameter. Collective under ZeRO stage 3."""
+        self.owners, self.draw, self.clock, self.dropout = target.owners, draw, clock, dropout
+        self.enabled, self.scale = True, 1.0
+        self.passes_plain = False
+        """Whether readers get the parameter as it is: in the forward of a module that has its own rule."""
         weight = self.weight
         self.shape = full_shape(weight)
-        assert len(self.shape) == 2, (parameter, self.shape)
-        assert selected.numel() > 0, f"{parameter}: a delta of length 0 breaks ZeRO stage 3"
-        row_starts, column_index = csr_pattern(selected.to(weight.device), *self.shape)
+        assert selected.numel() > 0, f"{draw.name}: a delta of length 0 breaks ZeRO stage 3"
+        flat = selected.to(weight.device)
+        row_starts, column_index = csr_pattern(flat, self.shape[:-1].numel(), self.shape[-1])
         with gathered([weight]):
-            base = weight.detach().view(-1)[selected.to(weight.device)].clone()
+            base = weight.detach().view(-1).index_select(0, flat)
         # Under ZeRO the delta follows the weight's dtype, and the float32 original lives in the optimizer's partition.
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
         delta = nn.Parameter(torch.zeros(selected.numel(), dtype=dtype, device=weight.device))
-        module.register_parameter(f"{parameter}_delta", delta)
-        for name, value in (("base", base), ("row_starts", row_starts), ("column_index", column_index)):
-            module.register_buffer(f"{parameter}_{name}", value, persistent=False)
+        for module, name in self.owners:
+            module.register_parameter(f"{name}_delta", delta)
+        module, name = self.owners[0]
+        for kind, value in (("base", base), ("row_starts", row_starts), ("column_index", column_index)):
+            module.register_buffer(f"{name}_{kind}", value, persistent=False)
         self._written: tuple | None = None
 
     @property
     def weight(self) -> nn.Parameter:
-        return getattr(self.module, self.parameter)
+        module, name = self.owners[0]
+        return module._parameters[name]
 
     @property
     def delta(self) -> nn.Parameter:
-        return getattr(self.module, f"{self.parameter}_delta")
+        return self._beside("delta")
 
     @property
     def base(self) -> torch.Tensor:
-        return getattr(self.module, f"{self.parameter}_base")
+        return self._beside("base")
 
     @property
     def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(row_starts, column_index) of the selected positions."""
-        return (
-            getattr(self.module, f"{self.parameter}_row_starts"),
-            getattr(self.module, f"{self.parameter}_column_index"),
-        )
+        return self._beside("row_starts"), self._beside("column_index")
+
+    def _beside(self, kind: str) -> torch.Tensor:
+        module, name = self.owners[0]
+        return getattr(module, f"{name}_{kind}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether what is computed now leads a gradient to the delta."""
+        return self.enabled and torch.is_grad_enabled() and self.delta.requires_grad
 
     def flat_positions(self) -> torch.Tensor:
-        """Returns: int64 (n,), the selected positions in the flattened weight."""
-        return flat_positions(*self.pattern, self.shape[1])
+        """Returns: int64 (n,), the selected positions in the flattened parameter."""
+        return flat_positions(*self.pattern, self.shape[-1])
 
     @torch.no_grad()
-    def write(self) -> None:
-        """W[selected] = w0 + delta, or w0 while disabled. The weight must be whole."""
+    def write(self, forwards: int | None = None) -> None:
+        """W[selected] = w0 + delta, or w0 while disabled. The weight must be whole.
+
+        Args: forwards: the training forward whose dropout applies; None: no dropout.
+        """
         values = self.base
         if self.enabled:
-            values = values.to(torch.promote_types(values.dtype, torch.float32)) + self.delta
+            factor = self.factor(forwards)
+            change = self.delta if factor is None else self.delta * factor
+            values = values.to(torch.promote_types(values.dtype, torch.float32)) + change
         weight = self.weight
         # A stage-3 copy is written again in each gather, always with the values that the graph already saw, so
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         target = weight.data if is_partitioned(weight) else weight.detach()
-        target.view(-1)[self.flat_positions()] = values.to(weight.dtype)
+        target.view(-1).index_copy_(0, self.flat_positions(), values.to(weight.dtype))
 
     def refresh(self) -> None:
-        """Write, unless the weight already holds these values. Called in every forward."""
-        if is_partitioned(self.weight) or self._written != self._state():
-            self.write()
+        """Write, unless the weight already holds these values. Called whenever the weight is about to be read."""
+        if is_partitioned(self.weight):
+            if is_whole(self.weight):
+                self.write(self.dropping)
+        elif self._written != self._state():
+            self.write(self.dropping)
             self._written = self._state()
+
+    @property
+    def dropping(self) -> int | None:
+        """The training forward whose dropout applies now; None where none does."""
+        return self.clock.forwards if self.dropout and self.clock.training else None
+
+    def factor(self, forwards: int | None) -> torch.Tensor | float | None:
+        """What the delta is multiplied with: the scale, and with dropout a mask (n,); None for 1."""
+        if forwards is None:
+            return None if self.scale == 1 else self.scale
+        # A function of the forward: the same in a recomputation, in stage 3's next gather and on every rank.
+        generator = torch.Generator(self.delta.device)
+        generator.manual_seed(abs(stream_key(self.draw.seed, self.draw.name, f"dropout/{forwards}")))
+        kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
+        return kept * (self.scale / (1 - self.dropout))
 
     def _state(self) -> tuple:
         """Changes whenever the weight might not hold w0 + delta: a step, a load, an assignment, a disabled adapter."""
         weight, delta = self.weight, self.delta
-        return self.clock.steps, self.enabled, id(delta), delta._version, id(weight), weight._version
+        tensors = (id(delta), delta._version, id(weight), weight._version)
+        return self.clock.steps, self.enabled, self.scale, self.dropping, *tensors
 
     def invalidate(self) -> None:
         """Make the next forward write again: the delta was changed behind autograd's back (`delta.data`)."""
         self._written = None
 
+    def read(self) -> torch.Tensor:
+        """The parameter as its module and other readers see it."""
+        self.refresh()
+        weight = self.weight
+        if self.passes_plain or not self.trains or not is_whole(weight):
+            return weight
+        tensor = _ReadGradient.apply(self.delta, weight.detach(), self)
+        # What isinstance(tensor, nn.Parameter) asks for: Module.get_parameter, among others, takes nothing else.
+        tensor._is_param = True
+        return tensor
+
     def remove(self) -> None:
         """Take the delta and its buffers off the module; the weight stays as it is."""
-        for name in ("delta", "base", "row_starts", "column_index"):
-            delattr(self.module, f"{self.parameter}_{name}")
+        for module, name in self.owners:
+            delattr(module, f"{name}_delta")
+        module, name = self.owners[0]
+        for kind in ("base", "row_starts", "column_index"):
+            delattr(module, f"{name}_{kind}")
+
+
+class _ReadGradient(torch.autograd.Function):
+    """The parameter; its backward picks the delta's gradient out of the parameter's."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: torch.Tensor, weight: torch.Tensor, sparse_weight: SparseWeight) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.sparse_weight, ctx.forwards = sparse_weight, sparse_weight.dropping
+        # Not the argument itself, of which autograd would make a view
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        weight = ctx.sparse_weight
+        picked = grad.reshape(-1).index_select(0, weight.flat_positions())
+        return _scaled(picked, weight, ctx.forwards), None, None
 
 
 class _SampledGradient(torch.autograd.Function):
@@ -131,88 +214,157 @@ class _SampledGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, inputs: torch.Tensor, delta: torch.Tensor, module: "SparseModule"
+        ctx: Any,
+        output: torch.Tensor,
+        inputs: torch.Tensor,
+        delta: torch.Tensor,
+        module: "SampledModule",
+        sparse_weight: SparseWeight,
     ) -> torch.Tensor:
-        ctx.module = module
+        ctx.module, ctx.sparse_weight, ctx.forwards = module, sparse_weight, sparse_weight.dropping
         ctx.save_for_backward(inputs)
         # Not a view: autograd forbids in-place operations (a ReLU) on views that a Function made. None of the wrapped
         # modules needs its own output in backward, so sharing the memory is safe.
         return output.data
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         (inputs,) = ctx.saved_tensors
+        weight = ctx.sparse_weight
         # This node runs before the module's own backward, which reads the weight. A stage-3 copy is gathered afresh,
         # without the deltas; any other weight still holds what the forward saw, or autograd refuses it.
-        if is_partitioned(ctx.module.sparse_weight.weight):
-            ctx.module.sparse_weight.write()
-        return grad_output, None, ctx.module.delta_gradient(inputs, grad_output), None
+        if ctx.module.backward_reads_weight and is_partitioned(weight.weight):
+            weight.write(ctx.forwards)
+        gradient = ctx.module.delta_gradient(inputs, grad_output, *weight.pattern)
+        return grad_output, None, _scaled(gradient, weight, ctx.forwards), None, None
+
+
+def _scaled(gradient: torch.Tensor, weight: SparseWeight, forwards: int | None) -> torch.Tensor:
+    factor = weight.factor(forwards)
+    return (gradient if factor is None else gradient * factor).to(weight.delta.dtype)
 
 
 class SparseModule:
-    """Mixed into the class of a targeted module. Subclasses say which operand gives the rows of the weight."""
+    """Mixed into the class of a module with selected parameters, which its class reads through properties."""
 
-    sparse_weight: SparseWeight
+    plain_class: ClassVar[type[nn.Module]]
+    selected_names: ClassVar[frozenset[str]]
+    sparse_weights: dict[str, SparseWeight]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_module, (self.plain_class, self.selected_names), self.__dict__
+
+
+class SampledModule(SparseModule):
+    """A module whose `weight` is selected, and whose forward tells the gradient at the selected positions."""
+
+    backward_reads_weight: ClassVar[bool] = True
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.sparse_weight.refresh()
-        output = super().forward(inputs)
-        delta = self.sparse_weight.delta
-        if not (torch.is_grad_enabled() and delta.requires_grad):
-            return output
-        return _SampledGradient.apply(output, inputs, delta, self)
-
-    def delta_gradient(self, inputs: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-        """Args: inputs (..., in), grad_output (..., out). Returns: (n,) in the delta's dtype."""
-        flat_inputs, flat_grad = inputs.reshape(-1, inputs.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
-        rows, columns = self.operands(flat_inputs, flat_grad)
-        gradient = sampled_product(rows, columns, *self.sparse_weight.pattern)
-        return gradient.to(self.sparse_weight.delta.dtype)
+        weight = self.sparse_weights["weight"]
+        weight.refresh()
+        weight.passes_plain = True
+        try:
+            output = super().forward(inputs)
+        finally:
+            weight.passes_plain = False
+        return _SampledGradient.apply(output, inputs, weight.delta, self, weight) if weight.trains else output
 
 
-class SparseLinear(SparseModule, nn.Linear):
+class SparseLinear(SampledModule, nn.Linear):
     """weight (out, in)"""
 
     @staticmethod
-    def operands(inputs: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return grad_output, inputs
+    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, *pattern: torch.Tensor) -> torch.Tensor:
+        """Args: inputs (..., in), grad_output (..., out). Returns: (n,)"""
+        return sampled_product(_flat(grad_output), _flat(inputs), *pattern)
 
 
-class SparseConv1D(SparseModule, Conv1D):
+class SparseConv1D(SampledModule, Conv1D):
     """GPT-2's linear layer: weight (in, out)"""
 
     @staticmethod
-    def operands(inputs: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return inputs, grad_output
+    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, *pattern: torch.Tensor) -> torch.Tensor:
+        """Args: inputs (..., in), grad_output (..., out). Returns: (n,)"""
+        return sampled_product(_flat(inputs), _flat(grad_output), *pattern)
+
+
+class SparseEmbedding(SampledModule, nn.Embedding):
+    """weight (rows, columns)"""
+
+    backward_reads_weight = False
+
+    def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, *pattern: torch.Tensor) -> torch.Tensor:
+        """Args: ids (...), grad_output (..., columns). Returns: (n,)"""
+        ids, grad_output = ids.reshape(-1), _flat(grad_output)
+        if self.padding_idx is not None:
+            # As in nn.Embedding, padding has no gradient.
+            words = ids != self.padding_idx
+            ids, grad_output = ids[words], grad_output[words]
+        return embedding_product(ids, grad_output, *pattern)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+_SAMPLED = {nn.Linear: SparseLinear, Conv1D: SparseConv1D, nn.Embedding: SparseEmbedding}
+
+# nn.Linear but for its rounding: x @ W.T + b. By name, for to import it takes seconds.
+_LINEAR_IN_OTHER_WORDS = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 
 
 @functools.cache
-def sparse_class(plain: type[nn.Module]) -> type[SparseModule] | None:
-    """What a module of class `plain` becomes; None where the gradient of its weight is not known here."""
-    if plain in (nn.Linear, Conv1D):
-        return SparseLinear if plain is nn.Linear else SparseConv1D
-    # nn.Linear but for its rounding: x @ W.T + b. By name, for to import it takes seconds.
-    if (plain.__module__, plain.__name__) == ("transformers.models.falcon.modeling_falcon", "FalconLinear"):
-        return type("SparseFalconLinear", (SparseLinear, plain), {})
-    return None
+def sparse_class(plain: type[nn.Module], names: frozenset[str]) -> type[SparseModule]:
+    """What a module of class `plain` becomes when its parameters `names` are selected."""
+    sampled = next((base for base in _SAMPLED if issubclass(plain, base)), None) if "weight" in names else None
+    if sampled is None:
+        bases: tuple[type, ...] = (SparseModule, plain)
+    elif plain is sampled:
+        bases = (_SAMPLED[sampled],)
+    elif plain.forward is sampled.forward or f"{plain.__module__}.{plain.__qualname__}" in _LINEAR_IN_OTHER_WORDS:
+        bases = (_SAMPLED[sampled], plain)
+    else:
+        # Its forward calls that of nn.Linear or nn.Embedding, or reads the weight itself: both are right.
+        bases = (plain, _SAMPLED[sampled])
+    members = {name: property(functools.partial(_read, name=name)) for name in names}
+    members |= {"plain_class": plain, "selected_names": names, "__module__": __name__}
+    return type(f"Sparse{plain.__name__}", bases, members)
 
 
-def is_supported(module: nn.Module) -> bool:
-    """Whether the module's forward is one whose weight gradient is known here."""
-    return sparse_class(type(module)) is not None
+def _read(module: SparseModule, name: str) -> torch.Tensor:
+    return module.sparse_weights[name].read()
 
 
-def attach(module: nn.Module, selected: torch.Tensor, clock: UpdateClock) -> SparseWeight:
-    """Turn a linear layer into a sparse one, in place."""
-    weight = SparseWeight(module, "weight", selected, clock)
-    module.__class__ = sparse_class(weight.plain_class)
-    module.sparse_weight = weight
+def _new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
+    kind = sparse_class(plain, names)
+    return kind.__new__(kind)
+
+
+def attach(
+    target: Target, draw: Draw, selected: torch.Tensor, clock: UpdateClock, dropout: float = 0.0
+) -> SparseWeight:
+    """Select positions of a parameter, in place: every module that holds it becomes a sparse one."""
+    weight = SparseWeight(target, draw, selected, clock, dropout)
+    for module, name in target.owners:
+        weights = module.__dict__.setdefault("sparse_weights", {})
+        weights[name] = weight
+        module.__class__ = sparse_class(_plain_class(module), frozenset(weights))
     return weight
 
 
-def detach(module: nn.Module) -> None:
-    """Turn a sparse module back into what it was; its weight keeps the values it holds now."""
-    weight = module.sparse_weight
+def detach(weight: SparseWeight) -> None:
+    """Turn the modules of a selected parameter back into what they were; it keeps the values that it holds now."""
     weight.remove()
-    del module.sparse_weight
-    module.__class__ = weight.plain_class
+    for module, name in weight.owners:
+        del module.sparse_weights[name]
+        plain = _plain_class(module)
+        if module.sparse_weights:
+            module.__class__ = sparse_class(plain, frozenset(module.sparse_weights))
+        else:
+            del module.sparse_weights
+            module.__class__ = plain
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    return module.plain_class if isinstance(module, SparseModule) else type(module)

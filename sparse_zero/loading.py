@@ -1,6 +1,7 @@
 """Base models and tokenizers, from the hub, a local directory or an installed package."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,20 @@ def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Pre
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Make new tokens of a tokenizer, and room for them in the model's embeddings. In place.
+
+    Returns: their ids. Collective under ZeRO stage 3. Raises UserError: a token that is there already.
+    """
+    if known := [token for token in tokens if token in tokenizer.get_vocab()]:
+        raise UserError(f"model.new_tokens: '{known[0]}' is in the vocabulary already")
+    if tokens:
+        tokenizer.add_tokens(list(tokens), special_tokens=True)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
 def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedConfig:

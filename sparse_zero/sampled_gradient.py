@@ -75,17 +75,45 @@ def _dense_in_chunks(
     return result
 
 
+def embedding_product(
+    ids_N: torch.Tensor, grad_NC: torch.Tensor, row_starts: torch.Tensor, column_index: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of an embedding's weight at the positions of a CSR pattern: the sum of grad over the occurrences of
+    each row. Touches the rows in the batch only.
+
+    Args: ids_N: rows that were looked up; row_starts, column_index: as in `sampled_product`.
+    Returns: (n,), float32 or wider.
+    """
+    dtype = torch.promote_types(grad_NC.dtype, torch.float32)
+    result = torch.zeros(column_index.numel(), dtype=dtype, device=grad_NC.device)
+    first, counts = row_starts[ids_N].long(), row_starts.diff()[ids_N].long()
+    # For every pair of an occurrence and a position in its row: two indices and a value.
+    pairs = max(1, TRANSIENT_BYTES // 24)
+    widest = int(counts.max()) if counts.numel() else 0
+    for rows in torch.arange(ids_N.numel(), device=ids_N.device).split(max(1, pairs // max(1, widest))):
+        inside = counts[rows]
+        occurrence = torch.repeat_interleave(rows, inside)
+        offset = (
+            torch.arange(occurrence.numel(), device=rows.device) - (inside.cumsum(0) - inside)[occurrence - rows[0]]
+        )
+        position = first[occurrence] + offset
+        result.index_add_(0, position, grad_NC[occurrence, column_index[position].long()].to(dtype))
+    return result
+
+
 def flat_positions(row_starts: torch.Tensor, column_index: torch.Tensor, columns: int) -> torch.Tensor:
     """A CSR pattern as indices into the flattened matrix. Returns: int64 (n,)."""
-    counts = row_starts.diff()
-    rows = torch.arange(counts.numel(), device=counts.device)
+    rows = row_starts.numel() - 1
+    starts = torch.arange(0, rows * columns, columns, device=row_starts.device)
     # output_size spares the accelerator a wait
-    offsets = torch.repeat_interleave(rows * columns, counts, output_size=column_index.numel())
-    return offsets + column_index
+    return torch.repeat_interleave(starts, row_starts.diff(), output_size=column_index.numel()).add_(column_index)
 
 
 def csr_pattern(flat: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted indices into a flattened (rows, columns) matrix as (row_starts, column_index), both int32."""
-    row = flat // columns
-    row_starts = torch.searchsorted(row, torch.arange(rows + 1, device=flat.device))
+    # Up to rows * columns, so that the last row ends too
+    edges = torch.arange(0, rows * columns + 1, columns, device=flat.device)
+    row_starts = torch.searchsorted(flat, edges)
+    # Truncation is several times faster than `//`, and the same for positions
+    row = torch.div(flat, columns, rounding_mode="trunc")
     return row_starts.to(torch.int32), (flat - row * columns).to(torch.int32)

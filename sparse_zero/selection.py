@@ -1,25 +1,120 @@
-"""Which scalars of a weight train: pure functions of (seed, parameter name, number of scalars, budget).
+"""Which scalars of a weight train: pure functions of (seed, parameter name, shape, budget).
 
-Every function is stateless: each rank, each shard and each later load computes the same positions on any device,
-so positions are never stored or sent. The rule has a version in its name; changing what it returns means a new name.
+Positions are int64 indices into the flattened (row-major) weight, strictly increasing. What the rules below draw is
+the same on every rank, on any device and in every later version, so it is neither sent nor stored. A rule has a
+version in its name; changing what it returns means a new name.
 
-stratified-v1: the flattened weight is cut into n blocks whose sizes differ by at most one, and one scalar of each
-block is drawn by a fixed integer hash. Exact in count, sorted, any slice at the cost of its length.
+stratified-v1: the weight is cut into n blocks whose sizes differ by at most one, and one scalar of each block is drawn
+    by a fixed integer hash. Exact in count, any slice at the cost of its length. With granularity g the same is done
+    with strips of g consecutive rows of one column.
+bernoulli-v1: each scalar is drawn with probability p, independently (the paper's). Its count is random, so a slice
+    costs a walk over the weight before it.
+stored: positions that no rule regenerates (the largest scalars of a pretrained weight, a caller's own); adapters
+    carry them.
 """
 
 import hashlib
-import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import xxhash
 
-from sparse_zero.errors import UserError
+STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
 
-RULE = "stratified-v1"
+CHUNK = 1 << 16
+"""Positions at a time where all are wanted: the arithmetic then stays in the processor's cache."""
 
 # The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn from one weight: equal draws have equal positions."""
+
+    rule: str
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    seed: int = 0
+    probability: float | None = None
+    """bernoulli-v1: of each scalar."""
+    granularity: int = 1
+    """stratified-v1: rows of a strip."""
+    whole_rows: tuple[int, ...] = ()
+    """Rows of a matrix that are selected whole, sorted (new tokens); the rule draws from the others."""
+
+    @classmethod
+    def bernoulli(
+        cls, name: str, shape: tuple[int, ...], probability: float, seed: int, whole_rows: tuple[int, ...] = ()
+    ) -> "Draw":
+        """Counts what the rule draws, which takes a walk over the weight."""
+        columns = shape[-1]
+        numel = torch.Size(shape).numel() - len(whole_rows) * columns
+        drawn = sum(chunk.numel() for chunk in bernoulli_chunks(seed, name, numel, probability))
+        return cls(BERNOULLI, name, shape, drawn + len(whole_rows) * columns, seed, probability, whole_rows=whole_rows)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def in_whole_rows(self) -> int:
+        """How many of the positions are those of whole rows."""
+        return len(self.whole_rows) * self.shape[-1]
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Returns: int64 (count,). Raises ValueError for the rule "stored", which cannot be drawn again."""
+        if self.rule == STORED:
+            raise ValueError(f"{self.name}: stored positions cannot be drawn again")
+        if self.whole_rows:
+            return self._with_whole_rows(device)
+        flat = torch.empty(self.count, dtype=torch.int64, device=device)
+        for start, chunk in self.chunks(device):
+            flat[start : start + chunk.numel()] = chunk
+        return flat
+
+    def chunks(self, device: torch.device | str = "cpu") -> Iterator[tuple[int, torch.Tensor]]:
+        """All positions in order, some at a time: (index of the first, positions)."""
+        assert not self.whole_rows, "rows that are taken whole are merged in at once"
+        if self.rule == BERNOULLI:
+            start = 0
+            for chunk in bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device):
+                yield start, chunk
+                start += chunk.numel()
+        else:
+            for start in range(0, self.count, CHUNK):
+                yield start, self.slice(start, min(start + CHUNK, self.count), device)
+
+    def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Positions [start, stop) of stratified-v1, at the cost of their number."""
+        assert self.rule == STRATIFIED, self.rule
+        assert not self.whole_rows
+        if self.granularity > 1:
+            return strips(self.seed, self.name, self.shape, self.count, self.granularity, start, stop, device)
+        return positions(self.seed, self.name, self.numel, self.count, start, stop, device)
+
+    def _with_whole_rows(self, device: torch.device | str) -> torch.Tensor:
+        """The rule draws from the weight without these rows."""
+        columns = self.shape[-1]
+        rows = torch.tensor(self.whole_rows, device=device)
+        if self.count == self.in_whole_rows:
+            return whole_rows(rows, columns)
+        others = (self.shape[0] - len(self.whole_rows), columns)
+        drawn = Draw(self.rule, self.name, others, self.count - self.in_whole_rows, self.seed, self.probability)
+        flat = drawn.positions(device)
+        # Row k of the others is the k-th row that is not taken whole.
+        row = torch.div(flat, columns, rounding_mode="trunc")
+        skipped = torch.searchsorted(rows - torch.arange(rows.numel(), device=device), row, right=True)
+        return torch.cat([flat + skipped * columns, whole_rows(rows, columns)]).sort().values
+
+
+def whole_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """Every position of some rows of a matrix. Returns: int64 (rows * columns,)."""
+    return (rows[:, None] * columns + torch.arange(columns, device=rows.device)).flatten()
 
 
 def positions(
@@ -31,34 +126,109 @@ def positions(
     stop: int | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Positions [start, stop) of the `count` selected scalars of a weight with `numel` scalars.
+    """stratified-v1: positions [start, stop) of the `count` selected scalars of a weight with `numel` scalars.
 
-    Returns: int64 (stop - start,), strictly increasing, indices into the flattened (row-major) weight.
+    Returns: int64 (stop - start,).
     """
     stop = count if stop is None else stop
     assert 0 < count <= numel < 2**62, (name, count, numel)
     assert count < 2**31, f"{name}: {count} positions: i * (numel % count) would overflow"
     assert 0 <= start <= stop <= count, (start, stop, count)
-    i = torch.arange(start, stop, dtype=torch.int64, device=device)
+    return _stratified(torch.arange(start, stop, dtype=torch.int64, device=device), seed, name, numel, count)
+
+
+def strips(
+    seed: int,
+    name: str,
+    shape: tuple[int, ...],
+    count: int,
+    granularity: int,
+    start: int = 0,
+    stop: int | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """stratified-v1 over strips: `granularity` consecutive rows of one column, drawn anew in each block of rows.
+
+    Args: shape: (..., rows, columns), of which `granularity` divides the rows; count: a multiple of `granularity`.
+    Returns: int64 (stop - start,), sorted. A block of rows holds its positions as a (granularity, strips) matrix.
+    """
+    stop = count if stop is None else stop
+    columns = shape[-1]
+    grid, drawn = torch.Size(shape).numel() // granularity, count // granularity
+    assert shape[-2] % granularity == 0, (name, shape, granularity)
+    assert count == drawn * granularity, (name, count, granularity)
+    assert (grid + 1) * drawn < 2**63, f"{name}: (grid + 1) * strips would overflow"
+
+    def strip(i: torch.Tensor) -> torch.Tensor:
+        return _stratified(i.clamp(max=drawn - 1), seed, name, grid, drawn)
+
+    def strips_before(x: torch.Tensor) -> torch.Tensor:
+        """How many strips lie before cell x of the grid: all that belong to earlier blocks, and perhaps its own."""
+        i = ((x + 1) * drawn - 1) // grid
+        return torch.where(x >= grid, drawn, i + (strip(i) < x))
+
+    index = torch.arange(start, stop, dtype=torch.int64, device=device)
+    block = strip(index // granularity) // columns
+    first = strips_before(block * columns)
+    width = strips_before((block + 1) * columns) - first
+    local = index - first * granularity
+    row = block * granularity + local // width
+    return row * columns + strip(first + local % width) % columns
+
+
+def bernoulli_chunks(
+    seed: int, name: str, numel: int, probability: float, device: torch.device | str = "cpu"
+) -> Iterator[torch.Tensor]:
+    """bernoulli-v1: the positions whose hash falls below the probability, in order, some at a time.
+
+    Yields: int64 (k,). At most a few MiB are held at once.
+    """
+    key = stream_key(seed, name, BERNOULLI)
+    # Python compares the integer with the float exactly; 2**63 would not fit the signed comparison.
+    below = min(round(probability * 2**63), 2**63 - 1)
+    for start in range(0, numel, 4 * CHUNK):
+        i = torch.arange(start, min(start + 4 * CHUNK, numel), dtype=torch.int64, device=device)
+        yield i[_hash(i, key) < below]
+
+
+def by_magnitude(weight: torch.Tensor, count: int, smallest: bool = False, rows: tuple[int, ...] = ()) -> torch.Tensor:
+    """The scalars of a weight with the largest (or smallest) absolute values; of equal ones those that come first.
+
+    Args: rows: rows of a matrix that are selected whole; they are part of the count.
+    Returns: int64 (count,), sorted, the same on every device.
+    """
+    magnitude = weight.detach().abs().float()
+    if smallest:
+        magnitude = -magnitude
+    if rows:
+        magnitude[list(rows)] = torch.inf
+    magnitude = magnitude.flatten()
+    edge = magnitude.topk(count, sorted=False).values.min()
+    above = (magnitude > edge).nonzero().squeeze(1)
+    ties = (magnitude == edge).nonzero().squeeze(1)[: count - above.numel()]
+    return torch.cat([above, ties]).sort().values
+
+
+def stream_key(seed: int, name: str, rule: str = STRATIFIED) -> int:
+    """A signed 64-bit key for the draws of one parameter."""
+    digest = hashlib.sha256(f"{rule}/{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """A fingerprint of a tensor's bytes. Of positions, it tells whether a rule still draws what it drew."""
+    digest = xxhash.xxh3_64()
+    for chunk in tensor.detach().flatten().split(1 << 18):
+        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _stratified(i: torch.Tensor, seed: int, name: str, numel: int, count: int) -> torch.Tensor:
     size, remainder = divmod(numel, count)
     # floor(i * numel / count) without the 64-bit overflow of i * numel
     block_start = i * size + (i * remainder) // count
     block_stop = (i + 1) * size + ((i + 1) * remainder) // count
     return block_start + _hash(i, stream_key(seed, name)) % (block_stop - block_start)
-
-
-def stream_key(seed: int, name: str) -> int:
-    """A signed 64-bit key for the draws of one parameter."""
-    digest = hashlib.sha256(f"{RULE}/{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
-
-
-def checksum(flat: torch.Tensor) -> str:
-    """A fingerprint of positions: it tells a changed rule from the one that an adapter was trained with."""
-    digest = hashlib.sha256()
-    for chunk in flat.split(1 << 18):
-        digest.update(chunk.cpu().numpy().astype("<i8", copy=False).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _hash(counter: torch.Tensor, key: int) -> torch.Tensor:
@@ -72,47 +242,3 @@ def _hash(counter: torch.Tensor, key: int) -> torch.Tensor:
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift: torch has no uint64 arithmetic, and >> on int64 copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def budget(density: float, total: int, fully_trained: int, sizes: dict[str, int]) -> dict[str, int]:
-    """How many scalars of each target train, so that all trainable scalars together are `density` of the model.
-
-    Args: total: scalars of the model; fully_trained: of them, those trained whole (the head);
-        sizes: scalars of each target, by parameter name.
-    Returns: a count for each target, at least 1, in proportion to its size; the counts add up exactly.
-    Raises UserError where the targets are too small, or the head alone is over the budget.
-    """
-    wanted = round(density * total) - fully_trained
-    available = sum(sizes.values())
-    if wanted > available:
-        raise UserError(
-            f"sparse.density: {density:g} of {total:,} scalars is {wanted + fully_trained:,}, but the targets and "
-            f"the fully trained modules have {available + fully_trained:,}: lower the density to at most "
-            f"{_rounded_down(available + fully_trained, total):.4g}, or add targets"
-        )
-    if wanted < len(sizes):
-        least = -_rounded_down(-fully_trained - len(sizes), total)
-        raise UserError(
-            f"sparse.density: {density:g} of {total:,} scalars is {wanted + fully_trained:,}, of which the fully "
-            f"trained modules take {fully_trained:,}, too few for {len(sizes)} targets: raise the density to at "
-            f"least {least:.4g}, or train less of the model whole (modules_to_save)"
-        )
-    counts, seen = {}, 0
-    taken = 0
-    for name, size in sizes.items():
-        seen += size
-        # Cumulative rounding: the counts add up to `wanted` whatever the sizes.
-        counts[name] = wanted * seen // available - taken
-        taken += counts[name]
-    # A tiny weight beside a huge one rounds to nothing; a length of 0 would break ZeRO-3.
-    for name in [name for name, n in counts.items() if n == 0]:
-        largest = max(counts, key=counts.__getitem__)
-        counts[largest] -= 1
-        counts[name] = 1
-    return counts
-
-
-def _rounded_down(part: int, total: int) -> float:
-    """part / total in four digits, never above it: a density that an error advises must be possible itself."""
-    digits = 3 - math.floor(math.log10(abs(part) / total))
-    return part * 10**digits // total / 10**digits

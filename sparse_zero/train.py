@@ -23,7 +23,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import rpn
-from sparse_zero.adapter import adapter_bytes, merge_adapter
+from sparse_zero.adapter import write_merged
+from sparse_zero.adapter_files import adapter_bytes
 from sparse_zero.build import build, evaluation_figures, evaluation_settings, training_arguments
 from sparse_zero.errors import UserError
 from sparse_zero.model import sparsify
@@ -94,7 +95,7 @@ def train(recipe: Recipe, path: str, merge: bool = False) -> dict[str, Any]:
         if merge:
             # At stage 3 from_pretrained would still partition the base among all ranks, and this one is alone here.
             unset_hf_deepspeed_config()
-            merge_adapter(output / "adapter", output / "merged")
+            write_merged(output / "adapter", output / "merged")
             results["paths"]["merged"] = str(output / "merged")
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print_results(results, path)

@@ -20,6 +20,11 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
+def is_whole(parameter: nn.Parameter) -> bool:
+    """Whether the parameter's values are all here now: always, but for stage 3 outside of `gathered` and a forward."""
+    return not is_partitioned(parameter) or parameter.numel() == parameter.ds_numel
+
+
 def full_numel(parameter: nn.Parameter) -> int:
     return full_shape(parameter).numel()
 

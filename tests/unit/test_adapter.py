@@ -12,9 +12,11 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from sparse_zero import selection
-from sparse_zero.adapter import adapter_bytes, describe, load_adapter, merge_adapter, read_config, save_adapter
+from sparse_zero.adapter import load_adapter, save_adapter, write_merged
+from sparse_zero.adapter_files import adapter_bytes, read_config
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError
+from sparse_zero.inspect import describe
 from sparse_zero.model import attach, sparsify
 
 FAMILIES = ["bert", "gpt2", "llama"]
@@ -144,7 +146,7 @@ def test_a_model_of_ones_own(tmp_path):
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(base, tmp_path)(torch.ones(1, 8)), model(torch.ones(1, 8)))
     with pytest.raises(UserError, match="made in a program of your own"):
-        merge_adapter(tmp_path, tmp_path / "merged")
+        write_merged(tmp_path, tmp_path / "merged")
 
 
 class Wrapper(nn.Module):
@@ -251,7 +253,7 @@ def test_describe(bases, adapter):
 def test_a_merged_directory_is_a_plain_model_with_the_same_logits(bases, tmp_path, family):
     model = trained(bases[family])
     save_adapter(model, tmp_path / "adapter")
-    facts = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    facts = write_merged(tmp_path / "adapter", tmp_path / "merged")
     merged = TASKS[task_of(bases[family])].from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-6)
     assert type(merged) is type(fresh(bases[family]))
@@ -261,7 +263,7 @@ def test_a_merged_directory_is_a_plain_model_with_the_same_logits(bases, tmp_pat
 
 
 def test_a_merged_classifier_keeps_its_labels_and_its_padding(adapter, tmp_path):
-    merge_adapter(adapter, tmp_path / "merged")
+    write_merged(adapter, tmp_path / "merged")
     merged = TASKS["sequence-classification"].from_pretrained(tmp_path / "merged")
     assert merged.config.id2label == LABELS
     assert merged.config.label2id == {label: key for key, label in LABELS.items()}
@@ -278,7 +280,7 @@ def test_merging_changes_the_selected_scalars_only(bases, tmp_path, family, dtyp
     stored.from_pretrained(bases[family], dtype=dtype).save_pretrained(base)
     model = trained(base, dtype=dtype)
     save_adapter(model, tmp_path / "adapter")
-    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    write_merged(tmp_path / "adapter", tmp_path / "merged")
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "merged"))
     prefix = "bert." if family == "bert" else ""
     before = {prefix + name: tensor for name, tensor in before.items()}
@@ -295,14 +297,14 @@ def test_merging_never_overwrites_a_file_or_the_base_model(bases, adapter, tmp_p
     before = (bases["bert"] / "model.safetensors").read_bytes()
     for out, expected in ((tmp_path / "file", "is a file"), (bases["bert"], "is the base model")):
         with pytest.raises(UserError, match=expected):
-            merge_adapter(adapter, out)
+            write_merged(adapter, out)
     assert (bases["bert"] / "model.safetensors").read_bytes() == before
 
 
 def test_a_base_model_that_is_not_there(adapter, tmp_path):
     edit_config(adapter, lambda config: config.update(base_model_name_or_path=str(tmp_path / "gone")))
     with pytest.raises(UserError, match=r"gone cannot be loaded for sequence-classification"):
-        merge_adapter(adapter, tmp_path / "merged")
+        write_merged(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
