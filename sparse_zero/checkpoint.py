@@ -3,6 +3,7 @@
 checkpoint-100/
     shard-00000-of-00004.safetensors    one for each rank: its scalars' float32 values and moments, its random states
     trainer_state.json                  transformers' own: steps, log, best metric, states of callbacks
+    fixed.safetensors                   where positions cannot be drawn again: what training does not change
     manifest.json                       written last: every file with its size and checksum, and what all ranks share
 
 It is written as checkpoint-100.tmp-RUN, flushed, and renamed when all of it is there. Whatever has another name than
@@ -26,6 +27,7 @@ from sparse_zero.spans import Span
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
+FIXED_NAME = "fixed.safetensors"
 FORMAT_VERSION = 1
 
 _NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
@@ -130,7 +132,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def _checksum(body: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")))
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _read_manifest(directory: Path) -> Manifest:
@@ -212,15 +214,23 @@ def clean(output: Path) -> None:
                 path.rename(final)
 
 
+def _is_complete(path: Path) -> bool:
+    try:
+        Checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
 def delete_old(output: Path, keep: int | None, best: str | None) -> None:
     """Keep the newest `keep` complete checkpoints, and the best. The newest complete one is never deleted."""
     if keep is None or keep <= 0:
         return
-    complete = [path for path in numbered(output) if (path / MANIFEST_NAME).is_file()]
+    complete = [path for path in numbered(output) if _is_complete(path)]
     protected = {path.name for path in complete[-1:]} | ({Path(best).name} if best else set())
     surplus = len(complete) - max(keep, len(protected))
     for path in [path for path in complete if path.name not in protected][: max(0, surplus)]:
-        doomed = path.with_name(f"{path.name}.deleted-{xxhash.xxh3_64_hexdigest(path.name)}")
+        doomed = path.with_name(f"{path.name}.deleted-{xxhash.xxh3_64_hexdigest(path.name.encode())}")
         try:
             # Renamed first: a deletion that is interrupted must not leave half a checkpoint.
             path.rename(doomed)

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from sparse_zero import rng
 from sparse_zero.checkpoint import Checkpoint, Manifest, Progress, checkpoint_directory, newest_complete
 from sparse_zero.errors import UserError
-from sparse_zero.export import describe_adapter
+from sparse_zero.export import describe_adapter, fixed_entries
 from sparse_zero.model import sparsity_of, unwrap
 from sparse_zero.partitions import Partition
 from sparse_zero.ranks import Ranks
@@ -64,8 +64,8 @@ class CheckpointedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As Trainer.train; True resumes from the newest complete checkpoint of the output directory.
 
-        Raises UserError: no such checkpoint, a damaged one (the message names the file), one of another model. Stopped:
-        a signal asked for an end, and what there was is saved.
+        Raises UserError: no such checkpoint, a damaged one (the message names the file), one of another model.
+        Raises Stopped: a signal asked for an end, and what there was is saved.
         """
         self._ranks = self._ranks or Ranks()
         self._resumed = self._ranks.agree(lambda: self._find(resume_from_checkpoint))
@@ -115,8 +115,7 @@ class CheckpointedTrainer(Trainer):
     def _write(self, in_background: bool = False, states: dict[str, torch.Tensor] | None = None) -> Path:
         """Collective. Raises UserError on every rank where one could not write."""
         directory = checkpoint_directory(self._writer.output, self.state.global_step)
-        if self._finish_last() is not None and self.state.best_model_checkpoint == str(directory):
-            self.state.best_model_checkpoint = None
+        self._finish_last()
         if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(directory)
         self._writer.best = self.state.best_model_checkpoint
@@ -135,23 +134,29 @@ class CheckpointedTrainer(Trainer):
             engine={n: int(getattr(self.deepspeed, n)) for n in _ENGINE_COUNTERS} if self.deepspeed else {},
             loss_scale=self._loss_scale(),
             progress=self._progress(),
-            adapter=self._adapter_description(),
+            adapter=self._adapter_description() if self.is_world_process_zero() else {},
             shards=[],
             files={},
         )
-        running_loss = float(self._tr_loss)
-        states = rng.capture() if states is None else states
-        self._writer.save(manifest, partition, self._trainer_state(), running_loss, states, in_background)
+        self._writer.save(
+            manifest,
+            partition,
+            self._trainer_state(),
+            fixed_entries(self.model) if self.is_world_process_zero() else [],
+            running_loss=float(self._tr_loss),
+            states=rng.capture() if states is None else states,
+            in_background=in_background,
+        )
         return directory
 
-    def _finish_last(self) -> UserError | None:
-        """Collective. Make the last save visible, should it still be on its way; a failure is reported and returned."""
+    def _finish_last(self) -> None:
+        """Collective. Make the last save visible, should it still be on its way; a failure is reported."""
         try:
             self._writer.finish()
         except UserError as error:
+            if (best := self.state.best_model_checkpoint) and not Path(best).exists():
+                self.state.best_model_checkpoint = None
             self._report_failure(error)
-            return error
-        return None
 
     def _progress(self) -> Progress:
         evaluation, save = self._owed
@@ -179,7 +184,9 @@ class CheckpointedTrainer(Trainer):
         try:
             return json.loads(json.dumps(state))
         except TypeError as error:
-            raise UserError(f"training.lr_scheduler_type: the state of {type(self.lr_scheduler).__name__}: {error}") from None
+            raise UserError(
+                f"training.lr_scheduler_type: no checkpoint can hold the scheduler's state: {error}"
+            ) from None
 
     def _loss_scale(self) -> dict[str, Any] | None:
         if self.deepspeed is None:
@@ -234,11 +241,10 @@ class CheckpointedTrainer(Trainer):
         if here != manifest.examples_per_step and not self.args.ignore_data_skip:
             raise UserError(
                 f"{checkpoint.directory}: its steps were of {manifest.examples_per_step} examples, here they are of "
-                f"{here}; choose training.per_device_train_batch_size and training.gradient_accumulation_steps so that "
-                f"they and the {self._ranks.count} ranks multiply to {manifest.examples_per_step}"
+                f"{here}; choose training.per_device_train_batch_size and gradient_accumulation_steps so that they "
+                f"and the {self._ranks.count} ranks multiply to {manifest.examples_per_step}"
             )
-        if manifest.adapter != self._adapter_description():
-            _refuse_other_selection(checkpoint, manifest.adapter, self._adapter_description())
+        self._ranks.agree(lambda: self._check_selection(checkpoint))
         load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
         if manifest.scheduler is not None and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(manifest.scheduler)
@@ -251,6 +257,17 @@ class CheckpointedTrainer(Trainer):
         for weight in sparsity.weights.values():
             weight.invalidate()
         self._random_states = self._ranks.agree(lambda: self._random_states_of(checkpoint))
+
+    def _check_selection(self, checkpoint: Checkpoint) -> None:
+        if not self.is_world_process_zero():
+            return
+        saved, here = checkpoint.manifest.adapter, self._adapter_description()
+        for key in ("tensors", "modules_to_save"):
+            if saved.get(key) != here[key]:
+                raise UserError(
+                    f"{checkpoint.directory}: of another selection ({key} differ): resume with the `sparse` section "
+                    "that the run was started with"
+                )
 
     def _random_states_of(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         if checkpoint.manifest.world_size == self._ranks.count:
@@ -436,12 +453,3 @@ def _set_epoch(loader: Any, epoch: int) -> None:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         loader = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
-
-
-def _refuse_other_selection(checkpoint: Checkpoint, saved: dict[str, Any], here: dict[str, Any]) -> None:
-    for key in ("selection_rule", "tensors", "modules_to_save"):
-        if saved.get(key) != here.get(key):
-            raise UserError(
-                f"{checkpoint.directory}: of another selection ({key} differ): resume with the `sparse` section that the "
-                "run was started with"
-            )

@@ -64,8 +64,12 @@ class Partition:
         return sorted(names)
 
     def view(self, fragment: Fragment, kind: str) -> torch.Tensor:
-        """Args: kind: VALUE or one of `moments`. Returns: (count,), a view; zeros for a moment that is not there yet."""
-        tensor = fragment.holder.detach() if kind == VALUE else self.optimizer.state.get(fragment.holder, {}).get(kind)
+        """Args: kind: VALUE or one of `moments`.
+
+        Returns: (count,), a view; zeros for a moment that is not there yet.
+        """
+        state = self.optimizer.state.get(fragment.holder, {})
+        tensor = fragment.holder.detach() if kind == VALUE else state.get(kind)
         if tensor is None:
             return torch.zeros(fragment.count)
         return tensor.view(-1)[fragment.at : fragment.at + fragment.count]
@@ -170,7 +174,9 @@ def _fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fr
 
 def _stage_3_fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fragment]:
     if zero.swap_optimizer:
-        raise UserError("training.deepspeed: offload_optimizer to nvme: checkpoints need the states in memory; use cpu")
+        raise UserError(
+            "training.deepspeed: offload_optimizer to nvme: checkpoints need the states in memory; use cpu"
+        )
     for name, parameter in parameters.items():
         group, at, size = zero.grad_position[zero.get_param_id(parameter)]
         start = zero._get_param_partition_rank(parameter) * size

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sparse_zero.checkpoint import (
+    FIXED_NAME,
     Checkpoint,
     Manifest,
     ParameterRecord,
@@ -48,6 +49,7 @@ class Pending:
     manifest: Manifest
     """Without shards and files: those are known when all is written."""
     trainer_state: str
+    fixed: list[Entry]
     thread: threading.Thread | None = None
     record: ShardRecord | None = None
     error: BaseException | None = None
@@ -78,6 +80,7 @@ class CheckpointWriter:
         manifest: Manifest,
         partition: Partition,
         trainer_state: str,
+        fixed: list[Entry],
         running_loss: float,
         states: Mapping[str, torch.Tensor],
         in_background: bool = False,
@@ -85,12 +88,13 @@ class CheckpointWriter:
         """Write a checkpoint; in the background only a copy of this rank's part is made before this returns, and
         `finish` makes the checkpoint visible.
 
-        Args: manifest: without shards and files; running_loss, states: this rank's, see rng.capture.
+        Args: manifest: without shards and files; trainer_state, fixed: the main process's; running_loss, states: this
+            rank's, see rng.capture.
         Raises UserError on every rank where one could not write: then nothing of it is left.
         """
         self.finish()
         directory = checkpoint_directory(self.output, manifest.step)
-        pending = Pending(directory, aside(directory, self.run), manifest, trainer_state)
+        pending = Pending(directory, aside(directory, self.run), manifest, trainer_state, fixed)
         spans, pieces = _own_part(partition, manifest, self.ranks)
         if in_background:
             pieces = {kind: [p.to("cpu", torch.float32, copy=True) for p in each] for kind, each in pieces.items()}
@@ -156,7 +160,7 @@ class CheckpointWriter:
         return ShardRecord(name=name, file=record, spans=spans, running_loss=loss)
 
     def _complete(self, pending: Pending, records: list[ShardRecord]) -> None:
-        wanted = {TRAINER_STATE_NAME, *(record.name for record in records)}
+        wanted = {record.name for record in records}
         for stray in pending.written.iterdir():
             if stray.name not in wanted:
                 stray.unlink()
@@ -164,8 +168,12 @@ class CheckpointWriter:
             size = (pending.written / record.name).stat().st_size
             if size != record.file.bytes:
                 raise OSError(0, f"the file has {size} bytes, its rank wrote {record.file.bytes}", record.name)
-        state = write_bytes(pending.written / TRAINER_STATE_NAME, [pending.trainer_state.encode()])
-        manifest = pending.manifest.model_copy(update={"shards": records, "files": {TRAINER_STATE_NAME: state}})
+        files = {
+            TRAINER_STATE_NAME: write_bytes(pending.written / TRAINER_STATE_NAME, [pending.trainer_state.encode()])
+        }
+        if pending.fixed:
+            files[FIXED_NAME] = write_tensors(pending.written / FIXED_NAME, pending.fixed, {"run": self.run})
+        manifest = pending.manifest.model_copy(update={"shards": records, "files": files})
         write_manifest(pending.written, manifest)
         publish(pending.written, pending.directory)
         delete_old(self.output, self.keep, self.best)
@@ -194,7 +202,9 @@ def _own_part(partition: Partition, manifest: Manifest, ranks: Ranks) -> tuple[l
     return merged(spans), pieces
 
 
-def describe_parameters(parameters: Mapping[str, nn.Parameter], partition: Partition, ranks: Ranks) -> list[ParameterRecord]:
+def describe_parameters(
+    parameters: Mapping[str, nn.Parameter], partition: Partition, ranks: Ranks
+) -> list[ParameterRecord]:
     """Collective: of some parameters this rank may hold nothing."""
     steps: dict[str, int] = {}
     for of_rank in [partition.steps()] if partition.is_replicated else ranks.gather(partition.steps()):
@@ -277,5 +287,3 @@ def read_random_states(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Ten
         return {
             name.removeprefix(RNG_PREFIX): file.tensor(name) for name in file.names() if name.startswith(RNG_PREFIX)
         }
-
-

@@ -19,7 +19,15 @@ from sparse_zero.errors import UserError
 BLOCK_BYTES = 2**20
 _STAGING_SCALARS = 2**22
 """What is copied from an accelerator at a time."""
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 

@@ -1,4 +1,4 @@
-"""Who holds which scalars. Pure functions over spans of the trained vector; nothing here knows of files or ranks' memory.
+"""Who holds which scalars: pure functions over spans of the trained vector, which know nothing of files or ranks.
 
 All trained parameters, one after the other in a checkpoint's own order, make one vector. A span (start, end) is a
 half-open stretch of it. A shard holds the scalars of its spans, one span after the other.

@@ -8,12 +8,16 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 STOPPED = 75
 """The exit status of a run that was told to stop and can go on from its checkpoint; sysexits.h: try again later."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_SAME_REQUEST_SECONDS = 0.5
+"""A scheduler may signal the launcher and its ranks at once, and the launcher passes on what it got."""
 
 
 class Stopped(Exception):
@@ -35,6 +39,7 @@ class StopRequest:
         self.is_raised = False
         self._deferred = False
         self._process = os.getpid()
+        self._raised_at = 0.0
 
     def listen(self) -> "StopRequest":
         """Install the handlers. Call it in the main thread."""
@@ -54,9 +59,12 @@ class StopRequest:
         if os.getpid() != self._process:
             # A forked helper of this rank, which has nothing to save
             os._exit(128 + signum)
+        now = time.monotonic()
         if self.is_raised:
-            os._exit(128 + signum)
-        self.is_raised = True
+            if now - self._raised_at > _SAME_REQUEST_SECONDS:
+                os._exit(128 + signum)
+            return
+        self.is_raised, self._raised_at = True, now
         if not self._deferred:
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 sys.stdout.flush()
