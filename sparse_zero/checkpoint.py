@@ -126,7 +126,7 @@ class Checkpoint:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    body = manifest.model_dump(mode="json")
+    body = manifest.model_dump()  # in pydantic's JSON mode an infinite number would become null
     text = json.dumps({"checksum": _checksum(body), **body}, indent=1)
     write_bytes(directory / MANIFEST_NAME, [text.encode()])
 

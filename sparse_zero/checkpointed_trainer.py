@@ -337,12 +337,13 @@ class CheckpointedTrainer(Trainer):
         self._epoch_ended = progress.epoch_ended
         if progress.postponed_evaluation:
             log_save_evaluate(True, progress.postponed_save)
-        if float(self.state.epoch).is_integer() and not progress.epoch_ended:
+        is_done = progress.finished or self.state.global_step >= self.state.max_steps
+        if not progress.epoch_ended and (is_done or float(self.state.epoch).is_integer()):
             self.control.should_evaluate = self.control.should_save = False
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             log_save_evaluate(self.control.should_evaluate, self.control.should_save)
         self._epoch_ended = False
-        if progress.finished or self.state.global_step >= self.state.max_steps:
+        if is_done:
             self.control.should_training_stop = True
         self._random_states = rng.capture()
 
