@@ -54,9 +54,11 @@ class Partition:
         names: set[str] = set()
         for holder in self._holders():
             for name, value in self.optimizer.state.get(holder, {}).items():
+                if name == "step" or value is None:
+                    continue
                 if torch.is_tensor(value) and value.numel() == holder.numel():
                     names.add(name)
-                elif name != "step":
+                else:
                     raise UserError(
                         f"training.optim: {type(self.optimizer).__name__} keeps '{name}', which no checkpoint can cut "
                         "into the ranks' slices; use adamw_torch"

@@ -188,8 +188,8 @@ def test_a_signal_saves_and_the_rest_is_the_same(tmp_path: Path, name: str, stra
     settings |= {"metric_for_best_model": "loss", "load_best_model_at_end": True}
     whole = train(tmp_path / "whole", callbacks=[EarlyStoppingCallback(2)], **settings)
     stop = StopRequest()
+    callbacks = [EarlyStoppingCallback(2), Raise(stop, event, number)]
     with pytest.raises(Stopped) as stopped:
-        callbacks = [EarlyStoppingCallback(2), Raise(stop, event, number)]
         train(tmp_path / "cut", callbacks=callbacks, stop=stop, **settings)
     found, problems = newest_complete(tmp_path / "cut")
     assert problems == []
