@@ -91,21 +91,23 @@ class Partition:
 
     def prepare(self, moments: Iterable[str], steps: Mapping[str, int], learning_rates: list[float]) -> None:
         """Give the optimizer the state that it has after its first step, so that `view` can be written to."""
-        groups = self._group_of_holder()
-        for fragment in self.fragments:
-            group, state = groups[fragment.holder], self.optimizer.state[fragment.holder]
-            step = steps[fragment.name]
+        step_of = {fragment.holder: steps[fragment.name] for fragment in self.fragments}
+        # A holder of nothing but padding counts its steps too.
+        for holder, group in self._group_of_holder().items():
+            state, step = self.optimizer.state[holder], step_of.get(holder, max(steps.values()))
             for name in moments:
                 if name not in state:
-                    state[name] = torch.zeros_like(fragment.holder.detach())
+                    state[name] = torch.zeros_like(holder.detach())
             if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
                 on_device = group.get("capturable") or group.get("fused")
-                device = fragment.holder.device if on_device else "cpu"
+                device = holder.device if on_device else "cpu"
                 state["step"] = torch.tensor(float(step), device=device)
             elif moments:
                 state["step"] = step
             if "step" in group:
                 group["step"] = step
+        if hasattr(self.optimizer, "ds_opt_adam"):
+            _recount(self.optimizer, max(steps.values()))
         if len(learning_rates) == len(self.optimizer.param_groups):
             for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 if torch.is_tensor(group["lr"]):
@@ -127,6 +129,9 @@ class Partition:
                 for parameter in group:
                     parameter.copy_(flat[at : at + parameter.numel()].view_as(parameter))
                     at += parameter.numel()
+        elif hasattr(zero, "fp32_groups"):
+            for parameter, master in _pairs(zero):
+                parameter.copy_(master)
 
     def _holders(self) -> list[torch.Tensor]:
         return list({id(fragment.holder): fragment.holder for fragment in self.fragments}.values())
@@ -169,6 +174,9 @@ def _fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fr
         return _mapped_fragments(parameters, zero)
     if hasattr(zero, "fp32_groups_flat"):
         return _flat_fragments(parameters, zero)
+    if hasattr(zero, "fp32_groups"):
+        masters = {id(p): m for p, m in _pairs(zero)}
+        return [Fragment(name, 0, p.numel(), masters[id(p)], 0) for name, p in parameters.items()]
     if any(is_partitioned(parameter) for parameter in parameters.values()):
         raise UserError(f"{type(zero).__name__}: no checkpoint can be made of what it holds")
     return [Fragment(name, 0, p.numel(), p, 0) for name, p in parameters.items()]
@@ -205,6 +213,19 @@ def _flat_fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterab
         for parameter in group:
             yield Fragment(names[id(parameter)], 0, parameter.numel(), flat, at)
             at += parameter.numel()
+
+
+def _pairs(zero: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Parameters in half precision and their float32 originals."""
+    for low, high in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
+        yield from zip(low, high, strict=True)
+
+
+def _recount(optimizer: Any, steps: int) -> None:
+    """DeepSpeedCPUAdam multiplies its powers of the betas up, step by step; another way to them rounds differently."""
+    group, nothing = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *group["betas"], 1.0, 0.0, True, *nothing)
 
 
 def _publish_stage_3(zero: Any) -> None:

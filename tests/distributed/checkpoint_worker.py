@@ -32,9 +32,9 @@ def trainer_of(case: dict[str, Any]) -> SparseTrainer:
     if arguments.deepspeed:
         deepspeed.init_distributed(verbose=False)  # on CPU Accelerate starts torch's group only
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    dropout = {"attention_dropout": case["dropout"]} if "dropout" in case else {}
-    model = tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], dtype=dtype, **dropout)
-    sparsify(model, SparseConfig(density=tiny.density_of(model, case["task"]), dropout=case.get("dropout", 0.0)))
+    dropout = case.get("dropout", 0.0)
+    model = tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], dtype=dtype, hidden_dropout_prob=dropout)
+    sparsify(model, SparseConfig(density=tiny.density_of(model, case["task"]), dropout=dropout))
     config = rpn.RPNConfig(probability=0.2, passes=1) if case.get("noise") else None
     data = tiny.examples(case["task"], case.get("examples", 72))
     objective = noisy_objective(model, config, arguments)

@@ -52,7 +52,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "zero1": {"config": "zero1"},
     "zero2": {"config": "zero2", "training": {"gradient_accumulation_steps": 2}},
     "zero3": {"config": "zero3", "training": {"async_save": True}},
-    "zero3-offload": {"config": "zero3-offload"},
+    "zero2-offload": {"config": "zero2-offload"},
     "zero0-bfloat16": {"config": "zero0", "training": {"bf16": True}},
     "zero1-bfloat16": {"config": "zero1", "training": {"bf16": True}},
     "zero2-bfloat16": {"config": "zero2", "training": {"bf16": True, "train_sampling_strategy": "group_by_length"}},
