@@ -27,11 +27,14 @@ def launch(count: int, call: str, arguments: list[Any], log: Path, environment: 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pids = {}
+    pids: dict[int, int] = {}
     for rank in range(count):
         pid = os.fork()
+        group = min(pids, key=pids.get, default=pid)  # that of the first rank
         if pid == 0:
-            _be_rank(rank, count, port, call, arguments, log, environment)
+            _be_rank(rank, count, port, group, call, arguments, log, environment)
+        with contextlib.suppress(ProcessLookupError):
+            os.setpgid(pid, group)
         pids[pid] = rank
     statuses: dict[int, int] = {}
     first_failure = None
@@ -61,11 +64,18 @@ def launch(count: int, call: str, arguments: list[Any], log: Path, environment: 
 
 
 def _be_rank(
-    rank: int, count: int, port: int, call: str, arguments: list[Any], log: Path, environment: dict[str, str]
+    rank: int,
+    count: int,
+    port: int,
+    group: int,
+    call: str,
+    arguments: list[Any],
+    log: Path,
+    environment: dict[str, str],
 ) -> None:
     status = 1
     try:
-        os.setpgid(0, 0)
+        os.setpgid(0, group)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
