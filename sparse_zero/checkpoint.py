@@ -153,7 +153,7 @@ def _read_manifest(directory: Path) -> Manifest:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UserError:
         raise
-    except (ValueError, KeyError, AttributeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:200]})") from None
 
 

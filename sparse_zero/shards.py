@@ -75,7 +75,8 @@ class _Digest:
     def record(self) -> FileRecord:
         if self.bytes % BLOCK_BYTES:
             self._end_block()
-        return FileRecord(bytes=self.bytes, xxh3_128=self._whole.hexdigest(), blocks=self._blocks)
+        digest = self._whole.hexdigest()
+        return FileRecord(bytes=self.bytes, xxh3_128=digest, blocks=self._blocks, block_bytes=BLOCK_BYTES)
 
 
 def write_bytes(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+from checkpoint_worker import FILE_LIMIT, limit_files
 from transformers.trainer_callback import CallbackHandler
 
 import sparse_zero.run
@@ -99,13 +100,25 @@ def warn() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
+def ask_when_full() -> None:
+    limit_files(FILE_LIMIT)
+    ask()
+
+
 def insist() -> None:
     ask()
     time.sleep(1)
     ask()
 
 
-ACTIONS = {"kill": kill, "kill-all": kill_all, "ask": ask, "warn": warn, "insist": insist}
+ACTIONS = {
+    "kill": kill,
+    "kill-all": kill_all,
+    "ask": ask,
+    "warn": warn,
+    "insist": insist,
+    "ask-when-full": ask_when_full,
+}
 
 
 def keep_ledger(file: str) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from recipes import write_recipe
 from safetensors.torch import load_file
-from test_checkpoints import run_farm
+from test_checkpoints import SAVED, job, run_farm
+from test_checkpoints import STEPS as JOB_STEPS
 from trainer_cases import zero_config
 
 from sparse_zero.checkpoint import newest_complete
@@ -117,9 +118,11 @@ def runs(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     base = bases[TASK]
     jobs = {"whole": [launch(recipe(out / "whole", base, data))]}
     killed = recipe(out / "killed", base, data)
-    jobs["killed"] = [launch(killed, fault, "--resume", "auto") for fault in KILLS] + [
-        launch(killed, None, "--resume")
+    jobs["killed"] = [
+        launch(killed, fault, "--resume", "auto", ledger=str(out / "killed" / f"ledger-{number}"))
+        for number, fault in enumerate(KILLS)
     ]
+    jobs["killed"].append(launch(killed, None, "--resume"))
     jobs["short"] = [launch(recipe(out / "short", base, data, **SHORT))]
     for name, (fault, _) in STOPS.items():
         stopped = recipe(out / name, base, data, **SHORT)
@@ -127,6 +130,12 @@ def runs(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     insisted = recipe(out / "insisted", base, data, **SHORT)
     fault = {"point": "write:shard", "rank": 1, "number": 2, "action": "insist"}
     jobs["insisted"] = [launch(insisted, fault), launch(insisted, None, "--resume")]
+    full = recipe(out / "full", base, data, **SHORT)
+    jobs["full-at-a-stop"] = [launch(full, {"point": "step", "rank": 1, "number": 5, "action": "ask-when-full"})]
+    jobs["full-at-a-stop"].append(launch(full, None, "--resume"))
+    for name in FULL:
+        training = {"async_save": name == "in-background", "per_device_train_batch_size": 4}
+        jobs[name] = [job(out / name, base, "zero2", RANKS, training=training, full_on_rank=1)]
     return out, run_farm(jobs, out)
 
 
@@ -170,9 +179,8 @@ def test_a_signal_saves_and_the_run_goes_on(runs: tuple[Path, dict], name: str) 
     assert stopped["statuses"][fault["rank"]] == STOPPED, stopped
     if step is not None:
         assert stopped["statuses"] == [STOPPED] * RANKS, stopped
-        assert (
-            f"sparse-zero: stopped at step {step}: saved in {out / name / 'run'}/checkpoint-{step}" in stopped["log"]
-        )
+        saved = out / name / "run" / f"checkpoint-{step}"
+        assert f"sparse-zero: stopped at step {step}: saved in {saved}; go on with --resume" in stopped["log"]
         assert f"checkpoint-{step} (step {step}, saved on 2 ranks)" in resumed["log"]
     assert resumed["statuses"] == [0, 0], resumed
     assert_same(out / name, out / "short")
@@ -185,6 +193,30 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(runs: tup
     assert stopped["ending_seconds"] < ENDING_SECONDS
     assert "checkpoint-2 (step 2, saved on 2 ranks)" in resumed["log"]
     assert_same(out / "insisted", out / "short")
+
+
+FULL = ("in-the-foreground", "in-background")
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_costs_one_checkpoint_and_not_the_run(runs: tuple[Path, dict], name: str) -> None:
+    out, ends = runs
+    (end,) = ends[name]
+    assert end["statuses"] == [0, 0], end
+    lost = out / name / f"checkpoint-{SAVED}"
+    shard = f"{lost.name}.tmp-\\w+/shard-00001-of-00002.safetensors"
+    said = re.findall(rf"{lost}: not saved: rank 1: \S+/{shard}: File too large; training goes on", end["log"])
+    assert len(said) == 1
+    assert [path.name for path in (out / name).glob("checkpoint-*")] == [f"checkpoint-{JOB_STEPS}"]
+
+
+def test_a_stop_without_room_is_an_error_and_the_last_checkpoint_is_whole(runs: tuple[Path, dict]) -> None:
+    out, ends = runs
+    stopped, resumed = ends["full-at-a-stop"]
+    assert stopped["statuses"] == [2, 2], stopped
+    assert f"sparse-zero: error: {out}/full/run/checkpoint-5: not saved: rank 1: " in stopped["log"]
+    assert f"resuming from {out}/full/run/checkpoint-4 " in resumed["log"]
+    assert_same(out / "full", out / "short")
 
 
 @pytest.fixture(scope="module")
