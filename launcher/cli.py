@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_train, _add_evaluate, _add_merge, _add_inspect, _add_export):
+    for add in (_add_train, _add_evaluate, _add_merge, _add_combine, _add_inspect, _add_export):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
         command.set_defaults(parser=command)
@@ -115,7 +115,32 @@ def _add_merge(commands) -> argparse.ArgumentParser:
     )
     merge.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
     merge.add_argument("out", metavar="OUT", help="the directory to write")
+    merge.add_argument("--scale", type=float, default=1.0, help="how often the deltas count (default: 1)")
     return merge
+
+
+def _add_combine(commands) -> argparse.ArgumentParser:
+    combine = commands.add_parser(
+        "combine",
+        help="make one adapter of several",
+        description="Write a weighted combination of adapters of one base model as a new adapter.",
+        epilog="example:\n  sparse-zero combine runs/a/adapter runs/b/adapter --out both --weights 0.7 0.3",
+    )
+    combine.add_argument("adapters", metavar="ADAPTER", nargs="+", help="the adapters' directories")
+    combine.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    combine.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter")
+    combine.add_argument(
+        "--type",
+        dest="combination_type",
+        choices=("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
+        default="linear",
+        help="how conflicts are settled (default: linear, the weighted sum)",
+    )
+    combine.add_argument(
+        "--density", type=float, default=1.0, help="fraction of each adapter's deltas to keep, not with linear"
+    )
+    combine.add_argument("--seed", type=int, default=0, help="of dare's random choice")
+    return combine
 
 
 def _add_inspect(commands) -> argparse.ArgumentParser:

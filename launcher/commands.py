@@ -68,7 +68,7 @@ def merge(arguments: argparse.Namespace) -> int:
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapter import write_merged
 
-        facts = write_merged(adapter, Path(arguments.out))
+        facts = write_merged(adapter, Path(arguments.out), arguments.scale)
     if arguments.json:
         report.print_json(facts)
     else:
@@ -91,6 +91,33 @@ def export(arguments: argparse.Namespace) -> int:
         report.print_json(facts)
     else:
         report.print_facts(f"{arguments.checkpoint} exported", facts)
+    return 0
+
+
+def combine(arguments: argparse.Namespace) -> int:
+    """Write a combination of adapters."""
+    adapters = [_adapter_directory(name) for name in arguments.adapters]
+    with report.only_json_on_stdout(arguments.json):
+        from sparse_zero.combine import combine_adapters
+
+        combined = combine_adapters(
+            adapters,
+            arguments.out,
+            arguments.weights,
+            arguments.combination_type,
+            arguments.density,
+            arguments.seed,
+        )
+    facts = {
+        "out": arguments.out,
+        "base_model": combined.config.base_model_name_or_path,
+        "combination_type": arguments.combination_type,
+        "trainable_parameters": combined.config.trainable_parameters,
+    }
+    if arguments.json:
+        report.print_json(facts)
+    else:
+        report.print_facts(f"{len(adapters)} adapters combined", facts)
     return 0
 
 

@@ -15,6 +15,7 @@ _HOME = {
     "unload": "sparse_zero.model",
     "disable_adapter": "sparse_zero.model",
     "set_scale": "sparse_zero.model",
+    "combine_adapters": "sparse_zero.combine",
     "save_adapter": "sparse_zero.adapter",
     "load_adapter": "sparse_zero.adapter",
     "set_adapter": "sparse_zero.switching",

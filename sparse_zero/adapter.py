@@ -23,7 +23,7 @@ from sparse_zero.adapter_files import (
 from sparse_zero.card import model_card
 from sparse_zero.errors import UserError
 from sparse_zero.fingerprint import differences, fingerprint
-from sparse_zero.loading import add_tokens, load_model, load_tokenizer
+from sparse_zero.loading import add_tokens, load_model, load_tokenizer, make_room
 from sparse_zero.model import Sparsity, attach, merge_and_unload, set_scale, sparsity_of, unwrap
 from sparse_zero.package import resolve
 from sparse_zero.selection import STORED
@@ -256,7 +256,9 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
     tokenizer = load_tokenizer(
         config.tokenizer or config.base_model_name_or_path, None if config.tokenizer else config.revision
     )
-    add_tokens(model, tokenizer, config.new_tokens)
+    if config.new_tokens:
+        add_tokens(tokenizer, config.new_tokens)
+        make_room(model, tokenizer)
     load_adapter(model, directory)
     set_scale(model, scale)
     merge_and_unload(model)

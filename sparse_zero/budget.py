@@ -76,9 +76,11 @@ def by_rank(
             )
         number, rows, columns = matrix
         if rank * (rows + columns) > rows * columns:
+            largest = rows * columns // (rows + columns)
+            lower = f"lower it to at most {largest}, or " if largest else ""
             raise UserError(
                 f"sparse.rank_equivalent: {rank} * ({rows:,} + {columns:,}) is more than {name} has, "
-                f"{rows * columns:,}: lower it to at most {rows * columns // (rows + columns)}, or leave {name} out"
+                f"{rows * columns:,}: {lower}leave it out (exclude_modules)"
             )
         count, step = number * rank * (rows + columns), (granularity or {}).get(name, 1)
         counts[name] = max(count - count % step, step)

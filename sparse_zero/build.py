@@ -13,7 +13,7 @@ from sparse_zero.arguments import TrainingArguments
 from sparse_zero.data import Prepared, load_splits, prepare
 from sparse_zero.encoding import check_packing
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.loading import load_config, load_model, load_tokenizer, max_positions
+from sparse_zero.loading import add_tokens, load_config, load_model, load_tokenizer, make_room, max_positions
 from sparse_zero.metrics import classification_metrics, language_model_metrics, token_losses
 from sparse_zero.recipe import Recipe
 
@@ -84,6 +84,7 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedToken
     tokenizer = load_tokenizer(
         section.tokenizer or section.name, **origin | ({"revision": None} if section.tokenizer else {})
     )
+    add_tokens(tokenizer, section.new_tokens)
     limit = max_positions(load_config(section.name, **origin))
     with arguments.main_process_first(desc="data"):
         prepared = prepare(recipe.data, section.task, tokenizer, *load_splits(recipe.data), limit)
@@ -100,6 +101,8 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedToken
         attn_implementation=section.attn_implementation,
         **origin,
     )
+    if section.new_tokens:
+        make_room(model, tokenizer)
     if recipe.data.packing:
         rows = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
         check_packing(model.config._attn_implementation, rows)

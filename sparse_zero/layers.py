@@ -301,6 +301,8 @@ class SparseEmbedding(SampledModule, nn.Embedding):
             # As in nn.Embedding, padding has no gradient.
             words = ids != self.padding_idx
             ids, grad_output = ids[words], grad_output[words]
+        if self.scale_grad_by_freq:
+            grad_output = grad_output / torch.bincount(ids, minlength=1)[ids, None]
         return embedding_product(ids, grad_output, *pattern)
 
 
@@ -328,8 +330,10 @@ def sparse_class(plain: type[nn.Module], names: frozenset[str]) -> type[SparseMo
         # Its forward calls that of nn.Linear or nn.Embedding, or reads the weight itself: both are right.
         bases = (plain, _SAMPLED[sampled])
     members = {name: property(functools.partial(_read, name=name)) for name in names}
-    members |= {"plain_class": plain, "selected_names": names, "__module__": __name__}
-    return type(f"Sparse{plain.__name__}", bases, members)
+    members |= {"plain_class": plain, "selected_names": names}
+    # DeepSpeed, transformers and others know some classes by their names.
+    members |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, bases, members)
 
 
 def _read(module: SparseModule, name: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from sparse_zero.errors import UserError
 from sparse_zero.package import resolve
 from sparse_zero.recipe import Task
+from sparse_zero.zero import full_shape
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +87,18 @@ def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Pre
     return tokenizer
 
 
-def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Make new tokens of a tokenizer, and room for them in the model's embeddings. In place.
-
-    Returns: their ids. Collective under ZeRO stage 3. Raises UserError: a token that is there already.
-    """
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Add tokens to a tokenizer, in place. Raises UserError: one that is there already."""
     if known := [token for token in tokens if token in tokenizer.get_vocab()]:
-        raise UserError(f"model.new_tokens: '{known[0]}' is in the vocabulary already")
-    if tokens:
-        tokenizer.add_tokens(list(tokens), special_tokens=True)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-    return tokenizer.convert_tokens_to_ids(list(tokens))
+        raise UserError(f"model.new_tokens: '{known[0]}' is in the tokenizer's vocabulary already")
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+
+
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model's embeddings a row for each token, in place. Collective under ZeRO stage 3."""
+    # Many models have spare rows
+    if len(tokenizer) > full_shape(model.get_input_embeddings().weight)[0]:
+        model.resize_token_embeddings(len(tokenizer))
 
 
 def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedConfig:

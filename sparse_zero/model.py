@@ -16,7 +16,7 @@ from sparse_zero.fingerprint import fingerprint
 from sparse_zero.layers import SparseWeight, UpdateClock
 from sparse_zero.selection import STORED, STRATIFIED, Draw
 from sparse_zero.targets import Target, all_targets, find_targets, find_whole, untargeted
-from sparse_zero.zero import gathered, settle
+from sparse_zero.zero import gathered, is_partitioned, let_leaf_inputs_have_gradients, settle
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Sparsity:
     results: dict[str, Any] = field(default_factory=dict)
     """Figures of the run that trained it, for the model card."""
     hooks: list[Any] = field(default_factory=list, repr=False)
+    leaves_settled: bool = False
 
     @property
     def trainable_parameters(self) -> int:
@@ -144,9 +145,17 @@ def attach(
         clock=clock,
         fingerprint=base,
         base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
-        hooks=[model.register_forward_pre_hook(clock.before_forward)] if config.dropout else [],
+        hooks=[model.register_forward_pre_hook(clock.before_forward), model.register_forward_pre_hook(_settle_leaves)],
     )
     return model
+
+
+def _settle_leaves(model: nn.Module, _: Any) -> None:
+    """DeepSpeed decides on leaf modules, after `sparsify`: the first forward on a partitioned base knows them."""
+    sparsity = model.sparsity
+    if not sparsity.leaves_settled and is_partitioned(next(iter(sparsity.weights.values())).weight):
+        sparsity.hooks += let_leaf_inputs_have_gradients(model)
+        sparsity.leaves_settled = True
 
 
 def _counts(

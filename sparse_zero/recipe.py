@@ -34,6 +34,8 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """None: bfloat16 when `training.bf16` is set, else float32."""
     attn_implementation: str | None = None
+    new_tokens: list[str] = []
+    """Tokens to add to the tokenizer; their embeddings are trained whole."""
     trust_remote_code: bool = False
 
 

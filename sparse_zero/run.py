@@ -12,7 +12,7 @@ import datasets
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +20,7 @@ import rpn
 from sparse_zero.adapter import write_merged
 from sparse_zero.adapter_files import adapter_bytes
 from sparse_zero.build import build, evaluation_figures, evaluation_settings, training_arguments
+from sparse_zero.config import SparseConfig
 from sparse_zero.model import sparsify
 from sparse_zero.output_lock import locked
 from sparse_zero.ranks import Ranks
@@ -75,9 +76,10 @@ def _train(
 ) -> dict[str, Any]:
     set_seed(arguments.seed)
     tokenizer, prepared, model = build(recipe, arguments)
-    sparsify(model, recipe.sparse)
-    model.sparsity.base_model, model.sparsity.revision = recipe.model.name, recipe.model.revision
-    model.sparsity.tokenizer = recipe.model.tokenizer
+    sparsify(model, _with_tokens(recipe, tokenizer))
+    sparsity = model.sparsity
+    sparsity.base_model, sparsity.revision = recipe.model.name, recipe.model.revision
+    sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, recipe.model.new_tokens
     trainer = SparseTrainer(
         model,
         arguments,
@@ -90,8 +92,9 @@ def _train(
         trainer.train(resume_from_checkpoint=checkpoint)
         metrics = trainer.evaluate()
     output = Path(arguments.output_dir)
-    trainer.save_model(str(output / "adapter"))
     results = _results(trainer, metrics)
+    sparsity.results = {key: value for key, value in results.items() if not isinstance(value, list)}
+    trainer.save_model(str(output / "adapter"))
     if trainer.is_world_process_zero():
         results["adapter_bytes"] = adapter_bytes(output / "adapter")
         results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
@@ -103,6 +106,15 @@ def _train(
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print_results(results, path)
     return results
+
+
+def _with_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SparseConfig:
+    """What to train, with the recipe's new tokens among the rows trained whole."""
+    if not recipe.model.new_tokens:
+        return recipe.sparse
+    new = tokenizer.convert_tokens_to_ids(recipe.model.new_tokens)
+    asked = recipe.sparse.trainable_token_indices or []
+    return recipe.sparse.model_copy(update={"trainable_token_indices": sorted({*asked, *new})})
 
 
 def noisy_objective(

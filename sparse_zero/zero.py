@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -53,6 +54,23 @@ def settle(model: nn.Module) -> None:
     prefetched = getattr(model, "ds_inflight_param_registry", {})
     for parameter in list(prefetched):
         prefetched.pop(parameter).wait()
+
+
+def let_leaf_inputs_have_gradients(model: nn.Module) -> list[RemovableHandle]:
+    """Hooks for the modules that stage 3 treats as one (its leaf modules: the blocks of a mixture of experts).
+
+    DeepSpeed reduces their gradients in a full backward hook, which torch runs as soon as the inputs have theirs.
+    Below the first trained layer no input needs one: the hook would run before the parameters have their gradients.
+    """
+    from deepspeed.utils import get_z3_leaf_modules
+
+    return [module.register_forward_pre_hook(_require_gradients) for module in get_z3_leaf_modules(model)]
+
+
+def _require_gradients(module: nn.Module, inputs: tuple) -> tuple:
+    if not torch.is_grad_enabled() or any(torch.is_tensor(x) and x.requires_grad for x in inputs):
+        return inputs
+    return tuple(x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
 
 def stage_of(engine: Any) -> int:

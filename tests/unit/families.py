@@ -37,6 +37,13 @@ SIZES = {
 }
 OWN_SIZES = {
     **{family: {"head_dim": 8} for family in ("qwen3", "gemma", "gemma2")},
+    "qwen2_moe": {
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 12,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+    },
     "bert": {"is_decoder": False},
     "distilbert": {"hidden_dim": 24},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},

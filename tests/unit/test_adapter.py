@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
+import yaml
 from families import TASKS, VOCABULARY, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -191,7 +193,8 @@ def test_a_model_that_is_not_sparse(bases, tmp_path):
 def test_the_files_hold_the_trained_values_and_nothing_else(bases, tmp_path, family):
     model = trained(bases[family])
     save_adapter(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == files
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert set(tensors) == set(model.sparsity.weights) | set(model.sparsity.whole)
     base = dict(fresh(bases[family]).named_parameters())
@@ -209,8 +212,14 @@ def test_the_config_tells_what_was_trained(bases, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(bases["bert"])
     assert config["task"] == "sequence-classification"
-    assert config["selection_rule"] == "stratified-v1"
-    assert config["sparse"] == {"density": 0.04, "seed": 11, "targets": None, "modules_to_save": None}
+    assert {key: value for key, value in config["sparse"].items() if value is not None} == {
+        **{"density": 0.04, "seed": 11, "selection": "stratified", "granularity": 1, "dropout": 0.0}
+    }
+    drawn = config["tensors"][A_DELTA]
+    assert (drawn["rule"], drawn["seed"], drawn["granularity"]) == ("stratified-v1", 11, 1)
+    assert set(config["base_fingerprint"]) == {
+        name for name, _ in fresh(bases["bert"]).named_parameters() if not name.startswith("classifier")
+    }
     assert config["modules_to_save"] == ["classifier.weight", "classifier.bias"]
     assert config["model_settings"]["id2label"] == {str(key): label for key, label in LABELS.items()}
     assert config["tensors"][A_DELTA]["shape"] == [16, 16]
@@ -226,7 +235,7 @@ def test_bytes_per_trained_scalar(tmp_path, dtype, limit):
     )
     save_adapter(model.to(dtype), tmp_path)
     on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert adapter_bytes(tmp_path) == on_disk
+    assert adapter_bytes(tmp_path) == on_disk - (tmp_path / "README.md").stat().st_size
     assert on_disk <= limit * model.sparsity.trainable_parameters
 
 
@@ -333,28 +342,46 @@ def test_a_base_model_that_is_not_there(adapter, tmp_path):
             "adapter_config.json says 3",
         ),
         (
-            lambda d: edit_config(d, lambda c: c.update(selection_rule="shuffled-v9")),
-            "selection rule 'shuffled-v9' is not known; this is stratified-v1",
+            lambda d: edit_config(d, lambda c: c["tensors"][A_DELTA].update(rule="shuffled-v9")),
+            f"tensors.{A_DELTA}.rule: Input should be 'stratified-v1', 'bernoulli-v1' or 'stored'",
         ),
+        (lambda d: flip(d / "adapter_model.safetensors", -3), "adapter_model.safetensors: damaged"),
+        (lambda d: flip(d / "adapter_model.safetensors", 12), "adapter_model.safetensors: damaged"),
         (
-            lambda d: edit_config(d, lambda c: c["tensors"][A_DELTA].update(positions="0" * 16)),
-            f"the positions of '{A_DELTA}' are not those that it was trained with",
-        ),
-        (
-            lambda d: edit_config(d, lambda c: c["sparse"].update(seed=12)),
-            "are not those that it was trained with",
+            lambda d: edit_config(d, lambda c: c["base_fingerprint"].update({A_DELTA: "0" * 8})),
+            f"and this model has other weights: '{A_DELTA}'; load that base model",
         ),
     ],
     ids=[
         *("no-directory", "no-config", "cut-json", "binary-json", "not-a-mapping", "another-kind", "newer"),
         *("odd-version", "missing-key", "extra-key", "no-values", "unlisted-parameter", "unlisted-weight"),
-        *("other-count", "other-rule", "other-checksum", "other-seed"),
+        *("other-count", "other-rule", "flipped-value", "flipped-header", "other-base"),
     ],
 )
 def test_a_damaged_adapter(bases, adapter, damage, expected, sparse):
     damage(adapter)
     model = fresh(bases["bert"])
     assert expected in refusal(sparsify(model, SPARSE) if sparse else model, adapter)
+
+
+@pytest.mark.parametrize("edit", [{"positions": "0" * 16}, {"seed": 12}])
+def test_positions_that_are_drawn_differently(bases, adapter, edit):
+    edit_config(adapter, lambda config: config["tensors"][A_DELTA].update(edit))
+    message = refusal(fresh(bases["bert"]), adapter)
+    assert f"the positions of '{A_DELTA}' are not those that it was trained with" in message
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("at", [0, 7, 30, 0.3, 0.6, -1])
+def test_every_flipped_bit_of_the_values_is_noticed(bases, adapter, at):
+    path = adapter / "adapter_model.safetensors"
+    flip(path, int(at * path.stat().st_size) if isinstance(at, float) else at)
+    assert "adapter_model.safetensors: damaged" in refusal(fresh(bases["bert"]), adapter)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
@@ -386,6 +413,9 @@ def test_values_of_another_shape(bases, adapter):
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors[A_DELTA] = tensors[A_DELTA][:1]
     save_file(tensors, adapter / "adapter_model.safetensors")
+    checksum = xxhash.xxh3_128((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert "from another save (its checksum" in refusal(fresh(bases["bert"]), adapter)
+    edit_config(adapter, lambda config: config["files"].update({"adapter_model.safetensors": checksum}))
     assert f"'{A_DELTA}' has shape [1]" in refusal(fresh(bases["bert"]), adapter)
 
 
@@ -400,8 +430,8 @@ def test_a_model_sparsified_differently(bases, adapter, settings):
 
 
 def test_a_model_sparsified_without_the_head(bases, adapter):
-    counts = {name: tensor.count for name, tensor in read_config(adapter).tensors.items()}
-    model = attach(fresh(bases["bert"]), SPARSE, counts, whole=[])
+    draws = [tensor.draw(name) for name, tensor in read_config(adapter).tensors.items()]
+    model = attach(fresh(bases["bert"]), SPARSE, draws, whole=[])
     assert "sparsified differently (seed, density, targets or modules_to_save)" in refusal(model, adapter)
 
 
@@ -409,3 +439,65 @@ def test_read_config_gives_back_what_was_saved(adapter):
     config = read_config(adapter)
     assert config.sparse == SPARSE
     assert config.modules_to_save == ["classifier.weight", "classifier.bias"]
+
+
+# The base model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_base_model_of_the_same_shapes_is_refused(bases, adapter, dtype):
+    other = fresh(bases["bert"])
+    with torch.no_grad():
+        # As a revision that was trained on a little
+        other.bert.encoder.layer[1].intermediate.dense.weight.mul_(1.01)
+    message = refusal(other.to(dtype), adapter)
+    name = "bert.encoder.layer.1.intermediate.dense.weight"
+    assert f"made for {bases['bert']}, and this model has other weights: '{name}'; load that base model" in message
+
+
+def test_the_revision_is_named_where_it_is_known(bases, adapter):
+    edit_config(adapter, lambda config: config.update(revision="v1.0"))
+    edit_config(
+        adapter, lambda config: [config["base_fingerprint"].update({n: "0"}) for n in config["base_fingerprint"]]
+    )
+    assert f"made for {bases['bert']} at revision v1.0" in refusal(fresh(bases["bert"]), adapter)
+
+
+def test_a_base_in_bfloat16_is_the_same_base(bases, adapter):
+    load_adapter(fresh(bases["bert"], dtype=torch.bfloat16), adapter)
+
+
+def test_a_base_in_float16_cannot_be_checked(bases, adapter, caplog):
+    load_adapter(fresh(bases["bert"], dtype=torch.float16), adapter)
+    assert "not checked against the base model's weights" in caplog.text
+
+
+def test_training_does_not_make_it_another_base(bases, adapter):
+    # The weights hold the deltas, and the head is another.
+    model = load_adapter(fresh(bases["bert"]), adapter)
+    train(model)
+    load_adapter(model, adapter)
+
+
+# The model card
+
+
+def test_the_model_card_tells_the_figures(bases, tmp_path):
+    model = trained(bases["bert"])
+    model.sparsity.base_model = "org/base"
+    model.sparsity.results = {"accuracy": 0.81254, "accuracy_before": 0.5, "loss": 0.4, "eval_examples": 1000}
+    save_adapter(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {
+        "library_name": "sparse-zero",
+        "tags": ["sparse-zero", "sparta", "adapter"],
+        "base_model": "org/base",
+        "pipeline_tag": "text-classification",
+    }
+    assert f"{model.sparsity.trainable_parameters:,} of {model.sparsity.total_parameters:,} scalars" in card
+    assert "on 1,000 held-out examples" in card
+    assert "| accuracy | 0.5 | 0.8125 |" in card
+    assert "| loss |  | 0.4 |" in card
+    assert "num_labels=3" in card
+    assert read_config(tmp_path).results == model.sparsity.results

@@ -330,7 +330,7 @@ def test_evaluate(capsys, recipe, monkeypatch, tmp_path):
 
 def test_merge(capsys, monkeypatch):
     facts = {"out": "merged", "task": "causal-lm", "scalars": 12345}
-    stand_in(monkeypatch, "sparse_zero.adapter", write_merged=lambda adapter, out: {**facts, "out": out})
+    stand_in(monkeypatch, "sparse_zero.adapter", write_merged=lambda adapter, out, scale: {**facts, "out": out})
     assert main(["merge", ".", "merged", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
     assert main(["merge", ".", "merged"]) == 0

@@ -81,7 +81,10 @@ def test_an_unknown_key_names_the_nearest_known_one(write, override, expected):
         ("sparse.density=1.5", "sparse.density: input should be less than or equal to 1, not 1.5"),
         ("sparse.density=many", "sparse.density: input should be a valid number"),
         ("sparse.seed=-1", "sparse.seed: input should be greater than or equal to 0, not -1"),
-        ("sparse.targets=v_proj", "sparse.targets: input should be 'all-linear' or a valid list, not 'v_proj'"),
+        (
+            "sparse.targets=v_proj",
+            "sparse.targets: input should be 'all-linear' or 'all' or a valid list, not 'v_proj'",
+        ),
         ("rpn.probability=2", "rpn.probability: input should be less than or equal to 1, not 2"),
         ("rpn={clean: false, passes: 0}", "rpn: clean: false leaves no loss to train on"),
         ("data.train_size=0", "data.train_size: input should be greater than 0, not 0"),

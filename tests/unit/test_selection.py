@@ -1,30 +1,39 @@
 import hashlib
-import math
-import re
+import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_zero.budget import by_density as budget
-from sparse_zero.errors import UserError
-from sparse_zero.selection import STRATIFIED, checksum, positions
+from sparse_zero.selection import BERNOULLI, STORED, STRATIFIED, Draw, by_magnitude, checksum, positions
 
 V_PROJ = "model.layers.0.self_attn.v_proj.weight"
 
 
-def reference(seed: int, name: str, numel: int, count: int) -> list[int]:
-    """stratified-v1 in Python's unbounded integers."""
-    digest = hashlib.sha256(f"stratified-v1/{seed}/{name}".encode()).digest()
-    key = int.from_bytes(digest[:8], "little")
+def hashes(rule: str, seed: int, name: str, count: int) -> list[int]:
+    """SplitMix64 in Python's unbounded integers: 63 bits each."""
+    key = int.from_bytes(hashlib.sha256(f"{rule}/{seed}/{name}".encode()).digest()[:8], "little")
     found = []
     for i in range(count):
         x = (key + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-        x ^= x >> 31
-        start, stop = i * numel // count, (i + 1) * numel // count
-        found.append(start + (x >> 1) % (stop - start))
+        found.append((x ^ (x >> 31)) >> 1)
     return found
+
+
+def reference(seed: int, name: str, numel: int, count: int) -> list[int]:
+    """stratified-v1"""
+    edges = [i * numel // count for i in range(count + 1)]
+    drawn = hashes("stratified-v1", seed, name, count)
+    return [start + h % (stop - start) for h, (start, stop) in zip(drawn, itertools.pairwise(edges), strict=True)]
+
+
+def strips(seed: int, name: str, rows: int, columns: int, count: int, granularity: int) -> list[int]:
+    """stratified-v1 of strips: each is `granularity` rows of one column."""
+    cells = reference(seed, name, rows * columns // granularity, count // granularity)
+    tops = [(cell // columns * granularity, cell % columns) for cell in cells]
+    return sorted((top + k) * columns + column for top, column in tops for k in range(granularity))
 
 
 def sha256(drawn: torch.Tensor) -> str:
@@ -125,67 +134,123 @@ def test_the_checksum_sees_each_position_and_their_order():
     assert len({checksum(drawn), checksum(changed), checksum(drawn[:-1]), checksum(drawn.flip(0))}) == 4
 
 
-# budget
+# Strips
 
 
-@pytest.mark.parametrize("density", [0.001, 0.0123456, 0.1, 1 / 3, 0.6])
-@pytest.mark.parametrize("fully_trained", [0, 770])
-def test_counts_add_up_to_the_density_of_the_whole_model(density, fully_trained):
-    sizes = {"a": 333_331, "b": 77, "c": 500_009, "d": 1}
-    total = 1_234_567
-    counts = budget(density, total, fully_trained, sizes)
-    assert sum(counts.values()) + fully_trained == round(density * total)
-    assert list(counts) == list(sizes)
-    assert all(1 <= counts[name] <= sizes[name] for name in sizes)
+@pytest.mark.parametrize("granularity", [2, 3, 8, 24])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.77, 1.0])
+@pytest.mark.parametrize("shape", [(24, 7), (48, 1), (3, 24, 5), (2, 2, 24, 10)])
+def test_strips_are_rows_of_one_column(shape, share, granularity):
+    rows, columns = torch.Size(shape[:-1]).numel(), shape[-1]
+    count = max(1, round(share * rows * columns / granularity)) * granularity
+    draw = Draw(STRATIFIED, "w", shape, count, seed=4, granularity=granularity)
+    expected = strips(4, "w", rows, columns, count, granularity)
+    assert draw.positions().tolist() == expected
+    for start, stop in ((0, 1), (count // 3, count // 2 + 1), (count - 1, count)):
+        assert draw.slice(start, stop).tolist() == expected[start:stop]
 
 
-def test_counts_are_proportional_to_the_sizes():
-    sizes = {f"w{i}": size for i, size in enumerate([4096 * 4096, 1024 * 4096, 4096 * 14336, 999])}
-    counts = budget(0.01, sum(sizes.values()), 0, sizes)
-    for name, size in sizes.items():
-        assert abs(counts[name] - 0.01 * size) < 1
+def test_strips_of_one_scalar_are_single_scalars():
+    draw = Draw(STRATIFIED, "w", (40, 30), 111, seed=4)
+    assert draw.positions().tolist() == strips(4, "w", 40, 30, 111, 1)
 
 
-def test_the_smallest_weights_get_one_scalar_each_at_the_cost_of_the_largest():
-    sizes = {"huge": 10**6, **{f"tiny{i}": 2 for i in range(5)}}
-    assert budget(10 / 2_000_000, 2_000_000, 0, sizes) == {"huge": 5, **{f"tiny{i}": 1 for i in range(5)}}
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (Draw(STRATIFIED, V_PROJ, (4096, 4096), 167_776, granularity=16), "e9c43c033e8da5eb"),
+        (Draw(STRATIFIED, "experts", (64, 1024, 512), 3_200, seed=5, granularity=64), "329ee6250f5d8a5b"),
+        (Draw.bernoulli(V_PROJ, (1024, 4096), 0.01, 0), "5e57dd7a1b8b6b12"),
+        (Draw(STRATIFIED, "embed", (100, 16), 300, seed=1, whole_rows=(3, 4, 99)), "d3803877de1383e9"),
+    ],
+    ids=["strips-16", "strips-64", "bernoulli", "whole-rows"],
+)
+def test_golden_positions_of_the_other_rules(draw, expected):
+    assert sha256(draw.positions()) == expected
 
 
-def test_density_one_selects_everything():
-    assert budget(1.0, 60, 10, {"a": 20, "b": 30}) == {"a": 20, "b": 30}
+# Bernoulli
 
 
-def test_too_dense_for_the_targets():
-    with pytest.raises(UserError) as error:
-        budget(0.5, 1000, 100, {"a": 200, "b": 33})
-    message = str(error.value)
-    assert all(number in message for number in ("0.5", "1,000", "500", "333", "0.333,")), message
+@pytest.mark.parametrize("probability", [0.0, 1e-3, 0.3, 1.0])
+def test_bernoulli_draws_each_scalar_by_its_hash(probability):
+    draw = Draw.bernoulli("w", (50, 60), probability, seed=9)
+    drawn = hashes("bernoulli-v1", 9, "w", 3000)
+    assert draw.rule == BERNOULLI == "bernoulli-v1"
+    assert draw.positions().tolist() == [i for i, h in enumerate(drawn) if h < probability * 2**63]
+    assert draw.count == len(draw.positions())
 
 
-def test_too_sparse_for_the_fully_trained_modules():
-    with pytest.raises(UserError) as error:
-        budget(0.01, 10_000, 150, {"a": 200, "b": 33})
-    message = str(error.value)
-    assert all(number in message for number in ("0.01", "10,000", "100", "150", "2 targets", "0.0152,")), message
+def test_bernoulli_counts_are_binomial():
+    counts = torch.tensor([Draw.bernoulli("w", (200, 500), 0.02, seed).count for seed in range(60)]).double()
+    # Mean 2000, deviation 44; the deviation of the mean of 60 is 5.7, that of their deviation 4.1
+    assert abs(counts.mean() - 2000) < 25
+    assert 28 < counts.std() < 60
 
 
-def test_fewer_scalars_than_targets():
-    with pytest.raises(UserError, match=r"too few for 3 targets: raise the density to at least 0\.0003,"):
-        budget(0.0002, 10_000, 0, {"a": 100, "b": 100, "c": 100})
+# Whole rows
 
 
-def test_the_advised_density_is_rounded_to_the_possible_side():
-    with pytest.raises(UserError, match=r"at most 0\.6666,"):
-        budget(1.0, 30_000_000, 0, {"a": 20_000_000})
-    with pytest.raises(UserError, match=r"at least 0\.3334,"):
-        budget(0.1, 30_000_000, 9_999_999, {"a": 20_000_000})
+@pytest.mark.parametrize("rows", [(0,), (9,), (2, 3, 7), tuple(range(10))])
+@pytest.mark.parametrize("others", [0, 20])
+def test_whole_rows_are_all_there_and_the_others_are_drawn_without_them(rows, others):
+    if len(rows) == 10:
+        others = 0
+    draw = Draw(STRATIFIED, "w", (10, 6), len(rows) * 6 + others, seed=3, whole_rows=rows)
+    flat = draw.positions()
+    assert torch.equal(flat, flat.unique())
+    assert flat.numel() == draw.count
+    assert draw.in_whole_rows == len(rows) * 6
+    inside = [position for position in flat.tolist() if position // 6 in rows]
+    assert inside == [row * 6 + column for row in rows for column in range(6)]
+    # The rule sees a weight of the other rows, one below the other.
+    kept = [row for row in range(10) if row not in rows]
+    drawn = reference(3, "w", len(kept) * 6, others) if others else []
+    assert [p for p in flat.tolist() if p // 6 not in rows] == [kept[p // 6] * 6 + p % 6 for p in drawn]
 
 
-@pytest.mark.parametrize("total", [601, 7_919, 22_713_216, 8_030_261_248])
-def test_the_density_that_an_error_advises_is_possible(total):
-    sizes, fully_trained = {"a": math.isqrt(total), "b": total // 3}, total // 7
-    for density in (1.0, 1e-9):
-        with pytest.raises(UserError) as error:
-            budget(density, total, fully_trained, sizes)
-        advised = float(re.search(r"at (?:most|least) (0\.\d+)", str(error.value))[1])
-        assert sum(budget(advised, total, fully_trained, sizes).values()) + fully_trained == round(advised * total)
+# Magnitude, and positions that are stored
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 37, 599, 600])
+def test_magnitude(smallest, dtype, count):
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    order = weight.flatten().float().abs().sort(descending=not smallest, stable=True).indices
+    assert by_magnitude(weight, count, smallest).tolist() == order[:count].sort().values.tolist()
+
+
+def test_magnitude_takes_the_first_of_equal_scalars():
+    assert by_magnitude(torch.tensor([1.0, -2, 2, 0, 2, 1]), 2).tolist() == [1, 2]
+    assert by_magnitude(torch.tensor([1.0, -2, 2, 0, -1, 1]), 3, smallest=True).tolist() == [0, 3, 4]
+
+
+def test_magnitude_takes_whole_rows_first():
+    weight = torch.tensor([[9.0, 8.0], [0.1, 0.2], [7.0, 1.0]])
+    assert by_magnitude(weight, 3, rows=(1,)).tolist() == [0, 2, 3]
+    assert by_magnitude(weight, 3, smallest=True, rows=(1,)).tolist() == [2, 3, 5]
+
+
+def test_stored_positions_cannot_be_drawn():
+    with pytest.raises(ValueError, match="stored positions cannot be drawn"):
+        Draw(STORED, "w", (4, 4), 3).positions()
+
+
+class LargestTensor(TorchDispatchMode):
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if isinstance(output, torch.Tensor):
+            self.bytes = max(self.bytes, output.untyped_storage().nbytes())
+        return output
+
+
+@pytest.mark.parametrize("rule", [STRATIFIED, BERNOULLI])
+def test_one_percent_of_eight_billion_needs_a_few_megabytes_at_a_time(rule):
+    draw = Draw(rule, "w", (8_000, 1_000_000), 80_000_000, probability=0.01)
+    with LargestTensor() as largest:
+        taken = sum(chunk.numel() for _, chunk in itertools.islice(draw.chunks(), 100))
+    assert taken > 200_000
+    assert 0 < largest.bytes <= 2 * 2**20

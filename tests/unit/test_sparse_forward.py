@@ -34,7 +34,7 @@ from sparse_zero.model import unload
 def writes(monkeypatch) -> list[SparseWeight]:
     """Grows by one each time that deltas are written into a weight."""
     calls, write = [], SparseWeight.write
-    monkeypatch.setattr(SparseWeight, "write", lambda weight: (calls.append(weight), write(weight))[1])
+    monkeypatch.setattr(SparseWeight, "write", lambda weight, *args: (calls.append(weight), write(weight, *args))[1])
     return calls
 
 

@@ -54,7 +54,7 @@ def task_of(family: str) -> str:
 
 def targets_of(model: nn.Module, targets: str | list[str] | None = None, whole: list[str] | None = None) -> list[str]:
     config = SparseConfig(targets=targets, modules_to_save=whole)
-    return list(find_targets(model, config, find_whole(model, config)))
+    return [name.removesuffix(".weight") for name in find_targets(model, config, find_whole(model, config))]
 
 
 def refusal(model: nn.Module, **settings) -> str:
@@ -152,10 +152,81 @@ def test_a_pattern_unlike_anything_lists_what_there_is():
     assert all(name in message for name in ("q_proj", "v_proj", "up_proj"))
 
 
-def test_a_pattern_that_matches_a_layer_norm_says_so():
-    message = refusal(tiny("bert", "sequence-classification"), targets=["attention.output.LayerNorm"])
-    assert "matches bert.encoder.layer.0.attention.output.LayerNorm, a LayerNorm" in message
-    assert "targets are linear layers" in message
+def test_a_pattern_that_matches_a_container_says_so():
+    message = refusal(tiny("bert", "sequence-classification"), targets=["layer.1.attention"])
+    assert "matches bert.encoder.layer.1.attention, a BertAttention; write 'layer.1.attention.*'" in message
+
+
+def test_a_pattern_that_matches_something_without_parameters_says_so():
+    message = refusal(tiny("llama"), targets=["act_fn"])
+    assert "matches model.layers.0.mlp.act_fn, a SiLUActivation, which has no parameters" in message
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["embed_tokens"], ["model.embed_tokens"]),
+        (["norm"], ["model.norm"]),
+        (["*norm"], [f"model.layers.{i}.{end}_layernorm" for i in (0, 1) for end in ("input", "post_attention")]),
+        (["*.bias"], [f"model.layers.{i}.self_attn.{end}_proj.bias" for i in (0, 1) for end in "qkv"]),
+        (["layers.1.self_attn.k_proj.bias", "lm_head"], ["model.layers.1.self_attn.k_proj.bias", "lm_head"]),
+        (
+            ["experts"],
+            [f"model.layers.{i}.mlp.experts.{end}" for i in (0, 1) for end in ("gate_up_proj", "down_proj")],
+        ),
+        (["experts.down_proj"], [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]),
+        (["layers.0.mlp.gate"], ["model.layers.0.mlp.gate"]),
+    ],
+    ids=["embedding", "norm", "norms", "biases", "one-bias", "experts", "expert-weight", "router"],
+)
+def test_any_parameter_by_pattern(patterns, expected):
+    found = targets_of(tiny("qwen2_moe"), patterns)
+    if patterns == ["*norm"]:
+        expected = [*expected, "model.norm"]
+    assert found == expected
+
+
+def test_all_linear_holds_the_experts_and_no_norm():
+    found = targets_of(tiny("qwen2_moe"), "all-linear")
+    assert {name.rpartition(".")[2] for name in found} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "gate_proj", "up_proj"),
+        "shared_expert_gate",
+    }
+
+
+def test_all_is_every_parameter_but_those_trained_whole():
+    model = tiny("bert", "sequence-classification")
+    names = [name for name, _ in model.named_parameters()]
+    found = find_targets(model, SparseConfig(targets="all"), ["classifier"])
+    assert list(found) == [name for name in names if not name.startswith("classifier.")]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        (["layers.0"], ["model.layers.1.self_attn.v_proj"]),
+        (["self_attn.q_proj", "*.0.self_attn.v_proj"], ["model.layers.1.self_attn.v_proj"]),
+        (["layers.1.self_attn.v_proj.weight"], ["model.layers.0.self_attn.v_proj"]),
+    ],
+)
+def test_excluded_modules_stay_frozen(excluded, left):
+    model = tiny("llama")
+    config = SparseConfig(targets=["v_proj"], exclude_modules=excluded)
+    assert [name.removesuffix(".weight") for name in find_targets(model, config, [])] == left
+
+
+def test_what_exclude_modules_cannot_mean():
+    assert "no module matches 'self_atn'; near misses: self_attn" in refusal(
+        tiny("llama"), exclude_modules=["self_atn"]
+    )
+    assert "every target is excluded" in refusal(tiny("llama"), targets=["v_proj"], exclude_modules=["layers.?"])
+
+
+def test_quantized_weights_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"1\.weight is int8"):
+        sparsify(model, SparseConfig(targets="all-linear"))
 
 
 def test_a_pattern_that_matches_the_head_says_that_it_is_trained_whole():
@@ -163,17 +234,18 @@ def test_a_pattern_that_matches_the_head_says_that_it_is_trained_whole():
     assert "'classifier' is trained whole already" in message
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma"])
-def test_a_tied_weight_is_refused(family):
-    message = refusal(tiny(family, tie_word_embeddings=True), targets=["lm_head"])
-    assert "lm_head.weight is tied to " in message
-    assert "wte" in message or "embed_tokens" in message
+@pytest.mark.parametrize(
+    ("family", "embedding"), [("gpt2", "transformer.wte"), ("gemma", "model.embed_tokens"), ("t5", "shared")]
+)
+def test_a_tied_weight_is_one_target_by_any_of_its_names(family, embedding):
+    model = tiny(family, task_of(family), tie_word_embeddings=True)
+    assert targets_of(model, ["lm_head"]) == targets_of(model, [embedding, "lm_head"]) == [embedding]
 
 
-def test_two_layers_that_share_a_weight_are_refused():
+def test_two_layers_that_share_a_weight_are_one_target():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    assert "0.weight is tied to 1" in refusal(model, targets="all-linear")
+    assert targets_of(model, "all-linear") == ["0"]
 
 
 def test_an_unknown_family_warns_and_falls_back_to_all_linear_layers(caplog):
@@ -197,11 +269,15 @@ def test_a_model_without_linear_layers_is_refused():
     assert "Sequential has no linear layer" in refusal(nn.Sequential(nn.Embedding(4, 4)))
 
 
-def test_the_output_projection_of_multihead_attention_is_not_a_target():
+def test_the_output_projection_of_multihead_attention_is_a_target():
     # Its forward is never called: nn.MultiheadAttention reads the weight itself.
     model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)
-    assert targets_of(model, "all-linear") == ["linear1", "linear2"]
-    assert "a NonDynamicallyQuantizableLinear" in refusal(model, targets=["out_proj"])
+    assert targets_of(model, "all-linear") == ["self_attn.out_proj", "linear1", "linear2"]
+
+
+def test_an_embedding_that_renormalises_itself_is_refused():
+    message = refusal(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), targets=["0"])
+    assert "0.weight: an embedding with max_norm" in message
 
 
 # modules_to_save
