@@ -10,6 +10,7 @@ the kernel's cache; ours are on the disk, with checksums, when the save is over.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -78,6 +79,7 @@ def build(arguments: argparse.Namespace, out: str) -> SparseTrainer:
 def peak_of(action: Callable[[], object]) -> tuple[float, int]:
     """Returns: seconds, and by how much the process grew at its largest, in bytes. Linux."""
     status = Path("/proc/self/status")
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
     before = _kibibytes(status, "VmRSS")
     started = time.perf_counter()
@@ -116,28 +118,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     out = shared[0]
     trainer = build(arguments, out)
     ranks = trainer._ranks
-    theirs, ours, behind, memory, memory_behind = [], [], [], [], []
+    theirs, ours, behind = [], [], []
+    extra = peak_of(trainer._write)[1]
+    extra_behind = peak_of(lambda: (trainer._write(in_background=True), trainer._writer.finish()))[1]
     for round_number in range(arguments.rounds + 1):
         save = functools.partial(trainer.deepspeed.save_checkpoint, f"{out}/theirs", exclude_frozen_parameters=True)
         seconds = peak_of(save)[0]
-        sync, extra = peak_of(trainer._write)
-        _, extra_behind = peak_of(lambda: (trainer._write(in_background=True), trainer._writer.finish()))
+        sync = peak_of(trainer._write)[0]
         stalls = ranks.gather((seconds, sync, in_background(trainer)))
         slowest = [max(values) for values in zip(*stalls, strict=True)]
         if round_number:  # the first warms up
             for values, value in zip((theirs, ours, behind), slowest, strict=True):
                 values.append(value)
-            memory.append(extra)
-            memory_behind.append(extra_behind)
     step = statistics.median(peak_of(lambda: one_step(trainer))[0] for _ in range(5))
     started = time.perf_counter()
     for _ in range(MEETINGS):
         ranks.any(False, False)
     meeting = (time.perf_counter() - started) / MEETINGS
     checkpoint = Checkpoint(f"{out}/checkpoint-1")
-    largest = max(max(memory), 0) / checkpoint.manifest.shards[ranks.rank].file.bytes
-    largest_behind = max(memory_behind) / checkpoint.manifest.shards[ranks.rank].file.bytes
-    largest, largest_behind = (max(values) for values in zip(*ranks.gather((largest, largest_behind)), strict=True))
+    shard = checkpoint.manifest.shards[ranks.rank].file.bytes
+    extras = ranks.gather((extra / shard, extra_behind / shard))
+    largest, largest_behind = (max(values) for values in zip(*extras, strict=True))
     figures: dict[str, object] = {}
     if ranks.rank == 0:
         shards = [shard.file.bytes for shard in checkpoint.manifest.shards]
