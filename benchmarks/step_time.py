@@ -63,8 +63,9 @@ def lora(model: nn.Module, arguments: argparse.Namespace) -> tuple[Step, int]:
 
     targets = find_targets(model, SparseConfig(targets=targets_of(arguments)), [])
     wanted = density_of_model(model, arguments) * sum(p.numel() for p in model.parameters())
-    rank = max(1, round(wanted / sum(m.in_features + m.out_features for m in targets.values())))
-    config = peft.LoraConfig(r=rank, target_modules=list(targets), task_type="CAUSAL_LM")
+    rank = max(1, round(wanted / sum(sum(target.shape) for target in targets.values())))
+    modules = [name.removesuffix(".weight") for name in targets]
+    config = peft.LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     return trained(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -101,7 +102,7 @@ def density_of_model(model: nn.Module, arguments: argparse.Namespace) -> float:
     if arguments.of == "model":
         return arguments.density
     targets = find_targets(model, SparseConfig(targets=targets_of(arguments)), [])
-    selectable = sum(module.weight.numel() for module in targets.values())
+    selectable = sum(target.shape.numel() for target in targets.values())
     return arguments.density * selectable / sum(p.numel() for p in model.parameters())
 
 

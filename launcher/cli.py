@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_train, _add_evaluate, _add_merge, _add_combine, _add_inspect, _add_export):
+    for add in (_add_train, _add_evaluate, _add_merge, _add_combine, _add_convert, _add_inspect, _add_export):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
         command.set_defaults(parser=command)
@@ -119,6 +119,51 @@ def _add_merge(commands) -> argparse.ArgumentParser:
     return merge
 
 
+def _add_convert(commands) -> argparse.ArgumentParser:
+    convert = commands.add_parser(
+        "convert",
+        help="read and write adapters of other programs",
+        description="Read an adapter of any of these formats, or what a fine-tuned model changed in its original,\n"
+        "and write it in another. IN is recognised by its files.\n\n"
+        "  sparse-zero   our own\n"
+        "  sparta        the reference implementation's (peft-sparta)\n"
+        "  shira         PEFT's SHiRA\n"
+        "  supertuning   PEFT's Super-Tuning",
+        epilog="examples:\n"
+        "  sparse-zero convert runs/demo/adapter for-peft --to shira\n"
+        "  sparse-zero convert fine-tuned-model adapter --base original-model",
+    )
+    convert.add_argument("adapter", metavar="IN", help="an adapter's directory, or a fine-tuned model's")
+    convert.add_argument("out", metavar="OUT", help="the directory to write; must not hold anything yet")
+    convert.add_argument("--to", choices=["sparse-zero", "sparta", "shira", "supertuning"], default="sparse-zero")
+    _add_base(convert)
+    convert.add_argument(
+        "--max-density",
+        type=_share,
+        default=0.5,
+        metavar="SHARE",
+        help="refuse a fine-tuned model of which a larger share of the scalars differs (default: %(default)s)",
+    )
+    return convert
+
+
+def _add_base(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--base",
+        metavar="DIR_OR_ID",
+        help="the base model, where IN does not say it or it lies elsewhere now; the original of a fine-tuned model",
+    )
+
+
+def _share(word: str) -> float:
+    try:
+        if 0 < float(word) <= 1:
+            return float(word)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"a share is above 0 and at most 1, not {word!r}")
+
+
 def _add_combine(commands) -> argparse.ArgumentParser:
     combine = commands.add_parser(
         "combine",
@@ -147,10 +192,14 @@ def _add_inspect(commands) -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what an adapter holds",
-        description="Say what an adapter holds: its base model, its size, and each weight that it changes.",
-        epilog="example:\n  sparse-zero inspect runs/demo/adapter --json",
+        description="Say what an adapter holds: its base model, its size, and what it changes where and by how much.\n"
+        "Also of the formats that `sparse-zero convert` reads.",
+        epilog="examples:\n"
+        "  sparse-zero inspect runs/demo/adapter --json\n"
+        "  sparse-zero inspect fine-tuned-model --base original-model",
     )
-    inspect.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
+    inspect.add_argument("adapter", metavar="IN", help="an adapter's directory, or a fine-tuned model's")
+    _add_base(inspect)
     return inspect
 
 

@@ -94,6 +94,21 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    """Write an adapter, or a fine-tuned model's changes, in another format."""
+    source = _adapter_directory(arguments.adapter)
+    with report.only_json_on_stdout(arguments.json):
+        from sparse_zero.exchange.convert import convert
+
+        facts = convert(source, Path(arguments.out), arguments.to, arguments.base, arguments.max_density)
+    if arguments.json:
+        report.print_json(facts)
+    else:
+        report.print_facts(f"{arguments.adapter} converted", {k: v for k, v in facts.items() if k != "notes"})
+        report.print_notes(facts["notes"])
+    return 0
+
+
 def combine(arguments: argparse.Namespace) -> int:
     """Write a combination of adapters."""
     adapters = [_adapter_directory(name) for name in arguments.adapters]
@@ -127,12 +142,11 @@ def inspect(arguments: argparse.Namespace) -> int:
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.inspect import describe
 
-        facts = describe(adapter)
+        facts = describe(adapter, arguments.base)
     if arguments.json:
         report.print_json(facts)
     else:
-        report.print_facts(arguments.adapter, {name: fact for name, fact in facts.items() if name != "tensors"})
-        report.print_rows(facts["tensors"])
+        report.print_description(arguments.adapter, facts)
     return 0
 
 

@@ -52,6 +52,56 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     _print(table)
 
 
+MOST_ROWS = 30
+"""What longer tables have is left to --json."""
+
+
+def print_description(title: str, facts: Mapping[str, Any]) -> None:
+    """What `sparse_zero.inspect.describe` found."""
+    tables = ("kinds", "layers", "tensors", "histogram", "largest", "notes")
+    print_facts(
+        title, {name: fact for name, fact in facts.items() if name not in tables and fact not in (None, {}, [])}
+    )
+    few = len(facts["tensors"]) <= MOST_ROWS
+    for name, heading in (("kinds", "weights of each kind"), ("layers", "layers"), ("tensors", "weights")):
+        rows = facts[name]
+        # Groups of one weight each tell nothing more than the weights do.
+        if few if name == "tensors" else len(rows) < len(facts["tensors"]):
+            print(f"\n{heading}")
+            print_rows(rows[:MOST_ROWS])
+            if len(rows) > MOST_ROWS:
+                print(f"... and {len(rows) - MOST_ROWS} more: --json lists all")
+    if not few:
+        print(f"\n{len(facts['tensors'])} weights: --json lists each")
+    if facts["histogram"]:
+        print("\nmagnitudes of the changes")
+        print_histogram(facts["histogram"])
+    if facts["largest"]:
+        print("\nlargest changes")
+        print_rows(facts["largest"])
+    print_notes(facts["notes"])
+
+
+def print_histogram(bars: Sequence[Mapping[str, Any]], width: int = 40) -> None:
+    """A line for each bar, the longest `width` characters long. Args: bars: `from`, `to`, `scalars` of each."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    total, most = sum(bar["scalars"] for bar in bars), max(bar["scalars"] for bar in bars)
+    for bar in bars:
+        below = f"{bar['from']:.0e} to" if bar["from"] else "below"
+        shown = f"{below} {bar['to']:.0e}" if bar["to"] else "0"
+        length = math.ceil(width * bar["scalars"] / most)
+        table.add_row(shown, "#" * length, f"{bar['scalars']:,}", f"{100 * bar['scalars'] / total:.1f}%")
+    _print(table)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What a user must know beside the facts."""
+    for note in notes:
+        print(f"note: {note}")
+
+
 def readable(name: str, value: Any) -> str:
     """A fact as people write it: 12,345 scalars, 1.2 MiB, 0.0312, 384 x 1536."""
     if name.endswith("bytes") and isinstance(value, int):

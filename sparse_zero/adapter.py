@@ -79,7 +79,7 @@ def collect(model: nn.Module, keep: bool = True) -> Adapter:
 def _describe(model: nn.Module, sparsity: Sparsity, positions: Mapping[str, torch.Tensor]) -> AdapterConfig:
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    some_weight = next(iter(sparsity.weights.values())).weight
+    some_weight = dict(model.named_parameters())[next(iter([*sparsity.weights, *sparsity.whole]))]
     return AdapterConfig(
         base_model_name_or_path=sparsity.base_model,
         revision=sparsity.revision,

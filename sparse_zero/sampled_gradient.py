@@ -103,17 +103,22 @@ def embedding_product(
 
 def flat_positions(row_starts: torch.Tensor, column_index: torch.Tensor, columns: int) -> torch.Tensor:
     """A CSR pattern as indices into the flattened matrix. Returns: int64 (n,)."""
-    rows = row_starts.numel() - 1
-    starts = torch.arange(0, rows * columns, columns, device=row_starts.device)
-    # output_size spares the accelerator a wait
-    return torch.repeat_interleave(starts, row_starts.diff(), output_size=column_index.numel()).add_(column_index)
+    return _row_offsets(row_starts, column_index.numel(), columns).add_(column_index).long()
 
 
 def csr_pattern(flat: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted indices into a flattened (rows, columns) matrix as (row_starts, column_index), both int32."""
     # Up to rows * columns, so that the last row ends too
     edges = torch.arange(0, rows * columns + 1, columns, device=flat.device)
-    row_starts = torch.searchsorted(flat, edges)
-    # Truncation is several times faster than `//`, and the same for positions
-    row = torch.div(flat, columns, rounding_mode="trunc")
-    return row_starts.to(torch.int32), (flat - row * columns).to(torch.int32)
+    row_starts = torch.searchsorted(flat, edges).to(torch.int32)
+    return row_starts, (flat - _row_offsets(row_starts, flat.numel(), columns)).to(torch.int32)
+
+
+def _row_offsets(row_starts: torch.Tensor, count: int, columns: int) -> torch.Tensor:
+    """For each position, where its row starts in the flattened matrix. Returns: (count,), int32 where that is wide
+    enough."""
+    rows = row_starts.numel() - 1
+    dtype = torch.int32 if rows * columns < 2**31 else torch.int64
+    offsets = torch.arange(0, rows * columns, columns, dtype=dtype, device=row_starts.device)
+    # output_size spares the accelerator a wait
+    return torch.repeat_interleave(offsets, row_starts.diff(), output_size=count)

@@ -134,7 +134,9 @@ def positions(
     assert 0 < count <= numel < 2**62, (name, count, numel)
     assert count < 2**31, f"{name}: {count} positions: i * (numel % count) would overflow"
     assert 0 <= start <= stop <= count, (start, stop, count)
-    return _stratified(torch.arange(start, stop, dtype=torch.int64, device=device), seed, name, numel, count)
+    i = torch.arange(start, stop + 1, dtype=torch.int64, device=device)
+    edges = _block_start(i, numel, count)
+    return _in_block(i[:-1], edges[:-1], edges.diff(), stream_key(seed, name))
 
 
 def strips(
@@ -159,8 +161,12 @@ def strips(
     assert count == drawn * granularity, (name, count, granularity)
     assert (grid + 1) * drawn < 2**63, f"{name}: (grid + 1) * strips would overflow"
 
+    key = stream_key(seed, name)
+
     def strip(i: torch.Tensor) -> torch.Tensor:
-        return _stratified(i.clamp(max=drawn - 1), seed, name, grid, drawn)
+        i = i.clamp(max=drawn - 1)
+        first = _block_start(i, grid, drawn)
+        return _in_block(i, first, _block_start(i + 1, grid, drawn) - first, key)
 
     def strips_before(x: torch.Tensor) -> torch.Tensor:
         """How many strips lie before cell x of the grid: all that belong to earlier blocks, and perhaps its own."""
@@ -223,22 +229,28 @@ def checksum(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _stratified(i: torch.Tensor, seed: int, name: str, numel: int, count: int) -> torch.Tensor:
+def _block_start(i: torch.Tensor, numel: int, count: int) -> torch.Tensor:
+    """floor(i * numel / count), without the 64-bit overflow of i * numel."""
     size, remainder = divmod(numel, count)
-    # floor(i * numel / count) without the 64-bit overflow of i * numel
-    block_start = i * size + (i * remainder) // count
-    block_stop = (i + 1) * size + ((i + 1) * remainder) // count
-    return block_start + _hash(i, stream_key(seed, name)) % (block_stop - block_start)
+    # Truncation is several times faster than `//`, and the same here
+    return torch.div(i * remainder, count, rounding_mode="trunc").add_(i, alpha=size)
+
+
+def _in_block(i: torch.Tensor, first: torch.Tensor, size: torch.Tensor, key: int) -> torch.Tensor:
+    """A position in each block: its first scalar and its size are given."""
+    return _hash(i, key).remainder_(size).add_(first)
 
 
 def _hash(counter: torch.Tensor, key: int) -> torch.Tensor:
     """SplitMix64's output number `counter` of the stream `key`, as a non-negative 63-bit integer."""
-    x = (counter + 1) * _GAMMA + key
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return _shift_right(x ^ _shift_right(x, 31), 1)
+    x = (counter + 1).mul_(_GAMMA).add_(key)
+    scratch = torch.empty_like(x)
+    x.bitwise_xor_(_shift_right(x, 30, scratch)).mul_(_MIX_1)
+    x.bitwise_xor_(_shift_right(x, 27, scratch)).mul_(_MIX_2)
+    x.bitwise_xor_(_shift_right(x, 31, scratch))
+    return _shift_right(x, 1, x)
 
 
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift_right(x: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
     """Logical shift: torch has no uint64 arithmetic, and >> on int64 copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)

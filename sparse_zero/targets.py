@@ -77,8 +77,8 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
     """
     parameters = all_targets(model)
     whole = tuple(whole)
-    inside = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
-    free = {name: target for name, target in parameters.items() if id(target.parameter) not in inside}
+    inside = set(parameters_of(model, whole))
+    free = {name: target for name, target in parameters.items() if name not in inside}
     found = _configured(model, config, free, whole)
     for pattern in config.exclude_modules or []:
         frozen = {name for name in parameters if _within(name, pattern)}
@@ -108,6 +108,12 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, name))
     return {name: Target(name, tuple(owners[id(parameter)])) for name, parameter in model.named_parameters()}
+
+
+def parameters_of(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Names of the parameters in some modules. By identity: a tied one has one name, which may be another module's."""
+    inside = {id(parameter) for name in modules for parameter in model.get_submodule(name).parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
 
 
 def untargeted(targets: Iterable[str], parameters: dict[str, Target], whole: Iterable[str]) -> list[str]:

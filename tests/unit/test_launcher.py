@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -53,7 +54,7 @@ def one_error(capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "RECIPE", "--dry-run"]])
+@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["train", "RECIPE", "--dry-run"]])
 def test_answers_without_importing_the_heavy_libraries(words, recipe):
     words = [recipe if word == "RECIPE" else word for word in words]
     code = (
@@ -88,7 +89,9 @@ def test_override_with_dashes_is_refused_with_the_right_spelling(capsys, recipe)
     assert "an override has no dashes: training.seed=1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["trian"], ["inspect", "a", "b"], ["evaluate", "r.yaml"], []])
+@pytest.mark.parametrize(
+    "words", [["trian"], ["inspect", "a", "b"], ["evaluate", "r.yaml"], ["convert", "a", "b", "--to", "lora"], []]
+)
 def test_wrong_arguments_end_with_two(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -303,12 +306,18 @@ def stand_in(monkeypatch, module, **functions):
     monkeypatch.setitem(sys.modules, module, fake)
 
 
+BARS = [(0, 0, 1), (0, 1e-8, 0), (1e-8, 1e-7, 3)]
 DESCRIPTION = {
     "base_model": "org/[bold]model",
     "density": 0.02,
     "trainable_parameters": 453120,
     "bytes": 3 * 1024**2,
-    "tensors": [{"name": f"layer.{'x' * 90}.weight", "shape": [384, 1536], "scalars": 11796, "norm": 0.03125}],
+    "kinds": [{"name": f"layer.*.{'x' * 90}.weight", "shape": [384, 1536], "scalars": 11796}],
+    "layers": [{"name": f"layer.{index}", "weights": 2} for index in range(40)],
+    "tensors": [{"name": f"layer.{index // 2}.{index}.weight", "scalars": 1} for index in range(80)],
+    "histogram": [{"from": start, "to": end, "scalars": n} for start, end, n in BARS],
+    "largest": [{"name": "layer.3.weight", "position": [4, 5], "delta": -0.03125}],
+    "notes": ["it was [long] ago"],
 }
 
 
@@ -340,13 +349,37 @@ def test_merge(capsys, monkeypatch):
 
 
 def test_inspect(capsys, monkeypatch):
-    stand_in(monkeypatch, "sparse_zero.inspect", describe=lambda adapter: DESCRIPTION)
+    stand_in(monkeypatch, "sparse_zero.inspect", describe=lambda adapter, base: DESCRIPTION)
     assert main(["inspect", ".", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == DESCRIPTION
     assert main(["inspect", "."]) == 0
     out = capsys.readouterr().out
-    for shown in ("org/[bold]model", "453,120", "3.0 MiB", f"layer.{'x' * 90}.weight", "384 x 1536", "11,796"):
+    for shown in ("org/[bold]model", "453,120", "3.0 MiB", f"layer.*.{'x' * 90}.weight", "384 x 1536", "11,796"):
         assert shown in out, shown
+    assert re.search(r"layer\.29 .*\n\.\.\. and 10 more: --json lists all\n", out)
+    assert "\n80 weights: --json lists each\n" in out
+    assert "layer.0.0.weight" not in out
+    bars = [line.split("  ")[0] for line in out.splitlines() if re.search(r"\d\.\d% *$", line)]
+    assert bars == ["0", "below 1e-08", "1e-08 to 1e-07"]
+    assert f"1e-08 to 1e-07  {'#' * 40}  3  75.0%" in out
+    assert "4, 5      -0.03125" in out
+    assert out.endswith("note: it was [long] ago\n")
+
+
+def test_convert(capsys, monkeypatch):
+    def convert(source, out, to, base, max_density):
+        return {"out": str(out), "to": to, "base_model": base, "max_density": max_density, "notes": ["kept whole"]}
+
+    stand_in(monkeypatch, "sparse_zero.exchange.convert", convert=convert)
+    words = ["convert", ".", "new", "--to", "shira", "--base", "org/model"]
+    assert main([*words, "--max-density", "0.25", "--json"]) == 0
+    facts = {"out": "new", "to": "shira", "base_model": "org/model", "max_density": 0.25, "notes": ["kept whole"]}
+    assert json.loads(capsys.readouterr().out) == facts
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"to +shira *\n", out)
+    assert re.search(r"max density +0\.5 *\n", out)
+    assert out.endswith("note: kept whole\n")
 
 
 def test_readable():

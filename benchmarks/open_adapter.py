@@ -1,0 +1,154 @@
+"""Opening an adapter onto a model of a billion parameters, against its floor and against PEFT.
+
+    python benchmarks/open_adapter.py
+    python benchmarks/open_adapter.py --layers 4 --rounds 3
+
+All adapters have about the same number of scalars, on the value and output projections, or on all linear layers
+(`--targets all-linear`). Rounds in which all take turns; ratios to the floor, medians.
+    floor         read the file, draw the positions, and add the values there: what no way to open it can avoid
+    stored        the same with positions that are read from the file (int32)
+    sparse-zero   load_adapter and the write into the weights: checked, unloadable, ready to train on
+    lora          PeftModel.from_pretrained, then merge_and_unload
+    shira         PeftModel.from_pretrained
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparse_zero import SparseConfig, load_adapter, save_adapter, sparsify, unload
+from sparse_zero.adapter_files import read_config
+
+TARGETS = {
+    "value-output": ["v_proj", "o_proj"],
+    "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+def model(layers: int) -> nn.Module:
+    """Llama 3.2's 1B shape: 1.24 billion scalars with 16 layers; float32 values do not matter here."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    made = empty.to_empty(device="cpu")
+    for parameter in made.parameters():
+        # Cheaper than normal numbers; every page has to be there
+        parameter.data.uniform_(-0.02, 0.02)
+    made.tie_weights()
+    return made
+
+
+def make_adapters(base: nn.Module, targets: list[str], rank: int, root: Path) -> dict[str, int]:
+    """Writes an adapter of each kind. Returns: scalars of each."""
+    counts = {}
+    sparsify(base, SparseConfig(rank_equivalent=rank, targets=targets))
+    with torch.no_grad():
+        for weight in base.sparsity.weights.values():
+            weight.delta.normal_(std=1e-3)
+    counts["sparse-zero"] = base.sparsity.selected_parameters
+    save_adapter(base, root / "sparse-zero")
+    save_file(
+        {name: weight.flat_positions().to(torch.int32) for name, weight in base.sparsity.weights.items()},
+        root / "positions.safetensors",
+    )
+    unload(base)
+    for name, config in (
+        ("lora", LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)),
+        ("shira", ShiraConfig(r=rank, target_modules=targets, init_weights=False)),
+    ):
+        adapted = get_peft_model(base, config)
+        counts[name] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        adapted.save_pretrained(root / name)
+        adapted.unload()
+    return counts
+
+
+@torch.no_grad()
+def floor(base: nn.Module, root: Path, stored: bool) -> None:
+    tensors = load_file(root / "sparse-zero" / "adapter_model.safetensors")
+    positions = load_file(root / "positions.safetensors") if stored else {}
+    drawn = {} if stored else read_config(root / "sparse-zero").tensors
+    parameters = dict(base.named_parameters())
+    for name, values in tensors.items():
+        flat = positions[name].long() if stored else drawn[name].draw(name).positions()
+        weight = parameters[name].view(-1)
+        weight.index_copy_(0, flat, weight.index_select(0, flat) + values)
+
+
+def sparse_zero(base: nn.Module, root: Path) -> None:
+    load_adapter(base, root / "sparse-zero")
+    for weight in base.sparsity.weights.values():
+        weight.refresh()
+
+
+def ways(base: nn.Module, root: Path) -> Iterator[tuple[str, Callable[[], object], Callable[[object], object]]]:
+    """(name, what is timed, what takes it back)"""
+    names = read_config(root / "sparse-zero").tensors
+    before = {name: base.get_parameter(name).detach().clone() for name in names}
+
+    def restore(_: object) -> None:
+        for name, values in before.items():
+            base.get_parameter(name).data.copy_(values)
+
+    yield "floor", lambda: floor(base, root, stored=False), restore
+    yield "stored", lambda: floor(base, root, stored=True), restore
+    yield "sparse-zero", lambda: sparse_zero(base, root), lambda _: unload(base)
+    yield "lora", lambda: PeftModel.from_pretrained(base, root / "lora").merge_and_unload(), restore
+    yield "shira", lambda: PeftModel.from_pretrained(base, root / "shira"), lambda adapted: adapted.unload()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=32, help="of LoRA; the others have as many scalars")
+    parser.add_argument("--targets", choices=TARGETS, default="all-linear")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    base = model(options.layers)
+    total = sum(p.numel() for p in base.parameters())
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        counts = make_adapters(base, TARGETS[options.targets], options.rank, root)
+        for round_number in range(options.rounds + 1):
+            for name, run, take_back in ways(base, root):
+                gc.collect()
+                started = time.perf_counter()
+                result = run()
+                taken = time.perf_counter() - started
+                take_back(result)
+                if round_number:  # the first one warms up
+                    seconds.setdefault(name, []).append(taken)
+    print(f"{total:,} scalars, adapters of {counts} scalars, {options.targets}, {torch.get_num_threads()} threads")
+    rows = {}
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds["floor"], strict=True)]
+        rows[name] = {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
+        low, high = min(ratios), max(ratios)
+        print(
+            f"{name:12s} {rows[name]['seconds']:8.3f} s   {rows[name]['ratio']:6.2f} x floor ({low:.2f} to {high:.2f})"
+        )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
