@@ -46,6 +46,9 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, stop: StopRequest | None = None, **kwargs: Any) -> None:
         """Args: stop: what signals ask for; None: nobody asks."""
         super().__init__(*args, **kwargs)
+        for name in ("save_only_model", "push_to_hub"):
+            if getattr(self.args, name) and self.is_world_process_zero():
+                logger.warning("training.%s: checkpoints stay whole, and on this disk", name)
         self.log_entries_before = 0
         """Lines of the log that an earlier part of this run has written."""
         self._stop = stop

@@ -20,6 +20,7 @@ import rpn
 from sparse_zero.adapter import write_merged
 from sparse_zero.adapter_files import adapter_bytes
 from sparse_zero.build import build, evaluation_figures, evaluation_settings, training_arguments
+from sparse_zero.checkpoint import checkpoint_directory
 from sparse_zero.config import SparseConfig
 from sparse_zero.model import sparsify
 from sparse_zero.output_lock import locked
@@ -63,7 +64,11 @@ def train(
     arguments = training_arguments(recipe)
     ranks = Ranks()
     with locked(Path(arguments.output_dir), ranks):
-        return _train(recipe, path, merge, arguments, checkpoint.directory if checkpoint else None, stop)
+        directory = checkpoint.directory if checkpoint else None
+        if directory and not directory.exists():
+            # It was checkpoint-N.replaced, of a save that was cut; whoever locks the directory gives it its name back.
+            directory = checkpoint_directory(directory.parent, checkpoint.step)
+        return _train(recipe, path, merge, arguments, directory, stop)
 
 
 def _train(

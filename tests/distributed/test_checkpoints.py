@@ -49,7 +49,6 @@ SOURCES = sorted({source for source, *_ in PAIRS})
 
 EXACT: dict[str, dict[str, Any]] = {
     "ddp": {"config": "ddp"},
-    "zero1": {"config": "zero1"},
     "zero2": {"config": "zero2", "training": {"gradient_accumulation_steps": 2}},
     "zero3": {"config": "zero3", "training": {"async_save": True}},
     "zero2-offload": {"config": "zero2-offload"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from recipes import write_recipe
 from safetensors.torch import load_file
 from test_checkpoints import SAVED, job, run_farm
@@ -130,6 +131,15 @@ def runs(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     insisted = recipe(out / "insisted", base, data, **SHORT)
     fault = {"point": "write:shard", "rank": 1, "number": 2, "action": "insist"}
     jobs["insisted"] = [launch(insisted, fault), launch(insisted, None, "--resume")]
+    for name in ("straight", "moved"):
+        file = recipe(out / name, base, data, max_steps=10)
+        sections = yaml.safe_load(file.read_text())
+        sections["data"]["train_size"] = 56  # whole steps, on any number of ranks
+        del sections["rpn"], sections["sparse"]["dropout"]
+        file.write_text(yaml.safe_dump(sections))
+        jobs[name] = [launch(file)]
+    jobs["moved"] = [launch(file, {"point": "step", "rank": 1, "number": 5, "action": "ask"})]
+    jobs["moved"].append(launch(file, None, "--resume") | {"count": 1})
     full = recipe(out / "full", base, data, **SHORT)
     jobs["full-at-a-stop"] = [launch(full, {"point": "step", "rank": 1, "number": 5, "action": "ask-when-full"})]
     jobs["full-at-a-stop"].append(launch(full, None, "--resume"))
@@ -193,6 +203,14 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_whole(runs: tup
     assert stopped["ending_seconds"] < ENDING_SECONDS
     assert "checkpoint-2 (step 2, saved on 2 ranks)" in resumed["log"]
     assert_same(out / "insisted", out / "short")
+
+
+def test_fewer_ranks_go_on_with_the_same_steps(runs: tuple[Path, dict]) -> None:
+    out, ends = runs
+    stopped, resumed = ends["moved"]
+    assert (stopped["statuses"], resumed["statuses"]) == ([STOPPED] * RANKS, [0]), ends["moved"]
+    assert "steps stay 8 examples: 4 x 2 micro-batches on each of 1 ranks" in resumed["log"]
+    assert losses(out / "moved") == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in losses(out / "straight")]
 
 
 FULL = ("in-the-foreground", "in-background")

@@ -115,7 +115,7 @@ def assert_same(resumed: Run, whole: Run) -> None:
 def test_resumed_from_any_step(tmp_path: Path, name: str) -> None:
     whole = train(tmp_path / "whole", **SETTINGS[name])
     assert len({loss for _, loss in whole.losses}) == 4
-    for step in (1, 2, 3, 5, 6, 8):
+    for step in (1, 3, 6, 8):
         resumed = train(tmp_path / f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}", **SETTINGS[name])
         assert_same(resumed, whole)
 
