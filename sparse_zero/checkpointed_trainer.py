@@ -20,20 +20,19 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from sparse_zero import rng
+from sparse_zero import engine_state, rng
 from sparse_zero.checkpoint import Checkpoint, Manifest, Progress, checkpoint_directory, newest_complete
 from sparse_zero.errors import UserError
 from sparse_zero.export import describe_adapter, fixed_entries
 from sparse_zero.model import sparsity_of, unwrap
 from sparse_zero.partitions import Partition
 from sparse_zero.ranks import Ranks
+from sparse_zero.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.saving import CheckpointWriter, describe_parameters, load_partition, read_random_states
 from sparse_zero.stopping import Stopped, StopRequest
 from sparse_zero.zero import stage_of
 
 logger = logging.getLogger(__name__)
-
-_ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 class _EvaluationStopped(Exception):
@@ -134,8 +133,8 @@ class CheckpointedTrainer(Trainer):
             optimizer=type(partition.optimizer).__name__,
             learning_rates=partition.learning_rates(),
             scheduler=self._scheduler_state(),
-            engine={n: int(getattr(self.deepspeed, n)) for n in _ENGINE_COUNTERS} if self.deepspeed else {},
-            loss_scale=self._loss_scale(),
+            engine=engine_state.counters(self.deepspeed),
+            loss_scale=engine_state.loss_scale(self.deepspeed, self.accelerator.scaler),
             progress=self._progress(),
             adapter=self._adapter_description() if self.is_world_process_zero() else {},
             shards=[],
@@ -191,13 +190,6 @@ class CheckpointedTrainer(Trainer):
                 f"training.lr_scheduler_type: no checkpoint can hold the scheduler's state: {error}"
             ) from None
 
-    def _loss_scale(self) -> dict[str, Any] | None:
-        if self.deepspeed is None:
-            scaler = self.accelerator.scaler
-            return scaler.state_dict() if scaler is not None else None
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler is not None else None
-
     def _adapter_description(self) -> dict[str, Any]:
         if self._adapter is None:
             self._adapter = describe_adapter(self.model)
@@ -251,10 +243,8 @@ class CheckpointedTrainer(Trainer):
         load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
         if manifest.scheduler is not None and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(manifest.scheduler)
-        if self.deepspeed is not None:
-            for name, value in manifest.engine.items():
-                setattr(self.deepspeed, name, value)
-        self._restore_loss_scale(manifest.loss_scale)
+        engine_state.restore_counters(self.deepspeed, manifest.engine)
+        engine_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
         sparsity = sparsity_of(self.model)
         sparsity.clock.forwards = manifest.progress.forwards
         for weight in sparsity.weights.values():
@@ -280,16 +270,6 @@ class CheckpointedTrainer(Trainer):
         seeds = torch.randint(2**62, (self._ranks.count,), generator=generator)
         return {"torch": torch.Generator().manual_seed(int(seeds[self._ranks.rank])).get_state()}
 
-    def _restore_loss_scale(self, saved: dict[str, Any] | None) -> None:
-        if saved is None:
-            return
-        if self.deepspeed is None:
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(saved)
-        elif (scaler := getattr(self.deepspeed.optimizer, "loss_scaler", None)) is not None:
-            for name in vars(scaler).keys() & saved.keys():
-                setattr(scaler, name, saved[name])
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: what is saved goes into the optimizer's partitions, which `_prepare_for_training` makes."""
 
@@ -308,17 +288,15 @@ class CheckpointedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            # The Trainer's own is shuffled by whatever state torch's generator is in, which no resumed run meets
-            # again, and by groups that depend on the number of ranks.
             seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-            return _SeededLengthGroupedSampler(self.get_total_train_batch_size(self.args), sampler.lengths, seed)
+            return SeededLengthGroupedSampler(self.get_total_train_batch_size(self.args), sampler.lengths, seed)
         return sampler
 
     def _run_epoch(self, **epoch: Any) -> None:
         self._settle(**{key: epoch[key] for key in ("model", "epoch", "trial", "ignore_keys_for_eval", "start_time")})
         if self.control.should_training_stop:
             return
-        _set_epoch(epoch["train_dataloader"], epoch["epoch"])
+        set_epoch(epoch["train_dataloader"], epoch["epoch"])
         super()._run_epoch(**epoch)
 
     def _settle(self, model: Any, epoch: int, trial: Any, ignore_keys_for_eval: Any, start_time: float) -> None:
@@ -434,26 +412,3 @@ class _Watch(TrainerCallback):
         trainer = self._trainer
         if trainer._stop is not None and trainer._ranks.any(trainer._stop.is_raised)[0]:
             raise _EvaluationStopped
-
-
-class _SeededLengthGroupedSampler(LengthGroupedSampler):
-    """The order of an epoch is a function of (seed, epoch, examples of a step)."""
-
-    def __init__(self, examples_per_step: int, lengths: list[int], seed: int) -> None:
-        super().__init__(examples_per_step, lengths=lengths, generator=torch.Generator())
-        self._seed, self._epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __iter__(self) -> Any:
-        self.generator.manual_seed(self._seed + self._epoch)
-        return super().__iter__()
-
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    """Also through the wrapper in which Accelerate skips batches, where its own set_epoch gets lost."""
-    while loader is not None:
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        loader = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
