@@ -30,7 +30,7 @@ from sparse_zero.ranks import Ranks
 from sparse_zero.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.saving import CheckpointWriter, describe_parameters, load_partition, read_random_states
 from sparse_zero.stopping import Stopped, StopRequest
-from sparse_zero.zero import stage_of
+from sparse_zero.zero import settle, stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class CheckpointedTrainer(Trainer):
             zero_stage=stage_of(self.deepspeed),
             examples_per_step=self.get_total_train_batch_size(self.args),
             parameters=describe_parameters(parameters, partition, self._ranks),
-            moments=self._ranks.gather(partition.moments())[0],
+            moments=self._ranks.gather(self._ranks.agree(partition.moments))[0],
             optimizer=type(partition.optimizer).__name__,
             learning_rates=partition.learning_rates(),
             scheduler=self._scheduler_state(),
@@ -279,6 +279,7 @@ class CheckpointedTrainer(Trainer):
     def _load_best_model(self) -> None:
         checkpoint = self._ranks.agree(lambda: Checkpoint(self.state.best_model_checkpoint))
         parameters = self._trained_parameters()
+        settle(unwrap(self.model))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
         for weight in sparsity_of(self.model).weights.values():
             weight.invalidate()
@@ -367,7 +368,6 @@ class CheckpointedTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate. Raises Stopped: a signal asked for an end after training; what was trained is saved."""
-        self._ranks = self._ranks or Ranks()
         self._random_before_evaluation = rng.capture()
         try:
             return super().evaluate(*args, **kwargs)
@@ -410,5 +410,8 @@ class _Watch(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self._trainer
-        if trainer._stop is not None and trainer._ranks.any(trainer._stop.is_raised)[0]:
+        if trainer._stop is None:
+            return
+        trainer._ranks = trainer._ranks or Ranks()
+        if trainer._ranks.any(trainer._stop.is_raised)[0]:
             raise _EvaluationStopped

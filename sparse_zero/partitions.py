@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.zero import is_partitioned
+from sparse_zero.zero import is_partitioned, is_whole
 
 VALUE = "value"
 
@@ -120,7 +120,7 @@ class Partition:
         """Bring the model's own parameters up to the values written here. Collective under ZeRO."""
         zero = self._zero
         if hasattr(zero, "fp32_partitioned_groups_flat"):
-            _publish_stage_3(zero)
+            _publish_stage_3(zero, list(self._parameters.values()))
         elif hasattr(zero, "update_lp_params"):
             zero.update_lp_params()
         elif hasattr(zero, "fp32_groups_flat"):
@@ -228,10 +228,12 @@ def _recount(optimizer: Any, steps: int) -> None:
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *group["betas"], 1.0, 0.0, True, *nothing)
 
 
-def _publish_stage_3(zero: Any) -> None:
+def _publish_stage_3(zero: Any, parameters: list[nn.Parameter]) -> None:
     persistent = zero.persistent_parameters
-    if persistent:
-        persistent[0].partition(persistent)
+    # Copies that are whole now, be it for good or by prefetching, hold the old values.
+    whole = [p for p in {id(p): p for p in (*persistent, *parameters)}.values() if is_whole(p)]
+    if whole:
+        whole[0].partition(whole)
     for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
         if flat.numel():
             low = zero.fp16_partitioned_groups_flat[number]
