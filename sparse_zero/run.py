@@ -44,6 +44,12 @@ def keep_quiet(main: bool) -> None:
         logging.getLogger("sparse_zero").setLevel(logging.ERROR)
 
 
+def leave() -> None:
+    """Part from the other ranks: threads of the process group that outlive Python may abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def train(
     recipe: Recipe,
     path: str,

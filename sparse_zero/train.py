@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             saved = f"saved in {stopped.checkpoint}; go on with --resume" if stopped.checkpoint else "nothing to save"
             print(f"sparse-zero: stopped at step {stopped.step}: {saved}", file=sys.stderr)
+        run.leave()
         return STOPPED
+    run.leave()
     return 0
 
 
