@@ -1,4 +1,5 @@
-"""The arguments of `sparse-zero`, and how it ends: 0, 2 and one line for a user's error, 128 + n for signal n.
+"""The arguments of `sparse-zero`, and how it ends: 0, 2 and one line for a user's error, 75 for a run that was
+stopped and can go on, 128 + n for signal n.
 
 Nothing is imported here that a subcommand does not need: `--help` must answer at once.
 """
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 from launcher import report
 from sparse_zero.errors import UserError
+from sparse_zero.resumption import settle_resume
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    arguments, rest = build_parser().parse_known_args(argv)
+    arguments, rest = build_parser().parse_known_args(settle_resume(sys.argv[1:] if argv is None else argv))
     # argparse gives up on positional arguments that follow an option (`train RECIPE --merge key=value`).
     if hasattr(arguments, "overrides"):
         arguments.overrides += [word for word in rest if not word.startswith("-")]
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_train, _add_evaluate, _add_merge, _add_combine, _add_convert, _add_inspect):
+    for add in (_add_train, _add_evaluate, _add_merge, _add_combine, _add_convert, _add_inspect, _add_export):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
         command.set_defaults(parser=command)
@@ -68,13 +70,23 @@ def _add_train(commands) -> argparse.ArgumentParser:
         "train",
         help="start the ranks of a run",
         description="Start the ranks that the recipe's `launch` section asks for, and wait for them.\n"
-        "The exit status is that of the ranks; SIGINT and SIGTERM end all of them, a second one at once.",
+        "SIGINT, SIGTERM and SIGUSR1 make the ranks save a checkpoint and end, with status 75; a second signal ends\n"
+        "them at once. Else the exit status is that of the ranks.",
         epilog="examples:\n"
         "  sparse-zero train configs/demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
+        "  sparse-zero train configs/demo.yaml --resume\n"
         "  sparse-zero train configs/demo.yaml launch.processes=2 --dry-run",
     )
     _add_recipe(train)
     train.add_argument("--merge", action="store_true", help="also write the merged model when training has ended")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="DIR",
+        help="go on from this checkpoint; without DIR (or with auto) from the newest complete one of the run, "
+        "should there be one",
+    )
     train.add_argument(
         "--dry-run", action="store_true", help="print the command that would start the ranks, start nothing"
     )
@@ -189,6 +201,18 @@ def _add_inspect(commands) -> argparse.ArgumentParser:
     inspect.add_argument("adapter", metavar="IN", help="an adapter's directory, or a fine-tuned model's")
     _add_base(inspect)
     return inspect
+
+
+def _add_export(commands) -> argparse.ArgumentParser:
+    export = commands.add_parser(
+        "export",
+        help="turn a checkpoint into an adapter",
+        description="Assemble an adapter from the shards of a checkpoint, without a GPU and without the base model.",
+        epilog="example:\n  sparse-zero export runs/demo/checkpoint-100 adapter",
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's directory: its newest one")
+    export.add_argument("out", metavar="ADAPTER", help="the directory to write")
+    return export
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

@@ -5,9 +5,7 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 from launcher import report
 from sparse_zero.errors import UserError
@@ -19,7 +17,9 @@ def train(arguments: argparse.Namespace) -> int:
     from sparse_zero.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    command = training_command(recipe, arguments.recipe, arguments.overrides, arguments.merge)
+    if arguments.resume not in (None, "auto") and not Path(arguments.resume).is_dir():
+        raise UserError(f"--resume {arguments.resume}: no such checkpoint")
+    command = training_command(recipe, arguments.recipe, arguments.overrides, arguments.merge, arguments.resume)
     if arguments.dry_run:
         if arguments.json:
             report.print_json({"command": command.argv, "environment": command.environment})
@@ -30,12 +30,16 @@ def train(arguments: argparse.Namespace) -> int:
     from launcher import preflight, processes
 
     preflight.check(recipe)
-    started = time.time()
-    ending = processes.run(command, stdout=sys.stderr if arguments.json else None)
+    results = Path(str(recipe.training["output_dir"])) / "results.json"
+    before = _identity(results)
+    stdout = sys.stderr if arguments.json else None
+    ending = processes.run(command, stdout, grace_seconds=recipe.launch.grace_seconds)
     if ending.status > 128 and not ending.stopped:
         report.say_error(_cause_of_death(ending.status - 128))
     if ending.status == 0 and arguments.json:
-        report.print_json(_read_results(Path(str(recipe.training["output_dir"])) / "results.json", started))
+        if _identity(results) == before:
+            raise UserError(f"{results}: the run has ended, but wrote no results")
+        report.print_json(json.loads(results.read_text()))
     return ending.status
 
 
@@ -70,6 +74,23 @@ def merge(arguments: argparse.Namespace) -> int:
     else:
         report.print_facts(f"{arguments.adapter} merged", facts)
         print(f"next: {_loader(facts.get('task'))}.from_pretrained({arguments.out!r})")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Turn a checkpoint's shards into an adapter."""
+    checkpoint = Path(arguments.checkpoint)
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: no such checkpoint")
+    _settle_accelerator()
+    with report.only_json_on_stdout(arguments.json):
+        from sparse_zero.export import export
+
+        facts = export(checkpoint, Path(arguments.out))
+    if arguments.json:
+        report.print_json(facts)
+    else:
+        report.print_facts(f"{arguments.checkpoint} exported", facts)
     return 0
 
 
@@ -156,8 +177,9 @@ def _cause_of_death(signum: int) -> str:
     return f"a rank was ended by {names.get(signum, f'signal {signum}')}{hint}"
 
 
-def _read_results(path: Path, started: float) -> dict[str, Any]:
-    # A second of tolerance: a shared file system keeps its own time.
-    if not path.is_file() or path.stat().st_mtime < started - 1:
-        raise UserError(f"{path}: the run has ended, but wrote no results")
-    return json.loads(path.read_text())
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Changes when the file is written again; clocks may go backwards, so none is asked what came first."""
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns

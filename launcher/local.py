@@ -32,14 +32,17 @@ class Command:
         return {name: value for name, value in changed.items() if value is not None}
 
 
-def training_command(recipe: Recipe, path: str, overrides: Sequence[str] = (), merge: bool = False) -> Command:
+def training_command(
+    recipe: Recipe, path: str, overrides: Sequence[str] = (), merge: bool = False, resume: str | None = None
+) -> Command:
     """What starts `recipe`, which was read from `path` with `overrides`.
 
     Raises UserError: more ranks than accelerators, devices that the launcher cannot address.
     """
     accelerators = 0 if recipe.training.get("use_cpu") else devices.count_accelerators()
     ranks = devices.count_ranks(recipe.launch.processes, accelerators)
-    training = [TRAINING_MODULE, path, *overrides, *(["--merge"] if merge else [])]
+    options = [*(["--merge"] if merge else []), *([f"--resume={resume}"] if resume else [])]
+    training = [TRAINING_MODULE, path, *overrides, *options]
     build = _deepspeed if recipe.launch.launcher == "deepspeed" else _torchrun
     command = build(ranks, accelerators, recipe.launch.master_port, training)
     if ranks > 1 and not accelerators and "OMP_NUM_THREADS" not in os.environ:

@@ -12,22 +12,27 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import psutil
 
 from launcher import local
+from sparse_zero.stopping import STOPPED
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 30.0
-"""From the first signal to the last; torchrun and DeepSpeed's launcher use the same."""
+GRACE_SECONDS = 60.0
+"""From the first signal to the last."""
+LAUNCHER_SECONDS = 10.0
+"""How long a launcher may take to see that its ranks have ended; DeepSpeed's looks once in a second."""
 
 
 class Ending(NamedTuple):
     """How the ranks ended."""
 
     status: int
-    """The exit status of a rank; 128 + n where signal n ended it, or ended this command."""
+    """The exit status of a rank; 128 + n where signal n ended it, or ended this command; STOPPED where the ranks were
+    told to end and saved what they had."""
     stopped: bool
     """Whether this process was told to stop."""
 
@@ -36,19 +41,25 @@ def run(command: local.Command, stdout: TextIO | None = None, grace_seconds: flo
     """Run `command` to its end, and end all its processes when this one gets SIGINT, SIGTERM or SIGHUP.
 
     The first signal reaches each rank once, as SIGTERM; after `grace_seconds`, or at a second signal, whatever is
-    left is killed. Takes every descendant of this process for its own: call it from the command line only.
+    left is killed. SIGUSR1, the warning that a scheduler gives, is passed on, and nothing is killed for it.
+    Takes every descendant of this process for its own: call it from the command line only.
     """
     _adopt_orphans()
-    with _signals() as received:
+    with _signals() as (received, warnings):
         # In a session of its own it does not see the terminal's Ctrl-C, which ends each Python with a traceback.
         process = subprocess.Popen(command.argv, env=command.environ(), stdout=stdout, start_new_session=True)
+        warned: set[psutil.Process] = set()
         while process.poll() is None and not received:
             time.sleep(POLL_SECONDS)
+            if warnings:
+                _warn(warned)
         orphans = [] if received else _ranks(_descendants())
         _end_descendants(received, grace_seconds)
+    status = exit_status(process.wait())
+    if status == STOPPED:
+        return Ending(status, stopped=True)
     if received:
         return Ending(128 + received[0], stopped=True)
-    status = exit_status(process.wait())
     # DeepSpeed's runner reports success when the launcher below it was killed.
     return Ending(1 if orphans and status == 0 else status, stopped=False)
 
@@ -66,16 +77,39 @@ def exit_status(returncode: int) -> int:
 def _end_descendants(received: list[int], grace_seconds: float) -> None:
     deadline = time.monotonic() + grace_seconds
     told: set[psutil.Process] = set()
+    launchers_deadline = 0.0
     while alive := _descendants():
-        if len(received) > 1 or time.monotonic() > deadline:
+        now = time.monotonic()
+        ranks = _ranks(alive)
+        if len(received) > 1 or now > deadline:
             for process in alive:
                 _send(process, signal.SIGKILL)
-        else:
-            # The launchers are spared while there are ranks: they would cut the ranks' time to save their work.
-            for process in set(_ranks(alive) or alive) - told:
+        # The launchers are spared while there are ranks: they would cut the ranks' time to save their work. Then they
+        # are given time to see with what status the ranks have ended.
+        elif ranks or now > launchers_deadline:
+            for process in set(ranks or alive) - told:
                 _send(process, signal.SIGTERM)
                 told.add(process)
+        if ranks:
+            launchers_deadline = now + LAUNCHER_SECONDS
         time.sleep(POLL_SECONDS)
+
+
+def _warn(warned: set[psutil.Process]) -> None:
+    """Pass SIGUSR1 on to each rank once, as soon as the rank has a handler for it: without one it would die."""
+    for process in set(_ranks(_descendants())) - warned:
+        if _handles(process, signal.SIGUSR1):
+            _send(process, signal.SIGUSR1)
+            warned.add(process)
+
+
+def _handles(process: psutil.Process, signum: int) -> bool:
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True  # not Linux, or gone
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signum - 1) & 1)
 
 
 def _ranks(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -104,16 +138,19 @@ def _send(process: psutil.Process, signum: int) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the signals that ask for an end, but not those that the caller ignores (nohup, a shell's `&`)."""
+def _signals() -> Iterator[tuple[list[int], list[int]]]:
+    """Collects the signals that ask for an end, and the warnings (SIGUSR1) apart, but not those that the caller
+    ignores (nohup, a shell's `&`).
+    """
     received: list[int] = []
-    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    warnings: list[int] = []
+    asked = {signal.SIGINT: received, signal.SIGTERM: received, signal.SIGHUP: received, signal.SIGUSR1: warnings}
     before = {signum: signal.getsignal(signum) for signum in asked}
-    for signum in asked:
+    for signum, collected in asked.items():
         if before[signum] is not signal.SIG_IGN:
-            signal.signal(signum, lambda number, frame: received.append(number))
+            signal.signal(signum, lambda number, frame, collected=collected: collected.append(number))
     try:
-        yield received
+        yield received, warnings
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

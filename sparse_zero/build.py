@@ -7,8 +7,9 @@ from typing import Any, get_type_hints
 import deepspeed
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparse_zero.arguments import TrainingArguments
 from sparse_zero.data import Prepared, load_splits, prepare
 from sparse_zero.encoding import check_packing
 from sparse_zero.errors import UserError, did_you_mean

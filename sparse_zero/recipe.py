@@ -90,6 +90,8 @@ class LaunchSection(Section):
     processes: int | Literal["auto"] = "auto"
     """Ranks on this machine. "auto": one for each accelerator, one on a machine without."""
     master_port: int | Literal["auto"] = "auto"
+    grace_seconds: float = Field(60, gt=0)
+    """How long ranks that were told to stop may take to save; what is left then is killed."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> "LaunchSection":
@@ -99,7 +101,8 @@ class LaunchSection(Section):
 
 
 class Recipe(Section):
-    """A whole run. `training` holds transformers.TrainingArguments' own names; they are checked by that class."""
+    """A whole run. `training` holds transformers.TrainingArguments' own names, which are checked by that class, and
+    `async_save`: write checkpoints in the background."""
 
     model: ModelSection
     data: DataSection

@@ -1,17 +1,14 @@
-"""transformers.Trainer for sparse models: what it saves, how it resumes, and an objective of several passes."""
+"""transformers.Trainer for sparse models: it saves adapters, and takes an objective of several passes."""
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from sparse_zero.adapter import load_adapter, save_adapter
+from sparse_zero.adapter import save_adapter
+from sparse_zero.checkpointed_trainer import CheckpointedTrainer
 from sparse_zero.model import sparsity_of
 
 Forward = Callable[[], torch.Tensor]
@@ -21,8 +18,8 @@ Objective = Callable[[Forward, Backward, int, int], torch.Tensor]
 returns the loss to report. `last` is True for the final pass only: gradients are synchronised there."""
 
 
-class SparseTrainer(Trainer):
-    """A Trainer that saves adapters and never the frozen base model."""
+class SparseTrainer(CheckpointedTrainer):
+    """A Trainer whose models are adapters: the frozen base is never written."""
 
     def __init__(self, model: nn.Module, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         sparsity_of(model)
@@ -69,27 +66,3 @@ class SparseTrainer(Trainer):
         save_adapter(self.model, output_dir, is_main_process=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save", revision=self.args.hub_revision)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
-        # The Trainer asks DeepSpeed to leave the frozen weights out, and to do without them on load, only for a
-        # PeftModel. So the engine is told here, and the checkpoint is loaded here.
-        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self.is_deepspeed_enabled:
-            engine = self.model_wrapped
-            engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-        if resume_from_checkpoint is not None:
-            if self.is_deepspeed_enabled:
-                deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
-            for weight in sparsity_of(self.model).weights.values():
-                weight.invalidate()
-        return model, train_dataloader
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        load_adapter(self.model, Path(self.state.best_model_checkpoint))

@@ -394,11 +394,11 @@ def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypa
     results.write_text('{"accuracy": 0.1}')
     os.utime(results, (1, 1))
 
-    monkeypatch.setattr(processes, "run", lambda command, stdout: processes.Ending(0, stopped=False))
+    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(0, stopped=False))
     assert main(["train", recipe, "--json"]) == 2
     assert "runs/recipe/results.json: the run has ended, but wrote no results" in one_error(capsys)
 
-    def run(command, stdout):
+    def run(command, stdout, grace_seconds):
         assert stdout is sys.stderr
         results.write_text('{"accuracy": 0.8}')
         return processes.Ending(0, stopped=False)
@@ -409,15 +409,15 @@ def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypa
 
 
 def test_a_failed_runs_old_results_are_not_printed(capsys, recipe, monkeypatch):
-    monkeypatch.setattr(processes, "run", lambda command, stdout: processes.Ending(3, stopped=False))
+    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(3, stopped=False))
     assert main(["train", recipe, "--json"]) == 3
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_killed_rank_is_reported_but_not_after_a_stop(capsys, recipe, monkeypatch):
-    monkeypatch.setattr(processes, "run", lambda command, stdout: processes.Ending(137, stopped=False))
+    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(137, stopped=False))
     assert main(["train", recipe]) == 137
     assert "a rank was ended by SIGKILL; the kernel does that when memory runs out" in one_error(capsys)
-    monkeypatch.setattr(processes, "run", lambda command, stdout: processes.Ending(143, stopped=True))
+    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(143, stopped=True))
     assert main(["train", recipe]) == 143
     assert capsys.readouterr() == ("", "")

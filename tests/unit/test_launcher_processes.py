@@ -26,9 +26,12 @@ def told(signum, frame):
         file.write(f"{signum} ")
     if role != "deaf":
         time.sleep(0.5)
-        sys.exit(0)
+        sys.exit(75 if role == "stops" else 0)
 
+if role == "late":
+    time.sleep(2)
 signal.signal(signal.SIGTERM, told)
+signal.signal(signal.SIGUSR1, told)
 pathlib.Path(f"started.{rank}").write_text(str(os.getpid()))
 if role == "finishes" and rank == "0":
     pathlib.Path("runs/finishes").mkdir(parents=True)
@@ -55,7 +58,7 @@ sys.exit(main(sys.argv[1:]))
 
 def heed_signals():
     """A test run in a shell's background ignores SIGINT, and its children would inherit that."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)
 
 
@@ -170,6 +173,31 @@ def test_torchrun_a_second_signal_kills_ranks_that_do_not_listen(start):
     process.send_signal(signal.SIGINT)
     status, _, err = end(process)
     assert (status, err) == (130, "")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("launcher", "signum"), [("deepspeed", signal.SIGTERM), ("torchrun", signal.SIGUSR1)])
+def test_ranks_that_save_and_stop_give_the_command_their_status(start, launcher, signum):
+    process = start(launcher, "stops")
+    ranks(process)
+    process.send_signal(signum)
+    status, _, err = end(process)
+    assert (status, err) == (75, "")
+    # A warning is passed on as one; whatever ends the command ends the ranks as SIGTERM does.
+    first = f"{signal.SIGUSR1 if signum == signal.SIGUSR1 else signal.SIGTERM:d} "
+    told = [Path(f"told.{rank}").read_text() for rank in (0, 1)]
+    assert any(of_rank == first for of_rank in told)
+    assert all(of_rank.startswith(first) for of_rank in told)
+
+
+@pytest.mark.distributed
+def test_a_warning_waits_until_ranks_listen(start):
+    process = start("torchrun", "late")
+    while not any("launcher.torchrun" in launcher.info["cmdline"] for launcher in survivors()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert end(process)[0] == 0
+    assert [Path(f"told.{rank}").read_text() for rank in (0, 1)] == [f"{signal.SIGUSR1:d} "] * 2
 
 
 @pytest.mark.distributed
