@@ -54,7 +54,7 @@ def collect(model: nn.Module, keep: bool = True) -> Adapter:
     parameters = dict(inner.named_parameters())
     settle(inner)
     positions = {name: weight.flat_positions() for name, weight in sparsity.weights.items()} if keep else {}
-    adapter = Adapter(_describe(inner, sparsity, positions), deltas={}, whole={})
+    adapter = Adapter(describe_config(inner, sparsity, positions), deltas={}, whole={})
     for name, weight in sparsity.weights.items():
         with gathered([weight.delta]):
             if not keep:
@@ -76,7 +76,8 @@ def collect(model: nn.Module, keep: bool = True) -> Adapter:
     return adapter
 
 
-def _describe(model: nn.Module, sparsity: Sparsity, positions: Mapping[str, torch.Tensor]) -> AdapterConfig:
+def describe_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str, torch.Tensor]) -> AdapterConfig:
+    """What adapter_config.json says of a sparse model. Args: positions: int64 (count,) of each selected weight."""
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
     some_weight = dict(model.named_parameters())[next(iter([*sparsity.weights, *sparsity.whole]))]

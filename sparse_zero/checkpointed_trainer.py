@@ -24,6 +24,7 @@ from sparse_zero import engine_state, rng
 from sparse_zero.checkpoint import Checkpoint, Manifest, Progress, checkpoint_directory, newest_complete
 from sparse_zero.errors import UserError
 from sparse_zero.export import describe_adapter, fixed_entries
+from sparse_zero.fingerprint import differences
 from sparse_zero.model import sparsity_of, unwrap
 from sparse_zero.partitions import Partition
 from sparse_zero.ranks import Ranks
@@ -168,7 +169,7 @@ class CheckpointedTrainer(Trainer):
             epoch_ended=self._epoch_ended,
             postponed_evaluation=evaluation,
             postponed_save=save,
-            forwards=getattr(sparsity_of(self.model).clock, "forwards", 0),
+            forwards=sparsity_of(self.model).clock.forwards,
         )
 
     def _trainer_state(self) -> str:
@@ -261,6 +262,8 @@ class CheckpointedTrainer(Trainer):
                     f"{checkpoint.directory}: of another selection ({key} differ): resume with the `sparse` section "
                     "that the run was started with"
                 )
+        if odd := differences(saved.get("base_fingerprint", {}), here["base_fingerprint"]):
+            raise UserError(f"{checkpoint.directory}: of a base model with other weights: '{odd[0]}' differs")
 
     def _random_states_of(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         if checkpoint.manifest.world_size == self._ranks.count:

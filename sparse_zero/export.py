@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_zero.adapter import _describe
+from sparse_zero.adapter import describe_config
 from sparse_zero.adapter_files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -40,7 +40,7 @@ _POSITIONS, _BASE = "positions.", "base."
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
     """What adapter_config.json says of a sparse model; it goes into every checkpoint."""
     sparsity = sparsity_of(model)
-    return _describe(unwrap(model), sparsity, _LazyPositions(sparsity.weights)).model_dump(mode="json")
+    return describe_config(unwrap(model), sparsity, _LazyPositions(sparsity.weights)).model_dump(mode="json")
 
 
 class _LazyPositions(Mapping[str, torch.Tensor]):

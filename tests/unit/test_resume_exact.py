@@ -243,6 +243,18 @@ def test_another_selection_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         train(tmp_path / "other", tmp_path / "run" / "checkpoint-2")
 
 
+def test_another_base_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", max_steps=2)
+    other = model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.05)
+    monkeypatch.setitem(globals(), "model", lambda: other)
+    with pytest.raises(
+        UserError, match=r"checkpoint-2: of a base model with other weights: '.*up_proj.weight' differs"
+    ):
+        train(tmp_path / "other", tmp_path / "run" / "checkpoint-2")
+
+
 def test_a_failed_save_is_said_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
