@@ -70,9 +70,12 @@ def _opening(config: AdapterConfig) -> str:
         return ""
     kind = "AutoModelForSequenceClassification" if "classification" in config.task else "AutoModelForCausalLM"
     labels = f", num_labels={len(config.model_settings['id2label'])}" if "id2label" in config.model_settings else ""
+    base, imports = f'"{config.base_model_name_or_path}"', ""
+    if "://" in base:
+        base, imports = f"resolve({base})", "from sparse_zero.package import resolve\n"
     return (
         "## Use\n\n```python\n"
-        f"from sparse_zero import load_adapter\nfrom transformers import {kind}\n\n"
-        f'model = {kind}.from_pretrained("{config.base_model_name_or_path}"{labels})\n'
+        f"from sparse_zero import load_adapter\n{imports}from transformers import {kind}\n\n"
+        f"model = {kind}.from_pretrained({base}{labels})\n"
         'load_adapter(model, "path/to/this/directory")\n```'
     )

@@ -87,6 +87,9 @@ class SparseWeight:
         for kind, value in (("base", base), ("row_starts", row_starts), ("column_index", column_index)):
             module.register_buffer(f"{name}_{kind}", value, persistent=False)
         self._written: tuple | None = None
+        # The first write, often of an adapter that is being opened, need not work them out again.
+        narrow = torch.int32 if self.shape.numel() < 2**31 else torch.int64
+        self._positions_at_hand = None if is_partitioned(weight) else flat.to(narrow)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -117,6 +120,8 @@ class SparseWeight:
 
     def flat_positions(self) -> torch.Tensor:
         """Returns: int64 (n,), the selected positions in the flattened parameter."""
+        if self._positions_at_hand is not None:
+            return self._positions_at_hand.to(self.base.device, torch.int64)
         return flat_positions(*self.pattern, self.shape[-1])
 
     @torch.no_grad()
@@ -135,6 +140,7 @@ class SparseWeight:
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         target = weight.data if is_partitioned(weight) else weight.detach()
         target.view(-1).index_copy_(0, self.flat_positions(), values.to(weight.dtype))
+        self._positions_at_hand = None
 
     def refresh(self) -> None:
         """Write, unless the weight already holds these values. Called whenever the weight is about to be read."""

@@ -111,7 +111,8 @@ def csr_pattern(flat: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tens
     # Up to rows * columns, so that the last row ends too
     edges = torch.arange(0, rows * columns + 1, columns, device=flat.device)
     row_starts = torch.searchsorted(flat, edges).to(torch.int32)
-    return row_starts, (flat - _row_offsets(row_starts, flat.numel(), columns)).to(torch.int32)
+    offsets = _row_offsets(row_starts, flat.numel(), columns)
+    return row_starts, flat.to(offsets.dtype, copy=True).sub_(offsets).to(torch.int32)
 
 
 def _row_offsets(row_starts: torch.Tensor, count: int, columns: int) -> torch.Tensor:

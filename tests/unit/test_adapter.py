@@ -501,3 +501,14 @@ def test_the_model_card_tells_the_figures(bases, tmp_path):
     assert "| loss |  | 0.4 |" in card
     assert "num_labels=3" in card
     assert read_config(tmp_path).results == model.sparsity.results
+
+
+def test_the_model_card_opens_what_a_package_ships(bases, tmp_path):
+    model = trained(bases["llama"])
+    model.sparsity.base_model = "package://some/model"
+    save_adapter(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    compile(code, "README.md", "exec")
+    assert 'AutoModelForCausalLM.from_pretrained(resolve("package://some/model"))' in code
+    assert "from sparse_zero.package import resolve" in code
