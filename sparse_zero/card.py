@@ -68,8 +68,10 @@ def _figure(value: float | None) -> str:
 def _opening(config: AdapterConfig) -> str:
     if config.task is None:
         return ""
-    kind = "AutoModelForSequenceClassification" if "classification" in config.task else "AutoModelForCausalLM"
-    labels = f", num_labels={len(config.model_settings['id2label'])}" if "id2label" in config.model_settings else ""
+    kind, labels = "AutoModelForCausalLM", ""
+    if config.task == "sequence-classification":
+        kind = "AutoModelForSequenceClassification"
+        labels = f", num_labels={len(config.model_settings.get('id2label', ()))}"
     base, imports = f'"{config.base_model_name_or_path}"', ""
     if "://" in base:
         base, imports = f"resolve({base})", "from sparse_zero.package import resolve\n"

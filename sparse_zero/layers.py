@@ -4,8 +4,8 @@ W[selected] = w0 + delta is written into the parameter itself, so that the model
 parameter keeps its name and its place in the state dict. Beside a `weight` stand
     weight_delta         Parameter (n,)    trained; at every place of a tied weight
     weight_base          buffer (n,)       w0, the original values, so that unmerging is exact
-    weight_row_starts    buffer (R + 1,)   CSR pattern of the positions in the weight as a matrix of R rows, int32
-    weight_column_index  buffer (n,)
+    weight_row_starts    buffer (R + 1,)   CSR pattern of the positions in the weight as a matrix of R rows, int32;
+    weight_column_index  buffer (n,)       from the first gradient on
 The class of a module that holds such parameters becomes a subclass of what it was, in two ways:
 - Reading a selected parameter gives a tensor that leads the gradient to the delta (`_ReadGradient`). That covers every
   module, and every reader of a parameter, at the price of a dense gradient of that parameter for a moment.
@@ -75,7 +75,6 @@ class SparseWeight:
         self.shape = full_shape(weight)
         assert selected.numel() > 0, f"{draw.name}: a delta of length 0 breaks ZeRO stage 3"
         flat = selected.to(weight.device)
-        row_starts, column_index = csr_pattern(flat, self.shape[:-1].numel(), self.shape[-1])
         with gathered([weight]):
             base = weight.detach().view(-1).index_select(0, flat)
         # Under ZeRO the delta follows the weight's dtype, and the float32 original lives in the optimizer's partition.
@@ -83,13 +82,11 @@ class SparseWeight:
         delta = nn.Parameter(torch.zeros(selected.numel(), dtype=dtype, device=weight.device))
         for module, name in self.owners:
             module.register_parameter(f"{name}_delta", delta)
-        module, name = self.owners[0]
-        for kind, value in (("base", base), ("row_starts", row_starts), ("column_index", column_index)):
-            module.register_buffer(f"{name}_{kind}", value, persistent=False)
+        self._put_beside("base", base)
         self._written: tuple | None = None
-        # The first write, often of an adapter that is being opened, need not work them out again.
         narrow = torch.int32 if self.shape.numel() < 2**31 else torch.int64
-        self._positions_at_hand = None if is_partitioned(weight) else flat.to(narrow)
+        self._positions: torch.Tensor | None = flat.to(narrow)
+        """The positions, until a gradient needs them by rows: an adapter that is only opened never does."""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -107,11 +104,20 @@ class SparseWeight:
     @property
     def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(row_starts, column_index) of the selected positions."""
+        if self._positions is not None:
+            row_starts, column_index = csr_pattern(self.flat_positions(), self.shape[:-1].numel(), self.shape[-1])
+            self._put_beside("row_starts", row_starts)
+            self._put_beside("column_index", column_index)
+            self._positions = None
         return self._beside("row_starts"), self._beside("column_index")
 
     def _beside(self, kind: str) -> torch.Tensor:
         module, name = self.owners[0]
         return getattr(module, f"{name}_{kind}")
+
+    def _put_beside(self, kind: str, value: torch.Tensor) -> None:
+        module, name = self.owners[0]
+        module.register_buffer(f"{name}_{kind}", value, persistent=False)
 
     @property
     def trains(self) -> bool:
@@ -120,8 +126,8 @@ class SparseWeight:
 
     def flat_positions(self) -> torch.Tensor:
         """Returns: int64 (n,), the selected positions in the flattened parameter."""
-        if self._positions_at_hand is not None:
-            return self._positions_at_hand.to(self.base.device, torch.int64)
+        if self._positions is not None:
+            return self._positions.to(self.base.device, torch.int64)
         return flat_positions(*self.pattern, self.shape[-1])
 
     @torch.no_grad()
@@ -140,7 +146,6 @@ class SparseWeight:
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         target = weight.data if is_partitioned(weight) else weight.detach()
         target.view(-1).index_copy_(0, self.flat_positions(), values.to(weight.dtype))
-        self._positions_at_hand = None
 
     def refresh(self) -> None:
         """Write, unless the weight already holds these values. Called whenever the weight is about to be read."""
@@ -193,7 +198,8 @@ class SparseWeight:
             delattr(module, f"{name}_delta")
         module, name = self.owners[0]
         for kind in ("base", "row_starts", "column_index"):
-            delattr(module, f"{name}_{kind}")
+            module._buffers.pop(f"{name}_{kind}", None)
+            module._non_persistent_buffers_set.discard(f"{name}_{kind}")
 
 
 class _ReadGradient(torch.autograd.Function):
