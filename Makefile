@@ -6,7 +6,7 @@ BIN := .venv/bin
 SETUP := .venv/.installed
 
 # One rank for each GPU; on a machine without, two ranks share the CPU.
-DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes=2)
+DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes_per_node=2)
 
 .PHONY: demo test lint clean
 

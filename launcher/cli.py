@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog=report.PROGRAM,
         description="Fine-tune a large model by training a small random subset of its weights, "
         "partitioned over the ranks by DeepSpeed ZeRO.",
-        epilog="example:\n  sparse-zero train configs/demo.yaml launch.processes=2",
+        epilog="example:\n  sparse-zero train configs/demo.yaml launch.processes_per_node=2",
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -75,7 +75,7 @@ def _add_train(commands) -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  sparse-zero train configs/demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
         "  sparse-zero train configs/demo.yaml --resume\n"
-        "  sparse-zero train configs/demo.yaml launch.processes=2 --dry-run",
+        "  sparse-zero train configs/demo.yaml launch.processes_per_node=2 --dry-run",
     )
     _add_recipe(train)
     train.add_argument("--merge", action="store_true", help="also write the merged model when training has ended")

@@ -21,7 +21,7 @@ def count_accelerators(dev: Path = Path("/dev")) -> int:
 
 
 def count_ranks(asked: int | str, accelerators: int) -> int:
-    """The ranks to start for `launch.processes` = `asked`, a number or "auto".
+    """The ranks to start for `launch.processes_per_node` = `asked`, a number or "auto".
 
     Raises UserError: more ranks than accelerators, on a machine that has some.
     """
@@ -29,7 +29,7 @@ def count_ranks(asked: int | str, accelerators: int) -> int:
         return max(1, accelerators)
     if 0 < accelerators < int(asked):
         raise UserError(
-            f"launch.processes: {asked} ranks need as many accelerators, this machine has {accelerators}; "
+            f"launch.processes_per_node: {asked} ranks need as many accelerators, this machine has {accelerators}; "
             f"give {accelerators} or fewer, or train on the CPU with training.use_cpu=true"
         )
     return int(asked)

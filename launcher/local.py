@@ -40,7 +40,7 @@ def training_command(
     Raises UserError: more ranks than accelerators, devices that the launcher cannot address.
     """
     accelerators = 0 if recipe.training.get("use_cpu") else devices.count_accelerators()
-    ranks = devices.count_ranks(recipe.launch.processes, accelerators)
+    ranks = devices.count_ranks(recipe.launch.processes_per_node, accelerators)
     options = [*(["--merge"] if merge else []), *([f"--resume={resume}"] if resume else [])]
     training = [TRAINING_MODULE, path, *overrides, *options]
     build = _deepspeed if recipe.launch.launcher == "deepspeed" else _torchrun

@@ -46,7 +46,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     settings |= recipe.training
     if ranks > devices and not settings["use_cpu"]:
         raise UserError(
-            f"launch.processes: {ranks} ranks on a machine with {devices} accelerators; start at most {devices}, "
+            f"launch.processes_per_node: {ranks} ranks on a machine with {devices} accelerators; start at most {devices}, "
             "or set training.use_cpu=true"
         )
     try:

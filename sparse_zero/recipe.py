@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rpn.config import RPNConfig
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.launch_config import LaunchSection
 
 Task = Literal["sequence-classification", "causal-lm"]
 Example = Literal["text", "pair", "prompt-completion", "messages"]
@@ -81,23 +82,6 @@ class DataSection(Section):
         if self.columns.prompt:
             return "prompt-completion"
         return "pair" if self.columns.text_pair else "text"
-
-
-class LaunchSection(Section):
-    """The ranks that `sparse-zero train` starts."""
-
-    launcher: Literal["deepspeed", "torchrun"] = "deepspeed"
-    processes: int | Literal["auto"] = "auto"
-    """Ranks on this machine. "auto": one for each accelerator, one on a machine without."""
-    master_port: int | Literal["auto"] = "auto"
-    grace_seconds: float = Field(60, gt=0)
-    """How long ranks that were told to stop may take to save; what is left then is killed."""
-
-    @model_validator(mode="after")
-    def _at_least_one(self) -> "LaunchSection":
-        if self.processes != "auto" and self.processes < 1:
-            raise ValueError(f"processes: {self.processes} ranks cannot run; give 1 or more, or auto")
-        return self
 
 
 class Recipe(Section):

@@ -103,18 +103,20 @@ def test_wrong_arguments_end_with_two(words, capsys):
 
 
 def test_deepspeed_command(capsys, recipe):
-    command, environment = dry_run(capsys, recipe, "launch.processes=2", "launch.master_port=29501", "training.seed=7")
+    command, environment = dry_run(
+        capsys, recipe, "launch.processes_per_node=2", "launch.master_port=29501", "training.seed=7"
+    )
     assert command == [
         *(str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29501"),
         *("--hostfile", "/dev/null", "--log_level", "critical"),
         *("--module", "sparse_zero.train", recipe),
-        *("launch.processes=2", "launch.master_port=29501", "training.seed=7"),
+        *("launch.processes_per_node=2", "launch.master_port=29501", "training.seed=7"),
     ]
     assert environment == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4"}
 
 
 def test_torchrun_command(capsys, recipe):
-    words = ["launch.launcher=torchrun", "launch.processes=3"]
+    words = ["launch.launcher=torchrun", "launch.processes_per_node=3"]
     command, environment = dry_run(capsys, recipe, *words)
     torchrun = [sys.executable, "-m", "launcher.torchrun"]
     ranks = ["--nproc-per-node", "3", "-m", "sparse_zero.train", recipe, *words]
@@ -128,7 +130,7 @@ def test_torchrun_command(capsys, recipe):
 def test_the_users_own_environment_is_kept(capsys, recipe, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert dry_run(capsys, recipe, "launch.processes=2")[1] == {}
+    assert dry_run(capsys, recipe, "launch.processes_per_node=2")[1] == {}
 
 
 def test_one_rank_keeps_torchs_own_threads(capsys, recipe):
@@ -141,7 +143,7 @@ def test_dry_run_prints_a_line_that_a_shell_reads_back(capsys, recipe, monkeypat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     odd = ["model.name=it's a $HOME `dir`", "sparse.targets=['*.v_proj', \"o proj\"]", "data.revision=a\nb"]
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("--dry-run started a process"))
-    main(["train", recipe, "launch.processes=2", "--dry-run", *odd])
+    main(["train", recipe, "launch.processes_per_node=2", "--dry-run", *odd])
     line = capsys.readouterr().out.rstrip("\n")
     monkeypatch.undo()
     read = subprocess.run(["sh", "-c", f"set -- {line}; printf '%s\\0' \"$@\""], capture_output=True, text=True)
@@ -199,17 +201,17 @@ def test_gpus_of_the_machine(capsys, recipe, monkeypatch):
     command, environment = dry_run(capsys, recipe)
     assert command[1:3] == ["--num_gpus", "4"]
     assert environment == {}
-    command, environment = dry_run(capsys, recipe, "training.use_cpu=true", "launch.processes=8")
+    command, environment = dry_run(capsys, recipe, "training.use_cpu=true", "launch.processes_per_node=8")
     assert command[1:3] == ["--num_gpus", "8"]
     assert environment == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    assert main(["train", recipe, "launch.processes=5", "--dry-run"]) == 2
+    assert main(["train", recipe, "launch.processes_per_node=5", "--dry-run"]) == 2
     assert "5 ranks need as many accelerators, this machine has 4" in one_error(capsys)
 
 
 def test_chosen_gpus_survive_deepspeeds_runner(capsys, recipe, monkeypatch):
     monkeypatch.setattr(devices, "count_accelerators", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2, 7")
-    command, environment = dry_run(capsys, recipe, "launch.processes=2")
+    command, environment = dry_run(capsys, recipe, "launch.processes_per_node=2")
     assert command[1:3] == ["--include", "localhost:5,2"]
     assert environment == {"CUDA_VISIBLE_DEVICES": None}
     assert dry_run(capsys, recipe, "launch.launcher=torchrun")[1] == {}

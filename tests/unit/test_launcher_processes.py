@@ -70,7 +70,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     # The machine's accelerators, should there be any, are not what is tested.
-    words = ["launch.processes=2", "training.use_cpu=true"]
+    words = ["launch.processes_per_node=2", "training.use_cpu=true"]
     started = []
 
     def start(launcher, role, *options):

@@ -43,7 +43,7 @@ def test_sections_and_their_defaults(write):
     assert recipe.sparse.targets is None
     assert recipe.rpn is None
     assert recipe.training["learning_rate"] == 0.1
-    assert recipe.launch.processes == "auto"
+    assert recipe.launch.processes_per_node == "auto"
 
 
 def test_the_output_goes_to_a_directory_of_the_recipes_name(write):
@@ -65,7 +65,10 @@ def test_the_output_goes_to_a_directory_of_the_recipes_name(write):
         ("data.columns.txt=a", "unknown key 'txt' in section 'data.columns'; did you mean 'text'?"),
         ("sparse.densty=0.1", "unknown key 'densty' in section 'sparse'; did you mean 'density'?"),
         ("rpn.probabilty=0.1", "unknown key 'probabilty' in section 'rpn'; did you mean 'probability'?"),
-        ("launch.procesess=2", "unknown key 'procesess' in section 'launch'; did you mean 'processes'?"),
+        (
+            "launch.procesess_per_node=2",
+            "unknown key 'procesess_per_node' in section 'launch'; did you mean 'processes_per_node'?",
+        ),
         ("zzz=1", "unknown key 'zzz' at the top level; known: model, data, sparse, rpn, training, launch"),
     ],
 )
@@ -91,8 +94,8 @@ def test_an_unknown_key_names_the_nearest_known_one(write, override, expected):
         ("data.max_length=0", "data.max_length: input should be greater than 0, not 0"),
         ("model.task=translation", "model.task: input should be 'sequence-classification' or 'causal-lm'"),
         ("model.name=null", "model.name: input should be a valid string"),
-        ("launch.processes=0", "launch: processes: 0 ranks cannot run"),
-        ("launch.processes=few", "launch.processes: input should be a valid integer"),
+        ("launch.processes_per_node=0", "launch.processes_per_node: 0 cannot run"),
+        ("launch.processes_per_node=few", "launch.processes_per_node: input should be a valid integer"),
         ("model=some/model", "model: input should be a valid dictionary"),
     ],
 )

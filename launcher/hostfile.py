@@ -1,0 +1,91 @@
+"""Hostfiles: which hosts a run has, and how many ranks each takes. One format for DeepSpeed and Open MPI.
+
+    # comments, and lines of
+    n1 slots=8
+    n2 slots=8
+
+A file that is missing, empty or misspelt ends the launch here. DeepSpeed's runner would go on with this machine alone.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sparse_zero.errors import UserError, did_you_mean
+
+_LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots=(?P<slots>\d+)")
+
+
+class Host(NamedTuple):
+    """A host of a run."""
+
+    name: str
+    slots: int
+    """How many ranks it takes."""
+    devices: tuple[int, ...] | None = None
+    """The accelerators that an `include` or `exclude` left; None: any."""
+
+
+def read_hostfile(path: str | Path) -> list[Host]:
+    """The hosts in the file's order.
+
+    Raises UserError: no such file; a line that is not `HOST slots=N` (by its number); a host twice; no host at all.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(f"launch.hostfile: {path}: {reason}") from None
+    hosts: dict[str, Host] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None or int(match["slots"]) < 1:
+            raise UserError(f"{path}: line {number}: '{line}' is not of the form 'HOST slots=N', with N at least 1")
+        if match["name"] in hosts:
+            raise UserError(f"{path}: line {number}: host {match['name']} is listed twice")
+        hosts[match["name"]] = Host(match["name"], int(match["slots"]))
+    if not hosts:
+        raise UserError(f"{path}: lists no host; write one line 'HOST slots=N' for each")
+    return list(hosts.values())
+
+
+def choose_hosts(hosts: Sequence[Host], include: str | None = None, exclude: str | None = None) -> list[Host]:
+    """`hosts` without those that DeepSpeed's filters leave out: `n1@n2:0,2` names the whole of n1 and two devices of n2.
+
+    Raises UserError: a host or a device that the hostfile has not, a filter of another form, nothing left.
+    """
+    chosen = {host.name: host for host in hosts}
+    if include:
+        named = _parse_filter("include", include, chosen)
+        chosen = {
+            name: Host(name, len(devices), devices) if devices else chosen[name] for name, devices in named.items()
+        }
+    if exclude:
+        for name, devices in _parse_filter("exclude", exclude, chosen).items():
+            left = tuple(number for number in range(chosen[name].slots) if devices and number not in devices)
+            if left:
+                chosen[name] = Host(name, len(left), left)
+            else:
+                del chosen[name]
+    if not chosen:
+        raise UserError(f"launch.exclude: '{exclude}' leaves no host of {', '.join(host.name for host in hosts)}")
+    return [chosen[host.name] for host in hosts if host.name in chosen]
+
+
+def _parse_filter(key: str, text: str, known: dict[str, Host]) -> dict[str, tuple[int, ...] | None]:
+    named: dict[str, tuple[int, ...] | None] = {}
+    for part in text.split("@"):
+        name, colon, listed = part.strip().partition(":")
+        if name not in known:
+            raise UserError(f"launch.{key}: the hostfile has no host '{name}'{did_you_mean(name, known)}")
+        if colon and not re.fullmatch(r"\d+(,\d+)*", listed):
+            raise UserError(f"launch.{key}: '{part}' is not of the form HOST or HOST:0,2")
+        numbers = tuple(sorted({int(number) for number in listed.split(",")})) if colon else None
+        if numbers and numbers[-1] >= known[name].slots:
+            raise UserError(f"launch.{key}: '{part}': {name} has {known[name].slots} slots, numbered from 0")
+        named[name] = numbers
+    return named
