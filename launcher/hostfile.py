@@ -54,7 +54,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def choose_hosts(hosts: Sequence[Host], include: str | None = None, exclude: str | None = None) -> list[Host]:
-    """`hosts` without those that DeepSpeed's filters leave out: `n1@n2:0,2` names the whole of n1 and two devices of n2.
+    """Leave out hosts by DeepSpeed's filters: `n1@n2:0,2` names the whole of n1 and two devices of n2.
 
     Raises UserError: a host or a device that the hostfile has not, a filter of another form, nothing left.
     """

@@ -1,7 +1,6 @@
 """From the sections of a recipe to the objects that a Trainer takes."""
 
 import dataclasses
-import os
 from typing import Any, get_type_hints
 
 import deepspeed
@@ -21,10 +20,10 @@ from sparse_zero.recipe import Recipe
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The recipe's `training` section, with our defaults: evaluate before training, log to TensorBoard.
 
-    Starts the process group where there are several ranks, and must come before the model: it tells from_pretrained
-    to partition the weights as they are loaded (ZeRO stage 3).
+    Must come after the process group and before the model: it tells from_pretrained to partition the weights as they
+    are loaded (ZeRO stage 3).
 
-    Raises UserError: an unknown name, a value that TrainingArguments refuses, more ranks than accelerators.
+    Raises UserError: an unknown name, a value that TrainingArguments refuses.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for key in recipe.training:
@@ -35,7 +34,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             )
     _check_numbers(recipe.training)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     settings = {
         "report_to": "tensorboard",
         "eval_on_start": True,
@@ -44,11 +42,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "ddp_broadcast_buffers": False,
     }
     settings |= recipe.training
-    if ranks > devices and not settings["use_cpu"]:
-        raise UserError(
-            f"launch.processes_per_node: {ranks} ranks on a machine with {devices} accelerators; start at most {devices}, "
-            "or set training.use_cpu=true"
-        )
     try:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, OSError, ImportError) as error:

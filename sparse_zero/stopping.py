@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 STOPPED = 75
 """The exit status of a run that was told to stop and can go on from its checkpoint; sysexits.h: try again later."""
@@ -37,6 +37,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_raised = False
+        self.before_exit: Callable[[int, str], None] = lambda status, message: None
+        """Called with the exit status and the reason before a signal ends the process at once."""
         self._deferred = False
         self._process = os.getpid()
         self._raised_at = 0.0
@@ -55,17 +57,27 @@ class StopRequest:
         finally:
             self._deferred = False
 
+    def ask(self) -> None:
+        """What a signal does, from any thread; but asking twice is no more than asking once."""
+        if not self.is_raised:
+            self._raise()
+
     def _receive(self, signum: int, frame: object) -> None:
         if os.getpid() != self._process:
             # A forked helper of this rank, which has nothing to save
             os._exit(128 + signum)
-        now = time.monotonic()
-        if self.is_raised:
-            if now - self._raised_at > _SAME_REQUEST_SECONDS:
-                os._exit(128 + signum)
-            return
-        self.is_raised, self._raised_at = True, now
+        if not self.is_raised:
+            self._raise()
+        elif time.monotonic() - self._raised_at > _SAME_REQUEST_SECONDS:
+            self._exit(128 + signum)
+
+    def _raise(self) -> None:
+        self.is_raised, self._raised_at = True, time.monotonic()
         if not self._deferred:
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
-                sys.stdout.flush()
-            os._exit(STOPPED)
+            self._exit(STOPPED)
+
+    def _exit(self, status: int) -> None:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            sys.stdout.flush()
+        self.before_exit(status, "was told to stop")
+        os._exit(status)

@@ -1,22 +1,47 @@
-"""What every rank is started as: it listens to signals, then runs a recipe and turns its end into an exit status.
+"""What every rank is started as: it finds its place, joins the others, runs a recipe and says how it ended.
 
 deepspeed --num_gpus 2 --module sparse_zero.train configs/demo.yaml training.learning_rate=1e-3
 torchrun --nproc-per-node 2 -m sparse_zero.train configs/demo.yaml --resume
+srun --nodes 2 --ntasks-per-node 4 python -m sparse_zero.train configs/demo.yaml
+mpirun -np 8 --hostfile hosts python -m sparse_zero.train configs/demo.yaml
 """
 
 import argparse
 import os
+import socket
 import sys
+import traceback
+from pathlib import Path
+from typing import Any
 
 from sparse_zero.errors import UserError
+from sparse_zero.membership import Membership, announce, join_launcher
+from sparse_zero.placement import Placement, alone, find_placement
+from sparse_zero.rank_log import open_rank_log
+from sparse_zero.recipe import Recipe, load_recipe
 from sparse_zero.resumption import settle_resume
 from sparse_zero.stopping import STOPPED, Stopped, StopRequest
+from sparse_zero.verdict import Member
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 2 for what the user has to correct; STOPPED where a signal asked for an end and the
-    run can go on with --resume.
+    run can go on with --resume; 1 for any other failure, of this rank or of another.
     """
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    # Before the imports, which take seconds.
+    rank = Rank(StopRequest().listen())
+    try:
+        return rank.run(options)
+    except UserError as error:
+        return rank.refuse(str(error))
+    except Stopped as stopped:
+        return rank.stopped(stopped)
+    except Exception as error:
+        return rank.fail(error)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sparse_zero.train", description="One rank of a training run.")
     parser.add_argument("recipe", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the recipe")
@@ -29,30 +54,96 @@ def main(argv: list[str] | None = None) -> int:
         help="go on from a checkpoint; auto: the newest complete",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    options = parser.parse_args(settle_resume(sys.argv[1:] if argv is None else argv))
-    # Before the imports, which take seconds.
-    stop = StopRequest().listen()
-    from sparse_zero import run
-    from sparse_zero.recipe import load_recipe
+    return parser.parse_args(settle_resume(argv))
 
-    is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
-    run.keep_quiet(main=is_first_of_host)
-    try:
+
+class Rank:
+    """This process among the ranks of the run, and what the user hears of it."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+        self._placement: Placement | None = None
+        self._membership: Membership | None = None
+        self._log: Path | None = None
+        # A log will take the place of the descriptors 1 and 2.
+        self._console = os.dup(2)
+
+    def run(self, options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
-        run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=stop)
-    except UserError as error:
-        # Every rank of a host meets the same error: one of them says so.
-        if is_first_of_host:
-            print(f"sparse-zero: error: {error}", file=sys.stderr)
+        self._placement = find_placement()
+        if self._placement is None and recipe.training.get("deepspeed"):
+            # DeepSpeed would look for MPI.
+            self._placement = alone()
+        if self._placement is not None:
+            self._join(self._placement, recipe)
+        from sparse_zero import run
+
+        run.keep_quiet(main=self._is_first_of_host)
+        run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=self._stop)
+        self._leave(0)
+        return 0
+
+    def _join(self, placement: Placement, recipe: Recipe) -> None:
+        launch, training = recipe.launch, recipe.training
+        placement.export()
+        if placement.world_size > 1:
+            directory = Path(str(training["output_dir"])) / "logs"
+            self._log = open_rank_log(directory, placement.rank, placement.world_size)
+        me = Member(placement.rank, socket.gethostname(), os.getpid(), str(self._log) if self._log else None)
+        settings: dict[str, Any] = {"silence_seconds": launch.silence_seconds, "console": self._console}
+        self._membership = join_launcher(placement, me, self._stop, **settings)
+
+        from sparse_zero import joining
+
+        store = joining.meet(
+            placement,
+            use_cpu=bool(training.get("use_cpu")),
+            backend=training.get("ddp_backend"),
+            rendezvous_seconds=launch.rendezvous_seconds,
+            timeout_seconds=float(training.get("ddp_timeout", 1800)),
+        )
+        if self._membership is None and placement.world_size > 1:
+            self._membership = joining.join_rank_zero(store, placement, me, self._stop, announce, **settings)
+
+    @property
+    def _is_first_of_host(self) -> bool:
+        if self._placement is None:
+            return os.environ.get("LOCAL_RANK", "0") == "0"
+        return self._placement.local_rank == 0
+
+    def refuse(self, message: str) -> int:
+        """End all ranks with an error of the user's, which one of them says."""
+        if self._membership is not None:
+            self._membership.report(message, status=2)
+        elif self._is_first_of_host:
+            # Every rank of a host meets the same error.
+            os.write(self._console, f"sparse-zero: error: {message}\n".encode())
         return 2
-    except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+
+    def fail(self, error: Exception) -> int:
+        """End all ranks with this rank's exception, unless it is an echo of something else."""
+        if self._membership is None:
+            raise error
+        text = traceback.format_exc()
+        if self._log:
+            with self._log.open("a") as log:
+                log.write(text)
+        self._membership.report(f"{type(error).__name__}: {error}", text, status=1)
+        return 1
+
+    def stopped(self, stopped: Stopped) -> int:
+        if self._placement is None or self._placement.rank == 0:
             saved = f"saved in {stopped.checkpoint}; go on with --resume" if stopped.checkpoint else "nothing to save"
             print(f"sparse-zero: stopped at step {stopped.step}: {saved}", file=sys.stderr)
-        run.leave()
+        self._leave(STOPPED)
         return STOPPED
-    run.leave()
-    return 0
+
+    def _leave(self, status: int) -> None:
+        from sparse_zero import run
+
+        if self._membership is not None:
+            self._membership.leave(status)
+        run.leave()
 
 
 if __name__ == "__main__":

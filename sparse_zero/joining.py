@@ -1,0 +1,157 @@
+"""A rank meets the others: torch's process group, and the roll call that notices when one of them is gone.
+
+This comes first, before the imports, data and model that take minutes, so that a rank which dies in any of them is
+noticed too.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from sparse_zero.errors import UserError
+from sparse_zero.membership import Membership
+from sparse_zero.placement import Placement
+from sparse_zero.roll_call import Address, RollCall
+from sparse_zero.stopping import StopRequest
+from sparse_zero.verdict import Member, Verdict
+
+
+def meet(
+    placement: Placement,
+    use_cpu: bool,
+    backend: str | None = None,
+    rendezvous_seconds: float = 300,
+    timeout_seconds: float = 1800,
+) -> dist.Store:
+    """Start torch's process group. Collective.
+
+    Args: backend: None: the one of this machine's accelerator; timeout_seconds: of the group's collectives.
+
+    Raises UserError: rank 0's port is taken; rank 0 cannot be reached; some rank (it says which) did not come.
+    """
+    device = None if use_cpu else _choose_device(placement)
+    if backend is None:
+        backend = "gloo" if device is None else dist.get_default_backend_for_device(device)
+    if placement.world_size > placement.local_world_size:
+        _choose_interface(placement.master_addr)
+    store = _store(placement, rendezvous_seconds)
+    _wait_for_all(store, placement, rendezvous_seconds)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=placement.rank,
+        world_size=placement.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    return store
+
+
+def join_rank_zero(
+    store: dist.Store,
+    placement: Placement,
+    me: Member,
+    stop: StopRequest,
+    announce: Callable[[Verdict], None],
+    **settings: Any,
+) -> Membership:
+    """Join the roll call that rank 0 keeps. Collective. Args: announce: what rank 0 does with the verdict."""
+    if placement.rank == 0:
+        host = placement.master_addr if placement.world_size > placement.local_world_size else "127.0.0.1"
+        roll = RollCall(announce, settings["silence_seconds"], host=host, world_size=placement.world_size)
+        store.set("roll", str(roll.address))
+        # The thread keeps it; it ends with the process.
+    address = Address.parse(store.get("roll").decode())
+    return Membership(address, me, placement.world_size, stop, keeper="rank 0", **settings)
+
+
+def _store(placement: Placement, seconds: float) -> dist.Store:
+    # torchrun's agent keeps a store already, and keeps it over its restarts.
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            placement.master_addr,
+            placement.master_port,
+            is_master=placement.rank == 0 and not has_agent,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {placement.master_port} on {socket.gethostname()}, where the ranks meet, is in use by another "
+                "program; give launch.master_port (or MASTER_PORT) another, or auto"
+            ) from None
+        raise UserError(
+            f"rank {placement.rank} on {socket.gethostname()} cannot reach rank 0 at "
+            f"{placement.master_addr}:{placement.master_port} within {seconds:g} s "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+    return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_for_all(store: dist.Store, placement: Placement, seconds: float) -> None:
+    """Before the group is started, whose own error names nobody."""
+    store.set(f"came/{placement.rank}", socket.gethostname())
+    keys = [f"came/{rank}" for rank in range(placement.world_size)]
+    deadline = time.monotonic() + seconds
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except RuntimeError:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        there = {rank: store.get(keys[rank]).decode() for rank in range(placement.world_size) if rank not in missing}
+        hosts = ", ".join(dict.fromkeys(there.values()))
+        if time.monotonic() < deadline:
+            raise UserError("rank 0 has ended before all ranks had come") from None
+        raise UserError(
+            f"rank {', '.join(map(str, missing))} of {placement.world_size} did not come within {seconds:g} s "
+            f"(launch.rendezvous_seconds); those on {hosts} are there"
+        ) from None
+
+
+def _choose_device(placement: Placement) -> torch.device | None:
+    """This rank's accelerator, made the current one before the process group is bound to it."""
+    if not torch.accelerator.is_available():
+        return None
+    count = torch.accelerator.device_count()
+    index = placement.local_rank
+    if count == 1 and placement.local_world_size > 1 and "SLURM_STEP_ID" in os.environ:
+        # Slurm may show each rank its own device only, under the number 0. Accelerate looks at this variable.
+        index = 0
+        os.environ["LOCAL_RANK"] = "0"
+    elif placement.local_world_size > count:
+        raise UserError(
+            f"launch.processes_per_node: {placement.local_world_size} ranks on {socket.gethostname()}, which has {count} "
+            f"accelerators; start at most {count} there, or set training.use_cpu=true"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(torch.accelerator.current_accelerator().type, index)
+
+
+def _choose_interface(master: str) -> None:
+    """gloo binds to the address of this host's name. Where that is a loopback address (Debian's 127.0.1.1), the others
+    would look for this rank on themselves.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    try:
+        own = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        own = "127.0.0.1"
+    if not own.startswith("127."):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((master, 9))  # sends nothing, but finds the route
+        except OSError:
+            return
+        address = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in [each.address for each in addresses] and not address.startswith("127."):
+            os.environ["GLOO_SOCKET_IFNAME"] = name

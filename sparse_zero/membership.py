@@ -1,0 +1,162 @@
+"""A rank's place in the roll call: it says that it is there, what it fails of, and when it leaves."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any, Literal
+
+from sparse_zero.errors import UserError
+from sparse_zero.placement import Placement
+from sparse_zero.roll_call import Address, is_out_of_reach, watch_the_line
+from sparse_zero.stopping import StopRequest
+from sparse_zero.verdict import DIED, Member, Verdict, say_silent
+
+WATCH_VARIABLE = "SPARSE_ZERO_WATCH"
+"""The environment variable by which `sparse-zero train` tells its ranks where it keeps their roll call."""
+_VERDICT_SECONDS = 10.0
+"""How long a rank that failed waits to hear what the cause was."""
+_MOST_TRACEBACK = 20_000
+
+
+class Membership:
+    """One rank's connection to the roll call, read by a thread that ends the process when the verdict comes."""
+
+    def __init__(
+        self,
+        address: Address,
+        me: Member,
+        world_size: int,
+        stop: StopRequest,
+        silence_seconds: float,
+        patience_seconds: float = 60,
+        keeper: Literal["launcher", "rank 0"] = "launcher",
+        console: int = 2,
+    ) -> None:
+        """Connect. Args: stop: where a request to stop goes; keeper: who keeps the roll; console: the descriptor for
+        what the user must read.
+
+        Raises UserError: nobody is there within `patience_seconds`.
+        """
+        self._me, self._stop, self._keeper, self._console = me, stop, keeper, console
+        self._silence_seconds = silence_seconds
+        self._hosts: dict[int, str] = {}
+        self._has_ended = threading.Event()
+        self._lock = threading.RLock()  # a signal may come in the middle of a message
+        self._connection = _connect(address, patience_seconds)
+        watch_the_line(self._connection, silence_seconds)
+        self._send(
+            type="hello",
+            token=address.token,
+            rank=me.rank,
+            world_size=world_size,
+            host=me.host,
+            pid=me.pid,
+            log=me.log,
+        )
+        stop.before_exit = self.leave
+        threading.Thread(target=self._listen, name="membership", daemon=True).start()
+
+    def report(self, message: str, traceback: str = "", status: int = 1) -> None:
+        """Say that this rank cannot go on, and wait for the verdict, which ends the process.
+
+        Returns only where no verdict comes. Without a traceback it is an error of the user's.
+        """
+        kind = "failure" if traceback else "refusal"
+        traceback = traceback[-_MOST_TRACEBACK:]
+        self._send(type="failure", kind=kind, message=message, traceback=traceback, status=status)
+        self._has_ended.wait(_VERDICT_SECONDS)
+
+    def leave(self, status: int = 0, message: str = "") -> None:
+        """Part from the others. Args: message: why, where the others have not agreed to it; they will end too."""
+        self._send(type="bye", status=status, message=message)
+
+    def _send(self, **message: object) -> None:
+        with contextlib.suppress(OSError), self._lock:
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def _listen(self) -> None:
+        try:
+            with self._connection.makefile("r", encoding="utf-8") as lines:
+                for line in lines:
+                    message = json.loads(line)
+                    if message["type"] == "verdict":
+                        self._end(message["status"])
+                    elif message["type"] == "stop":
+                        self._stop.ask()
+                    elif message["type"] == "roster":
+                        self._hosts = {int(rank): host for rank, host in message["hosts"].items()}
+                    elif message["type"] == "bye":
+                        return
+            self._lose(is_silent=False)
+        except OSError as error:
+            self._lose(is_silent=is_out_of_reach(error))
+        finally:
+            self._has_ended.set()
+
+    def _lose(self, is_silent: bool) -> None:
+        """The keeper of the roll is gone, and can judge no more."""
+        if self._keeper == "launcher":
+            if not is_silent:
+                # Whoever killed it wants this run to end; it need not lose its work.
+                self._stop.ask()
+                return
+            if self._me.rank == 0:
+                self._say(f"the host that started this run has not answered for {self._silence_seconds:g} s")
+        elif self._speaks():
+            where = f"rank 0 on {self._hosts.get(0, 'its host')}"
+            self._say(f"{where} {say_silent(self._silence_seconds) if is_silent else DIED}")
+        self._end(1)
+
+    def _speaks(self) -> bool:
+        """Whether it is for this rank to say that rank 0 is gone: the first on another host, should there be one."""
+        others = [rank for rank in self._hosts if rank != 0]
+        elsewhere = [rank for rank in others if self._hosts[rank] != self._hosts[0]]
+        return self._me.rank == min(elsewhere or others, default=self._me.rank)
+
+    def _say(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._console, f"sparse-zero: error: {message}\n".encode())
+
+    def _end(self, status: int) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                stream.flush()
+        os._exit(status)
+
+
+def _connect(address: Address, patience_seconds: float) -> socket.socket:
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            connection = socket.create_connection(address[:2], timeout=5)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{socket.gethostname()} cannot reach {address.host}:{address.port}, where the ranks are watched "
+                    f"from ({error.strerror or error}): let ranks connect to any port of that host"
+                ) from None
+            time.sleep(0.2)
+        else:
+            connection.settimeout(None)
+            return connection
+
+
+def join_launcher(placement: Placement, me: Member, stop: StopRequest, **settings: Any) -> Membership | None:
+    """Join the roll call of the `sparse-zero train` that started this rank; None where nothing of the kind did.
+
+    Args: settings: of Membership.
+    """
+    address = os.environ.get(WATCH_VARIABLE)
+    if not address:
+        return None
+    return Membership(Address.parse(address), me, placement.world_size, stop, keeper="launcher", **settings)
+
+
+def announce(verdict: Verdict) -> None:
+    """Print a verdict for the user: the traceback that it began with, and the line that says what and where."""
+    sys.stderr.write(f"{verdict.traceback}sparse-zero: {'error: ' if verdict.is_error else ''}{verdict.message}\n")
+    sys.stderr.flush()
