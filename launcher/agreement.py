@@ -38,9 +38,7 @@ def _versions(reports: Reports) -> Iterator[Finding]:
     for name in next(iter(reports.values()))["versions"]:
         for first, host, there, here in _differing(reports, lambda report, name=name: report["versions"].get(name)):
             # Python's third number changes nothing that ranks exchange.
-            fatal = name in MUST_BE_EQUAL or (
-                name == "python" and here.split(".")[:2] != there.split(".")[:2]
-            )
+            fatal = name in MUST_BE_EQUAL or (name == "python" and here.split(".")[:2] != there.split(".")[:2])
             say = error if fatal else warning
             cure = f"install {name} {there} there" if name != "python" else "use one Python everywhere"
             yield say("agreement", f"{name} is {here}, on {first} {there}", cure, host)

@@ -45,7 +45,9 @@ def ask_here(question: Mapping[str, Any], launch: LaunchSection) -> Answer:
 def ask_by_ssh(hosts: Sequence[str], questions: Sequence[Mapping[str, Any]], launch: LaunchSection) -> list[Answer]:
     """The reports of `hosts`, asked at the same time."""
     with ThreadPoolExecutor(max_workers=64) as pool:
-        commands = [[*SSH, host, host_command(question, launch)] for host, question in zip(hosts, questions, strict=True)]
+        commands = [
+            [*SSH, host, host_command(question, launch)] for host, question in zip(hosts, questions, strict=True)
+        ]
         return list(pool.map(_ask, hosts, commands))
 
 

@@ -58,7 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_train, _add_evaluate, _add_merge, _add_combine, _add_convert, _add_inspect, _add_export):
+    for add in (
+        _add_train,
+        _add_evaluate,
+        _add_merge,
+        _add_combine,
+        _add_convert,
+        _add_inspect,
+        _add_export,
+        _add_doctor,
+    ):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
         command.set_defaults(parser=command)
@@ -215,8 +224,23 @@ def _add_export(commands) -> argparse.ArgumentParser:
     return export
 
 
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML recipe, as in configs/")
+def _add_doctor(commands) -> argparse.ArgumentParser:
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine the hosts, the network and Slurm before a run",
+        description="Examine what a recipe's run needs of its hosts, and measure the links between its ranks; without\n"
+        "a recipe, of this machine. The exit status is 1 where something would make the run fail.",
+        epilog="examples:\n"
+        "  sparse-zero doctor\n"
+        "  sparse-zero doctor configs/demo.yaml launch.hostfile=hosts --no-ranks",
+    )
+    _add_recipe(doctor, nargs="?")
+    doctor.add_argument("--no-ranks", action="store_true", help="start no ranks, measure no links")
+    return doctor
+
+
+def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    command.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="a YAML recipe, as in configs/")
     command.add_argument(
         "overrides",
         nargs="*",

@@ -69,7 +69,9 @@ def versions(report: Report, wanted: Wanted, host: str | None) -> Iterator[Findi
         elif name in minima and not minima[name].contains(version, prereleases=True):
             bad = True
             needed = f"{name} is {version}, sparse-zero needs {minima[name]}"
-            cure = "use another Python" if name == "python" else f"{sys.executable} -m pip install '{name}{minima[name]}'"
+            cure = (
+                "use another Python" if name == "python" else f"{sys.executable} -m pip install '{name}{minima[name]}'"
+            )
             yield error("versions", needed, cure, host)
     if report["torch"] and "problem" in report["torch"]:
         bad = True
@@ -108,7 +110,9 @@ def operators(report: Report, wanted: Wanted, host: str | None) -> Iterator[Find
     fatal = "ninja" in missing and needed or unbuilt
     say = error if fatal else warning
     why = f"DeepSpeed cannot load {' and '.join(needed)}" if fatal else "DeepSpeed could not build an operator"
-    yield say("operators", f"no {' and no '.join(missing)}: {why}", "; ".join(remedies[name] for name in missing), host)
+    yield say(
+        "operators", f"no {' and no '.join(missing)}: {why}", "; ".join(remedies[name] for name in missing), host
+    )
 
 
 def accelerators(report: Report, wanted: Wanted, host: str | None) -> Iterator[Finding]:
