@@ -228,8 +228,8 @@ def _add_doctor(commands) -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="examine the hosts, the network and Slurm before a run",
-        description="Examine what a recipe's run needs of its hosts, and measure the links between its ranks; without\n"
-        "a recipe, of this machine. The exit status is 1 where something would make the run fail.",
+        description="Examine what a recipe's run needs of its hosts, and measure the links between its ranks;\n"
+        "without a recipe, of this machine. The exit status is 1 where something would make the run fail.",
         epilog="examples:\n"
         "  sparse-zero doctor\n"
         "  sparse-zero doctor configs/demo.yaml launch.hostfile=hosts --no-ranks",

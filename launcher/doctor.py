@@ -68,8 +68,10 @@ def examine(recipe: Recipe | None = None, path: str | None = None, with_ranks: b
     found += surroundings.this_machines_traps(runs_pdsh=several and launch.launcher == "deepspeed")
     found += _deepspeed_file(recipe)
     _ask_hosts(diagnosis, recipe, path, hosts)
-    if slurm_checks.is_there() or (recipe and launch.launcher == "slurm"):
-        found += slurm_checks.check(launch if recipe and launch.launcher == "slurm" else None)
+    if recipe is None and slurm_checks.is_there():
+        found += slurm_checks.check(None)
+    elif launch.launcher == "slurm" and not hosts:
+        found += slurm_checks.check(launch)
     if with_ranks:
         _try_ranks(diagnosis, recipe, hosts)
     return diagnosis
@@ -124,7 +126,7 @@ def _ask_hosts(diagnosis: Diagnosis, recipe: Recipe | None, path: str | None, ho
         names = [host.name for host in hosts] or [socket.gethostname()]
         if not hosts:
             answers = [asking.ask_here(question, launch)]
-        elif launch.launcher == "slurm":
+        elif launch.launcher == "slurm" and not hosts:
             answers = asking.ask_by_srun(names, {**question, "port": None}, launch)
         else:
             answers = asking.ask_by_ssh(names, questions, launch)
@@ -136,7 +138,9 @@ def _ask_hosts(diagnosis: Diagnosis, recipe: Recipe | None, path: str | None, ho
         if hosts:
             found.append(ok("reach", "answers", name))
         diagnosis.reports[name], offsets[name] = answer.report, answer.clock_offset
-        wanted = Wanted(recipe, ranks_on(launch, hosts[index] if hosts else None), several, master)
+        ranks = ranks_on(launch, hosts[index] if hosts else None)
+        has_ranks = bool(hosts) or launch.launcher != "slurm"
+        wanted = Wanted(recipe, ranks, has_ranks, several, master)
         found += host_checks.check_host(answer.report, wanted, name)
     use_cpu = bool(recipe and recipe.training.get("use_cpu"))
     found += agreement.compare(diagnosis.reports, offsets, use_cpu)

@@ -30,6 +30,8 @@ class Wanted:
     """None: nothing in particular."""
     ranks: int | None = None
     """On this host. None: one for each accelerator, and one where there is none."""
+    has_ranks: bool = True
+    """False of a machine that only gives the run to a scheduler."""
     several_hosts: bool = False
     master: str | None = None
     """Where the ranks of other hosts look for rank 0."""
@@ -45,7 +47,9 @@ class Wanted:
 
 def check_host(report: Report, wanted: Wanted, host: str | None = None) -> list[Finding]:
     """All that can be said of a host by itself."""
-    checks = [versions, operators, accelerators, backends, network, shared_memory, port, inputs, disk, visible_devices]
+    checks = [versions, inputs, disk]
+    if wanted.has_ranks:
+        checks[1:1] = [operators, accelerators, backends, network, shared_memory, port, visible_devices]
     return [finding for check in checks for finding in check(report, wanted, host)]
 
 
@@ -107,7 +111,7 @@ def operators(report: Report, wanted: Wanted, host: str | None) -> Iterator[Find
         "g++": "install a C++ compiler (apt-get install g++, or module load gcc in launch.prologue)",
         "ninja": f"install ninja-build, or put {Path(sys.executable).parent} into PATH by launch.prologue",
     }
-    fatal = "ninja" in missing and needed or unbuilt
+    fatal = ("ninja" in missing and needed) or unbuilt
     say = error if fatal else warning
     why = f"DeepSpeed cannot load {' and '.join(needed)}" if fatal else "DeepSpeed could not build an operator"
     yield say(
@@ -185,8 +189,13 @@ def network(report: Report, wanted: Wanted, host: str | None) -> Iterator[Findin
     elif net["gloo_address"] is None or ipaddress.ip_address(net["gloo_address"]).is_loopback:
         name, resolved = report["host"], ", ".join(net["name_resolves_to"])
         why = f"its name {name} resolves to {resolved}" if resolved else f"its name {name} does not resolve"
-        cure = f"launch.environment.GLOO_SOCKET_IFNAME={_best_interface(net)}, or correct {name} in its /etc/hosts"
-        yield error("network", f"{why}: gloo would give the other hosts a loopback address", cure, host)
+        way = net["routes"].get(wanted.master, {}).get("interface")
+        if way in _outward(net):
+            # As sparse_zero.joining does.
+            yield ok("network", f"{why}: the ranks take {way}, which leads to {wanted.master}", host)
+        else:
+            cure = f"launch.environment.GLOO_SOCKET_IFNAME={_best_interface(net)}, or correct {name} in its /etc/hosts"
+            yield error("network", f"{why}: gloo would give the other hosts a loopback address", cure, host)
     else:
         yield ok("network", f"gloo takes {takes} ({net['gloo_address']})", host)
     yield from _nccl_interface(report, wanted, host)
@@ -222,10 +231,8 @@ def _outward(net: dict[str, Any]) -> list[str]:
 
 
 def _best_interface(net: dict[str, Any]) -> str:
-    """The one that leads to another host of the run, else the first that leads anywhere."""
-    outward = _outward(net)
-    used = [route["interface"] for route in net["routes"].values() if route["interface"] in outward]
-    return next(iter([*used, *outward]), "INTERFACE")
+    """The first that leads anywhere."""
+    return next(iter(_outward(net)), "INTERFACE")
 
 
 def shared_memory(report: Report, wanted: Wanted, host: str | None) -> Iterator[Finding]:
@@ -272,7 +279,7 @@ def inputs(report: Report, wanted: Wanted, host: str | None) -> Iterator[Finding
                 yield warning("files", f"{key}: {source['path']} is not in the cache yet", cure, host)
         else:
             where = {"hub": "in the cache"}.get(source["place"], "there")
-            yield ok("files", f"{key}: {source['path']} is {where}", host)
+            yield ok("files", f"{key}: {source['name']} is {where}", host)
 
 
 def disk(report: Report, wanted: Wanted, host: str | None) -> Iterator[Finding]:
@@ -293,14 +300,14 @@ def disk(report: Report, wanted: Wanted, host: str | None) -> Iterator[Finding]:
         return
     kept = (wanted.training.get("save_total_limit") or 1) + 1
     room = f"{readable('bytes', free)} free for {directory}"
-    size = f"a checkpoint takes about {readable('bytes', takes)}" if takes else "the size of a checkpoint is not known"
+    size = f"; a checkpoint takes about {readable('bytes', takes)}" if takes else ""
     if takes and free < kept * takes:
         cure = "make room, or set training.save_total_limit"
-        yield error("disk", f"{room}; {size}, {kept} must fit", cure, host)
+        yield error("disk", f"{room}{size}, {kept} must fit", cure, host)
     elif free < LEAST_DISK:
-        yield warning("disk", f"{room}; {size}", "make room", host)
+        yield warning("disk", f"{room}{size}", "make room", host)
     else:
-        yield ok("disk", f"{room}; {size}" if takes else room, host)
+        yield ok("disk", f"{room}{size}", host)
 
 
 def checkpoint_bytes(report: Report, wanted: Wanted) -> int | None:

@@ -16,7 +16,7 @@ import psutil
 from launcher.findings import Finding, error, ok, warning
 from launcher.local import Command
 from launcher.report import readable
-from sparse_zero.probe import MARK, pairs
+from sparse_zero.probe import MARK, SMALL_BYTES, pairs
 
 SECONDS = 60.0
 """For the ranks to meet, and again to measure; see sparse_zero.probe."""
@@ -93,23 +93,22 @@ def _end(process: subprocess.Popen) -> None:
 
 def read(output: str, status: int | None) -> Measured:
     """What the ranks said, from what a launcher printed: it may put a rank's name before each line."""
-    measured, others = Measured(status=status), []
+    measured = Measured(status=status)
     for line in output.splitlines():
-        _, mark, text = line.partition(MARK)
-        if not mark:
-            others.append(line.strip())
-            continue
-        # Another rank's words may follow on the same line.
-        fact, _ = json.JSONDecoder().raw_decode(text)
-        if "rank" in fact:
-            measured.hosts[fact["rank"]], measured.world_size = fact["host"], fact["world_size"]
-        elif "link" in fact:
-            measured.links.append(fact["link"])
-        elif "collective" in fact:
-            measured.collectives.append(fact)
-        else:
-            measured.problems.append(fact["problem"])
-    measured.last_words = next((line for line in reversed(others) if line), "")
+        # Two ranks' words may have come out on one line.
+        other, *texts = line.split(MARK)
+        if not texts:
+            measured.last_words = other.strip() or measured.last_words
+        for text in texts:
+            fact, _ = json.JSONDecoder().raw_decode(text)
+            if "rank" in fact:
+                measured.hosts[fact["rank"]], measured.world_size = fact["host"], fact["world_size"]
+            elif "link" in fact:
+                measured.links.append(fact["link"])
+            elif "collective" in fact:
+                measured.collectives.append(fact)
+            else:
+                measured.problems.append(fact["problem"])
     return measured
 
 
@@ -135,10 +134,13 @@ def judge(measured: Measured) -> Iterator[Finding]:
         cure = "see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO shows what NCCL chooses"
         where = "" if len(missing) == len(pairs(measured.world_size or 0)) else f" from {missing[0]} on"
         yield error("ranks", f"the ranks started, but did not finish measuring{where}{said}", cure)
+    elif measured.status and not absent and not measured.problems:
+        cure = "run what `sparse-zero train ... --dry-run` prints, by hand"
+        yield warning("ranks", f"all was measured, but the launcher ended with status {measured.status}", cure)
     yield from _wrong(measured)
     yield from _slow(measured)
     for each in measured.collectives:
-        if each["bytes"] > 2**20 and each["right"]:
+        if each["bytes"] > SMALL_BYTES and each["right"]:
             hosts = len(set(measured.hosts.values()))
             rate = readable("bytes", round(each["bytes_per_second"]))
             message = f"{measured.world_size} ranks on {hosts} host{'s' if hosts > 1 else ''} met"
@@ -187,7 +189,7 @@ def _time(seconds: float) -> str:
 
 
 def _is_between_hosts(measured: Measured, link: dict[str, Any]) -> bool:
-    return measured.hosts[link["from"]] != measured.hosts[link["to"]]
+    return measured.hosts.get(link["from"]) != measured.hosts.get(link["to"])
 
 
 def _name(measured: Measured, first: int, second: int) -> str:
@@ -210,7 +212,7 @@ def rows(measured: Measured) -> list[dict[str, str]]:
     ]
     for each in measured.collectives:
         name = f"all-reduce of {readable('bytes', each['bytes'])}"
-        rate = _rate(each["bytes_per_second"])
+        rate = _rate(each["bytes_per_second"]) if each["bytes"] > SMALL_BYTES else ""
         ranks = f"{measured.world_size} ranks"
         table.append({"measured": name, "from": ranks, "to": "", "latency": _time(each["seconds"]), "bandwidth": rate})
     return table

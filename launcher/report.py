@@ -115,8 +115,9 @@ def _print_findings(findings: Sequence[Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    checks = [finding.check for finding in findings]
     hosts: dict[tuple[str | None, ...], list[str]] = {}
-    for finding in findings:
+    for finding in sorted(findings, key=lambda finding: checks.index(finding.check)):
         same = (finding.severity, finding.check, finding.message, finding.remedy)
         hosts.setdefault(same, []).extend([finding.host] if finding.host else [])
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -53,7 +53,7 @@ def check(launch: LaunchSection | None) -> list[Finding]:
     if launch is None:
         return [*describe(partitions)]
     found = [*fits(partitions, launch), *_account(launch.slurm)]
-    if not any(finding.severity == "error" for finding in found):
+    if not any(finding.severity != "ok" for finding in found):
         found += trial(launch)
     return found
 

@@ -28,10 +28,11 @@ def question(model: str, tokenizer: str | None, data: str, data_files: Any, revi
 def look(asked: dict[str, dict[str, Any]]) -> dict[str, Source]:
     """An answer for each key of a recipe.
 
-    Returns: `place` (directory, file, hub or files), `path`, `problem` (None: it is there), `content` (a checksum of
-        names and sizes), `cached` (of a hub's), and of models `scalars`, counted from the headers of safetensors files.
+    Returns: `name`, `place` (directory, file, hub or files), `path`, `problem` (None: it is there), `content` (a
+        checksum of names and sizes), `cached` (of a hub's), and of models `scalars`, counted from the headers of
+        safetensors files.
     """
-    return {key: _look(**each) for key, each in asked.items()}
+    return {key: {"name": each["name"], **_look(**each)} for key, each in asked.items()}
 
 
 def _look(kind: str, name: str, revision: str | None = None, files: Any = None) -> Source:
