@@ -16,8 +16,8 @@ def curve_directory(runs: Path, run: str) -> Path:
 
 
 class RunCurves(TensorBoardCallback):
-    """transformers' callback, which names a directory after the date and the host of each start, so that a run that was
-    resumed twice shows as three. Here a run has one, below OUTPUT_DIR/runs, and every fresh start is a run.
+    """transformers' callback names a directory after the date and the host of each start, so that a run that was
+    resumed twice shows as three runs. Here a run has one directory below OUTPUT_DIR/runs, wherever it is resumed.
 
     Rank 0 writes. TENSORBOARD_LOGGING_DIR names another directory, as ever.
     """

@@ -39,7 +39,7 @@ def count_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
 class Pace:
     """How fast a job of `ranks` ranks trains.
 
-    Its samples and tokens are this rank's, times the ranks: exact for samples (every rank's batches have as many rows),
+    Its samples and tokens are this rank's, times the ranks: exact for samples (all ranks' batches have as many rows),
     and right on average for tokens (the ranks pad to lengths of their own). A batch counts once, however many passes
     the objective makes over it.
     """
@@ -56,7 +56,7 @@ class Pace:
         self._since = 0.0
 
     def begin(self) -> None:
-        """The first step begins: what came before (an evaluation, examples skipped by a resumed run) is no training."""
+        """The first step begins. What came before (an evaluation, examples that are skipped) is no training."""
         if self._began is None:
             self._began = self._since = self._clock()
 
