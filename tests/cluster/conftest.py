@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from lab import SYSTEM_PATH, Hosts, need
 from lab_slurm import Slurm
-from workload import Workload
+from workload import Workload, losses
 
 REPOSITORY = Path(__file__).parents[2]
-CACHES = Path.home() / ".cache"
 
 
 def environment() -> dict[str, str]:
@@ -22,7 +21,7 @@ def environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # DeepSpeed's operator, which takes a minute to compile, is that of the other tests.
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(CACHES / "torch_extensions")),
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         # Every host is root's, and has this account only.
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -58,7 +57,7 @@ def one_host_losses(hosts: Hosts, workload: Workload) -> dict[int, float]:
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", 2, "-m", "sparse_zero.train"]
     output = workload.directory / "one-host"
     hosts["n1"].run(*torchrun, workload.recipe, f"training.output_dir={output}", timeout=180)
-    return workload.losses(output)
+    return losses(output)
 
 
 @pytest.fixture(autouse=True)

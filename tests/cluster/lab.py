@@ -290,7 +290,7 @@ class Host:
         return found
 
     def strays(self) -> list[psutil.Process]:
-        """The processes that are none of the host's services; a session of sshd is one, the sshd that listens is not."""
+        """The processes that are none of the host's services. A session of sshd is one, the listening sshd is not."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):

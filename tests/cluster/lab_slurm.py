@@ -81,9 +81,8 @@ class Slurm:
         self.wait_until_idle()
 
     def _start_node(self, host: Host) -> None:
-        munged = (
-            f"munged --key-file={self.hosts.root}/slurm/munge.key --log-file={host.lab.root}/log/munged.{host.name}"
-        )
+        root = self.hosts.root
+        munged = f"munged --key-file={root}/slurm/munge.key --log-file={root}/log/munged.{host.name}"
         lines = [
             "set -e",
             # This host alone sees it there.

@@ -14,7 +14,7 @@ Answer = TypeVar("Answer")
 
 
 def wait_until(ask: Callable[[], Answer], timeout: float, what: str, every: float = 0.05) -> Answer:
-    """What `ask` answers as soon as that is true. Raises AssertionError, with `what` was awaited, after `timeout` s."""
+    """What `ask` answers as soon as that is true. Raises AssertionError, which names `what`, after `timeout` s."""
     __tracebackhide__ = True
     deadline = time.monotonic() + timeout
     while not (answer := ask()):

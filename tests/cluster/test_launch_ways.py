@@ -1,10 +1,11 @@
 """The same run on two hosts, one rank each, through every launcher that users have: the losses of one host."""
 
+import json
 from pathlib import Path
 
 import pytest
 from lab import Hosts, need
-from workload import STEPS, Workload, losses
+from workload import RANKS, STEPS, Workload, losses
 
 pytestmark = pytest.mark.cluster
 
@@ -36,6 +37,7 @@ def hostfile(tmp_path: Path) -> Path:
 def same(output: Path, expected: dict[int, float]) -> None:
     assert len(expected) == STEPS
     assert losses(output) == pytest.approx(expected, abs=1e-5)
+    assert json.loads((output / "results.json").read_text())["world_size"] == RANKS
 
 
 @pytest.mark.parametrize("way", DEEPSPEED)

@@ -11,6 +11,17 @@ from trainer_cases import zero_config
 STEPS, RANKS = 6, 2
 
 
+def losses(output: Path) -> dict[int, float]:
+    """The loss of each step, as logged up to the newest checkpoint of a run's output directory, resumed or not."""
+    states = list(output.glob("checkpoint-*/trainer_state.json"))
+    assert states, f"{output} holds no checkpoint"
+    newest = max(states, key=lambda state: int(state.parent.name.partition("-")[2]))
+    logged = [entry for entry in json.loads(newest.read_text())["log_history"] if "loss" in entry]
+    steps = [entry["step"] for entry in logged]
+    assert steps == list(range(1, len(steps) + 1)), f"{newest} has the losses of steps {steps}"
+    return {entry["step"]: entry["loss"] for entry in logged}
+
+
 class Workload:
     """Files that every host sees, for a run of STEPS steps on RANKS ranks with ZeRO stage 2.
 
@@ -34,17 +45,3 @@ class Workload:
         self.recipe = recipes.write_recipe(
             directory / "run.yaml", directory / "base", "causal-lm", directory, training=training
         )
-
-    def losses(self, output: Path) -> dict[int, float]:
-        """The loss of each step of a run that has ended, resumed or not. Raises AssertionError where some are missing."""
-        return losses(output)
-
-
-def losses(output: Path) -> dict[int, float]:
-    """The loss of each step, as logged up to the newest checkpoint of a run's output directory."""
-    states = output.glob("checkpoint-*/trainer_state.json")
-    newest = max(states, key=lambda state: int(state.parent.name.partition("-")[2]))
-    logged = [entry for entry in json.loads(newest.read_text())["log_history"] if "loss" in entry]
-    steps = [entry["step"] for entry in logged]
-    assert steps == list(range(1, len(steps) + 1)), f"{newest} has the losses of steps {steps}"
-    return {entry["step"]: entry["loss"] for entry in logged}
