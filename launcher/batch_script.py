@@ -9,7 +9,7 @@ Whether a job goes on after a stop depends on who asked for it. What Slurm 22.05
     preempted, with a grace time     -                 TERM            lets it run until the grace time is over
     preempted, PreemptMode=REQUEUE   TERM              TERM            queues it again itself
     preempted, PreemptMode=CANCEL    TERM              TERM            ends it: PreemptTime is set
-    scancel                          TERM              TERM            ends it; a requeue would bring it back all the same
+    scancel                          TERM              TERM            ends it; a requeue would bring it back
     scancel --batch --signal=TERM    TERM              -               lets it run
 """
 
@@ -53,16 +53,27 @@ while kill -0 "$run" 2>/dev/null; do wait "$run"; done
 wait "$run"
 status=$?
 
-# 75: stopped, saved, and can go on. 138: USR1 came before the run could listen.
-if [ "$status" -ne 75 ] && { [ "$status" -ne 138 ] || [ "$asked" != USR1 ]; }; then exit "$status"; fi
 # Queueing a job again ends it; that TERM must not hit what follows.
 trap '' USR1 TERM
-if [ "$asked" = TERM ] && ! scontrol --oneliner show job "$job" | grep -Eq "Reason=TimeLimit|PreemptTime=[0-9]"; then
+can_go_on() {
+    case "$status $asked" in
+    # 75: stopped and saved. 138: USR1 came before the run could listen.
+    "75 " | "75 USR1" | "138 USR1") ;;
+    # A TERM is the user's, unless it came with the time limit or a preemption.
+    "75 TERM" | "137 "* | "143 "*)
+        scontrol --oneliner show job "$job" | grep -Eq "Reason=TimeLimit|PreemptTime=[0-9]"
+        ;;
+    *) false ;;
+    esac
+}
+if can_go_on; then
+    if scontrol requeue "$job"; then
+        echo "sparse-zero: job $job is queued again, to go on from its newest checkpoint"
+    else
+        echo "sparse-zero: job $job cannot be queued again; submit it anew to go on from its newest checkpoint"
+    fi
+elif [ "$status" -ne 0 ] && [ "$asked" = TERM ]; then
     echo "sparse-zero: job $job was told to end, and is queued again only if Slurm does that itself"
-elif scontrol requeue "$job"; then
-    echo "sparse-zero: job $job is queued again, to go on from its newest checkpoint"
-else
-    echo "sparse-zero: job $job cannot be queued again; submit it anew to go on from its newest checkpoint"
 fi
 exit "$status"
 """
@@ -80,7 +91,7 @@ def batch_script(
     parts = {
         "ABOUT": "\n".join(f"# {line}".rstrip() for line in about.split("\n")),
         "OPTIONS": "\n".join(f"#SBATCH {word}" for word in option_words(options)),
-        "PREPARATION": "".join(f"\n{part}\n" for part in (preparation, _checked(prologue)) if part),
+        "PREPARATION": "".join(f"\n{part.strip()}\n" for part in (preparation, _checked(prologue)) if part),
         "TRAIN": train,
     }
     return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], ANY_SCRIPT)

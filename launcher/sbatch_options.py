@@ -13,17 +13,9 @@ OWN = ("help", "json", "merge", "dry-run")
 """Options of `sparse-zero submit` that are not sbatch's, or not passed on."""
 
 FLAGS = (
-    *(
-        "contiguous",
-        "disable-stdout-job-summary",
-        "exclusive",
-        "get-user-env",
-        "hold",
-        "ignore-pbs",
-        "nice",
-        "no-kill",
-    ),
-    *("no-requeue", "overcommit", "oversubscribe", "propagate", "reboot", "requeue", "spread-job", "use-min-nodes"),
+    *("contiguous", "disable-stdout-job-summary", "exclusive", "get-user-env", "hold", "ignore-pbs"),
+    *("nice", "no-kill", "no-requeue", "overcommit", "oversubscribe", "propagate", "reboot", "requeue"),
+    *("spread-job", "use-min-nodes"),
 )
 """sbatch's options that take no value, or only one written with `=`."""
 

@@ -62,9 +62,7 @@ def plan(path: str, overrides: Sequence[str] = (), given: SlurmOptions | None = 
     output = Path(str(recipe.training["output_dir"]))
     options = _options(recipe, output, given or {})
     words = [path, *overrides, *(["--merge"] if merge else [])]
-    about = shlex.join(
-        ["sparse-zero", "submit", *words, *(_word(name, value) for name, value in (given or {}).items())]
-    )
+    about = shlex.join(["sparse-zero", "submit", *words, *(_word(*option) for option in (given or {}).items())])
     train = shlex.join([*_this_program(), "train", *words])
     text = batch_script(about, options, train, recipe.launch.prologue)
     script = _place(output, text)
