@@ -55,6 +55,31 @@ def _show(command: Command, as_json: bool) -> None:
     print(command.shell())
 
 
+def submit(arguments: argparse.Namespace) -> int:
+    """Submit a run as a job of Slurm, or print the script that would be."""
+    from launcher import submit
+
+    job = submit.plan(arguments.recipe, arguments.overrides, arguments.sbatch_options, arguments.merge)
+    facts = {"script": str(job.script), "command": job.command.argv, "options": job.options}
+    if arguments.dry_run:
+        if arguments.json:
+            report.print_json(facts | {"environment": job.command.environment, "text": job.text})
+        else:
+            print(f"{job.text}\n{job.command.shell()}")
+        return 0
+    submission = submit.submit(job)
+    commands = submission.commands(job.command)
+    if submission.warnings:
+        print(submission.warnings, file=sys.stderr)
+    if arguments.json:
+        facts |= {"job": submission.job, "cluster": submission.cluster, "log": submission.log, **commands}
+        report.print_json({name.replace(" ", "_"): fact for name, fact in facts.items()})
+    else:
+        shown = {"script": str(job.script), "log": submission.log, **commands}
+        report.print_facts(f"job {submission.job} submitted", shown)
+    return 0
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measure an adapter on a recipe's evaluation examples."""
     from sparse_zero.recipe import load_recipe
