@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_convert,
         _add_inspect,
         _add_export,
+        _add_doctor,
     ):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
@@ -248,8 +249,23 @@ def _add_export(commands) -> argparse.ArgumentParser:
     return export
 
 
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML recipe, as in configs/")
+def _add_doctor(commands) -> argparse.ArgumentParser:
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine the hosts, the network and Slurm before a run",
+        description="Examine what a recipe's run needs of its hosts, and measure the links between its ranks;\n"
+        "without a recipe, of this machine. The exit status is 1 where something would make the run fail.",
+        epilog="examples:\n"
+        "  sparse-zero doctor\n"
+        "  sparse-zero doctor configs/demo.yaml launch.hostfile=hosts --no-ranks",
+    )
+    _add_recipe(doctor, nargs="?")
+    doctor.add_argument("--no-ranks", action="store_true", help="start no ranks, measure no links")
+    return doctor
+
+
+def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    command.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="a YAML recipe, as in configs/")
     command.add_argument(
         "overrides",
         nargs="*",

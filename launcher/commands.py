@@ -187,6 +187,21 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Examine what a run needs before it is started."""
+    from launcher import links
+    from launcher.doctor import examine
+    from sparse_zero.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    diagnosis = examine(recipe, arguments.recipe, with_ranks=not arguments.no_ranks)
+    if arguments.json:
+        report.print_json(diagnosis.to_json())
+    else:
+        report.print_diagnosis(diagnosis.findings, links.rows(diagnosis.measured) if diagnosis.measured else [])
+    return diagnosis.status
+
+
 def _adapter_directory(name: str) -> Path:
     """Refuses a mistyped path before torch is imported."""
     path = Path(name)

@@ -22,7 +22,7 @@ def check(recipe: Recipe) -> None:
         _check_port(recipe.launch.master_port)
     _check_output_directory(Path(str(recipe.training["output_dir"])))
     if isinstance(recipe.training.get("deepspeed"), str):
-        _check_json(Path(recipe.training["deepspeed"]))
+        check_json(Path(recipe.training["deepspeed"]))
 
 
 def _check_port(port: int | str) -> None:
@@ -38,7 +38,8 @@ def _check_output_directory(output: Path) -> None:
             return
 
 
-def _check_json(path: Path) -> None:
+def check_json(path: Path) -> None:
+    """Raises UserError: `training.deepspeed` is not JSON."""
     try:
         json.loads(path.read_text())
     except (OSError, ValueError) as error:

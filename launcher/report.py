@@ -96,6 +96,47 @@ def print_histogram(bars: Sequence[Mapping[str, Any]], width: int = 40) -> None:
     _print(table)
 
 
+def print_diagnosis(findings: Sequence[Any], links: Sequence[Mapping[str, Any]]) -> None:
+    """What `sparse-zero doctor` found, what is wrong last. Args: findings: launcher.findings.Finding; links: rows."""
+    _print_findings([finding for finding in findings if finding.severity == "ok"])
+    if links:
+        print()
+        print_rows(links)
+    problems = [finding for severity in ("warning", "error") for finding in findings if finding.severity == severity]
+    if problems:
+        print()
+        _print_findings(problems)
+    counts = {name: sum(finding.severity == name for finding in findings) for name in ("error", "warning")}
+    said = [f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count]
+    print(f"\n{' and '.join(said) if said else 'nothing is wrong'}")
+
+
+def _print_findings(findings: Sequence[Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    checks = [finding.check for finding in findings]
+    hosts: dict[tuple[str | None, ...], list[str]] = {}
+    for finding in sorted(findings, key=lambda finding: checks.index(finding.check)):
+        same = (finding.severity, finding.check, finding.message, finding.remedy)
+        hosts.setdefault(same, []).extend([finding.host] if finding.host else [])
+    table = Table(box=None, show_header=False, pad_edge=False)
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    for (severity, check, message, remedy), names in hosts.items():
+        shown = (
+            ", ".join(names)
+            if len(names) <= MOST_NAMES
+            else f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
+        )
+        told = Text(message if remedy is None else f"{message}\n-> {remedy}")
+        table.add_row(Text(severity, style=styles[severity]), check, Text(shown), told)
+    _print(table)
+
+
+MOST_NAMES = 4
+"""Hosts that say the same; of more, a line names these and counts the rest."""
+
+
 def print_notes(notes: Sequence[str]) -> None:
     """What a user must know beside the facts."""
     for note in notes:

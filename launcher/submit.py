@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher import sbatch_options
 from launcher.batch_script import batch_script
-from launcher.local import Command
+from launcher.command import Command
 from sparse_zero.errors import UserError
 from sparse_zero.launch_config import SlurmOptions
 from sparse_zero.recipe import Recipe, load_recipe

@@ -1,0 +1,159 @@
+"""How `sparse-zero doctor` gets every host's report: from this machine, by ssh, or by srun within a Slurm job."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.findings import Finding, error
+from launcher.host_report import MARK, Report
+from sparse_zero.launch_config import LaunchSection
+
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 120
+"""A first import of torch from a shared disk takes a minute."""
+SSH = (
+    *("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "LogLevel=ERROR"),
+    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+)
+_NO_DIRECTORY, _PROLOGUE_FAILED = 71, 72
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of asking one host: a report, or the reason why there is none."""
+
+    report: Report | None
+    problem: Finding | None = None
+    clock_offset: float = 0.0
+    """Seconds by which the host's clock is certainly ahead of this one's; negative: behind."""
+
+
+def ask_here(question: Mapping[str, Any], launch: LaunchSection) -> Answer:
+    """This machine's own report."""
+    environment = {**os.environ, **rank_environment(launch)}
+    return _ask("this machine", [sys.executable, "-m", "launcher.host_report", json.dumps(question)], environment)
+
+
+def ask_by_ssh(hosts: Sequence[str], questions: Sequence[Mapping[str, Any]], launch: LaunchSection) -> list[Answer]:
+    """The reports of `hosts`, asked at the same time."""
+    with ThreadPoolExecutor(max_workers=64) as pool:
+        commands = [
+            [*SSH, host, host_command(question, launch)] for host, question in zip(hosts, questions, strict=True)
+        ]
+        return list(pool.map(_ask, hosts, commands))
+
+
+def ask_by_srun(nodes: Sequence[str], question: Mapping[str, Any], launch: LaunchSection) -> list[Answer]:
+    """The reports of a Slurm job's nodes: one task on each."""
+    # --overlap: a batch script may be asking while its own step holds the job's cores.
+    srun = ["srun", "--overlap", f"--nodes={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+    before = time.time()
+    done = _run([*srun, "bash", "-c", _script(question, launch)])
+    after = time.time()
+    reports = {_node_name(report): report for report in _reports(done.stdout)}
+    return [
+        Answer(reports[node], clock_offset=clock_offset(before, *reports[node]["clock"], after))
+        if node in reports
+        else Answer(None, explain(node, done.returncode, done.stderr))
+        for node in nodes
+    ]
+
+
+def _node_name(report: Report) -> str:
+    return report["variables"].get("SLURMD_NODENAME", report["host"])
+
+
+def host_command(question: Mapping[str, Any], launch: LaunchSection) -> str:
+    """What to give to ssh: the report's command in this working directory, as the ranks would be started."""
+    return f"bash -c {shlex.quote(_script(question, launch))}"
+
+
+def _script(question: Mapping[str, Any], launch: LaunchSection) -> str:
+    variables = rank_environment(launch)
+    if "PYTHONPATH" in os.environ:
+        variables.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    python = [*launch.container, sys.executable, "-m", "launcher.host_report", json.dumps(question)]
+    lines = [f"cd {shlex.quote(str(Path.cwd()))} || exit {_NO_DIRECTORY}", *exports]
+    # What a prologue prints must not be taken for the answer; what it says on stderr explains its failure.
+    lines += [f"{{ {line}\n}} >/dev/null || exit {_PROLOGUE_FAILED}" for line in launch.prologue]
+    return "\n".join([*lines, f"exec {shlex.join(python)}"])
+
+
+def rank_environment(launch: LaunchSection) -> dict[str, str]:
+    """The variables that the recipe gives to every rank."""
+    values = {name: os.environ.get(name) if value is None else value for name, value in launch.environment.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _ask(host: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Answer:
+    before = time.time()
+    done = _run(command, environment)
+    after = time.time()
+    for report in _reports(done.stdout):
+        return Answer(report, clock_offset=clock_offset(before, *report["clock"], after))
+    return Answer(None, explain(host, done.returncode, done.stderr))
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+    options = {"env": environment, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    try:
+        return subprocess.run(command, timeout=ANSWER_SECONDS, errors="replace", **options)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no answer in {ANSWER_SECONDS} s")
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed here")
+
+
+def _reports(output: str) -> list[Report]:
+    """Those in what hosts have printed; login scripts may print around them."""
+    return [json.loads(line.partition(MARK)[2]) for line in output.splitlines() if MARK in line]
+
+
+def clock_offset(before: float, started: float, ended: float, after: float) -> float:
+    """How far, at least, a host's clock is from ours.
+
+    Args: before, after: when we asked and had the answer, by our clock; started, ended: when the host began and
+        finished answering, by its own. Its offset is between ended - after and started - before.
+    """
+    lowest, highest = ended - after, started - before
+    return 0.0 if lowest <= 0 <= highest else min(lowest, highest, key=abs)
+
+
+def explain(host: str, status: int, stderr: str) -> Finding:
+    """Why a host gave no report: the exit status and the last words of ssh, the shell or Python."""
+    said = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last = said[-1] if said else f"status {status}"
+    if status == 255:
+        return _explain_ssh(host, stderr.lower(), last)
+    if status == _NO_DIRECTORY:
+        remedy = "start from a directory that all hosts share, or copy it to each at the same path"
+        return error("reach", f"has no directory {Path.cwd()}", remedy, host)
+    if status == _PROLOGUE_FAILED:
+        return error("reach", f"a line of launch.prologue fails: {last}", "correct it, or the host", host)
+    if status in (126, 127):
+        python = f"{sys.executable} cannot be run: {last}"
+        return error("reach", python, "install the same environment there, or share its directory", host)
+    if "No module named" in stderr:
+        remedy = "install sparse-zero into that Python, at the same version"
+        return error("reach", f"{sys.executable}: {last}", remedy, host)
+    return error("reach", f"gave no report: {last}", "run there: python -m launcher.host_report '{}'", host)
+
+
+def _explain_ssh(host: str, said: str, last: str) -> Finding:
+    causes = {
+        "permission denied": f"let this user in without a password: ssh-copy-id {host}",
+        "host key verification": f"make its key known: ssh-keyscan {host} >> ~/.ssh/known_hosts",
+        "could not resolve": "correct the name in the hostfile, or add it to /etc/hosts or the DNS",
+    }
+    remedy = next((cure for words, cure in causes.items() if words in said), None)
+    remedy = remedy or f"see whether it is up and runs sshd: ssh {host} true"
+    return error("reach", f"ssh cannot get in: {last}", remedy, host)

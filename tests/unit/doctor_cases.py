@@ -1,0 +1,90 @@
+"""Hosts as `sparse-zero doctor` sees them: a report in which nothing is wrong, and ways to change it."""
+
+import copy
+from typing import Any
+
+from launcher.host_report import Report
+from sparse_zero.recipe import Recipe
+
+H100 = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30}
+
+GOOD: Report = {
+    "host": "n1",
+    "cores": 8,
+    "versions": {
+        "python": "3.11.7",
+        "sparse-zero": "0.1.0",
+        "torch": "2.13.0+cu130",
+        "deepspeed": "0.19.8",
+        "transformers": "5.23.0",
+        "accelerate": "1.15.0",
+        "datasets": "5.2.0",
+    },
+    "code": "c0de",
+    "tools": {"g++": "/usr/bin/g++", "ninja": "/usr/bin/ninja"},
+    "operators": ["cpu_adam", "deepspeed_shm_comm"],
+    "device_nodes": [f"/dev/nvidia{number}" for number in range(4)],
+    "driver": "nvidia 580.65",
+    "network": {
+        "name_resolves_to": ["10.0.0.1"],
+        "gloo_address": "10.0.0.1",
+        "interfaces": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]},
+        "routes": {"n1": {"address": "10.0.0.1", "interface": "eth0"}},
+    },
+    "variables": {},
+    "shared_memory_bytes": 2**34,
+    "port_is_free": None,
+    "files": {"recipe.yaml": "aa"},
+    "sources": {
+        "model.name": {
+            "name": "m",
+            "place": "directory",
+            "path": "/m",
+            "problem": None,
+            "content": "bb",
+            "scalars": 10**9,
+        },
+        "data.path": {"name": "d.csv", "place": "file", "path": "d.csv", "problem": None, "content": "cc"},
+    },
+    "output": {"existing": "/runs", "is_directory": True, "is_writable": True, "free_bytes": 2**40},
+    "marker_is_seen": True,
+    "torch": {
+        "kind": "cuda",
+        "devices": [H100] * 4,
+        "bf16": True,
+        "built_for": "CUDA 13.0",
+        "nccl": "2.28.9",
+        "gloo": True,
+    },
+    "clock": [100.0, 101.0],
+}
+
+NO_ACCELERATOR = {
+    "device_nodes": [],
+    "driver": None,
+    "torch": {"kind": None, "devices": [], "bf16": None, "built_for": "CPU", "nccl": None, "gloo": True},
+}
+
+
+def report(changes: dict[str, Any] | None = None) -> Report:
+    """GOOD, with `changes` by dotted keys: {"tools.ninja": None}."""
+    changed = copy.deepcopy(GOOD)
+    for key, value in (changes or {}).items():
+        # A package's name has no dot, a file's has.
+        *parents, leaf = key.split(".") if not key.startswith(("files.", "sources.")) else key.split(".", 1)
+        node = changed
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = {**node[leaf], **value} if isinstance(value, dict) and leaf in node else value
+    return changed
+
+
+def recipe(training: dict[str, Any] | None = None, **launch: Any) -> Recipe:
+    """A recipe with these keys of its launch section."""
+    sections = {
+        "model": {"name": "m"},
+        "data": {"path": "d.csv", "columns": {"text": "t", "label": "l"}},
+        "training": {"output_dir": "/runs/a", **(training or {})},
+        "launch": launch,
+    }
+    return Recipe.model_validate(sections)
