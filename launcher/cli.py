@@ -10,14 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from launcher import report
+from launcher.sbatch_options import split_words
 from sparse_zero.errors import UserError
 from sparse_zero.resumption import settle_resume
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `sparse-zero` command line and return its exit status."""
-    arguments = _parse(argv)
     try:
+        arguments = _parse(argv)
         # Imported after the parsing, so that a typing error does not wait for it.
         from launcher import commands
 
@@ -36,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    arguments, rest = build_parser().parse_known_args(settle_resume(sys.argv[1:] if argv is None else argv))
+    words = settle_resume(sys.argv[1:] if argv is None else argv)
+    options, words = split_words(words) if words[:1] == ["submit"] else ({}, words)
+    arguments, rest = build_parser().parse_known_args(words)
+    arguments.sbatch_options = options
     # argparse gives up on positional arguments that follow an option (`train RECIPE --merge key=value`).
     if hasattr(arguments, "overrides"):
         arguments.overrides += [word for word in rest if not word.startswith("-")]
@@ -60,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for add in (
         _add_train,
+        _add_submit,
         _add_evaluate,
         _add_merge,
         _add_combine,
@@ -100,6 +105,26 @@ def _add_train(commands) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the command that would start the ranks, start nothing"
     )
     return train
+
+
+def _add_submit(commands) -> argparse.ArgumentParser:
+    submit = commands.add_parser(
+        "submit",
+        help="submit a run as a job of Slurm",
+        usage="sparse-zero submit RECIPE [key=value ...] [--merge] [--dry-run] [--json] [--SBATCH-OPTION VALUE ...]",
+        description="Write a batch script beside the run, and submit it. Options of sbatch are given by their long\n"
+        "names, here or in the recipe's `launch.slurm`; what they leave open, the rest of the recipe says.\n"
+        "Before the time limit, and when it is preempted, the job saves a checkpoint and is queued again.",
+        epilog="examples:\n"
+        "  sparse-zero submit configs/demo.yaml --partition gpu --gres gpu:4 --time 04:00:00\n"
+        "  sparse-zero submit configs/demo.yaml training.seed=1 launch.nodes=2 --account=A --exclusive --dry-run",
+    )
+    _add_recipe(submit)
+    submit.add_argument("--merge", action="store_true", help="also write the merged model when training has ended")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the script and the command that would submit it, write nothing"
+    )
+    return submit
 
 
 def _add_evaluate(commands) -> argparse.ArgumentParser:

@@ -8,39 +8,76 @@ import sys
 from pathlib import Path
 
 from launcher import report
+from launcher.command import Command
 from sparse_zero.errors import UserError
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Start the ranks of a recipe and wait for them, or print the command that would."""
-    from launcher.local import training_command
+    from launcher import supervise, ways
+    from launcher.command import TRAINING_MODULE
     from sparse_zero.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.resume not in (None, "auto") and not Path(arguments.resume).is_dir():
         raise UserError(f"--resume {arguments.resume}: no such checkpoint")
-    command = training_command(recipe, arguments.recipe, arguments.overrides, arguments.merge, arguments.resume)
+    options = [
+        *(["--merge"] if arguments.merge else []),
+        *([f"--resume={arguments.resume}"] if arguments.resume else []),
+    ]
+    words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
     if arguments.dry_run:
-        if arguments.json:
-            report.print_json({"command": command.argv, "environment": command.environment})
-        else:
-            print(command.shell())
+        _show(ways.ranks_command(recipe, words), arguments.json)
         return 0
 
-    from launcher import preflight, processes
+    from launcher import preflight
 
     preflight.check(recipe)
     results = Path(str(recipe.training["output_dir"])) / "results.json"
     before = _identity(results)
-    stdout = sys.stderr if arguments.json else None
-    ending = processes.run(command, stdout, grace_seconds=recipe.launch.grace_seconds)
-    if ending.status > 128 and not ending.stopped:
+    ending = supervise.run(recipe, words, stdout=sys.stderr if arguments.json else None)
+    if ending.status > 128 and not ending.stopped and not ending.is_explained:
         report.say_error(_cause_of_death(ending.status - 128))
     if ending.status == 0 and arguments.json:
         if _identity(results) == before:
             raise UserError(f"{results}: the run has ended, but wrote no results")
         report.print_json(json.loads(results.read_text()))
     return ending.status
+
+
+def _show(command: Command, as_json: bool) -> None:
+    """The command that would start the ranks, and the files that it would read."""
+    if as_json:
+        report.print_json({"command": command.argv, "environment": command.environment, "files": command.files})
+        return
+    for name, text in command.files.items():
+        print(f"# {name}\n{text}")
+    print(command.shell())
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Submit a run as a job of Slurm, or print the script that would be."""
+    from launcher import submit
+
+    job = submit.plan(arguments.recipe, arguments.overrides, arguments.sbatch_options, arguments.merge)
+    facts = {"script": str(job.script), "command": job.command.argv, "options": job.options}
+    if arguments.dry_run:
+        if arguments.json:
+            report.print_json(facts | {"environment": job.command.environment, "text": job.text})
+        else:
+            print(f"{job.text}\n{job.command.shell()}")
+        return 0
+    submission = submit.submit(job)
+    commands = submission.commands(job.command)
+    if submission.warnings:
+        print(submission.warnings, file=sys.stderr)
+    if arguments.json:
+        facts |= {"job": submission.job, "cluster": submission.cluster, "log": submission.log, **commands}
+        report.print_json({name.replace(" ", "_"): fact for name, fact in facts.items()})
+    else:
+        shown = {"script": str(job.script), "log": submission.log, **commands}
+        report.print_facts(f"job {submission.job} submitted", shown)
+    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

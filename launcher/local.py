@@ -1,59 +1,40 @@
-"""The command that starts a recipe's ranks on this machine, through DeepSpeed's runner or torchrun."""
+"""The commands that start ranks on this machine: through DeepSpeed's runner, torchrun, or nothing at all."""
 
 import os
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import devices
-from sparse_zero.recipe import Recipe
-
-TRAINING_MODULE = "sparse_zero.train"
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line, and what it changes in this process's environment (None: the variable is removed)."""
-
-    argv: list[str]
-    environment: dict[str, str | None]
-
-    def shell(self) -> str:
-        """The same as one line for a shell."""
-        removed = [word for name, value in self.environment.items() if value is None for word in ("-u", name)]
-        assigned = [f"{name}={value}" for name, value in self.environment.items() if value is not None]
-        return shlex.join([*(["env", *removed] if removed else []), *assigned, *self.argv])
-
-    def environ(self) -> dict[str, str]:
-        """The whole environment of the command."""
-        changed = {**os.environ, **self.environment}
-        return {name: value for name, value in changed.items() if value is not None}
+from launcher.command import Command, rank_environment, wrapped
+from sparse_zero.launch_config import LaunchSection
 
 
-def training_command(
-    recipe: Recipe, path: str, overrides: Sequence[str] = (), merge: bool = False, resume: str | None = None
-) -> Command:
-    """What starts `recipe`, which was read from `path` with `overrides`.
+def local_command(launch: LaunchSection, words: list[str], use_cpu: bool, watch: str | None = None) -> Command:
+    """What starts `python -m words[0] words[1:]` on every rank of this machine.
 
     Raises UserError: more ranks than accelerators, devices that the launcher cannot address.
     """
-    accelerators = 0 if recipe.training.get("use_cpu") else devices.count_accelerators()
-    ranks = devices.count_ranks(recipe.launch.processes_per_node, accelerators)
-    options = [*(["--merge"] if merge else []), *([f"--resume={resume}"] if resume else [])]
-    training = [TRAINING_MODULE, path, *overrides, *options]
-    build = _deepspeed if recipe.launch.launcher == "deepspeed" else _torchrun
-    command = build(ranks, accelerators, recipe.launch.master_port, training)
-    if ranks > 1 and not accelerators and "OMP_NUM_THREADS" not in os.environ:
-        # Every rank's torch would otherwise start a thread for each core, and the ranks would fight for them.
-        command.environment["OMP_NUM_THREADS"] = str(max(1, devices.usable_cores() // ranks))
-    return command
+    accelerators = 0 if use_cpu else devices.count_accelerators()
+    ranks = devices.count_ranks(launch.processes_per_node, accelerators)
+    build = {"deepspeed": _deepspeed, "torchrun": _torchrun, "local": _plain}[launch.launcher]
+    command = build(ranks, accelerators, launch, words)
+    command.environment.update(rank_environment(launch, watch))
+    if ranks > 1 and not accelerators and "OMP_NUM_THREADS" not in {**os.environ, **command.environment}:
+        command.environment["OMP_NUM_THREADS"] = threads_per_rank(ranks)
+    return Command(wrapped(command.argv, launch), command.environment, world_size=ranks)
 
 
-def _deepspeed(ranks: int, accelerators: int, port: int | str, training: list[str]) -> Command:
+def threads_per_rank(ranks: int) -> str:
+    """Every rank's torch would otherwise start a thread for each core, and the ranks would fight for them."""
+    return str(max(1, devices.usable_cores() // ranks))
+
+
+def deepspeed_runner() -> list[str]:
     script = Path(sys.executable).with_name("deepspeed")
-    runner = [str(script)] if script.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [str(script)] if script.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def _deepspeed(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:
     environment: dict[str, str | None] = {}
     where = ["--num_gpus", str(ranks)]
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
@@ -65,23 +46,33 @@ def _deepspeed(ranks: int, accelerators: int, port: int | str, training: list[st
     if not accelerators and "DS_ACCELERATOR" not in os.environ:
         # Left to detect it, every process prints a warning that there is no GPU.
         environment["DS_ACCELERATOR"] = "cpu"
-    return Command(
-        argv=[
-            *runner,
-            *where,
-            *("--master_port", str(devices.free_port() if port == "auto" else port)),
-            # The default, /job/hostfile, would send the ranks to the hosts that a cluster's scheduler lists there.
-            *("--hostfile", os.devnull),
-            # "error" still prints a line for a rank that ends with an error, which the rank has reported itself.
-            *("--log_level", "critical"),
-            "--module",
-            *training,
-        ],
-        environment=environment,
-    )
+    argv = [
+        *deepspeed_runner(),
+        *where,
+        *("--master_port", str(settle_port(launch))),
+        # The default, /job/hostfile, would send the ranks to the hosts that a cluster's scheduler lists there.
+        *("--hostfile", os.devnull),
+        # "error" still prints a line for a rank that ends with an error, which the rank has reported itself.
+        *("--log_level", "critical"),
+        "--module",
+        *words,
+    ]
+    return Command(argv, environment)
 
 
-def _torchrun(ranks: int, accelerators: int, port: int | str, training: list[str]) -> Command:
+def _torchrun(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:
+    port = launch.master_port
     meeting = ["--standalone"] if port == "auto" else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    argv = [sys.executable, "-m", "launcher.torchrun", *meeting, "--nproc-per-node", str(ranks), "-m", *training]
-    return Command(argv=argv, environment={})
+    argv = [sys.executable, "-m", "launcher.torchrun", *meeting, "--nproc-per-node", str(ranks), "-m", *words]
+    return Command(argv)
+
+
+def _plain(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:
+    port = ["--master-port", str(settle_port(launch))]
+    argv = [sys.executable, "-m", "launcher.ranks", "--processes", str(ranks), *port, "-m", *words]
+    return Command(argv)
+
+
+def settle_port(launch: LaunchSection) -> int:
+    """A free port of this machine where the recipe leaves the choice."""
+    return devices.free_port() if launch.master_port == "auto" else int(launch.master_port)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launcher import devices
+from launcher import devices, supervise, ways
 from sparse_zero import package
 from sparse_zero.errors import UserError
 from sparse_zero.recipe import Recipe
@@ -11,22 +11,22 @@ from sparse_zero.recipe import Recipe
 
 def check(recipe: Recipe) -> None:
     """Raises UserError: a package that is not installed, a DeepSpeed file that is not JSON, an output directory
-    that is a file, a port that is taken.
+    that is a file, a port that is taken, a launcher that is not installed, a host that cannot be reached.
     """
     for address in (recipe.model.name, recipe.model.tokenizer, recipe.data.path):
         package.resolve(address or "")
-    _check_port(recipe.launch.master_port)
+    ways.check_programs(recipe)
+    if recipe.launch.hostfile:
+        supervise.check_hosts(recipe)
+    elif recipe.launch.launcher != "slurm":
+        _check_port(recipe.launch.master_port)
     _check_output_directory(Path(str(recipe.training["output_dir"])))
     if isinstance(recipe.training.get("deepspeed"), str):
         check_json(Path(recipe.training["deepspeed"]))
 
 
 def _check_port(port: int | str) -> None:
-    if port == "auto":
-        return
-    if not 0 < int(port) < 2**16:
-        raise UserError(f"launch.master_port: {port} is no port; give 1 to 65535, or auto")
-    if not devices.port_is_free(int(port)):
+    if port != "auto" and not devices.port_is_free(int(port)):
         raise UserError(f"launch.master_port: {port} is in use on this machine; give another, or auto")
 
 

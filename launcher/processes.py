@@ -9,6 +9,7 @@ among all its descendants.
 import contextlib
 import ctypes
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,17 @@ from typing import NamedTuple, TextIO
 
 import psutil
 
-from launcher import local
+from launcher import command as commands
+from launcher.command import Command
+from sparse_zero.errors import UserError
+from sparse_zero.roll_call import RollCall
 from sparse_zero.stopping import STOPPED
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0
 """From the first signal to the last."""
+VERDICT_SECONDS = 15.0
+"""How long ranks may take to end that have been told to end at once."""
 LAUNCHER_SECONDS = 10.0
 """How long a launcher may take to see that its ranks have ended; DeepSpeed's looks once in a second."""
 
@@ -34,34 +40,56 @@ class Ending(NamedTuple):
     """The exit status of a rank; 128 + n where signal n ended it, or ended this command; STOPPED where the ranks were
     told to end and saved what they had."""
     stopped: bool
-    """Whether this process was told to stop."""
+    """Whether the run was told to stop."""
+    is_explained: bool = False
+    """Whether the user has been told why."""
 
 
-def run(command: local.Command, stdout: TextIO | None = None, grace_seconds: float = GRACE_SECONDS) -> Ending:
+def run(
+    command: Command, roll: RollCall, stdout: TextIO | None = None, grace_seconds: float = GRACE_SECONDS
+) -> Ending:
     """Run `command` to its end, and end all its processes when this one gets SIGINT, SIGTERM or SIGHUP.
 
-    The first signal reaches each rank once, as SIGTERM; after `grace_seconds`, or at a second signal, whatever is
-    left is killed. SIGUSR1, the warning that a scheduler gives, is passed on, and nothing is killed for it.
+    The ranks of all hosts hear of the first signal through `roll`, or as SIGTERM where they have not come to it yet;
+    after `grace_seconds`, or at a second signal, whatever is left is killed. SIGUSR1, the warning that a scheduler
+    gives, is passed on likewise, and nothing is killed for it. When the roll has a verdict, the ranks end by
+    themselves, and the launcher that does not see it is killed.
+
     Takes every descendant of this process for its own: call it from the command line only.
     """
     _adopt_orphans()
     with _signals() as (received, warnings):
         # In a session of its own it does not see the terminal's Ctrl-C, which ends each Python with a traceback.
-        process = subprocess.Popen(command.argv, env=command.environ(), stdout=stdout, start_new_session=True)
+        process = _start(command, stdout)
         warned: set[psutil.Process] = set()
-        while process.poll() is None and not received:
+        while process.poll() is None and not received and roll.verdict is None:
             time.sleep(POLL_SECONDS)
             if warnings:
-                _warn(warned)
-        orphans = [] if received else _ranks(_descendants())
-        _end_descendants(received, grace_seconds)
+                roll.ask_to_stop()
+                _warn(warned, roll)
+        if received:
+            roll.ask_to_stop()
+        orphans = [] if received or roll.verdict else _ranks(_descendants())
+        patience = VERDICT_SECONDS if roll.verdict else grace_seconds
+        _end_descendants(received, roll, patience)
     status = exit_status(process.wait())
+    verdict = roll.conclude()
     if status == STOPPED:
         return Ending(status, stopped=True)
     if received:
         return Ending(128 + received[0], stopped=True)
+    if verdict is not None:
+        # A launcher may have a status of its own for a rank that a signal has ended.
+        return Ending(status if status > 128 else verdict.status, stopped=not verdict.is_error, is_explained=True)
     # DeepSpeed's runner reports success when the launcher below it was killed.
     return Ending(1 if orphans and status == 0 else status, stopped=False)
+
+
+def _start(command: Command, stdout: TextIO | None) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(command.argv, env=command.environ(), stdout=stdout, start_new_session=True)
+    except OSError as error:
+        raise UserError(f"{command.argv[0]}: {error.strerror}") from None
 
 
 def exit_status(returncode: int) -> int:
@@ -74,33 +102,45 @@ def exit_status(returncode: int) -> int:
     return 128 + 256 - returncode if 192 <= returncode < 255 else returncode
 
 
-def _end_descendants(received: list[int], grace_seconds: float) -> None:
-    deadline = time.monotonic() + grace_seconds
+def _end_descendants(received: list[int], roll: RollCall, patience_seconds: float) -> None:
+    deadline = time.monotonic() + patience_seconds
     told: set[psutil.Process] = set()
-    launchers_deadline = 0.0
+    # One that has not seen the failure yet is about to; one that has started no rank yet need not.
+    launchers_deadline = time.monotonic() + LAUNCHER_SECONDS if roll.verdict else 0.0
     while alive := _descendants():
         now = time.monotonic()
         ranks = _ranks(alive)
         if len(received) > 1 or now > deadline:
+            roll.end("killed")
             for process in alive:
                 _send(process, signal.SIGKILL)
         # The launchers are spared while there are ranks: they would cut the ranks' time to save their work. Then they
         # are given time to see with what status the ranks have ended.
-        elif ranks or now > launchers_deadline:
-            for process in set(ranks or alive) - told:
+        elif ranks:
+            for process in set(_strangers(ranks, roll)) - told:
                 _send(process, signal.SIGTERM)
                 told.add(process)
-        if ranks:
+        elif not roll.is_anybody_there and now > launchers_deadline:
+            for process in set(alive) - told:
+                _send(process, signal.SIGTERM)
+                told.add(process)
+        if ranks or roll.is_anybody_there:
             launchers_deadline = now + LAUNCHER_SECONDS
         time.sleep(POLL_SECONDS)
 
 
-def _warn(warned: set[psutil.Process]) -> None:
+def _warn(warned: set[psutil.Process], roll: RollCall) -> None:
     """Pass SIGUSR1 on to each rank once, as soon as the rank has a handler for it: without one it would die."""
-    for process in set(_ranks(_descendants())) - warned:
+    for process in set(_strangers(_ranks(_descendants()), roll)) - warned:
         if _handles(process, signal.SIGUSR1):
             _send(process, signal.SIGUSR1)
             warned.add(process)
+
+
+def _strangers(ranks: Iterable[psutil.Process], roll: RollCall) -> list[psutil.Process]:
+    """Those of `ranks` that have not come to the roll call, where they would have heard what is asked of them."""
+    members = roll.pids(socket.gethostname())
+    return [rank for rank in ranks if rank.pid not in members]
 
 
 def _handles(process: psutil.Process, signum: int) -> bool:
@@ -117,7 +157,7 @@ def _ranks(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     ranks = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline()[1:4] == ["-u", "-m", local.TRAINING_MODULE]:
+            if process.cmdline()[1:4] == ["-u", "-m", commands.TRAINING_MODULE]:
                 ranks[process] = process.ppid()
     pids = {rank.pid for rank in ranks}
     return [rank for rank, parent in ranks.items() if parent not in pids]

@@ -127,8 +127,8 @@ def _choose_device(placement: Placement) -> torch.device | None:
         os.environ["LOCAL_RANK"] = "0"
     elif placement.local_world_size > count:
         raise UserError(
-            f"launch.processes_per_node: {placement.local_world_size} ranks on {socket.gethostname()}, which has {count} "
-            f"accelerators; start at most {count} there, or set training.use_cpu=true"
+            f"launch.processes_per_node: {placement.local_world_size} ranks on {socket.gethostname()}, which has "
+            f"{count} accelerators; start at most {count} there, or set training.use_cpu=true"
         )
     torch.accelerator.set_device_index(index)
     return torch.device(torch.accelerator.current_accelerator().type, index)

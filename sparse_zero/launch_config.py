@@ -29,6 +29,8 @@ class LaunchSection(BaseModel):
     master_port: int | Literal["auto"] = "auto"
     multinode: Literal["pdsh", "openmpi"] = "pdsh"
     """What DeepSpeed's runner starts the other hosts' ranks with."""
+    launcher_args: list[str] = []
+    """More options for `mpirun`, torchrun, or what DeepSpeed's runner starts: [--mca, btl_tcp_if_include, ib0]."""
     environment: dict[str, str | None] = {}
     """Variables for every rank on every host; without a value: as this process has it."""
     prologue: list[str] = []
@@ -74,6 +76,13 @@ class LaunchSection(BaseModel):
             raise ValueError("include and exclude cannot be given together")
         if self.container and self.launcher == "deepspeed":
             raise ValueError("container: DeepSpeed's runner starts no containers; choose slurm, mpi or torchrun")
+        if self.prologue and self.launcher == "deepspeed" and self.hostfile:
+            raise ValueError("prologue: DeepSpeed's runner runs none on other hosts; choose slurm, mpi or torchrun")
+        if self.nodes not in ("auto", 1) and not self.hostfile and self.launcher in ("deepspeed", "mpi", "torchrun"):
+            raise ValueError(
+                f"hostfile: {self.nodes} nodes need one with the {self.launcher} launcher; in a Slurm job choose "
+                "launcher: slurm"
+            )
         if self.min_nodes is not None and self.nodes != "auto" and self.min_nodes > self.nodes:
             raise ValueError(f"min_nodes: {self.min_nodes} is more than nodes: {self.nodes}")
         return self

@@ -158,5 +158,9 @@ def join_launcher(placement: Placement, me: Member, stop: StopRequest, **setting
 
 def announce(verdict: Verdict) -> None:
     """Print a verdict for the user: the traceback that it began with, and the line that says what and where."""
-    sys.stderr.write(f"{verdict.traceback}sparse-zero: {'error: ' if verdict.is_error else ''}{verdict.message}\n")
+    # A terminal's last line may be a progress bar.
+    start = "\n" if sys.stderr.isatty() else ""
+    sys.stderr.write(
+        f"{start}{verdict.traceback}sparse-zero: {'error: ' if verdict.is_error else ''}{verdict.message}\n"
+    )
     sys.stderr.flush()

@@ -155,6 +155,12 @@ class RollCall:
         with self._lock:
             self._pronounce(Verdict(message, status, ()))
 
+    def conclude(self) -> Verdict | None:
+        """The verdict, after a moment where one is pending."""
+        while self._verdict_at is not None:
+            time.sleep(0.01)
+        return self.verdict
+
     def close(self) -> None:
         """Say goodbye, so that no rank takes the end of this process for a failure."""
         self._is_closing = True
@@ -188,12 +194,12 @@ class RollCall:
                 for rank in [rank for rank in expected if rank not in self.members]:
                     self._note(Trouble(rank, "absence"))
             if self._verdict_at is not None and now >= self._verdict_at:
-                self._verdict_at = None
                 absent = all(trouble.kind == "absence" for trouble in self._troubles)
                 seconds = self._arrival_seconds if absent else self._silence_seconds
                 verdict = judge(self._troubles, self.members, seconds or 0)
                 self._announce(verdict)
                 self._pronounce(verdict)
+                self._verdict_at = None
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ STOPPED = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_SAME_REQUEST_SECONDS = 0.5
+_SAME_REQUEST_SECONDS = 1.5
 """A scheduler may signal the launcher and its ranks at once, and the launcher passes on what it got."""
 
 

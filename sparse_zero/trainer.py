@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from sparse_zero.adapter import save_adapter
 from sparse_zero.checkpointed_trainer import CheckpointedTrainer
+from sparse_zero.curves import RunCurves
 from sparse_zero.model import sparsity_of
+from sparse_zero.progress import JobProgress
 
 Forward = Callable[[], torch.Tensor]
 Backward = Callable[[torch.Tensor, bool], None]
@@ -33,10 +37,23 @@ class SparseTrainer(CheckpointedTrainer):
         # the Trainer would still multiply by the number of ranks, in the gradient too.
         if not self._loss_shifts_labels:
             self.model_accepts_loss_kwargs = False
+        self._progress_shown = JobProgress()
+        self._replace_callback(ProgressCallback, self._progress_shown)
+        self._replace_callback(PrinterCallback, self._progress_shown)
+        if "tensorboard" in self.args.report_to:
+            self._replace_callback(TensorBoardCallback, RunCurves(lambda: self._writer.run))
+
+    def _replace_callback(self, stock: type[TrainerCallback], ours: TrainerCallback) -> None:
+        """In the place of the Trainer's own; a notebook's stays."""
+        callbacks = self.callback_handler.callbacks
+        index = next((index for index, callback in enumerate(callbacks) if type(callback) is stock), None)
+        if index is not None:
+            callbacks[index] = ours
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
+        self._progress_shown.count(inputs)
         if self.objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ranks import Run, run_ranks
 from recipes import write_recipe
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score, matthews_corrcoef
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainer_cases import zero_config
 from transformers import AutoTokenizer
 
@@ -53,7 +55,7 @@ def trained(
     task, config, training = WAYS[request.param]
     directory = tmp_path_factory.mktemp(request.param)
     (directory / "zero.json").write_text(json.dumps(config))
-    training = training | {"deepspeed": "zero.json"}
+    training = training | {"deepspeed": "zero.json", "report_to": "tensorboard", "logging_steps": 4}
     recipe = write_recipe(directory / "run.yaml", bases[task], task, data, training=training)
     run = run_ranks(2, "sparse_zero.train", recipe, "--merge", launcher=request.param)
     return Trained(task, bases[task], recipe, run, directory / "run")
@@ -90,6 +92,14 @@ def _completion_losses(model: torch.nn.Module, tokenizer: Any, row: dict[str, st
 
 def test_the_run_leaves_no_process(trained: Trained) -> None:
     assert trained.run.left_over == []
+
+
+def test_rank_0_tells_the_progress_of_all(trained: Trained) -> None:
+    lines = re.findall(r"step (\d+)/16  loss .*samples/s .*tokens/s .*eta", trained.run.output)
+    assert lines == ["4", "8", "12", "16"]
+    (directory,) = Path(trained.results["paths"]["logs"]).iterdir()
+    losses = EventAccumulator(str(directory)).Reload().Scalars("train/loss")
+    assert [loss.step for loss in losses] == [4, 8, 12, 16]
 
 
 def test_results_describe_the_run(trained: Trained) -> None:
