@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from launcher.findings import Finding, error, ok, warning
-from launcher.local import Command
+from launcher.command import Command
 from launcher.report import readable
 from sparse_zero.probe import MARK, SMALL_BYTES, pairs
 
