@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from launcher.findings import Finding, error, ok, warning
 from launcher.command import Command
+from launcher.findings import Finding, error, ok, warning
 from launcher.report import readable
 from sparse_zero.probe import MARK, SMALL_BYTES, pairs
 
