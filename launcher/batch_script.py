@@ -28,8 +28,8 @@ job=$SLURM_JOB_ID
 # The plain number of one task of an array stands for the whole array.
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
-# What is asked of this script is asked of the run as USR1: save, and end. A TERM would be the second where Slurm has sent
-# one to every process, and a second one means to end at once.
+# The run is told to save and end by USR1 only. Slurm sends TERM to every process of a job that it ends, and the second
+# TERM would tell the run not to wait for its ranks.
 asked= run= early=
 pass_on() {
     asked=$1
