@@ -122,7 +122,8 @@ def _end_descendants(received: list[int], roll: RollCall, patience_seconds: floa
                 told.add(process)
         elif not roll.is_anybody_there and now > launchers_deadline:
             for process in set(alive) - told:
-                _send(process, signal.SIGTERM)
+                # A launcher that waits for a lost host would try to clean up there.
+                _send(process, signal.SIGKILL if roll.verdict else signal.SIGTERM)
                 told.add(process)
         if ranks or roll.is_anybody_there:
             launchers_deadline = now + LAUNCHER_SECONDS

@@ -290,12 +290,15 @@ class Host:
         return found
 
     def strays(self) -> list[psutil.Process]:
-        """The processes that are none of the host's services. A session of sshd is one, the listening sshd is not."""
+        """The processes that are none of the host's services, nor sshd's sessions that run nothing any more: one whose
+        client's host is gone learns of it after hours.
+        """
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 name = process.name()
-                if name not in SERVICES and not (name == "sshd" and process.ppid() == self._init.pid):
+                is_idle = name == "sshd" and not process.children()
+                if name not in SERVICES and not is_idle and not (name == "sshd" and process.ppid() == self._init.pid):
                     found.append(process)
         return found
 

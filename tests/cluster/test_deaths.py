@@ -1,0 +1,163 @@
+"""A rank, a host or a cable goes: every other rank ends within a minute, and one message says which and where."""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from lab import Hosts, need
+from on_host import Command, wait_until
+from workload import Workload, losses
+
+pytestmark = pytest.mark.cluster
+
+SECONDS = 60
+"""How long the last rank may take to end."""
+SILENCE = 6
+LAST_STEP = 300
+
+WAYS = {
+    "deepspeed": ("pdsh", ["sparse-zero", "train"], ["launcher=deepspeed", "hostfile=HOSTFILE"]),
+    "mpi": ("mpi", ["sparse-zero", "train"], ["launcher=mpi", "hostfile=HOSTFILE"]),
+    "torchrun": ("pdsh", ["sparse-zero", "train"], ["launcher=torchrun", "hostfile=HOSTFILE"]),
+    "slurm": ("slurm", ["sparse-zero", "train"], ["launcher=slurm", "nodes=2"]),
+    "srun by hand": ("slurm", ["srun", "-N2", "--ntasks-per-node=1", "python", "-m", "sparse_zero.train"], []),
+}
+"""By way: the part of the lab that it needs, the command, and keys of `launch`."""
+
+
+def ranks_on(hosts: Hosts, name: str) -> list[psutil.Process]:
+    """The ranks themselves, without the launchers, whose command lines name the same module."""
+    found = []
+    for process in hosts[name].processes("sparse_zero.train"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = [word for word in process.cmdline()[1:4] if word != "-u"]
+            if words[:2] == ["-m", "sparse_zero.train"] and "python" in process.name():
+                found.append(process)
+    return found
+
+
+def kill_rank(hosts: Hosts, name: str) -> None:
+    [rank] = ranks_on(hosts, name)
+    rank.kill()
+
+
+def kill_everything(hosts: Hosts, name: str) -> None:
+    for process in hosts[name].strays():
+        process.kill()
+
+
+def cut(hosts: Hosts, name: str) -> None:
+    hosts[name].unplug()
+
+
+def power_off(hosts: Hosts, name: str) -> None:
+    hosts[name].kill()
+
+
+@pytest.fixture
+def start(
+    request: pytest.FixtureRequest, hosts: Hosts, workload: Workload, tmp_path: Path
+) -> Callable[..., tuple[Command, Path]]:
+    """Starts a long run on n1 and n2 and waits until it has a checkpoint. Returns: the command, its output."""
+
+    def start(way: str, *keys: str) -> tuple[Command, Path]:
+        part, command, launch = WAYS[way]
+        need(part)
+        if part == "slurm":
+            request.getfixturevalue("slurm")
+        (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+        output = tmp_path / "out"
+        words = [f"launch.{key.replace('HOSTFILE', str(tmp_path / 'hosts'))}" for key in launch]
+        training = ["training.save_steps=20", "training.save_total_limit=2", f"training.max_steps={LAST_STEP}"]
+        words += [f"training.output_dir={output}", *(f"training.{key.partition('.')[2]}" for key in training)]
+        words += [f"launch.silence_seconds={SILENCE}", *keys]
+        run = hosts["n1"].start(*command, workload.recipe, *words, cwd=tmp_path)
+
+        def has_saved() -> bool:
+            assert run.status is None, f"{run}\nended ({run.status}); it printed\n{run.output}"
+            return any(output.glob("checkpoint-*/manifest.json"))
+
+        wait_until(has_saved, 120, f"{run} has saved")
+        return run, output
+
+    return start
+
+
+def end(run: Command, hosts: Hosts, since: float) -> tuple[int, str]:
+    """Status and output of a run whose ranks are all gone in time, on every host that still runs."""
+    run.wait(SECONDS, status=None)
+    wait_until(lambda: not any(ranks_on(hosts, name) for name in hosts), SECONDS, "all ranks have ended")
+    assert time.monotonic() - since < SECONDS
+    return run.status, run.output
+
+
+@pytest.mark.parametrize(
+    ("way", "harm", "victim", "said"),
+    [
+        ("deepspeed", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
+        ("mpi", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
+        ("torchrun", kill_everything, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
+        ("slurm", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
+        ("srun by hand", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
+        ("srun by hand", kill_rank, "n1", r"rank 0 on n1 died without a word"),
+        ("deepspeed", cut, "n2", rf"n2 \(rank 1\) has not answered for {SILENCE} s"),
+        ("torchrun", power_off, "n2", rf"n2 \(rank 1\) has not answered for {SILENCE} s"),
+    ],
+)
+def test_all_ranks_end_with_one_message(
+    way: str, harm: Callable[[Hosts, str], None], victim: str, said: str, hosts: Hosts, start: Callable
+) -> None:
+    run, output = start(way)
+    since = time.monotonic()
+    harm(hosts, victim)
+    status, printed = end(run, hosts, since)
+    assert status not in (0, 2, 75)
+    assert len(re.findall(r"sparse-zero: error: ", printed)) == 1, printed
+    assert re.search(rf"sparse-zero: error: {said}", printed), printed
+    if victim == "n2":
+        assert f"its log is {output}/logs/rank-00001.log" in printed
+    assert "Traceback" not in printed
+    print(f"{way}, {harm.__name__}: all ranks gone after {time.monotonic() - since:.1f} s")
+
+
+def test_the_run_starts_again_on_the_host_that_is_left(hosts: Hosts, start: Callable) -> None:
+    run, output = start("deepspeed", "launch.max_restarts=2", "launch.min_nodes=1")
+    hosts["n2"].unplug()
+    run.wait(120)
+    assert re.search(r"sparse-zero: error: n2 \(rank 1\) has not answered", run.output)
+    assert "sparse-zero: starting again on n1 (restart 1 of 2)" in run.output
+    assert re.search(r"resuming from .*checkpoint-\d+ \(step \d+, saved on 2 ranks\)", run.output)
+    assert json.loads((output / "results.json").read_text())["world_size"] == 1
+    assert max(losses(output)) == LAST_STEP
+
+
+def test_the_run_starts_again_on_all_hosts_after_a_rank_died(hosts: Hosts, start: Callable) -> None:
+    run, output = start("mpi", "launch.max_restarts=1")
+    kill_rank(hosts, "n2")
+    run.wait(120)
+    assert "sparse-zero: starting again on n1, n2 (restart 1 of 1)" in run.output
+    assert json.loads((output / "results.json").read_text())["world_size"] == 2
+    assert max(losses(output)) == LAST_STEP
+
+
+def test_killing_the_command_ends_the_ranks_of_all_hosts_and_saves(hosts: Hosts, start: Callable) -> None:
+    run, output = start("torchrun")
+    since = time.monotonic()
+    run.process.kill()
+    end(run, hosts, since)
+    newest = max(int(path.parent.name.partition("-")[2]) for path in output.glob("checkpoint-*/manifest.json"))
+    assert newest % 20, "a checkpoint that is no regular one: saved when the command was gone"
+
+
+def test_a_signal_to_one_rank_stops_all_and_saves(hosts: Hosts, start: Callable) -> None:
+    run, _ = start("deepspeed")
+    [rank] = ranks_on(hosts, "n2")
+    rank.terminate()
+    run.wait(SECONDS, status=75)
+    assert run.output.count("sparse-zero: stopped at step") == 1
+    assert "sparse-zero: error" not in run.output

@@ -1,0 +1,79 @@
+"""Jobs of Slurm that are warned, queued again or cancelled: nothing is lost, nothing is left."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from lab import Hosts, need
+from lab_slurm import Slurm
+from on_host import wait_until
+from workload import Workload, losses
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def long_losses(hosts: Hosts, workload: Workload) -> dict[int, float]:
+    """The losses of a run of STEPS steps that nothing disturbs, on two ranks of one host."""
+    output = workload.directory / "undisturbed"
+    words = [f"training.output_dir={output}", f"training.max_steps={STEPS}", f"training.save_steps={STEPS}"]
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", 2, "-m", "sparse_zero.train"]
+    hosts["n1"].run(*torchrun, workload.recipe, *words, timeout=180)
+    return losses(output)
+
+
+class Submitted:
+    """A job of two nodes that the product has submitted and that trains."""
+
+    def __init__(self, slurm: Slurm, workload: Workload, directory: Path, save_steps: int) -> None:
+        need("slurm")
+        self.output, self.slurm = directory / "out", slurm
+        words = [f"training.output_dir={self.output}", f"training.max_steps={STEPS}", "launch.nodes=2"]
+        words += [f"training.save_steps={save_steps}", "training.save_total_limit=2", "--partition=main"]
+        said = slurm.run("sparse-zero", "submit", workload.recipe, *words, "--json", cwd=directory).output
+        self.number = int(json.loads(said[said.index("{") :])["job"])
+
+    def wait_for_step(self, step: int) -> None:
+        def trains() -> bool:
+            steps = re.findall(r"step (\d+)/", self.slurm.output(self.number))
+            return any(int(each) >= step for each in steps)
+
+        wait_until(trains, 120, f"job {self.number} trains: {self.slurm.output(self.number)}")
+
+    def restarts(self) -> int:
+        return int(self.slurm.job(self.number)["Restarts"])
+
+
+@pytest.mark.parametrize("how", ["warning before the time limit", "scontrol requeue"])
+def test_a_job_that_is_queued_again_goes_on_as_if_nothing_had_been(
+    how: str, slurm: Slurm, workload: Workload, tmp_path: Path, long_losses: dict[int, float]
+) -> None:
+    warned = how.startswith("warning")
+    job = Submitted(slurm, workload, tmp_path, save_steps=STEPS if warned else 25)
+    job.wait_for_step(60)
+    if warned:
+        # What --signal=B:USR1@120 sends
+        slurm.cancel(job.number, "--batch", "--signal=USR1")
+    else:
+        slurm.run("scontrol", "requeue", job.number)
+    slurm.wait(job.number, 180)
+    printed = slurm.output(job.number)
+    assert job.restarts() == 1, printed
+    assert re.search(r"resuming from \S*checkpoint-\d+ \(step \d+, saved on 2 ranks\)", printed), printed
+    # The same numbers, and the curve has each step once.
+    assert losses(job.output) == long_losses
+    runs = {event.parent for event in (job.output / "runs").rglob("events.out.tfevents.*")}
+    assert len(runs) == 1, "TensorBoard shows one curve"
+
+
+def test_a_cancelled_job_leaves_no_process(slurm: Slurm, hosts: Hosts, workload: Workload, tmp_path: Path) -> None:
+    job = Submitted(slurm, workload, tmp_path, save_steps=STEPS)
+    job.wait_for_step(10)
+    assert hosts["n2"].processes("sparse_zero.train")
+    slurm.cancel(job.number)
+    assert slurm.wait(job.number, 60, state="CANCELLED")["Restarts"] == "0"
+    for name in slurm.names:
+        wait_until(lambda name=name: not hosts[name].processes("sparse_zero"), 30, f"nothing is left on {name}")
