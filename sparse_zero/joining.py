@@ -4,10 +4,10 @@ This comes first, before the imports, data and model that take minutes, so that 
 noticed too.
 """
 
+import json
 import os
 import socket
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,26 +23,64 @@ from sparse_zero.stopping import StopRequest
 from sparse_zero.verdict import Member, Verdict
 
 
+def open_store(placement: Placement, rendezvous_seconds: float = 300) -> dist.Store:
+    """The store at which all ranks meet, kept by rank 0, or by torchrun's agent.
+
+    Raises UserError: rank 0's port is taken; rank 0 cannot be reached.
+    """
+    if placement.world_size > placement.local_world_size:
+        _choose_interface(placement.master_addr)
+    # torchrun's agent keeps a store already, and keeps it over its restarts.
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            placement.master_addr,
+            placement.master_port,
+            is_master=placement.rank == 0 and not has_agent,
+            timeout=timedelta(seconds=rendezvous_seconds),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {placement.master_port} on {socket.gethostname()}, where the ranks meet, is in use by another "
+                "program; give launch.master_port (or MASTER_PORT) another, or auto"
+            ) from None
+        raise UserError(
+            f"rank {placement.rank} on {socket.gethostname()} cannot reach rank 0 at "
+            f"{placement.master_addr}:{placement.master_port} within {rendezvous_seconds:g} s "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+    return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def meet(
+    store: dist.Store,
     placement: Placement,
     use_cpu: bool,
     backend: str | None = None,
+    facts: Mapping[str, str] | None = None,
+    nodes: int | None = None,
     rendezvous_seconds: float = 300,
     timeout_seconds: float = 1800,
-) -> dist.Store:
+) -> None:
     """Start torch's process group. Collective.
 
-    Args: backend: None: the one of this machine's accelerator; timeout_seconds: of the group's collectives.
+    Args:
+        backend: None: the one of this machine's accelerator.
+        facts: what must be the same on all ranks, by its name.
+        nodes: how many hosts the ranks must be on; None: any number.
+        timeout_seconds: of the group's collectives.
 
-    Raises UserError: rank 0's port is taken; rank 0 cannot be reached; some rank (it says which) did not come.
+    Raises UserError: some rank (it says which) did not come, or differs; ranks on other than `nodes` hosts.
     """
     device = None if use_cpu else _choose_device(placement)
     if backend is None:
         backend = "gloo" if device is None else dist.get_default_backend_for_device(device)
-    if placement.world_size > placement.local_world_size:
-        _choose_interface(placement.master_addr)
-    store = _store(placement, rendezvous_seconds)
-    _wait_for_all(store, placement, rendezvous_seconds)
+    store.set(f"came/{placement.rank}", json.dumps([socket.gethostname(), dict(facts or {})]))
+    if placement.rank == 0:
+        came = _wait_for_all(store, placement, rendezvous_seconds)
+        check_alike(came, nodes)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
@@ -50,7 +88,24 @@ def meet(
         world_size=placement.world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    return store
+
+
+def check_alike(came: Sequence[tuple[str, Mapping[str, str]]], nodes: int | None) -> None:
+    """Args: came: the host and the facts of each rank. Raises UserError: see meet."""
+    host, facts = came[0]
+    for rank, (other, others) in enumerate(came):
+        for name, value in facts.items():
+            if others.get(name) != value:
+                raise UserError(
+                    f"rank {rank} on {other} has {name} {others.get(name)}, rank 0 on {host} has {value}: "
+                    "all hosts need the same"
+                )
+    hosts = list(dict.fromkeys(name for name, _ in came))
+    if nodes is not None and len(hosts) != nodes:
+        raise UserError(
+            f"launch.nodes: {nodes} are asked for, the ranks are on {len(hosts)} ({', '.join(hosts[:8])}); a runner "
+            "that does not find its hostfile starts them on its own host"
+        )
 
 
 def join_rank_zero(
@@ -71,48 +126,19 @@ def join_rank_zero(
     return Membership(address, me, placement.world_size, stop, keeper="rank 0", **settings)
 
 
-def _store(placement: Placement, seconds: float) -> dist.Store:
-    # torchrun's agent keeps a store already, and keeps it over its restarts.
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        store = dist.TCPStore(
-            placement.master_addr,
-            placement.master_port,
-            is_master=placement.rank == 0 and not has_agent,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        if "EADDRINUSE" in str(error):
-            raise UserError(
-                f"port {placement.master_port} on {socket.gethostname()}, where the ranks meet, is in use by another "
-                "program; give launch.master_port (or MASTER_PORT) another, or auto"
-            ) from None
-        raise UserError(
-            f"rank {placement.rank} on {socket.gethostname()} cannot reach rank 0 at "
-            f"{placement.master_addr}:{placement.master_port} within {seconds:g} s "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None
-    return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _wait_for_all(store: dist.Store, placement: Placement, seconds: float) -> None:
+def _wait_for_all(store: dist.Store, placement: Placement, seconds: float) -> list[tuple[str, dict[str, str]]]:
     """Before the group is started, whose own error names nobody."""
-    store.set(f"came/{placement.rank}", socket.gethostname())
     keys = [f"came/{rank}" for rank in range(placement.world_size)]
-    deadline = time.monotonic() + seconds
     try:
         store.wait(keys, timedelta(seconds=seconds))
     except RuntimeError:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        there = {rank: store.get(keys[rank]).decode() for rank in range(placement.world_size) if rank not in missing}
-        hosts = ", ".join(dict.fromkeys(there.values()))
-        if time.monotonic() < deadline:
-            raise UserError("rank 0 has ended before all ranks had come") from None
+        there = [json.loads(store.get(key))[0] for rank, key in enumerate(keys) if rank not in missing]
         raise UserError(
             f"rank {', '.join(map(str, missing))} of {placement.world_size} did not come within {seconds:g} s "
-            f"(launch.rendezvous_seconds); those on {hosts} are there"
+            f"(launch.rendezvous_seconds); those on {', '.join(dict.fromkeys(there))} are there"
         ) from None
+    return [json.loads(value) for value in store.multi_get(keys)]
 
 
 def _choose_device(placement: Placement) -> torch.device | None:

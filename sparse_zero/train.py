@@ -8,10 +8,12 @@ mpirun -np 8 --hostfile hosts python -m sparse_zero.train configs/demo.yaml
 
 import argparse
 import atexit
+import hashlib
 import os
 import socket
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,15 +98,21 @@ class Rank:
 
         from sparse_zero import joining
 
-        store = joining.meet(
+        store = joining.open_store(placement, launch.rendezvous_seconds)
+        is_watched = self._membership is not None
+        if not is_watched and placement.world_size > 1:
+            self._membership = joining.join_rank_zero(store, placement, me, self._stop, announce, **settings)
+        joining.meet(
+            store,
             placement,
             use_cpu=bool(training.get("use_cpu")),
             backend=training.get("ddp_backend"),
+            facts=_facts(recipe),
+            # Who started the watched ranks has counted the hosts, and may do with fewer after a loss.
+            nodes=None if is_watched or launch.nodes == "auto" else launch.nodes,
             rendezvous_seconds=launch.rendezvous_seconds,
             timeout_seconds=float(training.get("ddp_timeout", 1800)),
         )
-        if self._membership is None and placement.world_size > 1:
-            self._membership = joining.join_rank_zero(store, placement, me, self._stop, announce, **settings)
 
     @property
     def _is_first_of_host(self) -> bool:
@@ -145,6 +153,12 @@ class Rank:
         if self._membership is not None:
             self._membership.leave(status)
         run.leave()
+
+
+def _facts(recipe: Recipe) -> dict[str, str]:
+    """What must be the same on all hosts, or their numbers would differ."""
+    versions = {name: version(name) for name in ("sparse-zero", "torch", "transformers", "deepspeed")}
+    return versions | {"a recipe of checksum": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:12]}
 
 
 def _end(status: int) -> NoReturn:
