@@ -390,17 +390,23 @@ def test_readable():
     assert {given: report.readable(*given) for given in pairs} == pairs
 
 
+def ending(monkeypatch, status, **facts):
+    """Stands for ranks that end so."""
+    facts = {"stopped": False, **facts}
+    monkeypatch.setattr(processes, "run", lambda command, roll, stdout, grace: processes.Ending(status, **facts))
+
+
 def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypatch, tmp_path):
     results = tmp_path / "runs" / "recipe" / "results.json"
     results.parent.mkdir(parents=True)
     results.write_text('{"accuracy": 0.1}')
     os.utime(results, (1, 1))
 
-    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(0, stopped=False))
+    ending(monkeypatch, 0)
     assert main(["train", recipe, "--json"]) == 2
     assert "runs/recipe/results.json: the run has ended, but wrote no results" in one_error(capsys)
 
-    def run(command, stdout, grace_seconds):
+    def run(command, roll, stdout, grace_seconds):
         assert stdout is sys.stderr
         results.write_text('{"accuracy": 0.8}')
         return processes.Ending(0, stopped=False)
@@ -411,15 +417,21 @@ def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypa
 
 
 def test_a_failed_runs_old_results_are_not_printed(capsys, recipe, monkeypatch):
-    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(3, stopped=False))
+    ending(monkeypatch, 3)
     assert main(["train", recipe, "--json"]) == 3
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_killed_rank_is_reported_but_not_after_a_stop(capsys, recipe, monkeypatch):
-    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(137, stopped=False))
+    ending(monkeypatch, 137)
     assert main(["train", recipe]) == 137
     assert "a rank was ended by SIGKILL; the kernel does that when memory runs out" in one_error(capsys)
-    monkeypatch.setattr(processes, "run", lambda command, stdout, **_: processes.Ending(143, stopped=True))
+    ending(monkeypatch, 143, stopped=True)
     assert main(["train", recipe]) == 143
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_death_that_the_roll_call_has_told_of_is_not_told_again(capsys, recipe, monkeypatch):
+    ending(monkeypatch, 137, is_explained=True)
+    assert main(["train", recipe]) == 137
     assert capsys.readouterr() == ("", "")

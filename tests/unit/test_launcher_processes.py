@@ -48,10 +48,10 @@ elif role != "finishes":
 """
 COMMAND = """
 import sys
-from launcher import local
+from launcher import command
 from launcher.cli import main
 
-local.TRAINING_MODULE = "stand_in"
+command.TRAINING_MODULE = "stand_in"
 sys.exit(main(sys.argv[1:]))
 """
 

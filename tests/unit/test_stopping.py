@@ -18,7 +18,7 @@ from sparse_zero.output_lock import LOCK_NAME, locked
 from sparse_zero.ranks import Ranks
 from sparse_zero.recipe import Recipe
 from sparse_zero.resumption import settle_resume, with_its_batch
-from sparse_zero.stopping import STOPPED
+from sparse_zero.stopping import _SAME_REQUEST_SECONDS, STOPPED
 
 RANK = """
 import os, sys, time
@@ -62,7 +62,7 @@ def test_the_second_ends_the_rank_at_once() -> None:
     process = rank("training", "30")
     process.send_signal(signal.SIGUSR1)
     assert process.stdout.readline() == "asked\n"
-    time.sleep(0.6)
+    time.sleep(_SAME_REQUEST_SECONDS + 0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 128 + signal.SIGTERM
 
