@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,12 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
     if hasattr(inner, "sparsity") and adapter_name in (None, inner.sparsity.name):
         _check_base(inner, adapter, directory, inner.sparsity.fingerprint)
         _check_sparsified_alike(inner.sparsity, adapter, directory)
-        _set_values(inner, adapter)
+        _set_values(inner, adapter, inner.sparsity.weights)
     elif hasattr(inner, "sparsity"):
         _check_base(inner, adapter, directory, inner.sparsity.fingerprint)
         for name in adapter.config.tensors:
             checked_positions(adapter, name, directory)
-        inner.__dict__.setdefault("parked_adapters", {})[adapter_name] = adapter
+        inner.__dict__.setdefault("parked_adapters", {})[adapter_name] = adapter.copied()
     else:
         put_on(inner, adapter, directory, adapter_name or "default")
     return model
@@ -144,13 +144,16 @@ def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name:
     base = fingerprint(inner, {*config.modules_to_save, *with_rows})
     _check_base(inner, adapter, origin, base)
     draws = [adapter.draw(name) for name in config.tensors]
-    attach(inner, config.sparse, draws, list(config.modules_to_save), _CheckedPositions(adapter, origin), base)
+    positions = _CheckedPositions(adapter, origin)
+    # What a row trained whole adds is known once its original values are
+    deltas = {name: values for name, values in adapter.deltas.items() if name not in adapter.rows}
+    attach(inner, config.sparse, draws, list(config.modules_to_save), positions, base, deltas)
     sparsity = inner.sparsity
     sparsity.name = adapter_name
     sparsity.base_model, sparsity.revision = config.base_model_name_or_path, config.revision
     sparsity.tokenizer, sparsity.new_tokens = config.tokenizer, list(config.new_tokens)
     sparsity.results = dict(config.results)
-    _set_values(inner, adapter)
+    _set_values(inner, adapter, list(adapter.rows))
 
 
 class _CheckedPositions(Mapping[str, torch.Tensor]):
@@ -170,11 +173,12 @@ class _CheckedPositions(Mapping[str, torch.Tensor]):
 
 
 @torch.no_grad()
-def _set_values(inner: nn.Module, adapter: Adapter) -> None:
+def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -> None:
+    """Args: selected: the weights whose deltas are to be set."""
     settle(inner)
     parameters = dict(inner.named_parameters())
-    for name, weight in inner.sparsity.weights.items():
-        values = adapter.deltas.get(name)
+    for name in selected:
+        weight, values = inner.sparsity.weights[name], adapter.deltas.get(name)
         if name in adapter.rows:
             inside = row_mask(weight.draw, weight.flat_positions())
             device, rows = inside.device, adapter.rows[name].flatten()

@@ -9,6 +9,7 @@ README.md                       the model card
 
 import dataclasses
 import json
+import mmap
 import os
 import platform
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load_file, save_file
 
 from sparse_zero import selection
 from sparse_zero.config import SparseConfig
@@ -108,6 +109,14 @@ class Adapter:
     stored: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     """int64 (n,) of each weight whose positions cannot be drawn again, rows trained whole included."""
 
+    def copied(self) -> "Adapter":
+        """With values of its own: those that were read are views of the file, which may be gone one day."""
+        parts = {
+            part: {name: tensor.clone() for name, tensor in getattr(self, part).items()}
+            for part in ("deltas", "whole", "rows")
+        }
+        return dataclasses.replace(self, **parts)
+
     def positions(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Returns: int64 (count,), rows trained whole included."""
         return self.stored[name].to(device) if name in self.stored else self.draw(name).positions(device)
@@ -161,7 +170,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     aside = path.with_name(path.name + ".tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
     os.replace(aside, path)
-    return _checksum(path.read_bytes())
+    return _checksum_of_file(path)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -170,8 +179,9 @@ def _replace(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _checksum(content: bytes) -> str:
-    return xxhash.xxh3_128(content).hexdigest()
+def _checksum_of_file(path: Path) -> str:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128(content).hexdigest()
 
 
 def read_config(directory: str | Path) -> AdapterConfig:
@@ -197,6 +207,8 @@ def read_config(directory: str | Path) -> AdapterConfig:
 
 def read_adapter(directory: str | Path) -> Adapter:
     """Read and check an adapter's files. Positions that can be drawn again are not drawn here.
+
+    Returns: its values are views of the mapped file: no copy is made of what is to be copied into a model.
 
     Raises UserError: see `read_config`; a file that is missing, cut short, changed since, or that does not fit the
     config.
@@ -251,13 +263,13 @@ def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], expected: set[
 
 def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, torch.Tensor]:
     try:
-        content = path.read_bytes()
-        tensors = load(content)
+        tensors = load_file(path)
+        checksum = _checksum_of_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not there") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
-    if _checksum(content) != config.files.get(path.name):
+    if checksum != config.files.get(path.name):
         raise UserError(f"{path}: damaged, or from another save (its checksum is not the one in {CONFIG_NAME})")
     return tensors
 

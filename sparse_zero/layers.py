@@ -15,6 +15,7 @@ The class of a module that holds such parameters becomes a subclass of what it w
 
 import functools
 import weakref
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from sparse_zero.sampled_gradient import csr_pattern, embedding_product, flat_positions, sampled_product
 from sparse_zero.selection import Draw, stream_key
 from sparse_zero.targets import Target
+from sparse_zero.threads import PIECE
 from sparse_zero.zero import full_shape, gathered, is_partitioned, is_whole
 
 
@@ -63,30 +65,50 @@ class UpdateClock:
 class SparseWeight:
     """One selected parameter: where its tensors are, and how they go into the parameter."""
 
-    def __init__(
-        self, target: Target, draw: Draw, selected: torch.Tensor, clock: UpdateClock, dropout: float = 0.0
-    ) -> None:
-        """Args: selected: int64 (n,), sorted positions in the flattened parameter. Collective under ZeRO stage 3."""
+    def __init__(self, target: Target, draw: Draw, clock: UpdateClock, dropout: float = 0.0) -> None:
+        """Its tensors hold nothing before `begin`."""
         self.owners, self.draw, self.clock, self.dropout = target.owners, draw, clock, dropout
         self.enabled, self.scale = True, 1.0
         self.passes_plain = False
         """Whether readers get the parameter as it is: in the forward of a module that has its own rule."""
         weight = self.weight
         self.shape = full_shape(weight)
-        assert selected.numel() > 0, f"{draw.name}: a delta of length 0 breaks ZeRO stage 3"
-        flat = selected.to(weight.device)
-        with gathered([weight]):
-            base = weight.detach().view(-1).index_select(0, flat)
+        assert draw.count > 0, f"{draw.name}: a delta of length 0 breaks ZeRO stage 3"
         # Under ZeRO the delta follows the weight's dtype, and the float32 original lives in the optimizer's partition.
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
-        delta = nn.Parameter(torch.zeros(selected.numel(), dtype=dtype, device=weight.device))
+        delta = nn.Parameter(torch.empty(draw.count, dtype=dtype, device=weight.device))
         for module, name in self.owners:
             module.register_parameter(f"{name}_delta", delta)
-        self._put_beside("base", base)
+        self._put_beside("base", torch.empty(draw.count, dtype=weight.dtype, device=weight.device))
         self._written: tuple | None = None
-        narrow = torch.int32 if self.shape.numel() < 2**31 else torch.int64
-        self._positions: torch.Tensor | None = flat.to(narrow)
-        """The positions, until a gradient needs them by rows: an adapter that is only opened never does."""
+        self._positions: torch.Tensor | None = None
+        """The positions, narrow: until a gradient needs them by rows, and not before anything needs them again."""
+
+    @torch.no_grad()
+    def begin(self, selected: torch.Tensor, values: torch.Tensor | None = None) -> None:
+        """Keep the original values, and start with these deltas, which are written at once, or with zeros.
+
+        Args: selected: int64 (n,), sorted positions in the flattened parameter; values: (n,).
+        Collective under ZeRO stage 3.
+        """
+        weight, delta, base = self.weight, self.delta.detach(), self.base
+        flat = selected.to(weight.device)
+        writes = values is not None and not is_partitioned(weight)
+        if not (writes and self.draw.repeatable):
+            self._keep(flat)
+        if values is None:
+            delta.zero_()
+        with gathered([weight]):
+            whole = weight.detach().view(-1)
+            # Piece by piece, what was read to be kept is still in the cache when it is written
+            for piece in _pieces(flat):
+                torch.index_select(whole, 0, flat[piece], out=base[piece])
+                if values is not None:
+                    delta[piece] = values[piece]
+                if writes:
+                    whole.index_copy_(0, flat[piece], _sum(base[piece], delta[piece]).to(whole.dtype))
+        if writes:
+            self._written = self._state()
 
     @property
     def weight(self) -> nn.Parameter:
@@ -104,7 +126,7 @@ class SparseWeight:
     @property
     def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(row_starts, column_index) of the selected positions."""
-        if self._positions is not None:
+        if not self._has("row_starts"):
             row_starts, column_index = csr_pattern(self.flat_positions(), self.shape[:-1].numel(), self.shape[-1])
             self._put_beside("row_starts", row_starts)
             self._put_beside("column_index", column_index)
@@ -119,6 +141,10 @@ class SparseWeight:
         module, name = self.owners[0]
         module.register_buffer(f"{name}_{kind}", value, persistent=False)
 
+    def _has(self, kind: str) -> bool:
+        module, name = self.owners[0]
+        return f"{name}_{kind}" in module._buffers
+
     @property
     def trains(self) -> bool:
         """Whether what is computed now leads a gradient to the delta."""
@@ -126,9 +152,16 @@ class SparseWeight:
 
     def flat_positions(self) -> torch.Tensor:
         """Returns: int64 (n,), the selected positions in the flattened parameter."""
-        if self._positions is not None:
-            return self._positions.to(self.base.device, torch.int64)
-        return flat_positions(*self.pattern, self.shape[-1])
+        if self._has("row_starts"):
+            return flat_positions(*self.pattern, self.shape[-1])
+        if self._positions is None:
+            flat = self.draw.positions(self.base.device)
+            self._keep(flat)
+            return flat
+        return self._positions.to(self.base.device, torch.int64)
+
+    def _keep(self, flat: torch.Tensor) -> None:
+        self._positions = flat.to(torch.int32 if self.shape.numel() < 2**31 else torch.int64)
 
     @torch.no_grad()
     def write(self, forwards: int | None = None) -> None:
@@ -140,12 +173,17 @@ class SparseWeight:
         if self.enabled:
             factor = self.factor(forwards)
             change = self.delta if factor is None else self.delta * factor
-            values = values.to(torch.promote_types(values.dtype, torch.float32)) + change
+            values = _sum(values, change)
         weight = self.weight
         # A stage-3 copy is written again in each gather, always with the values that the graph already saw, so
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         target = weight.data if is_partitioned(weight) else weight.detach()
         target.view(-1).index_copy_(0, self.flat_positions(), values.to(weight.dtype))
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the parameter itself, and not only what is gathered of it, holds the deltas."""
+        return self._written is not None
 
     def refresh(self) -> None:
         """Write, unless the weight already holds these values. Called whenever the weight is about to be read."""
@@ -200,6 +238,15 @@ class SparseWeight:
         for kind in ("base", "row_starts", "column_index"):
             module._buffers.pop(f"{name}_{kind}", None)
             module._non_persistent_buffers_set.discard(f"{name}_{kind}")
+
+
+def _sum(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    return base.to(torch.promote_types(base.dtype, torch.float32)) + change
+
+
+def _pieces(flat: torch.Tensor) -> Iterator[slice]:
+    size = PIECE if flat.device.type == "cpu" else flat.numel()
+    return (slice(start, start + size) for start in range(0, flat.numel(), size))
 
 
 class _ReadGradient(torch.autograd.Function):
@@ -397,11 +444,9 @@ def _new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
     return kind.__new__(kind)
 
 
-def attach(
-    target: Target, draw: Draw, selected: torch.Tensor, clock: UpdateClock, dropout: float = 0.0
-) -> SparseWeight:
-    """Select positions of a parameter, in place: every module that holds it becomes a sparse one."""
-    weight = SparseWeight(target, draw, selected, clock, dropout)
+def attach(target: Target, draw: Draw, clock: UpdateClock, dropout: float = 0.0) -> SparseWeight:
+    """Select scalars of a parameter, in place: every module that holds it becomes a sparse one. `begin` comes next."""
+    weight = SparseWeight(target, draw, clock, dropout)
     for module, name in target.owners:
         weights = module.__dict__.setdefault("sparse_weights", {})
         weights[name] = weight

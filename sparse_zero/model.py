@@ -16,6 +16,7 @@ from sparse_zero.fingerprint import fingerprint
 from sparse_zero.layers import SparseWeight, UpdateClock
 from sparse_zero.selection import Draw
 from sparse_zero.targets import all_targets, find_whole, parameters_of
+from sparse_zero.threads import in_threads
 from sparse_zero.zero import gathered, is_partitioned, let_leaf_inputs_have_gradients, settle
 
 
@@ -81,10 +82,12 @@ def attach(
     whole: list[str],
     positions: Mapping[str, torch.Tensor] | None = None,
     base_fingerprint: dict[str, str] | None = None,
+    deltas: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """`sparsify` with everything decided: what is drawn from which weights, and the parameters trained whole.
 
-    Args: positions: int64 (n,) of each draw that cannot be repeated, and of others that are at hand.
+    Args: positions: int64 (n,) of each draw that cannot be repeated, and of others that are at hand; deltas: (n,) of
+        weights that start with these, which are written into them; the others start with zeros.
     Raises UserError where the model is sparse already, and what `positions` raises, with the model as it was.
     """
     refuse_sparse(model)
@@ -96,20 +99,16 @@ def attach(
     base = fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint
     originals = {name: _copy(parameters[name].parameter) for name in whole}
     clock = UpdateClock()
-    weights: dict[str, SparseWeight] = {}
+    weights = {draw.name: layers.attach(parameters[draw.name], draw, clock, config.dropout) for draw in draws}
     try:
-        for draw in draws:
-            known = (positions or {}).get(draw.name)
-            target = parameters[draw.name]
-            selected = draw.positions(target.parameter.device) if known is None else known
-            weights[draw.name] = layers.attach(target, draw, selected, clock, config.dropout)
+        _begin(weights, positions or {}, deltas or {})
     except UserError:
         for weight in weights.values():
             layers.detach(weight)
         raise
-    deltas = {id(weight.delta) for weight in weights.values()}
+    trained = {id(weight.delta) for weight in weights.values()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in deltas)
+        parameter.requires_grad_(id(parameter) in trained)
     for name in whole:
         parameters[name].parameter.requires_grad_(True)
     model.sparsity = Sparsity(
@@ -126,6 +125,34 @@ def attach(
         hooks=[model.register_forward_pre_hook(clock.before_forward), model.register_forward_pre_hook(_settle_leaves)],
     )
     return model
+
+
+def _begin(
+    weights: Mapping[str, SparseWeight], positions: Mapping[str, torch.Tensor], deltas: Mapping[str, torch.Tensor]
+) -> None:
+    """Raises what `positions` raises, with the weights as they were."""
+    begun = []
+
+    def begin(name: str) -> None:
+        weight = weights[name]
+        known = positions.get(name)
+        weight.begin(weight.draw.positions(weight.weight.device) if known is None else known, deltas.get(name))
+        begun.append(weight)
+
+    # Stage 3 gathers in one order on every rank, and an accelerator's work is queued
+    alone = any(is_partitioned(w.weight) or w.weight.device.type != "cpu" for w in weights.values())
+    try:
+        if alone:
+            for name in weights:
+                begin(name)
+        else:
+            in_threads(begin, weights)
+    except UserError:
+        for weight in begun:
+            if weight.is_written:
+                weight.enabled = False
+                weight.write()
+        raise
 
 
 def _settle_leaves(model: nn.Module, _: Any) -> None:

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
+from sparse_zero.threads import PIECE, in_threads
+
 STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
 
-CHUNK = 1 << 16
-"""Positions at a time where all are wanted: the arithmetic then stays in the processor's cache."""
+ACCELERATOR_CHUNK = 1 << 20
+"""Positions at a time on an accelerator; on a CPU so few that the arithmetic stays in its cache."""
 
 # The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -62,6 +64,11 @@ class Draw:
         return torch.Size(self.shape).numel()
 
     @property
+    def repeatable(self) -> bool:
+        """Whether the positions can be drawn again."""
+        return self.rule != STORED
+
+    @property
     def in_whole_rows(self) -> int:
         """How many of the positions are those of whole rows."""
         return len(self.whole_rows) * self.shape[-1]
@@ -73,9 +80,16 @@ class Draw:
         if self.whole_rows:
             return self._with_whole_rows(device)
         flat = torch.empty(self.count, dtype=torch.int64, device=device)
-        for start, chunk in self.chunks(device):
-            flat[start : start + chunk.numel()] = chunk
+        if self.rule == BERNOULLI or flat.device.type != "cpu":
+            for start, chunk in self.chunks(device):
+                flat[start : start + chunk.numel()] = chunk
+        else:
+            in_threads(lambda start: self._fill(flat, start), range(0, self.count, PIECE))
         return flat
+
+    def _fill(self, flat: torch.Tensor, start: int) -> None:
+        piece = flat[start : start + PIECE]
+        piece.copy_(self.slice(start, start + piece.numel()))
 
     def chunks(self, device: torch.device | str = "cpu") -> Iterator[tuple[int, torch.Tensor]]:
         """All positions in order, some at a time: (index of the first, positions)."""
@@ -86,8 +100,9 @@ class Draw:
                 yield start, chunk
                 start += chunk.numel()
         else:
-            for start in range(0, self.count, CHUNK):
-                yield start, self.slice(start, min(start + CHUNK, self.count), device)
+            size = _chunk_size(device)
+            for start in range(0, self.count, size):
+                yield start, self.slice(start, min(start + size, self.count), device)
 
     def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Positions [start, stop) of stratified-v1, at the cost of their number."""
@@ -192,8 +207,9 @@ def bernoulli_chunks(
     key = stream_key(seed, name, BERNOULLI)
     # Python compares the integer with the float exactly; 2**63 would not fit the signed comparison.
     below = min(round(probability * 2**63), 2**63 - 1)
-    for start in range(0, numel, 4 * CHUNK):
-        i = torch.arange(start, min(start + 4 * CHUNK, numel), dtype=torch.int64, device=device)
+    size = 8 * _chunk_size(device)
+    for start in range(0, numel, size):
+        i = torch.arange(start, min(start + size, numel), dtype=torch.int64, device=device)
         yield i[_hash(i, key) < below]
 
 
@@ -213,6 +229,10 @@ def by_magnitude(weight: torch.Tensor, count: int, smallest: bool = False, rows:
     above = (magnitude > edge).nonzero().squeeze(1)
     ties = (magnitude == edge).nonzero().squeeze(1)[: count - above.numel()]
     return torch.cat([above, ties]).sort().values
+
+
+def _chunk_size(device: torch.device | str) -> int:
+    return PIECE if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
 
 
 def stream_key(seed: int, name: str, rule: str = STRATIFIED) -> int:
