@@ -56,9 +56,10 @@ def _probe(seconds: float, use_cpu: bool) -> None:
     say(rank=placement.rank, world_size=placement.world_size, host=socket.gethostname())
     import torch.distributed as dist
 
-    from sparse_zero.joining import meet
+    from sparse_zero.joining import meet, open_store
 
-    meet(placement, use_cpu, rendezvous_seconds=seconds, timeout_seconds=seconds)
+    store = open_store(placement, seconds)
+    meet(store, placement, use_cpu, rendezvous_seconds=seconds, timeout_seconds=seconds)
     try:
         measure(placement.rank, placement.world_size)
     finally:
