@@ -8,6 +8,7 @@ Imports no torch: each host, this one included, answers in a process of its own.
 import contextlib
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -206,24 +207,26 @@ def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None) -> None:
         cure = "ask within a job: salloc --nodes=N ..., then sparse-zero doctor again; or --no-ranks"
         found.append(warning("ranks", "not started: this is no Slurm job", cure))
         return
-    try:
-        command = _command(recipe, next(iter(diagnosis.reports.values())))
-    except UserError as problem:
-        found.append(error("launcher", str(problem), "correct the recipe's launch section"))
-        return
-    diagnosis.measured = links.measure(command)
+    # What a launcher reads is on this machine only, and is not the run's: nothing of it is to be left.
+    with tempfile.TemporaryDirectory(prefix="sparse-zero-doctor-") as directory:
+        try:
+            command = _command(recipe, next(iter(diagnosis.reports.values())), directory)
+            command.write_files()
+        except UserError as problem:
+            found.append(error("launcher", str(problem), "correct the recipe's launch section"))
+            return
+        diagnosis.measured = links.measure(command)
     found += links.judge(diagnosis.measured)
 
 
-def _command(recipe: Recipe | None, report: Report) -> Command:
+def _command(recipe: Recipe | None, report: Report, directory: str) -> Command:
     """Starts the probe as the run's ranks would be started; without a recipe on all devices, or on two ranks.
 
-    Raises UserError: a launch section that cannot be followed, a file for its launcher that cannot be written.
+    Raises UserError: a launch section that cannot be followed.
     """
     accelerators = host_checks.accelerator_count(report, Wanted(recipe))
     if recipe is None:
         return links.command_here(accelerators or 2, use_cpu=not accelerators)
     ways.check_programs(recipe)
-    command = ways.ranks_command(recipe, links.probe_words(use_cpu=not accelerators))
-    command.write_files()
-    return command
+    elsewhere = recipe.model_copy(update={"training": {**recipe.training, "output_dir": directory}})
+    return ways.ranks_command(elsewhere, links.probe_words(use_cpu=not accelerators))

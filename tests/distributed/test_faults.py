@@ -283,7 +283,7 @@ REFUSALS = {
     "missing": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: not there",
     "not-resumed": "training.output_dir: {run} holds checkpoint-8 of an earlier run: go on from it with --resume",
     "in-use": "training.output_dir: {run} is in use by process 17 on elsewhere",
-    "unwritable": "training.output_dir: /proc/run/logs/rank-00000.log: cannot be written to (No such file or directory)",
+    "unwritable": "training.output_dir: /proc/run/logs/rank-00000.log: cannot be written to (No such file",
 }
 
 

@@ -36,7 +36,13 @@ def surroundings(monkeypatch, tmp_path):
 def measured(monkeypatch):
     """Stands for the ranks; the list collects the commands that would have started them."""
     commands = []
-    monkeypatch.setattr(links, "measure", lambda command: commands.append(command) or good_measurement())
+
+    def measure(command):
+        assert {name: Path(name).read_text() for name in command.files} == command.files
+        commands.append(command)
+        return good_measurement()
+
+    monkeypatch.setattr(links, "measure", measure)
     return commands
 
 
@@ -478,7 +484,8 @@ def test_the_ranks_of_a_hostfile_are_started_by_its_launcher(capsys, monkeypatch
     assert (command.hosts, command.world_size) == (("n1", "n2"), 4)
     assert "sparse_zero.probe" in " ".join(command.argv)
     assert "sparse_zero.train" not in " ".join(command.argv)
-    assert {name: Path(name).read_text() for name in command.files} == command.files
+    assert not any(Path(name).parent.exists() for name in command.files)
+    assert not Path("out").exists(), "doctor leaves what a run would take for its own"
 
 
 def test_a_launcher_that_is_not_there(capsys, monkeypatch, measured):
