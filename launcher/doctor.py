@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import agreement, asking, host_checks, links, preflight, slurm_checks, sources, surroundings, ways
-from launcher.command import Command
+from launcher import agreement, asking, host_checks, links, preflight, slurm_checks, sources, surroundings
 from launcher.findings import Finding, error, has_error, ok, warning
 from launcher.host_checks import Wanted
 from launcher.host_report import Report
@@ -71,10 +70,10 @@ def examine(recipe: Recipe | None = None, path: str | None = None, with_ranks: b
     _ask_hosts(diagnosis, recipe, path, hosts)
     if recipe is None and slurm_checks.is_there():
         found += slurm_checks.check(None)
-    elif launch.launcher == "slurm" and not is_in_job():
+    elif launch.launcher == "slurm" and not hosts:
         found += slurm_checks.check(launch)
     if with_ranks:
-        _try_ranks(diagnosis, recipe)
+        _try_ranks(diagnosis, recipe, hosts)
     return diagnosis
 
 
@@ -84,8 +83,7 @@ def hosts_of(launch: LaunchSection) -> list[Host]:
     Raises UserError: a hostfile or a filter that cannot be used, more nodes than it lists.
     """
     if launch.launcher == "slurm":
-        nodes = job_nodes()
-        return [Host(node, 0) for node in (nodes if launch.nodes == "auto" else nodes[: launch.nodes])]
+        return [Host(node, 0) for node in job_nodes()]
     if launch.hostfile is None:
         return []
     hosts = choose_hosts(read_hostfile(launch.hostfile), launch.include, launch.exclude)
@@ -96,15 +94,10 @@ def hosts_of(launch: LaunchSection) -> list[Host]:
     return [] if len(hosts) == 1 and is_this_machine(hosts[0].name) else hosts
 
 
-def is_in_job() -> bool:
-    """Whether this process is within a Slurm job, where srun starts ranks on its nodes."""
-    return "SLURM_JOB_ID" in os.environ
-
-
 def job_nodes() -> list[str]:
     """The nodes of the Slurm job that this process is in; empty outside of one."""
     nodelist = os.environ.get("SLURM_JOB_NODELIST")
-    if not is_in_job() or not nodelist:
+    if not nodelist:
         return []
     return slurm_checks.run("scontrol", "show", "hostnames", nodelist).stdout.split()
 
@@ -133,7 +126,7 @@ def _ask_hosts(diagnosis: Diagnosis, recipe: Recipe | None, path: str | None, ho
         names = [host.name for host in hosts] or [socket.gethostname()]
         if not hosts:
             answers = [asking.ask_here(question, launch)]
-        elif launch.launcher == "slurm":
+        elif launch.launcher == "slurm" and not hosts:
             answers = asking.ask_by_srun(names, {**question, "port": None}, launch)
         else:
             answers = asking.ask_by_ssh(names, questions, launch)
@@ -197,12 +190,12 @@ def _marker(recipe: Recipe | None) -> Iterator[Path | None]:
         marker.unlink(missing_ok=True)
 
 
-def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None) -> None:
+def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None, hosts: Sequence[Host]) -> None:
     found = diagnosis.findings
     if has_error(found, NEEDED_FOR_RANKS):
         found.append(warning("ranks", "not started: the errors above come first", "correct them, and ask again"))
         return
-    if recipe and recipe.launch.launcher == "slurm" and not is_in_job():
+    if recipe and recipe.launch.launcher == "slurm" and not hosts:
         cure = "ask within a job: salloc --nodes=N ..., then sparse-zero doctor again; or --no-ranks"
         found.append(warning("ranks", "not started: this is no Slurm job", cure))
         return
@@ -215,15 +208,10 @@ def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None) -> None:
     found += links.judge(diagnosis.measured)
 
 
-def _command(recipe: Recipe | None, report: Report) -> Command:
-    """Starts the probe as the run's ranks would be started; without a recipe on all devices, or on two ranks.
-
-    Raises UserError: a launch section that cannot be followed, a file for its launcher that cannot be written.
-    """
+def _command(recipe: Recipe | None, report: Report) -> Any:
+    """Starts the probe as the run's ranks would be started; without a recipe on all devices, or on two ranks."""
     accelerators = host_checks.accelerator_count(report, Wanted(recipe))
     if recipe is None:
         return links.command_here(accelerators or 2, use_cpu=not accelerators)
-    ways.check_programs(recipe)
-    command = ways.ranks_command(recipe, links.probe_words(use_cpu=not accelerators))
-    command.write_files()
-    return command
+    ranks = ranks_on(recipe.launch, None) or max(1, accelerators)
+    return links.command_here(ranks, use_cpu=not accelerators)

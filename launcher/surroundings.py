@@ -56,16 +56,16 @@ def programs(launch: LaunchSection, several_hosts: bool) -> Iterator[Finding]:
     needed = {"ssh": "openssh-client"}
     if launch.launcher == "mpi" or (launch.launcher == "deepspeed" and launch.multinode == "openmpi"):
         needed["mpirun"] = "openmpi-bin"
-    else:
+    elif launch.launcher == "deepspeed":
         needed["pdsh"] = "pdsh"
     missing = [name for name in needed if shutil.which(name) is None]
     for name in missing:
-        other = {"pdsh": ", or choose launch.launcher=mpi", "mpirun": ", or choose launch.launcher=torchrun"}
-        cure = f"install it (apt-get install {needed[name]}){other.get(name, '')}"
+        other = " or choose launch.launcher=torchrun" if name != "ssh" else ""
+        cure = f"install it (apt-get install {needed[name]}){other and ',' + other}"
         yield error("launcher", f"{name}, which launch.launcher={launch.launcher} needs, is not there", cure)
     if "pdsh" in needed and "pdsh" not in missing and "ssh" not in pdsh_modules():
         cure = "install a pdsh with it (apt-get install pdsh; pdsh-rcmd-ssh elsewhere)"
-        yield error("launcher", "pdsh has no ssh module, by which the ranks of other hosts are started", cure)
+        yield error("launcher", "pdsh has no ssh module, which DeepSpeed's runner asks for", cure)
     elif not missing:
         yield ok("launcher", f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} there")
 

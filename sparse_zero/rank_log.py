@@ -37,7 +37,7 @@ def open_rank_log(directory: Path, rank: int, world_size: int) -> Path:
         header += f"{world_size}, host {socket.gethostname()}, process {os.getpid()}\n"
         os.write(descriptor, header.encode())
     except OSError as error:
-        raise UserError(f"{path}: cannot be written to ({error.strerror})") from None
+        raise UserError(f"training.output_dir: {path}: cannot be written to ({error.strerror})") from None
     faulthandler.enable(descriptor)
     if rank == 0:
         for stream in (sys.stdout, sys.stderr):

@@ -266,6 +266,7 @@ class RollCall:
             self._tell({"type": "verdict", "status": verdict.status})
 
     def _tell(self, message: dict[str, Any]) -> None:
-        for line in self._lines.values():
-            if line.member and not line.has_left:
-                line.send(message)
+        there = [line for line in self._lines.values() if line.member and not line.has_left]
+        # Rank 0 comes last: where it keeps the roll itself, a verdict ends this process.
+        for line in sorted(there, key=lambda line: line.member.rank, reverse=True):
+            line.send(message)

@@ -13,6 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 
 import sparse_zero.run
 from sparse_zero import checkpoint, saving, shards, train
+from sparse_zero.stopping import _SAME_REQUEST_SECONDS
 from sparse_zero.trainer import SparseTrainer
 
 CALLS: dict[str, tuple[Any, str]] = {
@@ -107,7 +108,7 @@ def ask_when_full() -> None:
 
 def insist() -> None:
     ask()
-    time.sleep(1)
+    time.sleep(_SAME_REQUEST_SECONDS + 0.1)
     ask()
 
 

@@ -1,12 +1,12 @@
 """What the user has to correct: one line from all ranks together, exit status 2, and nobody left waiting."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Run, run_ranks
 from recipes import write_recipe
+from test_checkpoints import run_farm
 
 pytestmark = pytest.mark.distributed
 
@@ -40,11 +40,13 @@ def recipes(bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def ranks(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Status and output of each rank for each bad recipe, all in one launch."""
-    out = tmp_path_factory.mktemp("ranks")
-    run_ranks(2, Path(__file__).with_name("bad_input_worker.py"), out, *recipes.values())
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+def ends(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """How two ranks end that are given each bad recipe, and what they print."""
+    jobs = {
+        name: [{"count": 2, "call": "sparse_zero.train:main", "arguments": [[str(recipe)]]}]
+        for name, recipe in recipes.items()
+    }
+    return {name: end for name, (end,) in run_farm(jobs, tmp_path_factory.mktemp("farm")).items()}
 
 
 def errors_in(output: str) -> list[str]:
@@ -52,9 +54,9 @@ def errors_in(output: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_every_rank_ends_with_status_2_and_one_says_why(ranks: list, name: str) -> None:
-    assert [rank[name]["status"] for rank in ranks] == [2, 2]
-    (line,) = errors_in(ranks[0][name]["printed"] + ranks[1][name]["printed"])
+def test_every_rank_ends_with_status_2_and_one_says_why(ends: dict[str, dict[str, Any]], name: str) -> None:
+    assert ends[name]["statuses"] == [2, 2], ends[name]
+    (line,) = errors_in(ends[name]["log"])
     assert line.startswith("sparse-zero: error: ")
     for part in BAD[name][1]:
         assert part in line

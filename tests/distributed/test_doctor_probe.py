@@ -1,6 +1,7 @@
 """What the ranks measure for `sparse-zero doctor`, with real ranks."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,15 +13,28 @@ from launcher import links
 pytestmark = pytest.mark.distributed
 
 
-def test_doctor_measures_two_real_ranks(tmp_path):
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpi"])
+def test_doctor_measures_two_real_ranks(launcher, tmp_path, monkeypatch):
+    if launcher == "mpi":
+        if shutil.which("mpirun") is None:
+            pytest.skip("no mpirun here")
+        # The tests may run as root, and on a machine with one core.
+        for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"):
+            monkeypatch.setenv(name, "1")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {name: .}\ndata: {path: d.csv, columns: {text: t, label: l}}\n")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "d.csv").write_text("t,l\n")
-    words = ["doctor", recipe.name, "training.use_cpu=true", "launch.processes_per_node=2", "--json"]
+    words = [
+        "doctor",
+        recipe.name,
+        "training.use_cpu=true",
+        "launch.processes_per_node=2",
+        f"launch.launcher={launcher}",
+    ]
     # The checkout comes first, wherever the command is run.
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", *words], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "launcher", *words, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     told = json.loads(done.stdout)
     assert (done.returncode, told["errors"]) == (0, 0), told["findings"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from doctor_cases import NO_ACCELERATOR, recipe, report
 
-from launcher import asking, doctor, links, slurm_checks, ways
+from launcher import asking, doctor, links, slurm_checks
 from launcher.asking import Answer
 from launcher.cli import main
 from launcher.findings import error
@@ -24,7 +24,7 @@ def surroundings(monkeypatch, tmp_path):
     """A directory with a recipe and a hostfile, outside of Slurm; this machine's report is good."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "DS_ENV_FILE", "PDSH_RCMD_TYPE"):
+    for name in ("SLURM_JOB_NODELIST", "DS_ENV_FILE", "PDSH_RCMD_TYPE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "recipe.yaml").write_text(DEMO)
     (tmp_path / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
@@ -102,7 +102,6 @@ def test_what_people_read(capsys, monkeypatch, measured):
 def test_links_and_hosts_that_say_the_same_are_put_together(capsys, monkeypatch, measured):
     monkeypatch.setattr(asking, "ask_by_ssh", lambda hosts, questions, launch: [Answer(report())] * len(hosts))
     monkeypatch.setattr(doctor.surroundings, "programs", lambda launch, several: [])
-    monkeypatch.setattr(doctor.ways, "check_programs", lambda recipe: None)
     (Path("hosts")).write_text("".join(f"n{number} slots=2\n" for number in range(1, 7)))
     assert main(["doctor", "recipe.yaml", "launch.hostfile=hosts"]) == 0
     out = capsys.readouterr().out
@@ -427,63 +426,9 @@ def test_slurms_times(text, seconds):
 
 
 def test_accelerators_are_counted_for_the_probe(monkeypatch, measured):
-    for changes, expected in (({}, "4"), (NO_ACCELERATOR, "2")):
+    for changes, words, expected in (({}, [], "4"), (NO_ACCELERATOR, [], "2"), ({}, ["recipe.yaml"], "1")):
         monkeypatch.setattr(asking, "ask_here", lambda question, launch, changes=changes: Answer(report(changes)))
-        assert main(["doctor", "--json"]) == 0
+        assert main(["doctor", *words, "--json"]) == 0
         argv = measured.pop().argv
         assert argv[argv.index("--nproc-per-node") + 1] == expected
         assert ("--cpu" in argv) == (expected != "4")
-
-
-# How the ranks are started
-
-
-@pytest.fixture
-def job(monkeypatch):
-    """A Slurm job of n1 and n2, in which every node's report is good; the list collects what they were asked by."""
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
-    monkeypatch.setattr(slurm_checks, "run", lambda *c: subprocess.CompletedProcess(c, 0, "n1\nn2\n", ""))
-    monkeypatch.setattr(ways.shutil, "which", lambda name: name)
-    asked = []
-
-    def by_srun(nodes, question, launch):
-        asked.append([*nodes])
-        return [Answer(report())] * len(nodes)
-
-    monkeypatch.setattr(asking, "ask_by_srun", by_srun)
-    monkeypatch.setattr(asking, "ask_by_ssh", lambda *_: pytest.fail("the job's nodes were asked by ssh"))
-    return asked
-
-
-@pytest.mark.parametrize(("launch", "nodes"), [([], ["n1", "n2"]), (["launch.nodes=1"], ["n1"])])
-def test_in_a_slurm_job_srun_asks_its_nodes_and_starts_the_ranks(capsys, job, measured, launch, nodes):
-    words = ["launch.launcher=slurm", "launch.processes_per_node=2", *launch]
-    assert main(["doctor", "recipe.yaml", *words]) == 0, capsys.readouterr().out
-    assert job == [nodes]
-    [command] = measured
-    assert command.argv[:5] == ["srun", "--nodes", str(len(nodes)), "--ntasks", str(2 * len(nodes))]
-    assert command.argv[-5:] == ["-m", *links.probe_words(use_cpu=True)]
-
-
-@pytest.mark.parametrize("launcher", ["deepspeed", "mpi", "torchrun"])
-def test_the_ranks_of_a_hostfile_are_started_by_its_launcher(capsys, monkeypatch, measured, launcher):
-    monkeypatch.setattr(asking, "ask_by_ssh", lambda hosts, questions, launch: [Answer(report())] * len(hosts))
-    monkeypatch.setattr(doctor.surroundings, "programs", lambda launch, several: [])
-    monkeypatch.setattr(ways.shutil, "which", lambda name: name)
-    words = ["launch.hostfile=hosts", f"launch.launcher={launcher}"]
-    assert main(["doctor", "recipe.yaml", *words]) == 0, capsys.readouterr().out
-    [command] = measured
-    assert (command.hosts, command.world_size) == (("n1", "n2"), 4)
-    assert "sparse_zero.probe" in " ".join(command.argv)
-    assert "sparse_zero.train" not in " ".join(command.argv)
-    assert {name: Path(name).read_text() for name in command.files} == command.files
-
-
-def test_a_launcher_that_is_not_there(capsys, monkeypatch, measured):
-    monkeypatch.setattr(ways.shutil, "which", lambda name: None)
-    assert main(["doctor", "recipe.yaml", "launch.launcher=mpi", "--json"]) == 1
-    [found] = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["severity"] == "error"]
-    assert "mpi needs the program mpirun, which is not installed" in found["message"]
-    assert measured == []

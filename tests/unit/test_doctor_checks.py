@@ -399,7 +399,7 @@ def programs(tmp_path, monkeypatch):
         ({}, "pdsh"),
         ({"multinode": "openmpi"}, "mpirun"),
         ({"launcher": "mpi"}, "mpirun"),
-        ({"launcher": "torchrun"}, "pdsh"),
+        ({"launcher": "torchrun"}, None),
     ],
 )
 def test_programs_that_a_launcher_needs(launch, missing, programs):
