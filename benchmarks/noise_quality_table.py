@@ -1,4 +1,4 @@
-"""From the runs of noise_quality.py to its table and plot. Needs no torch; the plot needs matplotlib."""
+"""From the runs of noise_quality.py to its table and plot. The plot needs matplotlib."""
 
 import math
 import statistics
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import noise_quality as quality
-from noise_quality import Row
+import noise_quality_plan as quality
+from noise_quality_plan import Row
 
 NOISES = (*quality.NOISES, quality.CONTROL)
 
@@ -216,9 +216,8 @@ def plot(done: dict[str, Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_table(cache: Path) -> str:
-    """Writes the page and the plot beside the cache. Returns: the page, and where the files are."""
-    done = quality.read_rows(cache)
+def write_table(done: dict[str, Row], cache: Path) -> str:
+    """Writes the page and the plot beside the cache that the rows come from. Returns: the page, and where they are."""
     page, written = markdown(done), [cache.with_suffix(".md")]
     written[0].write_text(page)
     try:
