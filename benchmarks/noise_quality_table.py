@@ -116,8 +116,8 @@ def _introduction(done: dict[str, Row]) -> str:
         f"`python benchmarks/noise_quality.py --workers 2`, then `--table`, on {devices}.\n"
         f"Accuracy in percent: mean ± standard deviation over {len(quality.SEEDS)} seeds, or as many as are named.\n"
         "`- none`: the mean of the differences to `none` by seed, in points, ± its standard error. That is the error\n"
-        "of the seeds alone: all share one test set. With five seeds a 95% interval reaches 2.8 errors to each side;\n"
-        "of so many differences about one in twenty lies outside of it by chance.\n\n"
+        "of the seeds alone: all share one test set. A 95% interval reaches 2.8 errors to each side with five seeds,\n"
+        "12.7 with two; of so many differences about one in twenty lies outside of it by chance.\n\n"
         f"Epochs, fixed and not tuned: {epochs}.\n"
         "All noises take two passes for each step, `none` one; `second pass` is the clean loss twice, with two draws\n"
         "of dropout: the control for the second pass itself. Neither the gradient is clipped nor a run left out: one\n"
@@ -127,7 +127,7 @@ def _introduction(done: dict[str, Row]) -> str:
 
 def _tuning(done: dict[str, Row]) -> str:
     lines = [
-        f"Accuracy on 1,000 validation sentences after {quality.TUNING_SIZE:,} training sentences, mean of seed "
+        f"Accuracy on 1,000 validation sentences after {quality.TUNING_SIZE:,} training sentences, seed "
         f"{', '.join(map(str, quality.TUNING_SEEDS))}; the best of each line (bold) holds for all sizes.",
         "",
         "| | |",
