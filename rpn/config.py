@@ -4,6 +4,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+_NOISES_OF_SETTING = {
+    "probability": ("rpn", "salt-and-pepper"),
+    "std": ("gaussian",),
+    "alpha": ("neftune",),
+    "ascent_step": ("freelb",),
+    "ascent_radius": ("freelb",),
+}
+
 
 class RPNConfig(BaseModel):
     """How embeddings are disturbed, and how often, in each training step."""
@@ -44,13 +52,28 @@ class RPNConfig(BaseModel):
     """neftune: the noise is uniform in +-alpha / sqrt(length * hidden) (5 to 15 in its paper)."""
 
     ascent_step: float = Field(0.1, gt=0)
-    """freelb: length of each gradient step on the perturbation of an example (its paper's alpha)."""
+    """freelb: length of each gradient step on the perturbation of an example (its paper's alpha). There is one before
+    each noisy pass but the first: with passes: 1 there is none."""
 
     ascent_radius: float = Field(0.6, gt=0)
     """freelb: largest norm of the perturbation of an example (its paper's epsilon)."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds every rank's noise; each (step, micro-step, pass, rank) has a stream of its own."""
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_noise(self):
+        # none switches off what a recipe has set, so that `rpn.noise=none` alone makes the run to compare with
+        if self.noise == "none":
+            return self
+        for name, noises in _NOISES_OF_SETTING.items():
+            # not model_fields_set: a config that was dumped whole is read again with every default in it
+            if self.noise not in noises and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is a setting of noise: {' and '.join(noises)}, which noise: {self.noise} does not have; "
+                    f"leave it out, or set noise: {noises[0]}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self):

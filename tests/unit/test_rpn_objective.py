@@ -11,6 +11,14 @@ from transformers import BertConfig, BertForSequenceClassification
 import rpn
 from rpn import RPNConfig, Stream
 
+OWN_SETTINGS = {
+    "rpn": {"probability": 0.3},
+    "gaussian": {"std": 0.2},
+    "salt-and-pepper": {"probability": 0.3},
+    "neftune": {"alpha": 15.0},
+    "freelb": {"ascent_step": 0.3, "ascent_radius": 1.0},
+}
+
 
 class Trainer:
     """A tiny BERT with its noise, and what happened to it in which order."""
@@ -56,7 +64,13 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 @pytest.mark.parametrize("clean", [True, False])
 def test_equals_the_summed_loss_in_one_graph(noise: str, clean: bool) -> None:
     config = RPNConfig(
-        noise=noise, clean=clean, passes=3, probability=0.3, clean_weight=0.7, noisy_weight=0.4, scope="sequence"
+        noise=noise,
+        clean=clean,
+        passes=3,
+        clean_weight=0.7,
+        noisy_weight=0.4,
+        scope="sequence",
+        **OWN_SETTINGS[noise],
     )
     trainer = Trainer(config)
     trainer.handle.place(step=3)
@@ -142,7 +156,7 @@ def test_holds_the_graph_of_one_pass_only() -> None:
 @pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb"])
 @pytest.mark.parametrize(("ranks", "micro_steps"), [(2, 1), (4, 1), (2, 2), (1, 4)])
 def test_sequence_scope_trains_alike_on_any_number_of_ranks(noise: str, ranks: int, micro_steps: int) -> None:
-    trainer = Trainer(RPNConfig(noise=noise, passes=2, probability=0.3, scope="sequence", seed=5))
+    trainer = Trainer(RPNConfig(noise=noise, passes=2, scope="sequence", seed=5, **OWN_SETTINGS[noise]))
     trainer.handle.place(step=1)
     whole = trainer.run()
     expected = trainer.take_gradients()
@@ -245,6 +259,39 @@ def test_no_term_at_all_is_an_error() -> None:
 def test_settings_out_of_range_are_errors_that_name_the_key(settings: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(settings))):
         RPNConfig(**settings)
+
+
+@pytest.mark.parametrize("noise", OWN_SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "value", "owners"),
+    [
+        ("probability", 0.2, ("rpn", "salt-and-pepper")),
+        ("std", 0.2, ("gaussian",)),
+        ("alpha", 15.0, ("neftune",)),
+        ("ascent_step", 0.3, ("freelb",)),
+        ("ascent_radius", 1.0, ("freelb",)),
+    ],
+)
+def test_a_setting_of_another_noise_is_an_error_that_names_both(
+    noise: str, setting: str, value: float, owners: tuple[str, ...]
+) -> None:
+    if noise in owners:
+        assert getattr(RPNConfig(noise=noise, **{setting: value}), setting) == value
+        return
+    with pytest.raises(
+        ValidationError, match=f"{setting} is a setting of noise: {' and '.join(owners)}, .*: {noise} "
+    ):
+        RPNConfig(noise=noise, **{setting: value})
+
+
+@pytest.mark.parametrize("noise", OWN_SETTINGS)
+def test_defaults_belong_to_every_noise(noise: str) -> None:
+    config = RPNConfig(noise=noise, **OWN_SETTINGS[noise])
+    assert RPNConfig(**config.model_dump()) == config
+
+
+def test_noise_none_switches_off_whatever_is_set() -> None:
+    assert RPNConfig(noise="none", **{key: value for own in OWN_SETTINGS.values() for key, value in own.items()})
 
 
 def test_runs_on_a_model_that_is_not_from_transformers() -> None:
