@@ -70,6 +70,7 @@ def test_of_many_ranks_the_first_eight_are_named() -> None:
 
 def test_what_every_rank_refuses_is_no_matter_of_a_host() -> None:
     verdict = judge([refusal(rank) for rank in (2, 0, 3, 1)], MEMBERS)
+    assert judge([refusal(1), refusal(2)], MEMBERS).message == "rank 1 on n1: no such column"
     assert (verdict.message, verdict.status, verdict.is_error) == ("no such column", 2, True)
     assert verdict.ranks == (2, 0, 3, 1)
 
