@@ -117,13 +117,13 @@ def join_rank_zero(
     **settings: Any,
 ) -> Membership:
     """Join the roll call that rank 0 keeps. Collective. Args: announce: what rank 0 does with the verdict."""
+    roll = None
     if placement.rank == 0:
         host = placement.master_addr if placement.world_size > placement.local_world_size else "127.0.0.1"
         roll = RollCall(announce, settings["silence_seconds"], host=host, world_size=placement.world_size)
         store.set("roll", str(roll.address))
-        # The thread keeps it; it ends with the process.
     address = Address.parse(store.get("roll").decode())
-    return Membership(address, me, placement.world_size, stop, keeper="rank 0", **settings)
+    return Membership(address, me, placement.world_size, stop, keeper="rank 0", roll=roll, **settings)
 
 
 def _wait_for_all(store: dist.Store, placement: Placement, seconds: float) -> list[tuple[str, dict[str, str]]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sparse_zero.errors import UserError
 from sparse_zero.placement import Placement
-from sparse_zero.roll_call import Address, is_out_of_reach, watch_the_line
+from sparse_zero.roll_call import Address, RollCall, is_out_of_reach, watch_the_line
 from sparse_zero.stopping import StopRequest
 from sparse_zero.verdict import DIED, Member, Verdict, say_silent
 
@@ -19,7 +19,8 @@ WATCH_VARIABLE = "SPARSE_ZERO_WATCH"
 """The environment variable by which `sparse-zero train` tells its ranks where it keeps their roll call."""
 _VERDICT_SECONDS = 10.0
 """How long a rank that failed waits to hear what the cause was."""
-_MOST_TRACEBACK = 20_000
+_MOST_CHARACTERS = 20_000
+"""Of a message or a traceback; the roll call drops a rank that sends too long a line."""
 
 
 class Membership:
@@ -35,15 +36,18 @@ class Membership:
         patience_seconds: float = 60,
         keeper: Literal["launcher", "rank 0"] = "launcher",
         console: int = 2,
+        roll: RollCall | None = None,
     ) -> None:
         """Connect. Args: stop: where a request to stop goes; keeper: who keeps the roll; console: the descriptor for
-        what the user must read.
+        what the user must read; roll: the roll call, where this rank keeps it.
 
         Raises UserError: nobody is there within `patience_seconds`.
         """
         self._me, self._stop, self._keeper, self._console = me, stop, keeper, console
         self._silence_seconds = silence_seconds
-        self._hosts: dict[int, str] = {}
+        self._roll = roll
+        self._keepers_host, self._speaker = "its host", me.rank
+        self._has_left = False
         self._has_ended = threading.Event()
         self._lock = threading.RLock()  # a signal may come in the middle of a message
         self._connection = _connect(address, patience_seconds)
@@ -63,15 +67,22 @@ class Membership:
     def report(self, message: str, traceback: str = "", status: int = 1) -> None:
         """Say that this rank cannot go on, and wait for the verdict, which ends the process.
 
-        Returns only where no verdict comes. Without a traceback it is an error of the user's.
+        Returns only where no verdict comes, and the user has been told here. Without a traceback it is an error of the user's.
         """
         kind = "failure" if traceback else "refusal"
-        traceback = traceback[-_MOST_TRACEBACK:]
-        self._send(type="failure", kind=kind, message=message, traceback=traceback, status=status)
+        words = {"message": message[:_MOST_CHARACTERS], "traceback": traceback[-_MOST_CHARACTERS:]}
+        self._send(type="failure", kind=kind, status=status, **words)
         self._has_ended.wait(_VERDICT_SECONDS)
+        self._say(f"rank {self._me.rank} on {self._me.host}: {message}")
 
     def leave(self, status: int = 0, message: str = "") -> None:
         """Part from the others. Args: message: why, where the others have not agreed to it; they will end too."""
+        self._has_left = True
+        if self._roll is not None:
+            # It ends with this process, and the others would take that for this rank's death.
+            if message:
+                self._roll.end(message, status)
+            self._roll.close()
         self._send(type="bye", status=status, message=message)
 
     def _send(self, **message: object) -> None:
@@ -88,7 +99,7 @@ class Membership:
                     elif message["type"] == "stop":
                         self._stop.ask()
                     elif message["type"] == "roster":
-                        self._hosts = {int(rank): host for rank, host in message["hosts"].items()}
+                        self._keepers_host, self._speaker = message["host"], message["speaker"]
                     elif message["type"] == "bye":
                         return
             self._lose(is_silent=False)
@@ -99,6 +110,8 @@ class Membership:
 
     def _lose(self, is_silent: bool) -> None:
         """The keeper of the roll is gone, and can judge no more."""
+        if self._has_left:
+            return
         if self._keeper == "launcher":
             if not is_silent:
                 # Whoever killed it wants this run to end; it need not lose its work.
@@ -106,16 +119,9 @@ class Membership:
                 return
             if self._me.rank == 0:
                 self._say(f"the host that started this run has not answered for {self._silence_seconds:g} s")
-        elif self._speaks():
-            where = f"rank 0 on {self._hosts.get(0, 'its host')}"
-            self._say(f"{where} {say_silent(self._silence_seconds) if is_silent else DIED}")
+        elif self._me.rank == self._speaker:
+            self._say(f"rank 0 on {self._keepers_host} {say_silent(self._silence_seconds) if is_silent else DIED}")
         self._end(1)
-
-    def _speaks(self) -> bool:
-        """Whether it is for this rank to say that rank 0 is gone: the first on another host, should there be one."""
-        others = [rank for rank in self._hosts if rank != 0]
-        elsewhere = [rank for rank in others if self._hosts[rank] != self._hosts[0]]
-        return self._me.rank == min(elsewhere or others, default=self._me.rank)
 
     def _say(self, message: str) -> None:
         with contextlib.suppress(OSError):

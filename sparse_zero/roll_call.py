@@ -163,6 +163,8 @@ class RollCall:
 
     def close(self) -> None:
         """Say goodbye, so that no rank takes the end of this process for a failure."""
+        if self._is_closing:
+            return
         self._is_closing = True
         self._wake.send(b"x")
         self._thread.join(timeout=5)
@@ -194,10 +196,12 @@ class RollCall:
                 for rank in [rank for rank in expected if rank not in self.members]:
                     self._note(Trouble(rank, "absence"))
             if self._verdict_at is not None and now >= self._verdict_at:
-                absent = all(trouble.kind == "absence" for trouble in self._troubles)
-                seconds = self._arrival_seconds if absent else self._silence_seconds
+                silent = any(trouble.kind == "silence" for trouble in self._troubles)
+                seconds = self._silence_seconds if silent else self._arrival_seconds
                 verdict = judge(self._troubles, self.members, seconds or 0)
-                self._announce(verdict)
+                # The ranks must end also where nobody reads any more what this process says.
+                with contextlib.suppress(OSError, ValueError):
+                    self._announce(verdict)
                 self._pronounce(verdict)
                 self._verdict_at = None
 
@@ -220,7 +224,7 @@ class RollCall:
             return
         except OSError as error:
             messages, lost = None, is_out_of_reach(error)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             messages = None  # a stranger
         if messages is None:
             self._selector.unregister(line.connection)
@@ -242,8 +246,7 @@ class RollCall:
                 line.send({"type": "stop"})
             if len(self.members) == self._world_size:
                 self._arrival_deadline = None
-                hosts = {rank: member.host for rank, member in self.members.items()}
-                self._tell({"type": "roster", "hosts": hosts})
+                self._tell({"type": "roster", "host": self.members[0].host, "speaker": self._speaker()})
         elif line.member is None:
             raise ValueError("not a member")
         elif kind == "failure":
@@ -253,6 +256,14 @@ class RollCall:
             line.has_left = True
             if message["message"]:
                 self._note(Trouble(line.member.rank, "end", message["message"], status=message["status"]))
+
+    def _speaker(self) -> int:
+        """The rank that says it when the keeper of the roll is gone: the first on another host than rank 0's, should
+        there be one.
+        """
+        others = sorted(rank for rank in self.members if rank != 0)
+        elsewhere = [rank for rank in others if self.members[rank].host != self.members[0].host]
+        return next(iter(elsewhere or others), 0)
 
     def _note(self, trouble: Trouble) -> None:
         if self.verdict is None:

@@ -1,0 +1,481 @@
+"""Ranks that come to a roll call, fail, leave or are killed, as processes of their own without any training."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from sparse_zero import membership as membership_module
+from sparse_zero import roll_call
+from sparse_zero.errors import UserError
+from sparse_zero.membership import Membership
+from sparse_zero.roll_call import Address, RollCall
+from sparse_zero.stopping import STOPPED, StopRequest
+from sparse_zero.verdict import DIED, Member, Verdict, say_silent
+
+RANK = """
+import contextlib, json, os, sys, time
+from sparse_zero.membership import Membership, announce
+from sparse_zero.roll_call import Address, RollCall
+from sparse_zero.stopping import StopRequest
+from sparse_zero.verdict import Member
+
+rank, world_size, host, keeper, address, is_deferred = json.loads(sys.argv[1])
+stop = StopRequest().listen()
+roll = None if address else RollCall(announce, silence_seconds=30, world_size=world_size)
+address = address or str(roll.address)
+me = Member(rank, host, os.getpid(), f"logs/{rank}")
+member = Membership(Address.parse(address), me, world_size, stop, 30, keeper=keeper, roll=roll)
+print(address, flush=True)
+with stop.deferred() if is_deferred else contextlib.nullcontext():
+    for line in sys.stdin:
+        verb, *words = json.loads(line)
+        if verb == "report":
+            member.report(*words)
+        elif verb == "leave":
+            member.leave(*words)
+        elif verb == "wait for a stop":
+            while not stop.is_raised:
+                time.sleep(0.01)
+            print("asked", flush=True)
+        elif verb == "wait for the roster":
+            while member._keepers_host == "its host":
+                time.sleep(0.01)
+            print("all are here", flush=True)
+        elif verb == "exit":
+            sys.exit(*words)
+"""
+SECONDS = 20
+
+
+class Process:
+    """A rank, which does what it is told."""
+
+    def __init__(
+        self,
+        rank: int,
+        address: Address | str | None,
+        world_size: int = 3,
+        host: str = "n1",
+        keeper: str = "launcher",
+        deferred: bool = False,
+    ) -> None:
+        facts = json.dumps([rank, world_size, host, keeper, str(address or ""), deferred])
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", RANK, facts], **pipes)
+
+    def is_here(self) -> str:
+        """Returns: the address of the roll call that it has come to."""
+        return self.process.stdout.readline().strip()
+
+    def tell(self, *words: object) -> None:
+        self.process.stdin.write(json.dumps(words) + "\n")
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, str]:
+        """Returns: its exit status and what it has written for the user."""
+        # With its standard input open: at the end of that it would leave by itself.
+        return self.process.wait(timeout=SECONDS), self.process.stderr.read()
+
+
+@pytest.fixture
+def verdicts() -> list[Verdict]:
+    return []
+
+
+@pytest.fixture
+def open_roll(verdicts: list[Verdict]) -> Iterator[Callable[..., RollCall]]:
+    with contextlib.ExitStack() as opened:
+
+        def open_roll(announce: Callable[[Verdict], None] = verdicts.append, **settings: Any) -> RollCall:
+            roll = RollCall(announce, silence_seconds=30, **settings)
+            opened.callback(roll.close)
+            return roll
+
+        yield open_roll
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    started = []
+
+    def start(*arguments: Any, **settings: Any) -> Process:
+        started.append(Process(*arguments, **settings))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.communicate()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def three(start: Callable[..., Process], roll: RollCall, **settings: Any) -> list[Process]:
+    ranks = [start(rank, roll.address, **settings) for rank in range(3)]
+    assert [rank.is_here() for rank in ranks] == [str(roll.address)] * 3
+    until(lambda: len(roll.members) == 3)
+    return ranks
+
+
+# The process that started the run keeps the roll
+
+
+def test_a_killed_rank_is_named_and_the_others_end(open_roll, start, verdicts) -> None:
+    ranks = three(start, open_roll())
+    ranks[1].process.kill()
+    assert [ranks[0].end(), ranks[2].end()] == [(1, "")] * 2
+    pid = ranks[1].process.pid
+    assert [each.message for each in verdicts] == [f"rank 1 on n1 (process {pid}) {DIED}; its log is logs/1"]
+
+
+def test_an_exception_is_announced_once_and_its_echoes_are_not(open_roll, start, verdicts) -> None:
+    ranks = three(start, open_roll())
+    ranks[2].tell("report", "ValueError: cause", "Traceback of 2\n")
+    ranks[0].tell("report", "RuntimeError: echo", "Traceback of 0\n")
+    assert [rank.end() for rank in ranks] == [(1, "")] * 3
+    [verdict] = verdicts
+    assert verdict.traceback in ("Traceback of 2\n", "Traceback of 0\n")
+    assert verdict.ranks == (int(verdict.traceback[-2]),)
+
+
+def test_a_failure_of_any_length_is_no_death(open_roll, start, verdicts) -> None:
+    roll = open_roll()
+    ranks = three(start, roll)
+    ranks[0].tell("report", "x" * 2_000_000, "last line\n".rjust(2_000_000, "\U0001f600"))
+    assert [rank.end()[0] for rank in ranks] == [1, 1, 1]
+    assert verdicts[0].message.startswith("rank 0 on n1 failed: xxx")
+    assert verdicts[0].traceback.endswith("last line\n")
+
+
+def test_what_all_refuse_ends_all_with_two(open_roll, start, verdicts) -> None:
+    ranks = three(start, open_roll())
+    for rank in ranks:
+        rank.tell("report", "no such column", "", 2)
+    assert [rank.end() for rank in ranks] == [(2, "")] * 3
+    assert [(each.message, each.traceback, each.status) for each in verdicts] == [("no such column", "", 2)]
+
+
+def test_a_rank_that_comes_after_the_verdict_ends_too(open_roll, start, verdicts) -> None:
+    roll = open_roll()
+    first = start(0, roll.address)
+    assert first.is_here()
+    first.tell("report", "no such column", "", 2)
+    assert first.end() == (2, "")
+    late = start(1, roll.address)
+    assert late.end() == (2, "")
+    assert len(verdicts) == 1
+
+
+def test_a_verdict_that_nobody_can_read_ends_the_ranks_all_the_same(open_roll, start) -> None:
+    def announce(verdict: Verdict) -> None:
+        raise BrokenPipeError
+
+    roll = open_roll(announce)
+    ranks = three(start, roll)
+    ranks[1].process.kill()
+    assert [ranks[0].end(), ranks[2].end()] == [(1, "")] * 2
+    assert roll.conclude().status == 1
+
+
+def test_a_stop_reaches_ranks_that_are_there_and_that_come_later(open_roll, start, verdicts) -> None:
+    roll = open_roll()
+    training, loading = start(0, roll.address, deferred=True), start(1, roll.address)
+    assert training.is_here()
+    assert loading.is_here()
+    until(lambda: len(roll.members) == 2)
+    training.tell("wait for a stop")
+    roll.ask_to_stop()
+    assert training.process.stdout.readline() == "asked\n"
+    assert loading.end()[0] == STOPPED
+    late = start(2, roll.address)
+    assert late.end()[0] == STOPPED
+    # Whoever ends without the others' consent ends them too; nothing is an error of anybody's.
+    assert training.end()[0] == STOPPED
+    assert [(each.status, each.is_error) for each in verdicts] == [(STOPPED, False)]
+
+
+def test_ranks_that_leave_are_missed_by_nobody(open_roll, start, verdicts) -> None:
+    roll = open_roll()
+    ranks = three(start, roll)
+    for rank in ranks[:2]:
+        rank.tell("leave")
+        rank.tell("exit", 0)
+        assert rank.end() == (0, "")
+    assert roll.is_anybody_there
+    time.sleep(2 * roll_call.SETTLE_SECONDS)
+    assert ranks[2].process.poll() is None
+    ranks[2].tell("leave", STOPPED)
+    ranks[2].tell("exit", STOPPED)
+    assert ranks[2].end() == (STOPPED, "")
+    until(lambda: not roll.is_anybody_there)
+    assert (roll.conclude(), verdicts) == (None, [])
+
+
+def test_a_rank_that_a_signal_ends_ends_the_others_with_its_status(open_roll, start, verdicts) -> None:
+    ranks = three(start, open_roll())
+    ranks[1].process.send_signal(signal.SIGTERM)
+    assert [rank.end() for rank in ranks] == [(STOPPED, "")] * 3
+    assert [(each.message, each.is_error) for each in verdicts] == [("rank 1 on n1 was told to stop", False)]
+
+
+def test_ranks_that_do_not_come_are_named(open_roll, start, verdicts) -> None:
+    roll = open_roll(arrival_seconds=600, world_size=4)
+    one = start(2, roll.address, world_size=4)
+    assert one.is_here()
+    until(lambda: roll.members)
+    roll._arrival_deadline = time.monotonic()
+    socket.create_connection(roll.address[:2]).close()  # wakes it, so that it looks at the clock
+    assert one.end() == (1, "")
+    assert [each.message for each in verdicts] == [
+        "ranks 0, 1, 3 did not come within 600 s (launch.rendezvous_seconds); there: rank 2 on n1"
+    ]
+
+
+def test_nobody_is_missed_once_all_have_come(open_roll, start, verdicts) -> None:
+    roll = open_roll(arrival_seconds=60)
+    three(start, roll)
+    until(lambda: roll._arrival_deadline is None)
+    assert verdicts == []
+
+
+def test_end_ends_all_and_announces_nothing(open_roll, start, verdicts) -> None:
+    roll = open_roll()
+    ranks = three(start, roll)
+    roll.end("killed", 9)
+    assert [rank.end() for rank in ranks] == [(9, "")] * 3
+    assert (roll.conclude().message, verdicts) == ("killed", [])
+
+
+def test_a_roll_call_that_closes_is_no_failure(open_roll, start) -> None:
+    roll = open_roll()
+    ranks = three(start, roll, deferred=True)
+    roll.close()
+    roll.close()
+    for rank in ranks:
+        rank.tell("exit", 7)
+        assert rank.end() == (7, "")
+
+
+def test_what_no_roll_call_hears_any_more_the_rank_says_itself(open_roll, start) -> None:
+    roll = open_roll()
+    ranks = three(start, roll)
+    roll.close()
+    ranks[1].tell("report", "OSError: disk full", "Traceback\n")
+    ranks[1].tell("exit", 1)
+    assert ranks[1].end() == (1, "sparse-zero: error: rank 1 on n1: OSError: disk full\n")
+
+
+KEEPER = """
+import sys, time
+from sparse_zero.roll_call import RollCall
+print(RollCall(print, silence_seconds=30).address, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_launcher_is_a_request_to_stop(start) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", KEEPER], stdout=subprocess.PIPE, text=True)
+    address = launcher.stdout.readline().strip()
+    training, loading = start(0, address, world_size=2, deferred=True), start(1, address, world_size=2)
+    assert [training.is_here(), loading.is_here()] == [address] * 2
+    launcher.kill()
+    launcher.communicate()
+    training.tell("wait for a stop")
+    assert training.process.stdout.readline() == "asked\n"
+    training.tell("exit", 5)
+    assert [training.end(), loading.end()] == [(5, ""), (STOPPED, "")]
+
+
+# Rank 0 keeps the roll
+
+
+def around_rank_0(start: Callable[..., Process], hosts: list[str]) -> list[Process]:
+    ranks = [start(0, None, len(hosts), hosts[0], keeper="rank 0")]
+    address = ranks[0].is_here()
+    for rank, host in enumerate(hosts[1:], 1):
+        ranks.append(start(rank, address, len(hosts), host, keeper="rank 0"))
+        assert ranks[-1].is_here() == address
+    for rank in ranks:
+        rank.tell("wait for the roster")
+        assert rank.process.stdout.readline() == "all are here\n"
+    return ranks
+
+
+@pytest.mark.parametrize(("hosts", "speaker"), [(["n1", "n1", "n2", "n2"], 2), (["n1", "n1", "n1"], 1)])
+def test_when_rank_0_is_killed_one_rank_says_so(start, hosts, speaker) -> None:
+    ranks = around_rank_0(start, hosts)
+    ranks[0].process.kill()
+    said = [rank.end() for rank in ranks[1:]]
+    assert [status for status, _ in said] == [1] * len(said)
+    expected = ["sparse-zero: error: rank 0 on n1 " + DIED + "\n" if rank == speaker else "" for rank in range(4)]
+    assert [err for _, err in said] == expected[1 : len(hosts)]
+
+
+def test_rank_0_says_which_other_was_killed(start) -> None:
+    ranks = around_rank_0(start, ["n1", "n2", "n2"])
+    ranks[2].process.kill()
+    said = f"sparse-zero: error: rank 2 on n2 (process {ranks[2].process.pid}) {DIED}; its log is logs/2\n"
+    assert [rank.end() for rank in ranks[:2]] == [(1, said), (1, "")]
+
+
+def test_rank_0_that_fails_is_no_death(start) -> None:
+    ranks = around_rank_0(start, ["n1", "n2", "n2"])
+    ranks[0].tell("report", "ValueError: no", "Traceback\n")
+    said = "Traceback\nsparse-zero: error: rank 0 on n1 failed: ValueError: no; its log is logs/0\n"
+    assert [rank.end() for rank in ranks] == [(1, said), (1, ""), (1, "")]
+
+
+def test_rank_0_may_leave_before_the_others(start) -> None:
+    ranks = around_rank_0(start, ["n1", "n2", "n2"])
+    ranks[0].tell("leave")
+    ranks[0].tell("exit", 0)
+    assert ranks[0].end() == (0, "")
+    time.sleep(0.2)
+    for rank in ranks[1:]:
+        rank.tell("leave")
+        rank.tell("exit", 0)
+        assert rank.end() == (0, "")
+
+
+def test_rank_0_that_a_signal_ends_ends_the_others_with_its_status(start) -> None:
+    ranks = around_rank_0(start, ["n1", "n2", "n2"])
+    ranks[0].process.send_signal(signal.SIGTERM)
+    assert [rank.end() for rank in ranks] == [(STOPPED, "")] * 3
+
+
+# Networks
+
+
+class Recorder(Membership):
+    """A member that does not end its process."""
+
+    ended: int | None = None
+
+    def _end(self, status: int) -> None:
+        self.ended = status
+
+
+@pytest.mark.parametrize(("keeper", "said"), [("launcher", "the host that started this run has"), ("rank 0", "n7")])
+def test_a_keeper_whose_host_is_silent_ends_the_ranks(open_roll, capfd, monkeypatch, keeper, said) -> None:
+    roll, stop = open_roll(), StopRequest()
+    monkeypatch.setattr(membership_module, "is_out_of_reach", lambda error: True)
+    member = Recorder(roll.address, Member(0, "n7", os.getpid()), 1, stop, 12, keeper=keeper)
+    until(lambda: roll.members)
+    until(lambda: member._keepers_host == "n7")
+    monkeypatch.setattr(member, "_connection", None)
+    member._lose(is_silent=True)
+    err = capfd.readouterr().err
+    assert said in err
+    assert "has not answered for 12 s" in err
+    assert (member.ended, stop.is_raised) == (1, False)
+
+
+def test_a_silent_host_is_not_called_dead(open_roll, start, verdicts, monkeypatch) -> None:
+    roll = open_roll()
+    receive = roll_call._Line.receive
+
+    def lose(line: roll_call._Line) -> Any:
+        if line.member and line.member.rank == 1:
+            raise OSError(errno.ETIMEDOUT, "timed out")
+        return receive(line)
+
+    ranks = three(start, roll)
+    monkeypatch.setattr(roll_call._Line, "receive", lose)
+    ranks[1].process.kill()
+    assert [ranks[0].end()[0], ranks[2].end()[0]] == [1, 1]
+    assert verdicts[0].message == f"n1 (rank 1) {say_silent(30)}; its log is logs/1"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00\xff\xfe\n",
+        b"\n",
+        b"[1]\n",
+        b"[" * 50_000 + b"\n",
+        b"x" * 10_000,
+        b'{"type": "bye", "status": 0, "message": "go"}\n',
+        b'{"type": "hello"}\n',
+        b'{"type": "hello", "token": 3}\n',
+        b'{"type": "hello", "token": "\xc3\xa4"}\n',
+        b'{"type": "hello", "token": "00", "rank": 1, "world_size": 1, "host": "h", "pid": 1, "log": null}\n'
+        b'{"type": "failure", "kind": "failure", "message": "m", "traceback": "t", "status": 1}\n',
+    ],
+)
+def test_strangers_are_put_out_and_harm_nobody(open_roll, verdicts, sent) -> None:
+    roll = open_roll()
+    with socket.create_connection(roll.address[:2], timeout=SECONDS) as stranger:
+        stranger.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+    with socket.create_connection(roll.address[:2], timeout=SECONDS) as quiet:
+        quiet.sendall(b'{"type": "hel')
+    with member(roll, 0) as (_, heard):
+        assert json.loads(heard.readline())["type"] == "roster"
+    until(lambda: roll.conclude())
+    # The one that came last did come to the roll, and went without a word.
+    assert [each.ranks for each in verdicts] == [(0,)]
+
+
+def test_a_member_may_write_in_pieces(open_roll) -> None:
+    roll = open_roll()
+    with member(roll, 0, pieces=7) as (connection, heard):
+        assert json.loads(heard.readline())["type"] == "roster"
+        connection.sendall(b'{"type": "bye", "sta')
+        time.sleep(0.05)
+        connection.sendall(b'tus": 0, "message": ""}\n')
+        until(lambda: not roll.is_anybody_there)
+    assert roll.conclude() is None
+
+
+@contextlib.contextmanager
+def member(roll: RollCall, rank: int, pieces: int = 1) -> Iterator[tuple[socket.socket, Any]]:
+    hello = {"token": roll.address.token, "rank": rank, "world_size": 1, "host": "n1", "pid": 1, "log": None}
+    line = json.dumps({"type": "hello", **hello}).encode() + b"\n"
+    with socket.create_connection(roll.address[:2], timeout=SECONDS) as connection, connection.makefile() as heard:
+        for start in range(0, len(line), size := -(-len(line) // pieces)):
+            connection.sendall(line[start : start + size])
+            time.sleep(0.01)
+        yield connection, heard
+
+
+def test_an_address_is_written_and_read_back(open_roll) -> None:
+    address = open_roll(host="127.0.0.1").address
+    assert Address.parse(str(address)) == address
+    assert len(address.token) == 32
+
+
+def test_a_roll_call_of_this_machine_cannot_be_reached_from_others(open_roll) -> None:
+    assert open_roll(host="127.0.0.1")._listener.getsockname()[0] == "127.0.0.1"
+    assert open_roll(host="n1")._listener.getsockname()[0] == "0.0.0.0"
+
+
+def test_a_roll_call_that_is_not_there_is_a_users_error() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = Address(*nobody.getsockname(), "0")
+        with pytest.raises(UserError, match=rf"cannot reach 127.0.0.1:{address.port}, where the ranks are watched"):
+            Membership(address, Member(0, "n1", 1), 1, StopRequest(), 30, patience_seconds=0)
+
+
+def test_a_closed_roll_call_leaves_no_thread(open_roll) -> None:
+    roll = open_roll()
+    roll.close()
+    assert "roll-call" not in [thread.name for thread in threading.enumerate()]
