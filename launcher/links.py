@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from launcher.findings import Finding, error, ok, warning
 from launcher.command import Command
+from launcher.findings import Finding, error, ok, warning
 from launcher.report import readable
 from sparse_zero.probe import MARK, SMALL_BYTES, pairs
 
@@ -55,7 +55,11 @@ def command_here(ranks: int, use_cpu: bool) -> Command:
 
 
 def measure(command: Command, seconds: float = 2 * SECONDS + _STARTING_SECONDS) -> Measured:
-    """Run the probe to its end, and leave none of it on this machine. Remote ranks end by themselves."""
+    """Run the probe to its end, and leave none of it on this machine. Remote ranks end by themselves.
+
+    Raises UserError: the launcher's files cannot be written, or it is not there.
+    """
+    command.write_files()
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
             command.argv,
