@@ -28,15 +28,12 @@ job=$SLURM_JOB_ID
 # The plain number of one task of an array stands for the whole array.
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
+# The run is told to save and end by USR1 only. Slurm sends TERM to every process of a job that it ends, and the second
+# TERM would tell the run not to wait for its ranks.
 asked= run= early=
 pass_on() {
     asked=$1
-    if [ -z "$run" ]; then
-        early=$1
-    # Slurm ends a job with a TERM to each of its processes; a second one would cut their saving short.
-    elif [ "$1" != TERM ] || [ "$(squeue --noheader --jobs "$job" --format %T)" != COMPLETING ]; then
-        kill -s "$1" "$run" 2>/dev/null
-    fi
+    if [ -n "$run" ]; then kill -s USR1 "$run" 2>/dev/null; else early=yes; fi
 }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
@@ -45,7 +42,7 @@ trap 'pass_on TERM' TERM
     launch.launcher=slurm launch.nodes="$SLURM_JOB_NUM_NODES" \
     launch.processes_per_node="${SLURM_NTASKS_PER_NODE:-auto}" --resume &
 run=$!
-if [ -n "$early" ]; then kill -s "$early" "$run" 2>/dev/null; fi
+if [ -n "$early" ]; then kill -s USR1 "$run" 2>/dev/null; fi
 
 # A signal ends `wait`, not the run.
 wait "$run"
@@ -60,7 +57,7 @@ can_go_on() {
     # 75: stopped and saved. 138: USR1 came before the run could listen.
     "75 " | "75 USR1" | "138 USR1") ;;
     # A TERM is the user's, unless it came with the time limit or a preemption.
-    "75 TERM" | "137 "* | "143 "*)
+    "75 TERM" | "137 "* | "138 "* | "143 "*)
         scontrol --oneliner show job "$job" | grep -Eq "Reason=TimeLimit|PreemptTime=[0-9]"
         ;;
     *) false ;;

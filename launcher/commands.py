@@ -58,8 +58,10 @@ def _show(command: Command, as_json: bool) -> None:
 def submit(arguments: argparse.Namespace) -> int:
     """Submit a run as a job of Slurm, or print the script that would be."""
     from launcher import submit
+    from sparse_zero.recipe import load_recipe
 
-    job = submit.plan(arguments.recipe, arguments.overrides, arguments.sbatch_options, arguments.merge)
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, "launch.launcher=slurm"])
+    job = submit.plan(recipe, arguments.recipe, arguments.overrides, arguments.sbatch_options, arguments.merge)
     facts = {"script": str(job.script), "command": job.command.argv, "options": job.options}
     if arguments.dry_run:
         if arguments.json:
@@ -67,6 +69,10 @@ def submit(arguments: argparse.Namespace) -> int:
         else:
             print(f"{job.text}\n{job.command.shell()}")
         return 0
+
+    from launcher import preflight
+
+    preflight.check(recipe)
     submission = submit.submit(job)
     commands = submission.commands(job.command)
     if submission.warnings:

@@ -16,7 +16,7 @@ from launcher.batch_script import batch_script
 from launcher.command import Command
 from sparse_zero.errors import UserError
 from sparse_zero.launch_config import SlurmOptions
-from sparse_zero.recipe import Recipe, load_recipe
+from sparse_zero.recipe import Recipe
 
 SCRIPT_NAME = "submit.sbatch"
 
@@ -53,12 +53,14 @@ class Submission:
         }
 
 
-def plan(path: str, overrides: Sequence[str] = (), given: SlurmOptions | None = None, merge: bool = False) -> Job:
-    """The job that runs the recipe at `path`, with `given` options of sbatch. Writes nothing.
+def plan(
+    recipe: Recipe, path: str, overrides: Sequence[str] = (), given: SlurmOptions | None = None, merge: bool = False
+) -> Job:
+    """The job that runs `recipe`, which was read from `path` with `overrides`. Writes nothing.
 
-    Raises UserError: see load_recipe and sbatch_options.job_options; a log in a directory that is not there.
+    Args: given: options of sbatch that win against the recipe's.
+    Raises UserError: see sbatch_options.job_options; a log in a directory that is not there.
     """
-    recipe = load_recipe(path, [*overrides, "launch.launcher=slurm"])
     output = Path(str(recipe.training["output_dir"]))
     options = _options(recipe, output, given or {})
     words = [path, *overrides, *(["--merge"] if merge else [])]

@@ -23,7 +23,7 @@ def open_rank_log(directory: Path, rank: int, world_size: int) -> Path:
     Of rank 0 the console stays as it is, and the file gets a copy of what Python writes to sys.stdout and sys.stderr,
     but for progress bars. Of any other rank the file takes the place of the file descriptors 1 and 2, so that what C
     libraries and child processes print lands there too. A crash (SIGSEGV and its like) leaves every thread's Python
-    stack in the file. Each piece is written at once, so that os._exit loses nothing; the file is open as long as the
+    stack in the file. Each line is written at once, so that os._exit loses none; the file is open as long as the
     process lives.
 
     Returns: the file. Raises UserError: it cannot be written. Call it once in a process.

@@ -150,12 +150,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number: YAML 1.1 wants a dot in it, which no user of a learning rate expects."""
+    """SafeLoader without two surprises of YAML 1.1: 1e-3 is a number although it has no dot, and 12:00:00 is a time
+    limit, not a number of base 60.
+    """
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+_BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9]*)?$"))
+for _first in "-+0123456789":
+    # Before SafeLoader's own, since the first that matches wins.
+    _Loader.yaml_implicit_resolvers[_first].insert(0, _BASE_60)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

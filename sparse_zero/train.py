@@ -7,12 +7,13 @@ mpirun -np 8 --hostfile hosts python -m sparse_zero.train configs/demo.yaml
 """
 
 import argparse
+import atexit
 import os
 import socket
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparse_zero.errors import UserError
 from sparse_zero.membership import Membership, announce, join_launcher
@@ -146,5 +147,15 @@ class Rank:
         run.leave()
 
 
+def _end(status: int) -> NoReturn:
+    """End the process as Python would, but for the destructors of C++: threads of gloo or NCCL that some library's
+    process group still holds then abort a process that has done its work.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

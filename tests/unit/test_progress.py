@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerControl, Trai
 
 from sparse_zero import SparseConfig, SparseTrainer, progress, sparsify
 from sparse_zero.arguments import TrainingArguments
-from sparse_zero.curves import curve_directory
+from sparse_zero.curves import RunCurves, curve_directory
 from sparse_zero.progress import WINDOW_SECONDS, JobProgress, Pace, count_batch, other_line, step_line
 
 
@@ -332,7 +332,9 @@ def test_an_evaluation_before_is_not_in_the_runs_curves(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     one = trainer(tmp_path / "out")
     one.evaluate()
+    (writer,) = [each.tb_writer for each in one.callback_handler.callbacks if isinstance(each, RunCurves)]
     one.train()
+    assert writer.all_writers is None  # closed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     first, last = sorted((tmp_path / "out" / "runs").iterdir())
     assert last.name == "evaluation"

@@ -155,6 +155,8 @@ def test_the_kind_of_example_follows_from_the_columns(write, columns, kind):
         ("", None),
         ("'1e-3'", "1e-3"),
         ("1e3x", "1e3x"),
+        ("12:00:00", "12:00:00"),
+        ("1:30.5", "1:30.5"),
         ("a=b", "a=b"),
         ("[1, 2e-2]", [1, 0.02]),
         ("{betas: [0.9, 0.99]}", {"betas": [0.9, 0.99]}),
@@ -173,6 +175,7 @@ def test_a_recipe_reads_1e_3_as_a_number_too(write):
 
 def test_other_users_of_yaml_are_left_alone():
     assert yaml.safe_load("1e-3") == "1e-3"
+    assert yaml.safe_load("12:00:00") == 43200
 
 
 def test_an_override_makes_the_sections_that_are_not_there(write):
