@@ -8,6 +8,7 @@ Each host, this one included, answers in a process of its own: a broken torch is
 import contextlib
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -216,10 +217,11 @@ def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None, hosts: Sequence[Host
         return
     queues = bool(recipe) and recipe.launch.launcher == "slurm" and not hosts
     try:
-        command = _command(recipe, diagnosis.reports)
-        if with_ranks and not queues:
-            diagnosis.measured = links.measure(command)
-            found += links.judge(diagnosis.measured)
+        with tempfile.TemporaryDirectory() as directory:
+            command = _command(recipe, diagnosis.reports, directory)
+            if with_ranks and not queues:
+                diagnosis.measured = links.measure(command)
+                found += links.judge(diagnosis.measured)
     except UserError as problem:
         found.append(error("launcher", str(problem), "correct the recipe's launch section"))
     if with_ranks and queues:
@@ -227,9 +229,19 @@ def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None, hosts: Sequence[Host
         found.append(warning("ranks", "not started: this is no Slurm job", cure))
 
 
-def _command(recipe: Recipe | None, reports: dict[str, Report]) -> Command:
-    """Starts the probe as the run's ranks would be started; without a recipe on all devices, or on two ranks."""
+def _command(recipe: Recipe | None, reports: dict[str, Report], directory: str) -> Command:
+    """Starts the probe as the run's ranks would be started; without a recipe on all devices, or on two ranks.
+
+    Args: directory: for the launcher's files, which are this machine's own affair.
+    """
     if recipe is not None:
-        return ways.ranks_command(recipe, links.probe_words(bool(recipe.training.get("use_cpu"))))
+        launch = recipe.launch
+        if launch.launcher == "torchrun" and launch.hostfile:
+            # Its agents would wait for each other for a quarter of an hour, and outlive this command.
+            limit = ["--rdzv-conf", f"timeout={links.SECONDS:g}"]
+            launch = launch.model_copy(update={"launcher_args": [*limit, *launch.launcher_args]})
+        training = {**recipe.training, "output_dir": directory}
+        probed = recipe.model_copy(update={"training": training, "launch": launch})
+        return ways.ranks_command(probed, links.probe_words(bool(training.get("use_cpu"))))
     accelerators = host_checks.accelerator_count(next(iter(reports.values())), Wanted())
     return links.command_here(accelerators or 2, use_cpu=not accelerators)

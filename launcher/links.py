@@ -97,12 +97,12 @@ def _end(process: subprocess.Popen) -> None:
 
 def read(output: str, status: int | None) -> Measured:
     """What the ranks said, from what a launcher printed: it may put a rank's name before each line."""
-    measured = Measured(status=status)
+    measured, said = Measured(status=status), []
     for line in output.splitlines():
         # Two ranks' words may have come out on one line.
         other, *texts = line.split(MARK)
         if not texts:
-            measured.last_words = other.strip() or measured.last_words
+            said += [other.strip()] if other.strip() else []
         for text in texts:
             fact, _ = json.JSONDecoder().raw_decode(text)
             if "rank" in fact:
@@ -113,6 +113,8 @@ def read(output: str, status: int | None) -> Measured:
                 measured.collectives.append(fact)
             else:
                 measured.problems.append(fact["problem"])
+    # pdsh and torchrun have more to say after the line that tells.
+    measured.last_words = next((line for line in reversed(said) if "Error" in line), said[-1] if said else "")
     return measured
 
 
@@ -120,8 +122,9 @@ def judge(measured: Measured) -> Iterator[Finding]:
     """Findings from what was measured."""
     if not measured.hosts:
         said = f": {measured.last_words}" if measured.last_words else ""
-        cure = "run what `sparse-zero train ... --dry-run` prints, by hand"
-        yield error("ranks", f"the launcher started no rank (status {measured.status}){said}", cure)
+        how = "in time" if measured.status is None else f"(status {measured.status})"
+        cure = "see that the hosts reach each other (firewall); run by hand what `train ... --dry-run` prints"
+        yield error("ranks", f"the launcher started no rank {how}{said}", cure)
         return
     absent = sorted(set(range(measured.world_size or 0)) - set(measured.hosts))
     if absent:

@@ -272,6 +272,11 @@ def test_links_that_are_well():
     ("output", "severity", "message"),
     [
         ("n1: command not found\n\n", "error", "the launcher started no rank (status 1): n1: command not found"),
+        (
+            "n2: DistError: timed out\nn2: \npdsh: ssh exited\n",
+            "error",
+            "no rank (status 1): n2: DistError: timed out",
+        ),
         (lines(*ranks(["n1", "n2"])[:1]), "error", "rank 1 of 2 did not start; n1 did"),
         (
             lines(*ranks(["n1", "n2"]), {"problem": "rank 1 on n2 cannot reach rank 0"}) * 2,
