@@ -6,6 +6,7 @@ Each host, this one included, answers in a process of its own: a broken torch is
 """
 
 import contextlib
+import math
 import os
 import socket
 import tempfile
@@ -125,7 +126,7 @@ def _job(recipe: Recipe, path: str | None, overrides: Sequence[str]) -> list[Fin
     if path is None or any(finding.severity != "ok" for finding in found):
         return found
     try:
-        job = submit.plan(path, overrides)
+        job = submit.plan(recipe, path, overrides)
     except UserError as problem:
         return [*found, error("slurm", str(problem), "correct launch.slurm")]
     return [*found, *slurm_checks.trial(job.text, job.command.environ())]
@@ -236,12 +237,13 @@ def _command(recipe: Recipe | None, reports: dict[str, Report], directory: str) 
     """
     if recipe is not None:
         launch = recipe.launch
+        seconds = min(links.SECONDS, launch.rendezvous_seconds)
         if launch.launcher == "torchrun" and launch.hostfile:
             # Its agents would wait for each other for a quarter of an hour, and outlive this command.
-            limit = ["--rdzv-conf", f"timeout={links.SECONDS:g}"]
+            limit = ["--rdzv-conf", f"timeout={math.ceil(seconds)}"]
             launch = launch.model_copy(update={"launcher_args": [*limit, *launch.launcher_args]})
         training = {**recipe.training, "output_dir": directory}
         probed = recipe.model_copy(update={"training": training, "launch": launch})
-        return ways.ranks_command(probed, links.probe_words(bool(training.get("use_cpu"))))
+        return ways.ranks_command(probed, links.probe_words(bool(training.get("use_cpu")), seconds))
     accelerators = host_checks.accelerator_count(next(iter(reports.values())), Wanted())
     return links.command_here(accelerators or 2, use_cpu=not accelerators)

@@ -19,7 +19,7 @@ from launcher.report import readable
 from sparse_zero.probe import MARK, SMALL_BYTES, pairs
 
 SECONDS = 60.0
-"""For the ranks to meet, and again to measure; see sparse_zero.probe."""
+"""For the ranks to meet, and again to measure, at most; see sparse_zero.probe."""
 _STARTING_SECONDS = 60.0
 SLOW_BYTES_PER_SECOND = 100e6
 """Less than a cable of 1 Gbit/s carries."""
@@ -43,9 +43,9 @@ class Measured:
     last_words: str = ""
 
 
-def probe_words(use_cpu: bool) -> list[str]:
+def probe_words(use_cpu: bool, seconds: float = SECONDS) -> list[str]:
     """The module that the ranks run, and its arguments."""
-    return ["sparse_zero.probe", "--seconds", f"{SECONDS:g}", *(["--cpu"] if use_cpu else [])]
+    return ["sparse_zero.probe", "--seconds", f"{seconds:g}", *(["--cpu"] if use_cpu else [])]
 
 
 def command_here(ranks: int, use_cpu: bool) -> Command:
