@@ -98,4 +98,4 @@ def sharing(reports: Reports) -> Iterator[Finding]:
             message = "does not see what this machine writes at training.output_dir: a checkpoint would be in pieces"
             yield error("sharing", message, "give a directory on a disk that all hosts share (NFS, Lustre)", host)
     if seen and all(seen.values()):
-        yield ok("sharing", "all hosts see training.output_dir")
+        yield ok("sharing", f"{len(seen)} hosts see what this machine writes at training.output_dir")

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.command import rank_environment
 from launcher.findings import Finding, error
 from launcher.host_report import MARK, Report
 from sparse_zero.launch_config import LaunchSection
@@ -38,21 +40,26 @@ class Answer:
 
 def ask_here(question: Mapping[str, Any], launch: LaunchSection) -> Answer:
     """This machine's own report."""
-    environment = {**os.environ, **rank_environment(launch)}
-    return _ask("this machine", [sys.executable, "-m", "launcher.host_report", json.dumps(question)], environment)
+    return _ask(socket.gethostname(), ["bash", "-c", _script(question, launch)])
 
 
 def ask_by_ssh(hosts: Sequence[str], questions: Sequence[Mapping[str, Any]], launch: LaunchSection) -> list[Answer]:
     """The reports of `hosts`, asked at the same time."""
     with ThreadPoolExecutor(max_workers=64) as pool:
+        # mpirun starts what runs here without ssh.
+        own = ("localhost", socket.gethostname()) if launch.launcher == "mpi" else ()
         commands = [
-            [*SSH, host, host_command(question, launch)] for host, question in zip(hosts, questions, strict=True)
+            ["bash", "-c", _script(question, launch)] if host in own else [*SSH, host, host_command(question, launch)]
+            for host, question in zip(hosts, questions, strict=True)
         ]
         return list(pool.map(_ask, hosts, commands))
 
 
 def ask_by_srun(nodes: Sequence[str], question: Mapping[str, Any], launch: LaunchSection) -> list[Answer]:
-    """The reports of a Slurm job's nodes: one task on each."""
+    """The reports of a Slurm job's nodes: one task on each.
+
+    Raises UserError: `launch.environment` asks to pass on a variable that is not set; so do the other two.
+    """
     # --overlap: a batch script may be asking while its own step holds the job's cores.
     srun = ["srun", "--overlap", f"--nodes={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
     before = time.time()
@@ -77,40 +84,36 @@ def host_command(question: Mapping[str, Any], launch: LaunchSection) -> str:
 
 
 def _script(question: Mapping[str, Any], launch: LaunchSection) -> str:
-    variables = rank_environment(launch)
-    if "PYTHONPATH" in os.environ:
-        variables.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
+    """Lines for bash, which do what launcher.command.wrapped does, and tell by their status what has failed."""
+    inherited = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    variables = {**inherited, **rank_environment(launch)}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     python = [*launch.container, sys.executable, "-m", "launcher.host_report", json.dumps(question)]
     lines = [f"cd {shlex.quote(str(Path.cwd()))} || exit {_NO_DIRECTORY}", *exports]
-    # What a prologue prints must not be taken for the answer; what it says on stderr explains its failure.
-    lines += [f"{{ {line}\n}} >/dev/null || exit {_PROLOGUE_FAILED}" for line in launch.prologue]
+    if launch.prologue:
+        # What a prologue prints must not be taken for the answer.
+        lines += ["set -e", f"trap 'exit {_PROLOGUE_FAILED}' ERR", "exec 3>&1 >/dev/null"]
+        lines += [*launch.prologue, "exec >&3 3>&-", "trap - ERR"]
     return "\n".join([*lines, f"exec {shlex.join(python)}"])
 
 
-def rank_environment(launch: LaunchSection) -> dict[str, str]:
-    """The variables that the recipe gives to every rank."""
-    values = {name: os.environ.get(name) if value is None else value for name, value in launch.environment.items()}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _ask(host: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Answer:
+def _ask(host: str, command: Sequence[str]) -> Answer:
     before = time.time()
-    done = _run(command, environment)
+    done = _run(command)
     after = time.time()
     for report in _reports(done.stdout):
         return Answer(report, clock_offset=clock_offset(before, *report["clock"], after))
     return Answer(None, explain(host, done.returncode, done.stderr))
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
-    options = {"env": environment, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess:
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
         return subprocess.run(command, timeout=ANSWER_SECONDS, errors="replace", **options)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"no answer in {ANSWER_SECONDS} s")
     except FileNotFoundError:
-        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed here")
+        return subprocess.CompletedProcess(command, 255, "", f"{command[0]} is not installed here")
 
 
 def _reports(output: str) -> list[Report]:

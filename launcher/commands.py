@@ -200,7 +200,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from sparse_zero.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
-    diagnosis = examine(recipe, arguments.recipe, with_ranks=not arguments.no_ranks)
+    diagnosis = examine(recipe, arguments.recipe, arguments.overrides, with_ranks=not arguments.no_ranks)
     if arguments.json:
         report.print_json(diagnosis.to_json())
     else:

@@ -2,25 +2,43 @@
 
     diagnosis = examine(load_recipe("configs/demo.yaml"), "configs/demo.yaml")
 
-Imports no torch: each host, this one included, answers in a process of its own.
+Each host, this one included, answers in a process of its own: a broken torch is something to be told.
 """
 
 import contextlib
+import math
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import agreement, asking, host_checks, links, preflight, slurm_checks, sources, surroundings
+from launcher import (
+    agreement,
+    asking,
+    host_checks,
+    links,
+    preflight,
+    slurm_checks,
+    sources,
+    submit,
+    surroundings,
+    ways,
+)
+from launcher.asking import Answer
+from launcher.command import Command, rank_environment
 from launcher.findings import Finding, error, has_error, ok, warning
 from launcher.host_checks import Wanted
 from launcher.host_report import Report
-from launcher.hostfile import Host, choose_hosts, read_hostfile
+from launcher.hostfile import Host
+from launcher.remote import hosts_of
+from launcher.slurm import ranks_per_node
 from sparse_zero.errors import UserError
 from sparse_zero.launch_config import LaunchSection
+from sparse_zero.placement import address_of
 from sparse_zero.recipe import Recipe
 
 NEEDED_FOR_RANKS = ("accelerator", "backend", "hostfile", "launcher", "network", "port", "reach", "versions")
@@ -50,61 +68,48 @@ class Diagnosis:
         return {**counts, "findings": findings, "hosts": self.reports, "ranks": ranks}
 
 
-def examine(recipe: Recipe | None = None, path: str | None = None, with_ranks: bool = True) -> Diagnosis:
-    """Examine the hosts of a recipe that was read from `path`, or without one this machine.
+def examine(
+    recipe: Recipe | None = None, path: str | None = None, overrides: Sequence[str] = (), with_ranks: bool = True
+) -> Diagnosis:
+    """Examine the hosts of a recipe that was read from `path` with `overrides`, or without one this machine.
 
     Args: with_ranks: also start the ranks, to measure their links.
     """
     launch = recipe.launch if recipe else LaunchSection()
     diagnosis = Diagnosis()
     found = diagnosis.findings
+    found += surroundings.programs(launch)
+    found += surroundings.traps(os.environ, Path.home())
+    hosts: list[Host] = []
     try:
-        hosts = hosts_of(launch)
+        hosts = hosts_to_ask(recipe)
     except UserError as problem:
         found.append(error("hostfile", str(problem), "correct launch.hostfile, include, exclude or nodes"))
-        hosts = []
-    several = len(hosts) > 1
-    found += surroundings.programs(launch, several)
-    found += surroundings.this_machines_traps(runs_pdsh=several and launch.launcher == "deepspeed")
+    try:
+        rank_environment(launch)
+    except UserError as problem:
+        found.append(error("launcher", str(problem), "correct launch.environment"))
+    else:
+        _ask_hosts(diagnosis, recipe, path, hosts)
     found += _deepspeed_file(recipe)
-    _ask_hosts(diagnosis, recipe, path, hosts)
     if recipe is None and slurm_checks.is_there():
         found += slurm_checks.check(None)
-    elif launch.launcher == "slurm" and not hosts:
-        found += slurm_checks.check(launch)
-    if with_ranks:
-        _try_ranks(diagnosis, recipe, hosts)
+    elif recipe and launch.launcher == "slurm" and not hosts:
+        found += _job(recipe, path, overrides)
+    _try_ranks(diagnosis, recipe, hosts, with_ranks)
     return diagnosis
 
 
-def hosts_of(launch: LaunchSection) -> list[Host]:
-    """The hosts of a run in the order of its ranks; empty where it is this machine alone.
+def hosts_to_ask(recipe: Recipe | None) -> list[Host]:
+    """The hosts of a run in the order of its ranks, with the ranks of each; empty where it is this machine alone.
 
-    Raises UserError: a hostfile or a filter that cannot be used, more nodes than it lists.
+    Raises UserError: a hostfile or a filter that cannot be used, fewer hosts or slots than are asked for.
     """
-    if launch.launcher == "slurm":
-        return [Host(node, 0) for node in job_nodes()]
-    if launch.hostfile is None:
+    if recipe is None:
         return []
-    hosts = choose_hosts(read_hostfile(launch.hostfile), launch.include, launch.exclude)
-    if launch.nodes != "auto":
-        if launch.nodes > len(hosts):
-            raise UserError(f"launch.nodes: {launch.nodes}, but {launch.hostfile} leaves {len(hosts)} hosts")
-        hosts = hosts[: launch.nodes]
-    return [] if len(hosts) == 1 and is_this_machine(hosts[0].name) else hosts
-
-
-def job_nodes() -> list[str]:
-    """The nodes of the Slurm job that this process is in; empty outside of one."""
-    nodelist = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodelist:
-        return []
-    return slurm_checks.run("scontrol", "show", "hostnames", nodelist).stdout.split()
-
-
-def is_this_machine(name: str) -> bool:
-    """Whether a hostfile's name means the machine that reads it."""
-    return name in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
+    if recipe.launch.hostfile:
+        return hosts_of(recipe.launch)
+    return [Host(name, ranks_per_node(recipe.launch, os.environ)) for name in ways.host_names(recipe)]
 
 
 def _deepspeed_file(recipe: Recipe | None) -> Iterator[Finding]:
@@ -115,30 +120,38 @@ def _deepspeed_file(recipe: Recipe | None) -> Iterator[Finding]:
             yield error("files", str(problem), "correct it")
 
 
+def _job(recipe: Recipe, path: str | None, overrides: Sequence[str]) -> list[Finding]:
+    """Whether Slurm would take the job that `sparse-zero submit` would make of the recipe."""
+    found = slurm_checks.check(recipe.launch)
+    if path is None or any(finding.severity != "ok" for finding in found):
+        return found
+    try:
+        job = submit.plan(recipe, path, overrides)
+    except UserError as problem:
+        return [*found, error("slurm", str(problem), "correct launch.slurm")]
+    return [*found, *slurm_checks.trial(job.text, job.command.environ())]
+
+
 def _ask_hosts(diagnosis: Diagnosis, recipe: Recipe | None, path: str | None, hosts: Sequence[Host]) -> None:
     launch = recipe.launch if recipe else LaunchSection()
     several = len(hosts) > 1
-    master = (launch.master_addr or hosts[0].name) if several else None
+    # As the launchers do: remote.py's and Slurm's, which knows addresses of nodes that have no other name.
+    master = None
+    if several:
+        master = launch.master_addr or (address_of(hosts[0].name) if launch.launcher == "slurm" else hosts[0].name)
     with _marker(recipe if several else None) as marker:
         question = question_of(recipe, path, marker, [master] if master else [])
-        # The port is wanted on rank 0's host only.
-        questions = [{**question, "port": None if index else question["port"]} for index in range(len(hosts) or 1)]
-        names = [host.name for host in hosts] or [socket.gethostname()]
-        if not hosts:
-            answers = [asking.ask_here(question, launch)]
-        elif launch.launcher == "slurm" and not hosts:
-            answers = asking.ask_by_srun(names, {**question, "port": None}, launch)
-        else:
-            answers = asking.ask_by_ssh(names, questions, launch)
+        answers = _answers(question, launch, hosts)
     found, offsets = diagnosis.findings, {}
-    for index, (name, answer) in enumerate(zip(names, answers, strict=True)):
+    for index, (name, answer) in enumerate(answers.items()):
         if answer.report is None:
             found += [answer.problem] if answer.problem else []
             continue
         if hosts:
             found.append(ok("reach", "answers", name))
         diagnosis.reports[name], offsets[name] = answer.report, answer.clock_offset
-        ranks = ranks_on(launch, hosts[index] if hosts else None)
+        asked = None if launch.processes_per_node == "auto" else int(launch.processes_per_node)
+        ranks = hosts[index].slots if hosts else asked
         has_ranks = bool(hosts) or launch.launcher != "slurm"
         wanted = Wanted(recipe, ranks, has_ranks, several, master)
         found += host_checks.check_host(answer.report, wanted, name)
@@ -146,11 +159,17 @@ def _ask_hosts(diagnosis: Diagnosis, recipe: Recipe | None, path: str | None, ho
     found += agreement.compare(diagnosis.reports, offsets, use_cpu)
 
 
-def ranks_on(launch: LaunchSection, host: Host | None) -> int | None:
-    """The ranks that a host takes; None: as many as it has accelerators, or one."""
-    if launch.processes_per_node != "auto":
-        return int(launch.processes_per_node)
-    return host.slots or None if host else None
+def _answers(question: dict[str, Any], launch: LaunchSection, hosts: Sequence[Host]) -> dict[str, Answer]:
+    """By host, in the order of the ranks."""
+    names = [host.name for host in hosts]
+    if not hosts:
+        return {socket.gethostname(): asking.ask_here(question, launch)}
+    # A port is wanted on rank 0's host only; Slurm's tasks all get the same question.
+    elsewhere = {**question, "port": None}
+    if launch.launcher == "slurm":
+        return dict(zip(names, asking.ask_by_srun(names, elsewhere, launch), strict=True))
+    questions = [question, *[elsewhere] * (len(hosts) - 1)]
+    return dict(zip(names, asking.ask_by_ssh(names, questions, launch), strict=True))
 
 
 def question_of(recipe: Recipe | None, path: str | None, marker: Path | None, peers: Sequence[str]) -> dict[str, Any]:
@@ -190,28 +209,41 @@ def _marker(recipe: Recipe | None) -> Iterator[Path | None]:
         marker.unlink(missing_ok=True)
 
 
-def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None, hosts: Sequence[Host]) -> None:
+def _try_ranks(diagnosis: Diagnosis, recipe: Recipe | None, hosts: Sequence[Host], with_ranks: bool) -> None:
+    """Settle how the ranks would be started, and unless told otherwise start them."""
     found = diagnosis.findings
     if has_error(found, NEEDED_FOR_RANKS):
-        found.append(warning("ranks", "not started: the errors above come first", "correct them, and ask again"))
+        if with_ranks:
+            found.append(warning("ranks", "not started: the errors above come first", "correct them, and ask again"))
         return
-    if recipe and recipe.launch.launcher == "slurm" and not hosts:
-        cure = "ask within a job: salloc --nodes=N ..., then sparse-zero doctor again; or --no-ranks"
-        found.append(warning("ranks", "not started: this is no Slurm job", cure))
-        return
+    queues = bool(recipe) and recipe.launch.launcher == "slurm" and not hosts
     try:
-        command = _command(recipe, next(iter(diagnosis.reports.values())))
+        with tempfile.TemporaryDirectory() as directory:
+            command = _command(recipe, diagnosis.reports, directory)
+            if with_ranks and not queues:
+                diagnosis.measured = links.measure(command)
+                found += links.judge(diagnosis.measured)
     except UserError as problem:
         found.append(error("launcher", str(problem), "correct the recipe's launch section"))
-        return
-    diagnosis.measured = links.measure(command)
-    found += links.judge(diagnosis.measured)
+    if with_ranks and queues:
+        cure = "ask within a job: salloc --nodes=N ..., then sparse-zero doctor again; or --no-ranks"
+        found.append(warning("ranks", "not started: this is no Slurm job", cure))
 
 
-def _command(recipe: Recipe | None, report: Report) -> Any:
-    """Starts the probe as the run's ranks would be started; without a recipe on all devices, or on two ranks."""
-    accelerators = host_checks.accelerator_count(report, Wanted(recipe))
-    if recipe is None:
-        return links.command_here(accelerators or 2, use_cpu=not accelerators)
-    ranks = ranks_on(recipe.launch, None) or max(1, accelerators)
-    return links.command_here(ranks, use_cpu=not accelerators)
+def _command(recipe: Recipe | None, reports: dict[str, Report], directory: str) -> Command:
+    """Starts the probe as the run's ranks would be started; without a recipe on all devices, or on two ranks.
+
+    Args: directory: for the launcher's files, which are this machine's own affair.
+    """
+    if recipe is not None:
+        launch = recipe.launch
+        seconds = min(links.SECONDS, launch.rendezvous_seconds)
+        if launch.launcher == "torchrun" and launch.hostfile:
+            # Its agents would wait for each other for a quarter of an hour, and outlive this command.
+            limit = ["--rdzv-conf", f"timeout={math.ceil(seconds)}"]
+            launch = launch.model_copy(update={"launcher_args": [*limit, *launch.launcher_args]})
+        training = {**recipe.training, "output_dir": directory}
+        probed = recipe.model_copy(update={"training": training, "launch": launch})
+        return ways.ranks_command(probed, links.probe_words(bool(training.get("use_cpu")), seconds))
+    accelerators = host_checks.accelerator_count(next(iter(reports.values())), Wanted())
+    return links.command_here(accelerators or 2, use_cpu=not accelerators)

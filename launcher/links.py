@@ -19,7 +19,7 @@ from launcher.report import readable
 from sparse_zero.probe import MARK, SMALL_BYTES, pairs
 
 SECONDS = 60.0
-"""For the ranks to meet, and again to measure; see sparse_zero.probe."""
+"""For the ranks to meet, and again to measure, at most; see sparse_zero.probe."""
 _STARTING_SECONDS = 60.0
 SLOW_BYTES_PER_SECOND = 100e6
 """Less than a cable of 1 Gbit/s carries."""
@@ -43,9 +43,9 @@ class Measured:
     last_words: str = ""
 
 
-def probe_words(use_cpu: bool) -> list[str]:
+def probe_words(use_cpu: bool, seconds: float = SECONDS) -> list[str]:
     """The module that the ranks run, and its arguments."""
-    return ["sparse_zero.probe", "--seconds", f"{SECONDS:g}", *(["--cpu"] if use_cpu else [])]
+    return ["sparse_zero.probe", "--seconds", f"{seconds:g}", *(["--cpu"] if use_cpu else [])]
 
 
 def command_here(ranks: int, use_cpu: bool) -> Command:
@@ -55,7 +55,11 @@ def command_here(ranks: int, use_cpu: bool) -> Command:
 
 
 def measure(command: Command, seconds: float = 2 * SECONDS + _STARTING_SECONDS) -> Measured:
-    """Run the probe to its end, and leave none of it on this machine. Remote ranks end by themselves."""
+    """Run the probe to its end, and leave none of it on this machine. Remote ranks end by themselves.
+
+    Raises UserError: the launcher's files cannot be written, or it is not there.
+    """
+    command.write_files()
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
             command.argv,
@@ -93,12 +97,12 @@ def _end(process: subprocess.Popen) -> None:
 
 def read(output: str, status: int | None) -> Measured:
     """What the ranks said, from what a launcher printed: it may put a rank's name before each line."""
-    measured = Measured(status=status)
+    measured, said = Measured(status=status), []
     for line in output.splitlines():
         # Two ranks' words may have come out on one line.
         other, *texts = line.split(MARK)
         if not texts:
-            measured.last_words = other.strip() or measured.last_words
+            said += [other.strip()] if other.strip() else []
         for text in texts:
             fact, _ = json.JSONDecoder().raw_decode(text)
             if "rank" in fact:
@@ -109,6 +113,8 @@ def read(output: str, status: int | None) -> Measured:
                 measured.collectives.append(fact)
             else:
                 measured.problems.append(fact["problem"])
+    # pdsh and torchrun have more to say after the line that tells.
+    measured.last_words = next((line for line in reversed(said) if "Error" in line), said[-1] if said else "")
     return measured
 
 
@@ -116,8 +122,9 @@ def judge(measured: Measured) -> Iterator[Finding]:
     """Findings from what was measured."""
     if not measured.hosts:
         said = f": {measured.last_words}" if measured.last_words else ""
-        cure = "run what `sparse-zero train ... --dry-run` prints, by hand"
-        yield error("ranks", f"the launcher started no rank (status {measured.status}){said}", cure)
+        how = "in time" if measured.status is None else f"(status {measured.status})"
+        cure = "see that the hosts reach each other (firewall); run by hand what `train ... --dry-run` prints"
+        yield error("ranks", f"the launcher started no rank {how}{said}", cure)
         return
     absent = sorted(set(range(measured.world_size or 0)) - set(measured.hosts))
     if absent:

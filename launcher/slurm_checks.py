@@ -4,9 +4,10 @@ import getpass
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher import sbatch_options
 from launcher.findings import Finding, error, ok, warning
 from sparse_zero.launch_config import LaunchSection, SlurmOptions
 
@@ -21,8 +22,8 @@ class Partition:
     name: str
     is_default: bool
     is_up: bool
-    time_limit: float
-    """Seconds; infinite where there is none."""
+    time_limit: int | None
+    """Seconds; None: unlimited."""
     nodes: dict[str, int]
     """How many are in each state."""
     gres: str
@@ -39,7 +40,7 @@ def is_there() -> bool:
 
 
 def check(launch: LaunchSection | None) -> list[Finding]:
-    """Findings about Slurm. Args: launch: of a recipe that Slurm is to run; None: about Slurm as such."""
+    """Findings about Slurm. Args: launch: of a recipe that Slurm is to run; None: about its partitions as they are."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         cure = "start from a login node, or install Slurm's client (apt-get install slurm-client)"
@@ -52,14 +53,12 @@ def check(launch: LaunchSection | None) -> list[Finding]:
     partitions = read_partitions(shown.stdout)
     if launch is None:
         return [*describe(partitions)]
-    found = [*fits(partitions, launch), *_account(launch.slurm)]
-    if not any(finding.severity != "ok" for finding in found):
-        found += trial(launch)
-    return found
+    return [*fits(partitions, launch), *_account(launch.slurm)]
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+def run(*command: str, stdin: str = "", environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+    """One of Slurm's commands to its end."""
+    options = {"input": stdin, "env": environment, "capture_output": True, "text": True}
     try:
         return subprocess.run(command, timeout=30, **options)
     except subprocess.TimeoutExpired:
@@ -76,24 +75,11 @@ def read_partitions(text: str) -> list[Partition]:
             name=name.rstrip("*"),
             is_default=name.endswith("*"),
             is_up=availability == "up",
-            time_limit=seconds_of(limit),
+            time_limit=sbatch_options.seconds(limit),
             nodes={**(known.nodes if known else {}), state: (known.nodes if known else {}).get(state, 0) + int(count)},
             gres=known.gres if known and known.gres else "" if gres == "(null)" else gres,
         )
     return list(partitions.values())
-
-
-def seconds_of(limit: str) -> float:
-    """Slurm's forms of a time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
-    if limit.lower() in ("infinite", "unlimited"):
-        return float("inf")
-    days, dash, rest = limit.rpartition("-")
-    numbers = [int(number) for number in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-    else:
-        hours, minutes, seconds = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def describe(partitions: Sequence[Partition]) -> Iterator[Finding]:
@@ -123,7 +109,7 @@ def fits(partitions: Sequence[Partition], launch: LaunchSection) -> Iterator[Fin
         problems = [*_misfits(each, launch)]
         yield from problems
         if not problems:
-            limit = "" if each.time_limit == float("inf") else f", at most {each.time_limit / 3600:g} h"
+            limit = "" if each.time_limit is None else f", at most {each.time_limit / 3600:g} h"
             yield ok("slurm", f"partition {each.name} is up, {each.usable_nodes} usable nodes{limit}")
 
 
@@ -143,7 +129,8 @@ def _misfits(partition: Partition, launch: LaunchSection) -> Iterator[Finding]:
             cure,
         )
     limit = launch.slurm.get("time")
-    if limit is not None and seconds_of(str(limit)) > partition.time_limit:
+    wanted_seconds = sbatch_options.seconds(str(limit or ""))
+    if wanted_seconds and partition.time_limit and wanted_seconds > partition.time_limit:
         cure = f"ask for less (checkpoints and --resume go on), or another partition than {name}"
         hours = f"{partition.time_limit / 3600:g} h"
         yield error("slurm", f"launch.slurm.time: {limit} is more than the {hours} of partition {name}", cure)
@@ -178,22 +165,9 @@ def _account(options: SlurmOptions) -> Iterator[Finding]:
         yield error("slurm", f"launch.slurm.account: '{asked}' is not yours", f"choose one of {', '.join(known)}")
 
 
-def options_of(options: SlurmOptions) -> list[str]:
-    """`launch.slurm` as command line options."""
-    words = []
-    for name, value in options.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value not in (None, False):
-            words.append(f"--{name}={value}")
-    return words
-
-
-def trial(launch: LaunchSection) -> Iterator[Finding]:
-    """What the controller itself says to such a job, without queueing it."""
-    nodes = 1 if launch.nodes == "auto" else launch.nodes
-    per_node = [] if launch.processes_per_node == "auto" else [f"--ntasks-per-node={launch.processes_per_node}"]
-    done = run("sbatch", "--test-only", f"--nodes={nodes}", *per_node, *options_of(launch.slurm), "--wrap=true")
+def trial(script: str, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """What the controller itself says to a batch script, without queueing it."""
+    done = run("sbatch", "--test-only", stdin=script, environment=environment)
     # It talks on stderr in either case.
     said = [line.partition(": ")[2] or line for line in done.stderr.strip().splitlines()]
     if done.returncode:

@@ -110,7 +110,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Placement:
     master = environ.get("MASTER_ADDR")
     if not master:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
-        master = _address_of(first_host(nodes)) if world_size > local_world_size else "127.0.0.1"
+        master = address_of(first_host(nodes)) if world_size > local_world_size else "127.0.0.1"
     port = int(environ.get("MASTER_PORT") or slurm_port(environ))
     return Placement(_number(environ, "SLURM_PROCID"), world_size, local_rank, local_world_size, master, port)
 
@@ -146,7 +146,7 @@ def first_host(nodelist: str) -> str:
     return match[1] + (match[2] or "") + (match[3] or "")
 
 
-def _address_of(node: str) -> str:
+def address_of(node: str) -> str:
     """Nodes need not be called what they can be reached by: Slurm then knows their addresses."""
     try:
         socket.getaddrinfo(node, None)

@@ -101,7 +101,7 @@ def measure(rank: int, world_size: int) -> None:
         values = torch.ones(size // 4, device=device)
         dist.all_reduce(values)
         right = bool((values == world_size).all())
-        seconds = _median_seconds(lambda values=values: dist.all_reduce(values), rounds, wait, rank, device)
+        seconds = _typical(_times(lambda values=values: dist.all_reduce(values), rounds, wait, rank, device), size)
         if rank == 0:
             bandwidth = 2 * (world_size - 1) / world_size * size / seconds
             say(collective="all_reduce", bytes=size, seconds=seconds, bytes_per_second=bandwidth, right=right)
@@ -126,14 +126,14 @@ def _measure_link(rank: int, pair: tuple[int, int], device: Any, wait: Callable[
             dist.send(answer, first)
         wait()
 
-    small_seconds = _median_seconds(lambda: there_and_back(small, small), SMALL_ROUNDS, wait)
+    small_seconds = _typical(_times(lambda: there_and_back(small, small), SMALL_ROUNDS, wait), SMALL_BYTES)
     started = time.perf_counter()
     there_and_back(sent, large)
     # How often is for the first one to say.
     rounds = torch.tensor([_rounds(time.perf_counter() - started, LARGE_ROUNDS)], dtype=torch.int32, device=device)
     there_and_back(rounds, rounds)
     right = torch.equal(sent, large)
-    large_seconds = _median_seconds(lambda: there_and_back(sent, large), int(rounds), wait)
+    large_seconds = _typical(_times(lambda: there_and_back(sent, large), int(rounds), wait), LARGE_BYTES)
     if rank == first:
         link = {"from": first, "to": second, "latency_seconds": small_seconds / 2}
         say(link={**link, "bytes_per_second": 2 * LARGE_BYTES / large_seconds, "right": right})
@@ -143,10 +143,15 @@ def _rounds(seconds: float, most: int) -> int:
     return max(1, min(most, int(ENOUGH_SECONDS / max(seconds, 1e-9))))
 
 
-def _median_seconds(
+def _typical(seconds: list[float], size: int) -> float:
+    """The fastest of small messages, which wait for a core longer than for the network; else the median."""
+    return min(seconds) if size == SMALL_BYTES else statistics.median(seconds)
+
+
+def _times(
     do: Callable[[], Any], rounds: int, wait: Callable[[], None], rank: int | None = None, device: Any = None
-) -> float:
-    """Of one `do`, after a first one to warm up. With `rank`, all ranks take rank 0's word for how many to do."""
+) -> list[float]:
+    """Seconds of each `do`, after a first one to warm up. With `rank`, all ranks take rank 0's word for how many."""
     started = time.perf_counter()
     do()
     wait()
@@ -163,7 +168,7 @@ def _median_seconds(
         do()
         wait()
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return taken
 
 
 def _end_after(seconds: float) -> None:

@@ -15,6 +15,7 @@ from launcher.asking import Answer
 from launcher.cli import main
 from launcher.findings import error
 from sparse_zero.probe import MARK, pairs
+from sparse_zero.recipe import load_recipe
 
 DEMO = "model: {name: m}\ndata: {path: d, columns: {text: t, label: l}}\ntraining: {output_dir: out, use_cpu: true}\n"
 
@@ -101,7 +102,7 @@ def test_what_people_read(capsys, monkeypatch, measured):
 
 def test_links_and_hosts_that_say_the_same_are_put_together(capsys, monkeypatch, measured):
     monkeypatch.setattr(asking, "ask_by_ssh", lambda hosts, questions, launch: [Answer(report())] * len(hosts))
-    monkeypatch.setattr(doctor.surroundings, "programs", lambda launch, several: [])
+    monkeypatch.setattr(doctor.surroundings, "programs", lambda launch: [])
     (Path("hosts")).write_text("".join(f"n{number} slots=2\n" for number in range(1, 7)))
     assert main(["doctor", "recipe.yaml", "launch.hostfile=hosts"]) == 0
     out = capsys.readouterr().out
@@ -159,7 +160,7 @@ def test_every_host_of_the_hostfile_is_asked(monkeypatch):
     assert seen["n2"]["peers"] == ["n1"]
     assert seen["n2"]["files"] == ["recipe.yaml", "ds.json"]
     assert seen["n2"]["sources"]["data.path"]["name"] == "d.csv"
-    assert any(finding.message == "all hosts see training.output_dir" for finding in found)
+    assert any(finding.message.startswith("2 hosts see what this machine writes") for finding in found)
     assert [*Path.cwd().glob(".sparse-zero-doctor-*")] == [], "the marker was left behind"
 
 
@@ -169,7 +170,7 @@ def test_every_host_of_the_hostfile_is_asked(monkeypatch):
         ({}, ["here"]),
         ({"hostfile": "hosts", "exclude": "n1"}, ["n2"]),
         ({"hostfile": "hosts", "nodes": 1}, ["n1"]),
-        ({"hostfile": "alone"}, ["here"]),
+        ({"hostfile": "alone"}, ["localhost"]),
     ],
 )
 def test_hosts_that_are_left(monkeypatch, launch, hosts):
@@ -182,7 +183,7 @@ def test_hosts_that_are_left(monkeypatch, launch, hosts):
     ("launch", "complaint"),
     [
         ({"hostfile": "nowhere"}, "nowhere: No such file"),
-        ({"hostfile": "hosts", "nodes": 3}, "launch.nodes: 3, but hosts leaves 2 hosts"),
+        ({"hostfile": "hosts", "nodes": 3}, "launch.nodes: 3 are asked for"),
         ({"hostfile": "hosts", "include": "n3"}, "no host 'n3'"),
     ],
 )
@@ -271,6 +272,11 @@ def test_links_that_are_well():
     ("output", "severity", "message"),
     [
         ("n1: command not found\n\n", "error", "the launcher started no rank (status 1): n1: command not found"),
+        (
+            "n2: DistError: timed out\nn2: \npdsh: ssh exited\n",
+            "error",
+            "no rank (status 1): n2: DistError: timed out",
+        ),
         (lines(*ranks(["n1", "n2"])[:1]), "error", "rank 1 of 2 did not start; n1 did"),
         (
             lines(*ranks(["n1", "n2"]), {"problem": "rank 1 on n2 cannot reach rank 0"}) * 2,
@@ -350,29 +356,34 @@ old|down|infinite|2|idle|(null)
 
 
 def slurm(monkeypatch, *, refusal=None, accounts="", **launch):
-    """The findings for a launch section, with Slurm's programs standing in."""
-    asked = []
+    """The findings about Slurm for a launch section, and sbatch's input, with Slurm's programs standing in."""
+    scripts = []
 
-    def run(*command):
-        asked.append(command)
+    def run(*command, stdin="", environment=None):
+        scripts.extend([stdin] if command == ("sbatch", "--test-only") else [])
         answers = {"sinfo": (0, SINFO, ""), "sacctmgr": (0, accounts, "")}
         trial = (1 if refusal else 0, "", f"sbatch: {refusal or 'Job 7 to start at noon'}\n")
         return subprocess.CompletedProcess(command, *answers.get(command[0], trial))
 
     monkeypatch.setattr(slurm_checks, "run", run)
     monkeypatch.setattr(slurm_checks.shutil, "which", lambda name: f"/usr/bin/{name}")
-    findings = slurm_checks.check(recipe(launcher="slurm", **launch).launch)
-    return findings, asked
+    overrides = [f"launch.{key}={json.dumps(value)}" for key, value in {"launcher": "slurm", **launch}.items()]
+    loaded = load_recipe("recipe.yaml", overrides)
+    found = doctor.examine(loaded, "recipe.yaml", overrides, with_ranks=False).findings
+    return [finding for finding in found if finding.check == "slurm"], scripts
 
 
 def test_what_slurm_would_take(monkeypatch):
     options = {"partition": "main", "time": "23:59:00", "gres": "gpu:h100:8", "account": "mine", "exclusive": True}
-    found, asked = slurm(monkeypatch, accounts="mine\nours\n", nodes=6, processes_per_node=8, slurm=options)
+    found, scripts = slurm(monkeypatch, accounts="mine\nours\n", nodes=6, processes_per_node=8, slurm=options)
     assert [finding.severity for finding in found] == ["ok", "ok"]
     assert "6 usable nodes, at most 24 h" in found[0].message
     assert found[1].message == "sbatch would take it: Job 7 to start at noon"
-    assert asked[-1][:4] == ("sbatch", "--test-only", "--nodes=6", "--ntasks-per-node=8")
-    assert {"--exclusive", "--time=23:59:00", "--gres=gpu:h100:8", "--wrap=true"} < set(asked[-1])
+    [script] = scripts
+    assert script.startswith("#!")
+    for option in ("nodes=6", "ntasks-per-node=8", "exclusive", "time=23:59:00", "gres=gpu:h100:8"):
+        assert f"\n#SBATCH --{option}\n" in script, "sbatch was asked about another job than submit would send"
+    assert [*Path.cwd().glob("out*")] == [], "something was written"
 
 
 @pytest.mark.parametrize(
@@ -389,6 +400,7 @@ def test_what_slurm_would_take(monkeypatch):
         ({"slurm": {"gres": "gpu:9"}}, "error", "gpu:9"),
         ({"slurm": {"account": "yours"}}, "error", "launch.slurm.account: 'yours' is not yours"),
         ({"slurm": {"qos": "none"}}, "error", "sbatch refuses such a job: Invalid qos"),
+        ({"slurm": {"array": "1-3"}}, "error", "--array: not for a submitted run"),
     ],
 )
 def test_what_slurm_would_refuse(monkeypatch, launch, severity, message):
@@ -417,18 +429,36 @@ def test_slurm_as_such(monkeypatch):
     assert found[0].message == "partition main (default): 6 idle, 1 down*, gpu:h100:8(S:0-1) each"
 
 
+@pytest.mark.parametrize(("changes", "ranks"), [({}, "4"), (NO_ACCELERATOR, "2")])
+def test_without_a_recipe_the_probe_takes_all_devices(changes, ranks, monkeypatch, measured):
+    monkeypatch.setattr(asking, "ask_here", lambda question, launch: Answer(report(changes)))
+    assert doctor.examine().status == 0
+    [command] = measured
+    assert command.argv[command.argv.index("--nproc-per-node") + 1] == ranks
+    assert ("--cpu" in command.argv) == (changes is NO_ACCELERATOR)
+
+
 @pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("30", 1800), ("30:10", 1810), ("1:30:10", 5410), ("2-1", 176400), ("2-1:30", 178200), ("2-1:30:10", 178210)],
+    ("launch", "starter"),
+    [({}, "deepspeed"), ({"launcher": "torchrun", "hostfile": "hosts"}, "pdsh"), ({"launcher": "mpi"}, "mpirun")],
 )
-def test_slurms_times(text, seconds):
-    assert slurm_checks.seconds_of(text) == seconds
+def test_the_probe_is_started_as_the_run_would_be(launch, starter, monkeypatch, measured):
+    monkeypatch.setattr(asking, "ask_by_ssh", lambda hosts, questions, launch: [Answer(report())] * len(hosts))
+    monkeypatch.setattr(doctor.surroundings, "programs", lambda launch: [])
+    doctor.examine(recipe({"use_cpu": True}, **launch), "recipe.yaml")
+    [command] = measured
+    assert Path(command.argv[0]).name == starter
+    assert re.search(r"sparse_zero\.probe['\" ]+--seconds['\" ]+60['\" ]+--cpu", " ".join(command.argv))
 
 
-def test_accelerators_are_counted_for_the_probe(monkeypatch, measured):
-    for changes, words, expected in (({}, [], "4"), (NO_ACCELERATOR, [], "2"), ({}, ["recipe.yaml"], "1")):
-        monkeypatch.setattr(asking, "ask_here", lambda question, launch, changes=changes: Answer(report(changes)))
-        assert main(["doctor", *words, "--json"]) == 0
-        argv = measured.pop().argv
-        assert argv[argv.index("--nproc-per-node") + 1] == expected
-        assert ("--cpu" in argv) == (expected != "4")
+def test_a_launch_section_that_does_not_fit_is_found_without_starting_ranks(monkeypatch, measured):
+    monkeypatch.setattr(asking, "ask_by_ssh", lambda hosts, questions, launch: [Answer(report())] * len(hosts))
+    monkeypatch.setattr(doctor.surroundings, "programs", lambda launch: [])
+    Path("hosts").write_text("n1 slots=2\nn2 slots=1\n")
+    launches = ({"launcher": "torchrun", "hostfile": "hosts"}, {"environment": {"NO_SUCH_VARIABLE": None}})
+    for launch, complaint in zip(launches, ("as many ranks on each host", "NO_SUCH_VARIABLE"), strict=True):
+        diagnosis = doctor.examine(recipe({"use_cpu": True}, **launch), "recipe.yaml", with_ranks=False)
+        [found] = [finding for finding in diagnosis.findings if finding.severity == "error"]
+        assert found.check == "launcher"
+        assert complaint in found.message
+    assert measured == []

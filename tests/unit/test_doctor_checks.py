@@ -350,13 +350,12 @@ def test_a_deepspeed_environment_file_is_a_trap_where_it_has_other_lines(tmp_pat
     file = tmp_path / "home" / ".deepspeed_env"
     file.parent.mkdir()
     file.write_text("NCCL_DEBUG=INFO\n\n# was: A=1\nUNSET\n")
-    for runs_pdsh, severity in ((True, "error"), (False, "warning")):
-        found = [*surroundings.traps({}, file.parent, tmp_path, runs_pdsh)]
-        assert [finding.severity for finding in found] == [severity] * 3
-        assert "line 2 is blank" in found[0].message
-        assert "line 3 is a comment" in found[1].message
-        assert "status 0" in found[1].message
-        assert "line 4 has no =" in found[2].message
+    found = [*surroundings.traps({}, file.parent, tmp_path)]
+    assert [finding.severity for finding in found] == ["warning"] * 3
+    assert "line 2 is blank" in found[0].message
+    assert "line 3 is a comment" in found[1].message
+    assert "status 0" in found[1].message
+    assert "line 4 has no =" in found[2].message
     file.write_text("NCCL_DEBUG=INFO\n")
     assert [finding.severity for finding in surroundings.traps({}, file.parent, tmp_path)] == ["ok"]
     file.unlink()
@@ -396,27 +395,27 @@ def programs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("launch", "missing"),
     [
-        ({}, "pdsh"),
-        ({"multinode": "openmpi"}, "mpirun"),
-        ({"launcher": "mpi"}, "mpirun"),
-        ({"launcher": "torchrun"}, None),
+        ({"hostfile": "h"}, ["ssh", "pdsh"]),
+        ({"hostfile": "h", "launcher": "torchrun"}, ["ssh", "pdsh"]),
+        ({"hostfile": "h", "multinode": "openmpi"}, ["ssh", "mpirun", "ompi_info"]),
+        ({"hostfile": "h", "launcher": "mpi"}, ["ssh", "mpirun"]),
+        ({"launcher": "mpi"}, ["mpirun"]),
+        ({}, []),
     ],
 )
 def test_programs_that_a_launcher_needs(launch, missing, programs):
-    programs(ssh="")
+    programs(other="")
     settings = recipe(**launch).launch
-    assert [*surroundings.programs(settings, several_hosts=False)] == []
-    if missing:
-        found = only_problem(surroundings.programs(settings, several_hosts=True))
-        assert found.message.startswith(f"{missing}, which")
-        assert f"apt-get install {missing[:4]}" in found.remedy or "openmpi" in found.remedy
-        programs(**{missing: "rcmd modules: rsh,ssh,exec (default: rsh)"})
-    assert problems(surroundings.programs(settings, several_hosts=True)) == []
+    found = problems(surroundings.programs(settings))
+    assert [finding.message.partition(",")[0] for finding in found] == missing
+    assert all(finding.severity == "error" and "apt-get install" in finding.remedy for finding in found)
+    programs(**dict.fromkeys(missing, "rcmd modules: rsh,ssh,exec (default: rsh)"))
+    assert problems(surroundings.programs(settings)) == []
 
 
 def test_pdsh_without_ssh(programs):
     programs(ssh="", pdsh="rcmd modules: rsh,exec (default: rsh)")
-    assert "no ssh module" in only_problem(surroundings.programs(recipe().launch, several_hosts=True)).message
+    assert "no ssh module" in only_problem(surroundings.programs(recipe(hostfile="h").launch)).message
 
 
 # What a host sees
