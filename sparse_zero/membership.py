@@ -67,8 +67,7 @@ class Membership:
     def report(self, message: str, traceback: str = "", status: int = 1) -> None:
         """Say that this rank cannot go on, and wait for the verdict, which ends the process.
 
-        Returns only where no verdict comes, and the user has been told here. Without a traceback it is an error of the
-        user's.
+        Returns only where no verdict comes, and tells the user then. Without a traceback it is an error of the user's.
         """
         kind = "failure" if traceback else "refusal"
         words = {"message": message[:_MOST_CHARACTERS], "traceback": traceback[-_MOST_CHARACTERS:]}

@@ -36,8 +36,8 @@ roll = None if address else RollCall(announce, silence_seconds=30, world_size=wo
 address = address or str(roll.address)
 me = Member(rank, host, os.getpid(), f"logs/{rank}")
 member = Membership(Address.parse(address), me, world_size, stop, 30, keeper=keeper, roll=roll)
-print(address, flush=True)
 with stop.deferred() if is_deferred else contextlib.nullcontext():
+    print(address, flush=True)
     for line in sys.stdin:
         verb, *words = json.loads(line)
         if verb == "report":
@@ -45,9 +45,10 @@ with stop.deferred() if is_deferred else contextlib.nullcontext():
         elif verb == "leave":
             member.leave(*words)
         elif verb == "wait for a stop":
-            while not stop.is_raised:
+            deadline = time.monotonic() + 20
+            while not stop.is_raised and time.monotonic() < deadline:
                 time.sleep(0.01)
-            print("asked", flush=True)
+            print("asked" if stop.is_raised else "not asked", flush=True)
         elif verb == "wait for the roster":
             while member._keepers_host == "its host":
                 time.sleep(0.01)
@@ -195,18 +196,26 @@ def test_a_verdict_that_nobody_can_read_ends_the_ranks_all_the_same(open_roll, s
 
 def test_a_stop_reaches_ranks_that_are_there_and_that_come_later(open_roll, start, verdicts) -> None:
     roll = open_roll()
-    training, loading = start(0, roll.address, deferred=True), start(1, roll.address)
+    training = start(0, roll.address, deferred=True)
     assert training.is_here()
-    assert loading.is_here()
-    until(lambda: len(roll.members) == 2)
-    training.tell("wait for a stop")
+    until(lambda: roll.members)
     roll.ask_to_stop()
+    training.tell("wait for a stop")
     assert training.process.stdout.readline() == "asked\n"
-    assert loading.end()[0] == STOPPED
-    late = start(2, roll.address)
-    assert late.end()[0] == STOPPED
-    # Whoever ends without the others' consent ends them too; nothing is an error of anybody's.
-    assert training.end()[0] == STOPPED
+    assert verdicts == []
+    # It has nothing to save yet.
+    assert start(1, roll.address).end() == (STOPPED, "")
+
+
+def test_ranks_with_nothing_to_save_end_at_a_stop(open_roll, start, verdicts) -> None:
+    """Those that could still save end with them: no collective would come to its end."""
+    roll = open_roll()
+    ranks = three(start, roll)
+    training = start(3, roll.address, world_size=4, deferred=True)
+    assert training.is_here()
+    until(lambda: len(roll.members) == 4)
+    roll.ask_to_stop()
+    assert [rank.end() for rank in (*ranks, training)] == [(STOPPED, "")] * 4
     assert [(each.status, each.is_error) for each in verdicts] == [(STOPPED, False)]
 
 
