@@ -16,10 +16,6 @@ SECONDS = 180
 RUNNER = ["deepspeed", "--hostfile", "HOSTFILE"]
 BY_HAND = {
     "deepspeed with pdsh": ("pdsh", [*RUNNER, "--launcher", "pdsh", "--module", TRAIN]),
-    "deepspeed with openmpi": (
-        "mpi",
-        [*RUNNER, "--launcher", "openmpi", "--launcher_args=--allow-run-as-root", "--module", TRAIN],
-    ),
     "mpirun": ("mpi", ["mpirun", "-np", "2", "--hostfile", "HOSTFILE", "python", "-m", TRAIN]),
     "srun": ("slurm", ["srun", "-N2", "--ntasks-per-node=1", "python", "-m", TRAIN]),
 }
@@ -30,7 +26,6 @@ BY_RECIPE = {
     "deepspeed with openmpi": ("mpi", ["launcher=deepspeed", "multinode=openmpi", "hostfile=HOSTFILE"]),
     "mpi": ("mpi", ["launcher=mpi", "hostfile=HOSTFILE"]),
     "torchrun": ("pdsh", ["launcher=torchrun", "hostfile=HOSTFILE"]),
-    "slurm": ("slurm", ["launcher=slurm", "nodes=2"]),
 }
 """By way: the part of the lab that it needs, and keys of `launch`."""
 
