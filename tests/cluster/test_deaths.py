@@ -77,8 +77,7 @@ def start(
         output = tmp_path / "out"
         words = [f"launch.{key.replace('HOSTFILE', str(tmp_path / 'hosts'))}" for key in launch]
         training = ["training.save_steps=20", "training.save_total_limit=2", f"training.max_steps={LAST_STEP}"]
-        words += [f"training.output_dir={output}", *(f"training.{key.partition('.')[2]}" for key in training)]
-        words += [f"launch.silence_seconds={SILENCE}", *keys]
+        words += [f"training.output_dir={output}", *training, f"launch.silence_seconds={SILENCE}", *keys]
         run = hosts["n1"].start(*command, workload.recipe, *words, cwd=tmp_path)
 
         def has_saved() -> bool:
