@@ -247,7 +247,8 @@ def test_a_real_answer_by_a_stand_in_for_ssh(monkeypatch, tmp_path):
 
 def test_ranks_are_not_started_outside_of_a_slurm_job(monkeypatch, measured):
     monkeypatch.setattr(slurm_checks, "check", lambda launch: [])
-    diagnosis = doctor.examine(recipe(launcher="slurm"), "recipe.yaml")
+    monkeypatch.setattr(slurm_checks, "trial", lambda script, environment: [])
+    diagnosis = doctor.examine(load_recipe("recipe.yaml", ["launch.launcher=slurm"]), "recipe.yaml")
     [found] = [finding for finding in diagnosis.findings if finding.check == "ranks"]
     assert (found.severity, measured) == ("warning", [])
     assert "salloc" in found.remedy
@@ -383,6 +384,7 @@ def test_what_slurm_would_take(monkeypatch):
     assert script.startswith("#!")
     for option in ("nodes=6", "ntasks-per-node=8", "exclusive", "time=23:59:00", "gres=gpu:h100:8"):
         assert f"\n#SBATCH --{option}\n" in script, "sbatch was asked about another job than submit would send"
+    assert "launch.nodes=6" in script
     assert [*Path.cwd().glob("out*")] == [], "something was written"
 
 
