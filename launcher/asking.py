@@ -91,9 +91,7 @@ def _script(question: Mapping[str, Any], launch: LaunchSection) -> str:
     python = [*launch.container, sys.executable, "-m", "launcher.host_report", json.dumps(question)]
     lines = [f"cd {shlex.quote(str(Path.cwd()))} || exit {_NO_DIRECTORY}", *exports]
     if launch.prologue:
-        # What a prologue prints must not be taken for the answer.
-        lines += ["set -e", f"trap 'exit {_PROLOGUE_FAILED}' ERR", "exec 3>&1 >/dev/null"]
-        lines += [*launch.prologue, "exec >&3 3>&-", "trap - ERR"]
+        lines += ["set -e", f"trap 'exit {_PROLOGUE_FAILED}' ERR", *launch.prologue, "trap - ERR"]
     return "\n".join([*lines, f"exec {shlex.join(python)}"])
 
 
@@ -117,7 +115,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess:
 
 
 def _reports(output: str) -> list[Report]:
-    """Those in what hosts have printed; login scripts may print around them."""
+    """Those in what hosts have printed; login scripts and prologues may print around them."""
     return [json.loads(line.partition(MARK)[2]) for line in output.splitlines() if MARK in line]
 
 

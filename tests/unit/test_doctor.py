@@ -463,4 +463,6 @@ def test_a_launch_section_that_does_not_fit_is_found_without_starting_ranks(monk
         [found] = [finding for finding in diagnosis.findings if finding.severity == "error"]
         assert found.check == "launcher"
         assert complaint in found.message
+        # A variable that is missing cannot be given to the hosts either.
+        assert bool(diagnosis.reports) == ("hostfile" in launch)
     assert measured == []
