@@ -86,7 +86,7 @@ def test_what_deepspeed_cannot_carry_is_refused(word: str) -> None:
 
 @pytest.mark.parametrize("value", ["a\nb", 'say "no"', "`ls`", "$HOME", "back\\slash"])
 def test_a_variable_that_deepspeed_cannot_carry_is_refused(value: str) -> None:
-    with pytest.raises(UserError, match="launch.environment: DeepSpeed's runner cannot carry ODD="):
+    with pytest.raises(UserError, match=r"launch\.environment: DeepSpeed's runner cannot carry ODD="):
         command("deepspeed", environment={"ODD": value})
 
 
@@ -205,9 +205,9 @@ def test_nodes_and_processes_take_the_first_of_the_hostfile() -> None:
     made = command("mpi", nodes=2, processes_per_node=3)
     assert hostfile(made) == "n1 slots=3\nn2 slots=3\n"
     assert ways.host_names(recipe("mpi", nodes=2)) == ["n1", "n2"]
-    with pytest.raises(UserError, match="launch.nodes: 4 are asked for, hosts has 3 to offer"):
+    with pytest.raises(UserError, match=r"launch\.nodes: 4 are asked for, hosts has 3 to offer"):
         command("mpi", nodes=4)
-    with pytest.raises(UserError, match="launch.processes_per_node: 3 are asked for, n3 has 2 slots in hosts"):
+    with pytest.raises(UserError, match=r"launch\.processes_per_node: 3 are asked for, n3 has 2 slots in hosts"):
         command("mpi", processes_per_node=3)
 
 
