@@ -63,8 +63,8 @@ def _deepspeed(ranks: int, accelerators: int, launch: LaunchSection, words: list
 def _torchrun(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:
     port = launch.master_port
     meeting = ["--standalone"] if port == "auto" else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    argv = [sys.executable, "-m", "launcher.torchrun", *meeting, "--nproc-per-node", str(ranks), "-m", *words]
-    return Command(argv)
+    torchrun = [sys.executable, "-m", "launcher.torchrun", *meeting, "--nproc-per-node", str(ranks)]
+    return Command([*torchrun, *launch.launcher_args, "-m", *words])
 
 
 def _plain(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:

@@ -21,10 +21,10 @@ def main() -> int:
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("-m", dest="words", nargs=argparse.REMAINDER, required=True, help="the module, its arguments")
     options = parser.parse_args()
+    ranks: list[subprocess.Popen] = []
     # Whoever started this signals the ranks; this process is there to see how they end.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda number, frame: [_send(rank, number) for rank in ranks])
-    ranks: list[subprocess.Popen] = []
     for rank in range(options.processes):
         environment = {
             **os.environ,

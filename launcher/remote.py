@@ -16,6 +16,8 @@ from sparse_zero.errors import UserError
 from sparse_zero.launch_config import LaunchSection
 
 PDSH = ["pdsh", "-S", "-f", "1024", "-R", "ssh"]
+_NODE_RANK = "NUMBER-OF-THIS-HOST"
+"""Stands for %n, which pdsh replaces by the number of the host, in the order of -w."""
 
 
 def hosts_of(launch: LaunchSection) -> list[Host]:
@@ -132,7 +134,7 @@ def _torchrun(
     python_path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     agent = [
         *(sys.executable, "-m", "launcher.torchrun", "--nnodes", str(len(hosts))),
-        *("--node-rank", "%n", "--nproc-per-node", str(hosts[0].slots)),
+        *("--node-rank", _NODE_RANK, "--nproc-per-node", str(hosts[0].slots)),
         *("--master-addr", _master(launch, hosts), "--master-port", str(settle_port(launch))),
         *("--rdzv-id", uuid.uuid4().hex[:8]),
         *launch.launcher_args,
@@ -141,9 +143,8 @@ def _torchrun(
     ]
     exports = [f"{name}={value}" for name, value in {"PYTHONPATH": python_path, **variables}.items()]
     remote = ["env", *exports, *wrapped(agent, launch)]
-    # pdsh replaces %n by the number of the host, in the order of -w.
     line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(remote)}"
-    line = line.replace("%", "%%").replace("%%n", "%n")
+    line = line.replace("%", "%%").replace(_NODE_RANK, "%n")
     return _command([*PDSH, "-w", ",".join(host.name for host in hosts), line], {}, {}, hosts)
 
 
@@ -168,12 +169,12 @@ def _for_pdsh(word: str) -> str:
 
 
 def _own_variables() -> dict[str, str]:
-    """What the user's .deepspeed_env sets. DeepSpeed fails on its blank lines, and a comment in it comments out the
-    whole remote command.
+    """What the user's .deepspeed_env, or DS_ENV_FILE, sets. DeepSpeed fails on its blank lines, and a comment in it
+    comments out the whole remote command.
     """
     variables = {}
     for directory in (Path.home(), Path.cwd()):
-        file = directory / ".deepspeed_env"
+        file = directory / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
         for line in file.read_text().splitlines() if file.is_file() else []:
             name, equals, value = line.partition("=")
             if equals and not name.lstrip().startswith("#"):

@@ -63,6 +63,6 @@ def option_words(options: SlurmOptions) -> list[str]:
         dashes = "--" + name.replace("_", "-")
         if value is True:
             words.append(dashes)
-        elif value not in (None, False):
+        elif value is not None and value is not False:  # --mem=0 is all memory of a node
             words.append(f"{dashes}={value}")
     return words

@@ -1,5 +1,6 @@
 """A run from its first start to its last: its ranks watched, and started again where they may be."""
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from sparse_zero.stopping import STOPPED
 
 _FINAL = (0, 2, STOPPED)
 """Exit statuses that another start would not change."""
+_COMPLETE = re.compile(r"checkpoint-\d+(\.replaced)?")
+"""Names of checkpoints, as against what an interrupted save leaves behind."""
 
 
 def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> Ending:
@@ -81,7 +84,8 @@ def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str] | None:
 
 def _resumed(words: Sequence[str], output: Path) -> list[str]:
     """The same, going on from the run's newest checkpoint; where it has none, from what it was told to go on from."""
-    if not any(output.glob("checkpoint-*")) and any(word.startswith("--resume") for word in words):
+    written = output.glob("checkpoint-*/manifest.json")
+    if not any(_COMPLETE.fullmatch(path.parent.name) for path in written):
         return list(words)
     return [word for word in words if not word.startswith("--resume")] + ["--resume=auto"]
 

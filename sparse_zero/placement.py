@@ -83,7 +83,7 @@ def _from_torch(environ: Mapping[str, str]) -> Placement:
         # DeepSpeed's runner calls it LOCAL_SIZE, and leaves it out for MPI.
         int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1),
         environ.get("MASTER_ADDR") or "127.0.0.1",
-        int(environ.get("MASTER_PORT") or 29500),
+        _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else 29500,
     )
 
 
@@ -111,7 +111,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Placement:
     if not master:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
         master = address_of(first_host(nodes)) if world_size > local_world_size else "127.0.0.1"
-    port = int(environ.get("MASTER_PORT") or slurm_port(environ))
+    port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else slurm_port(environ)
     return Placement(_number(environ, "SLURM_PROCID"), world_size, local_rank, local_world_size, master, port)
 
 
@@ -140,10 +140,10 @@ def expand_counts(text: str) -> list[int]:
 
 def first_host(nodelist: str) -> str:
     """The first name of Slurm's short form of a list: `gpu[07-09,12],login1` is gpu07."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodelist)
+    match = re.match(r"(?:[^,\[]|\[\d[^\]]*\])+", nodelist)
     if match is None:
         raise UserError(f"SLURM_JOB_NODELIST={nodelist}: not a list of nodes; set MASTER_ADDR to the first one's name")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def address_of(node: str) -> str:
@@ -164,7 +164,7 @@ def address_of(node: str) -> str:
 
 def _mpi_master(environ: Mapping[str, str], world_size: int) -> tuple[str, int]:
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
-        return environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     if world_size == 1:
         return "127.0.0.1", _free_port()
     try:

@@ -42,6 +42,8 @@ def launch(count: int, call: str, arguments: list[Any], log: Path, environment: 
     while pids:
         pid, status = os.waitpid(-1, os.WNOHANG)
         now = time.monotonic()
+        if pid and pid not in pids:
+            continue  # what a library has started, such as a compiler
         if pid:
             code = os.waitstatus_to_exitcode(status)
             statuses[pids.pop(pid)] = code
