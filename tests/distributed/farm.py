@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -107,6 +108,10 @@ def main(jobs: str, out: str) -> None:
     import sparse_zero.run
     import sparse_zero.train  # noqa: F401
 
+    if "offload" in Path(jobs).read_text():
+        # Takes a minute or two where it has not been built: more than a rank may be silent.
+        build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+        subprocess.run([sys.executable, "-c", build], check=True)
     logs = Path(out).with_suffix("")
     logs.mkdir(exist_ok=True)
     done = {}
