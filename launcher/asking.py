@@ -56,26 +56,16 @@ def ask_by_ssh(hosts: Sequence[str], questions: Sequence[Mapping[str, Any]], lau
 
 
 def ask_by_srun(nodes: Sequence[str], question: Mapping[str, Any], launch: LaunchSection) -> list[Answer]:
-    """The reports of a Slurm job's nodes: one task on each.
+    """The reports of a Slurm job's nodes, asked at the same time, by a step on each: of a step on all of them srun may
+    print one task's line within another's.
 
     Raises UserError: `launch.environment` asks to pass on a variable that is not set; so do the other two.
     """
     # --overlap: a batch script may be asking while its own step holds the job's cores.
-    srun = ["srun", "--overlap", f"--nodes={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
-    before = time.time()
-    done = _run([*srun, "bash", "-c", _script(question, launch)])
-    after = time.time()
-    reports = {_node_name(report): report for report in _reports(done.stdout)}
-    return [
-        Answer(reports[node], clock_offset=clock_offset(before, *reports[node]["clock"], after))
-        if node in reports
-        else Answer(None, explain(node, done.returncode, done.stderr))
-        for node in nodes
-    ]
-
-
-def _node_name(report: Report) -> str:
-    return report["variables"].get("SLURMD_NODENAME", report["host"])
+    srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1"]
+    script = ["bash", "-c", _script(question, launch)]
+    with ThreadPoolExecutor(max_workers=64) as pool:
+        return list(pool.map(lambda node: _ask(node, [*srun, f"--nodelist={node}", *script]), nodes))
 
 
 def host_command(question: Mapping[str, Any], launch: LaunchSection) -> str:
