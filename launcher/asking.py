@@ -4,27 +4,21 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import reach, ways
 from launcher.command import rank_environment
 from launcher.findings import Finding, error
 from launcher.host_report import MARK, Report
 from sparse_zero.launch_config import LaunchSection
 
-CONNECT_SECONDS = 10
 ANSWER_SECONDS = 120
 """A first import of torch from a shared disk takes a minute."""
-SSH = (
-    *("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "LogLevel=ERROR"),
-    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
-)
 _NO_DIRECTORY, _PROLOGUE_FAILED = 71, 72
 
 
@@ -45,14 +39,13 @@ def ask_here(question: Mapping[str, Any], launch: LaunchSection) -> Answer:
 
 def ask_by_ssh(hosts: Sequence[str], questions: Sequence[Mapping[str, Any]], launch: LaunchSection) -> list[Answer]:
     """The reports of `hosts`, asked at the same time."""
-    with ThreadPoolExecutor(max_workers=64) as pool:
-        # mpirun starts what runs here without ssh.
-        own = ("localhost", socket.gethostname()) if launch.launcher == "mpi" else ()
-        commands = [
-            ["bash", "-c", _script(question, launch)] if host in own else [*SSH, host, host_command(question, launch)]
-            for host, question in zip(hosts, questions, strict=True)
-        ]
-        return list(pool.map(_ask, hosts, commands))
+    commands = [
+        ["bash", "-c", _script(question, launch)]
+        if ways.starts_here(launch, host)
+        else [*reach.SSH, host, host_command(question, launch)]
+        for host, question in zip(hosts, questions, strict=True)
+    ]
+    return reach.ask_all(_ask, hosts, commands)
 
 
 def ask_by_srun(nodes: Sequence[str], question: Mapping[str, Any], launch: LaunchSection) -> list[Answer]:
@@ -61,11 +54,8 @@ def ask_by_srun(nodes: Sequence[str], question: Mapping[str, Any], launch: Launc
 
     Raises UserError: `launch.environment` asks to pass on a variable that is not set; so do the other two.
     """
-    # --overlap: a batch script may be asking while its own step holds the job's cores.
-    srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1"]
     script = ["bash", "-c", _script(question, launch)]
-    with ThreadPoolExecutor(max_workers=64) as pool:
-        return list(pool.map(lambda node: _ask(node, [*srun, f"--nodelist={node}", *script]), nodes))
+    return reach.ask_all(_ask, nodes, [[*reach.SRUN, f"--nodelist={node}", *script] for node in nodes])
 
 
 def host_command(question: Mapping[str, Any], launch: LaunchSection) -> str:
@@ -87,21 +77,11 @@ def _script(question: Mapping[str, Any], launch: LaunchSection) -> str:
 
 def _ask(host: str, command: Sequence[str]) -> Answer:
     before = time.time()
-    done = _run(command)
+    done = reach.run(command, ANSWER_SECONDS)
     after = time.time()
     for report in _reports(done.stdout):
         return Answer(report, clock_offset=clock_offset(before, *report["clock"], after))
     return Answer(None, explain(host, done.returncode, done.stderr))
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess:
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    try:
-        return subprocess.run(command, timeout=ANSWER_SECONDS, errors="replace", **options)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"no answer in {ANSWER_SECONDS} s")
-    except FileNotFoundError:
-        return subprocess.CompletedProcess(command, 255, "", f"{command[0]} is not installed here")
 
 
 def _reports(output: str) -> list[Report]:

@@ -17,6 +17,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from launcher.sbatch_options import option_words
 from sparse_zero.errors import UserError
 from sparse_zero.launch_config import SlurmOptions
 
@@ -87,22 +88,11 @@ def batch_script(
     """
     parts = {
         "ABOUT": "\n".join(f"# {line}".rstrip() for line in about.split("\n")),
-        "OPTIONS": "\n".join(f"#SBATCH {word}" for word in option_words(options)),
+        "OPTIONS": "\n".join(f"#SBATCH {word}" for word in option_words(options, _quoted)),
         "PREPARATION": "".join(f"\n{part.strip()}\n" for part in (preparation, _checked(prologue)) if part),
         "TRAIN": train,
     }
     return re.sub("@([A-Z]+)@", lambda place: parts[place[1]], ANY_SCRIPT)
-
-
-def option_words(options: SlurmOptions) -> list[str]:
-    """Options as an #SBATCH line holds them: true is a flag; what is false or null is left out."""
-    words = []
-    for name, value in options.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False:
-            words.append(f"--{name}={_quoted(name, str(value))}")
-    return words
 
 
 def _quoted(name: str, value: str) -> str:

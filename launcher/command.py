@@ -22,9 +22,8 @@ class Command:
     """What it changes in this process's environment; None: the variable is removed."""
     files: dict[str, str] = field(default_factory=dict)
     """Contents of the files that must stand there first, by path."""
-    hosts: tuple[str, ...] = ()
-    """The hosts that it starts ranks on through the network; empty: this machine alone, or those of Slurm."""
     world_size: int | None = None
+    """How many ranks it starts, where that is known."""
 
     def shell(self) -> str:
         """The same as one line for a shell."""

@@ -6,7 +6,6 @@ Each host, this one included, answers in a process of its own: a broken torch is
 """
 
 import contextlib
-import math
 import os
 import socket
 import tempfile
@@ -140,7 +139,8 @@ def _ask_hosts(diagnosis: Diagnosis, recipe: Recipe | None, path: str | None, ho
     if several:
         master = launch.master_addr or (address_of(hosts[0].name) if launch.launcher == "slurm" else hosts[0].name)
     with _marker(recipe if several else None) as marker:
-        question = question_of(recipe, path, marker, [master] if master else [])
+        # The way to rank 0 is a loop on its own host, but not the way to the last one's.
+        question = question_of(recipe, path, marker, [master, hosts[-1].name] if several else [])
         answers = _answers(question, launch, hosts)
     found, offsets = diagnosis.findings, {}
     for index, (name, answer) in enumerate(answers.items()):
@@ -236,12 +236,8 @@ def _command(recipe: Recipe | None, reports: dict[str, Report], directory: str) 
     Args: directory: for the launcher's files, which are this machine's own affair.
     """
     if recipe is not None:
-        launch = recipe.launch
-        seconds = min(links.SECONDS, launch.rendezvous_seconds)
-        if launch.launcher == "torchrun" and launch.hostfile:
-            # Its agents would wait for each other for a quarter of an hour, and outlive this command.
-            limit = ["--rdzv-conf", f"timeout={math.ceil(seconds)}"]
-            launch = launch.model_copy(update={"launcher_args": [*limit, *launch.launcher_args]})
+        seconds = min(links.SECONDS, recipe.launch.rendezvous_seconds)
+        launch = recipe.launch.model_copy(update={"rendezvous_seconds": seconds})
         training = {**recipe.training, "output_dir": directory}
         probed = recipe.model_copy(update={"training": training, "launch": launch})
         return ways.ranks_command(probed, links.probe_words(bool(training.get("use_cpu")), seconds))

@@ -189,10 +189,13 @@ def network(report: Report, wanted: Wanted, host: str | None) -> Iterator[Findin
     elif net["gloo_address"] is None or ipaddress.ip_address(net["gloo_address"]).is_loopback:
         name, resolved = report["host"], ", ".join(net["name_resolves_to"])
         why = f"its name {name} resolves to {resolved}" if resolved else f"its name {name} does not resolve"
-        way = net["routes"].get(wanted.master, {}).get("interface")
-        if way in _outward(net):
+        ways = {
+            peer: route["interface"] for peer, route in net["routes"].items() if route["interface"] in _outward(net)
+        }
+        if ways:
             # As sparse_zero.joining does.
-            yield ok("network", f"{why}: the ranks take {way}, which leads to {wanted.master}", host)
+            peer, way = next(iter(ways.items()))
+            yield ok("network", f"{why}: the ranks take {way}, which leads to {peer}", host)
         else:
             cure = f"launch.environment.GLOO_SOCKET_IFNAME={_best_interface(net)}, or correct {name} in its /etc/hosts"
             yield error("network", f"{why}: gloo would give the other hosts a loopback address", cure, host)

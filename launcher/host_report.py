@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import devices, sources
+from sparse_zero.network import interface_towards, interfaces
 
 MARK = "sparse-zero-host: "
 PACKAGES = ("sparse-zero", "torch", "deepspeed", "transformers", "accelerate", "datasets")
@@ -126,18 +127,12 @@ def torch_facts() -> dict[str, Any]:
 
 def network(peers: Sequence[str]) -> dict[str, Any]:
     """This host's name and interfaces, and the way to each of `peers`."""
-    import psutil
-
-    interfaces = {
-        name: [each.address for each in addresses if each.family == socket.AF_INET]
-        for name, addresses in psutil.net_if_addrs().items()
-    }
     return {
         "name_resolves_to": addresses_of(socket.gethostname()),
         # gloo takes the first of these that it can bind, and falls back on the loopback interface.
         "gloo_address": next(filter(_is_own, addresses_of(socket.gethostname())), None),
-        "interfaces": interfaces,
-        "routes": {peer: _route(peer, interfaces) for peer in peers},
+        "interfaces": interfaces(),
+        "routes": {peer: _route(peer) for peer in peers},
     }
 
 
@@ -158,16 +153,10 @@ def _is_own(address: str) -> bool:
     return True
 
 
-def _route(peer: str, interfaces: dict[str, list[str]]) -> dict[str, str | None]:
-    """The peer's address, and the interface that reaches it. Nothing is sent."""
+def _route(peer: str) -> dict[str, str | None]:
+    """The peer's address, and the interface that reaches it."""
     address = next((each for each in addresses_of(peer) if ":" not in each), None)
-    source = None
-    if address:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            probe.connect((address, 9))
-            source = probe.getsockname()[0]
-    interface = next((name for name, own in interfaces.items() if source in own), None)
-    return {"address": address, "interface": interface}
+    return {"address": address, "interface": interface_towards(address) if address else None}
 
 
 def output(directory: Path) -> dict[str, Any]:

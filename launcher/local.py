@@ -7,6 +7,7 @@ from pathlib import Path
 from launcher import devices
 from launcher.command import Command, rank_environment, wrapped
 from sparse_zero.launch_config import LaunchSection
+from sparse_zero.network import free_port
 
 
 def local_command(launch: LaunchSection, words: list[str], use_cpu: bool, watch: str | None = None) -> Command:
@@ -75,4 +76,4 @@ def _plain(ranks: int, accelerators: int, launch: LaunchSection, words: list[str
 
 def settle_port(launch: LaunchSection) -> int:
     """A free port of this machine where the recipe leaves the choice."""
-    return devices.free_port() if launch.master_port == "auto" else int(launch.master_port)
+    return free_port() if launch.master_port == "auto" else int(launch.master_port)

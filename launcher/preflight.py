@@ -15,7 +15,7 @@ def check(recipe: Recipe) -> None:
     """
     for address in (recipe.model.name, recipe.model.tokenizer, recipe.data.path):
         package.resolve(address or "")
-    ways.check_programs(recipe)
+    ways.check_programs(recipe.launch)
     if recipe.launch.hostfile:
         supervise.check_hosts(recipe)
     elif recipe.launch.launcher != "slurm":

@@ -18,7 +18,7 @@ from typing import NamedTuple, TextIO
 
 import psutil
 
-from launcher import command as commands
+import launcher.command
 from launcher.command import Command
 from sparse_zero.errors import UserError
 from sparse_zero.roll_call import RollCall
@@ -158,7 +158,7 @@ def _ranks(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     ranks = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline()[1:4] == ["-u", "-m", commands.TRAINING_MODULE]:
+            if process.cmdline()[1:4] == ["-u", "-m", launcher.command.TRAINING_MODULE]:
                 ranks[process] = process.ppid()
     pids = {rank.pid for rank in ranks}
     return [rank for rank, parent in ranks.items() if parent not in pids]

@@ -1,48 +1,65 @@
-"""Which hosts of a run answer, and by which address they reach this one."""
+"""Which hosts of a run answer. Commands of other programs, with an end to their patience."""
 
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
+CONNECT_SECONDS = 10
+SSH = (
+    *("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "LogLevel=ERROR"),
+    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+)
+SRUN = ("srun", "--overlap", "--nodes=1", "--ntasks=1")
+"""A step on one node of this job, beside those that hold its cores."""
 _SECONDS = 15.0
+
+Answer = TypeVar("Answer")
 
 
 def unreachable_hosts(names: Sequence[str]) -> dict[str, str]:
     """Ask all by ssh at once. Returns: why, for each that cannot be used."""
-    return _ask_all(names, lambda name: [*SSH, name, "true"])
+    return _unreachable(names, lambda name: [*SSH, name, "true"])
 
 
 def unreachable_nodes(names: Sequence[str]) -> dict[str, str]:
     """The same of the nodes of this Slurm job, by a step on each."""
-    options = ["--overlap", "--nodes=1", "--ntasks=1", "--immediate=5", "--quiet"]
-    return _ask_all(names, lambda name: ["srun", *options, f"--nodelist={name}", "true"])
+    return _unreachable(names, lambda name: [*SRUN, "--immediate=5", "--quiet", f"--nodelist={name}", "true"])
 
 
-def _ask_all(names: Sequence[str], command) -> dict[str, str]:
-    with ThreadPoolExecutor(max(1, min(64, len(names)))) as pool:
-        answers = pool.map(lambda name: _ask(command(name)), names)
-        return {name: problem for name, problem in zip(names, answers, strict=True) if problem is not None}
+def _unreachable(names: Sequence[str], command: Callable[[str], list[str]]) -> dict[str, str]:
+    answers = ask_all(lambda name: _problem(run(command(name), _SECONDS)), names)
+    return {name: problem for name, problem in zip(names, answers, strict=True) if problem is not None}
 
 
-def _ask(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {_SECONDS:g} s"
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
+def _problem(done: subprocess.CompletedProcess) -> str | None:
     if done.returncode == 0:
         return None
-    return (done.stderr.strip().splitlines() or [f"{command[0]} ended with status {done.returncode}"])[-1]
+    return (done.stderr.strip().splitlines() or [f"{done.args[0]} ended with status {done.returncode}"])[-1]
 
 
-def own_address(towards: str) -> str:
-    """The address by which the host `towards` reaches this one; this host's name where there is no telling."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((towards, 9))  # sends nothing, but finds the route
-        except OSError:
-            return socket.gethostname()
-        return probe.getsockname()[0]
+def ask_all(ask: Callable[..., Answer], *questions: Sequence) -> list[Answer]:
+    """As `map`, at the same time."""
+    with ThreadPoolExecutor(max_workers=64) as pool:
+        return list(pool.map(ask, *questions))
+
+
+def run(
+    command: Sequence[str], seconds: float, stdin: str = "", environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """A command to its end. Its status is 124 where that has not come in time, 255 where there is no such program,
+    with the reason on its stderr.
+    """
+    options = {"input": stdin, "env": environment, "capture_output": True, "text": True, "errors": "replace"}
+    try:
+        return subprocess.run(command, timeout=seconds, **options)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"no answer within {seconds:g} s")
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 255, "", f"{command[0]}: {error.strerror}")
+
+
+def is_here(name: str) -> bool:
+    """Whether this is the host of that name."""
+    return name in ("localhost", socket.gethostname())

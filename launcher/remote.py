@@ -1,11 +1,13 @@
 """The commands that start ranks on the hosts of a hostfile: DeepSpeed's runner, mpirun, or torchrun over pdsh."""
 
+import math
 import os
 import re
 import shlex
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import devices
@@ -61,11 +63,15 @@ def remote_command(
     if use_cpu:
         # Left to detect it, every process prints a warning that there is no GPU.
         variables.setdefault("DS_ACCELERATOR", "cpu")
+    if launch.launcher != "deepspeed" and "PYTHONPATH" in os.environ:
+        # DeepSpeed's runner passes it on by itself.
+        variables.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
     most = max(host.slots for host in hosts)
     if most > 1 and (use_cpu or not devices.count_accelerators()):
         variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or threads_per_rank(most))
     build = {"deepspeed": _deepspeed, "mpi": _mpirun, "torchrun": _torchrun}[launch.launcher]
-    return build(launch, hosts, list(words), directory, variables)
+    command = build(launch, hosts, list(words), directory, variables)
+    return replace(command, world_size=sum(host.slots for host in hosts))
 
 
 def _deepspeed(
@@ -98,21 +104,15 @@ def _deepspeed(
         str(directory / "deepspeed_env"): "".join(f"{name}={value}\n" for name, value in carried.items()),
     }
     environment = {"DS_ENV_FILE": str((directory / "deepspeed_env").absolute())}
-    return _command(argv, environment, files, hosts)
+    return Command(argv, environment, files)
 
 
 def _mpirun(
     launch: LaunchSection, hosts: Sequence[Host], words: list[str], directory: Path, variables: dict[str, str]
 ) -> Command:
     argv = [
-        *(
-            "mpirun",
-            "--quiet",
-            "-np",
-            str(sum(host.slots for host in hosts)),
-            "--hostfile",
-            str(directory / "hostfile"),
-        ),
+        *("mpirun", "--quiet", "-np", str(sum(host.slots for host in hosts))),
+        *("--hostfile", str(directory / "hostfile")),
         # Each rank would have one core to itself, and its threads would share it.
         *("--bind-to", "none"),
         *(word for name in variables for word in ("-x", name)),
@@ -120,7 +120,7 @@ def _mpirun(
         *wrapped([sys.executable, "-u", "-m", *words], launch),
     ]
     slots = "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
-    return _command(argv, dict(variables), {str(directory / "hostfile"): slots}, hosts)
+    return Command(argv, dict(variables), {str(directory / "hostfile"): slots})
 
 
 def _torchrun(
@@ -131,28 +131,21 @@ def _torchrun(
             f"{launch.hostfile}: torchrun starts as many ranks on each host; give all the same slots, or "
             "launch.processes_per_node"
         )
-    python_path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     agent = [
         *(sys.executable, "-m", "launcher.torchrun", "--nnodes", str(len(hosts))),
         *("--node-rank", _NODE_RANK, "--nproc-per-node", str(hosts[0].slots)),
         *("--master-addr", _master(launch, hosts), "--master-port", str(settle_port(launch))),
         *("--rdzv-id", uuid.uuid4().hex[:8]),
+        # Else the agents wait for each other for a quarter of an hour, also when pdsh is gone.
+        *("--rdzv-conf", f"timeout={math.ceil(launch.rendezvous_seconds)}"),
         *launch.launcher_args,
         "-m",
         *words,
     ]
-    exports = [f"{name}={value}" for name, value in {"PYTHONPATH": python_path, **variables}.items()]
-    remote = ["env", *exports, *wrapped(agent, launch)]
+    remote = ["env", *(f"{name}={value}" for name, value in variables.items()), *wrapped(agent, launch)]
     line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(remote)}"
     line = line.replace("%", "%%").replace(_NODE_RANK, "%n")
-    return _command([*PDSH, "-w", ",".join(host.name for host in hosts), line], {}, {}, hosts)
-
-
-def _command(
-    argv: list[str], environment: dict[str, str | None], files: dict[str, str], hosts: Sequence[Host]
-) -> Command:
-    names = tuple(host.name for host in hosts)
-    return Command(argv, environment, files, names, sum(host.slots for host in hosts))
+    return Command([*PDSH, "-w", ",".join(host.name for host in hosts), line])
 
 
 def _master(launch: LaunchSection, hosts: Sequence[Host]) -> str:

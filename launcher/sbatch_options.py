@@ -4,7 +4,7 @@ All are held by their long names without dashes, in the order in which a script 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from sparse_zero.errors import UserError
 from sparse_zero.launch_config import SlurmOptions
@@ -163,3 +163,18 @@ def log_path(options: SlurmOptions, job: str) -> str:
     """The file that sbatch's `output` pattern means for job `job`."""
     known = {"%": "%", "j": job, "x": str(options.get("job-name", ""))}
     return re.sub("%(.)", lambda place: known.get(place[1], place[0]), str(options["output"]))
+
+
+def option_words(options: SlurmOptions, write: Callable[[str, str], str] = lambda name, value: value) -> list[str]:
+    """Options as a command line has them: true is a flag; what is false or null is left out.
+
+    Args: write: how the value of an option of that name is written.
+    """
+    words = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:  # --mem=0 is all memory of a node
+            words.append(f"--{name}={write(name, str(value))}")
+    return words

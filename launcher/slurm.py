@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from launcher.command import Command, rank_environment, wrapped
 from launcher.local import threads_per_rank
-from sparse_zero.launch_config import LaunchSection, SlurmOptions
+from launcher.sbatch_options import option_words
+from sparse_zero.launch_config import LaunchSection
 
 
 def slurm_command(
@@ -14,10 +15,10 @@ def slurm_command(
     words: Sequence[str],
     use_cpu: bool = False,
     watch: str | None = None,
-    nodes: Sequence[str] | None = None,
+    nodes: Sequence[str] = (),
 ) -> Command:
-    """What starts `python -m words[0] words[1:]` on every task of a step. Args: nodes: those of the job that are
-    left; None: all.
+    """What starts `python -m words[0] words[1:]` on every task of a step. Args: nodes: those of the job to
+    use; empty: all.
     """
     job = os.environ if "SLURM_JOB_ID" in os.environ else {}
     count = len(nodes) if nodes else int(job.get("SLURM_JOB_NUM_NODES", 0)) or 1
@@ -54,15 +55,3 @@ def ranks_per_node(launch: LaunchSection, job: Mapping[str, str]) -> int:
         if job.get(name, "").isdigit() and int(job[name]) > 0:
             return int(job[name])
     return 1
-
-
-def option_words(options: SlurmOptions) -> list[str]:
-    """Options of sbatch and srun as the command line has them; true is a flag, null leaves one out."""
-    words = []
-    for name, value in options.items():
-        dashes = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(dashes)
-        elif value is not None and value is not False:  # --mem=0 is all memory of a node
-            words.append(f"{dashes}={value}")
-    return words

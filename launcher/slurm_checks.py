@@ -3,14 +3,15 @@
 import getpass
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher import sbatch_options
+from launcher import reach, sbatch_options
 from launcher.findings import Finding, error, ok, warning
 from sparse_zero.launch_config import LaunchSection, SlurmOptions
 
+SECONDS = 30.0
+"""A controller that takes longer is not well."""
 PROGRAMS = ("sbatch", "srun", "sinfo", "squeue", "scontrol")
 USABLE = ("idle", "mix", "mixed", "alloc", "allocated", "comp", "completing", "resv", "reserved")
 
@@ -45,7 +46,7 @@ def check(launch: LaunchSection | None) -> list[Finding]:
     if missing:
         cure = "start from a login node, or install Slurm's client (apt-get install slurm-client)"
         return [error("slurm", f"no {', '.join(missing)} here", cure)]
-    shown = run("sinfo", "--noheader", "--format=%P|%a|%l|%D|%t|%G")
+    shown = reach.run(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%t|%G"], SECONDS)
     if shown.returncode:
         say = warning if launch is None else error
         last = [*shown.stderr.strip().splitlines(), "no answer"][0]
@@ -54,15 +55,6 @@ def check(launch: LaunchSection | None) -> list[Finding]:
     if launch is None:
         return [*describe(partitions)]
     return [*fits(partitions, launch), *_account(launch.slurm)]
-
-
-def run(*command: str, stdin: str = "", environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
-    """One of Slurm's commands to its end."""
-    options = {"input": stdin, "env": environment, "capture_output": True, "text": True}
-    try:
-        return subprocess.run(command, timeout=30, **options)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", "no answer within 30 s")
 
 
 def read_partitions(text: str) -> list[Partition]:
@@ -159,7 +151,9 @@ def _account(options: SlurmOptions) -> Iterator[Finding]:
     asked = options.get("account")
     if not asked or shutil.which("sacctmgr") is None:
         return
-    shown = run("sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=account")
+    shown = reach.run(
+        ["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=account"], SECONDS
+    )
     known = sorted(set(shown.stdout.split()))
     if shown.returncode == 0 and known and asked not in known:
         yield error("slurm", f"launch.slurm.account: '{asked}' is not yours", f"choose one of {', '.join(known)}")
@@ -167,7 +161,7 @@ def _account(options: SlurmOptions) -> Iterator[Finding]:
 
 def trial(script: str, environment: Mapping[str, str]) -> Iterator[Finding]:
     """What the controller itself says to a batch script, without queueing it."""
-    done = run("sbatch", "--test-only", stdin=script, environment=environment)
+    done = reach.run(["sbatch", "--test-only"], SECONDS, script, environment)
     # It talks on stderr in either case.
     said = [line.partition(": ")[2] or line for line in done.stderr.strip().splitlines()]
     if done.returncode:

@@ -64,7 +64,7 @@ def plan(
     output = Path(str(recipe.training["output_dir"]))
     options = _options(recipe, output, given or {})
     words = [path, *overrides, *(["--merge"] if merge else [])]
-    about = shlex.join(["sparse-zero", "submit", *words, *(_word(*option) for option in (given or {}).items())])
+    about = shlex.join(["sparse-zero", "submit", *words, *sbatch_options.option_words(given or {})])
     train = shlex.join([*_this_program(), "train", *words])
     text = batch_script(about, options, train, recipe.launch.prologue)
     script = _place(output, text)
@@ -153,10 +153,6 @@ def _said(text: str) -> str:
     """What sbatch printed, without the program's name before every line."""
     lines = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in text.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith("Try "))
-
-
-def _word(name: str, value: object) -> str:
-    return f"--{name}" if value is True else f"--{name}={value}"
 
 
 def _variable(option: str) -> str:

@@ -1,6 +1,5 @@
 """A run from its first start to its last: its ranks watched, and started again where they may be."""
 
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -17,8 +16,6 @@ from sparse_zero.stopping import STOPPED
 
 _FINAL = (0, 2, STOPPED)
 """Exit statuses that another start would not change."""
-_COMPLETE = re.compile(r"checkpoint-\d+(\.replaced)?")
-"""Names of checkpoints, as against what an interrupted save leaves behind."""
 
 
 def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> Ending:
@@ -26,47 +23,36 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> E
 
     Raises UserError: the ranks cannot be started.
     """
-    names = ways.host_names(recipe)
-    left = None
-    restarts = 0
-    while True:
-        ending = _attempt(recipe, words, names if left is None else left, left, stdout)
-        if ending.stopped or ending.status in _FINAL or restarts == recipe.launch.max_restarts:
-            return ending
-        restarts += 1
-        left = _hosts_left(recipe, names)
-        if left is None:
-            return ending
+    names = hosts = ways.host_names(recipe)
+    for restart in range(1, recipe.launch.max_restarts + 2):
+        ending = _attempt(recipe, words, hosts, stdout)
+        if ending.stopped or ending.status in _FINAL or restart > recipe.launch.max_restarts:
+            break
+        hosts = _hosts_left(recipe, names)
+        if names and not hosts:
+            break
         words = _resumed(words, Path(str(recipe.training["output_dir"])))
-        on = f" on {', '.join(left)}" if left else ""
-        _say(f"starting again{on} (restart {restarts} of {recipe.launch.max_restarts})")
-        left = left or None
+        on = f" on {', '.join(hosts)}" if hosts else ""
+        _say(f"starting again{on} (restart {restart} of {recipe.launch.max_restarts})")
+    return ending
 
 
-def _attempt(
-    recipe: Recipe, words: Sequence[str], names: Sequence[str], left: Sequence[str] | None, stdout: TextIO | None
-) -> Ending:
+def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> Ending:
     launch = recipe.launch
-    planned = ways.ranks_command(recipe, words, left=left)
-    # A job of srun's own may wait in the queue for days.
-    queues = launch.launcher == "slurm" and not names
-    roll = RollCall(
-        announce,
-        launch.silence_seconds,
-        arrival_seconds=None if queues else launch.rendezvous_seconds,
-        host=ways.watching_address(recipe, names),
-        world_size=planned.world_size,
-    )
+    roll = RollCall(announce, launch.silence_seconds, ways.watching_address(recipe, hosts))
     try:
-        command = ways.ranks_command(recipe, words, watch=str(roll.address), left=left)
+        command = ways.ranks_command(recipe, words, str(roll.address), hosts)
         command.write_files()
+        # A job of srun's own may wait in the queue for days.
+        if hosts or launch.launcher != "slurm":
+            roll.expect(command.world_size, launch.rendezvous_seconds)
         return processes.run(command, roll, stdout, launch.grace_seconds)
     finally:
         roll.close()
 
 
-def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str] | None:
-    """Of `names`, those to start again on; None: too few answer."""
+def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Of `names`, those to start again on; none where too few answer."""
     if not names:
         return []
     # Slurm lets go of a step's resources a moment after its last process.
@@ -79,13 +65,14 @@ def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str] | None:
     lost = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
     wanted = "launch.min_nodes" if recipe.launch.min_nodes else "all of them; launch.min_nodes would allow fewer"
     _say(f"not starting again on {len(left)} of {len(names)} hosts, {fewest} are needed ({wanted}): {lost}")
-    return None
+    return []
 
 
 def _resumed(words: Sequence[str], output: Path) -> list[str]:
     """The same, going on from the run's newest checkpoint; where it has none, from what it was told to go on from."""
-    written = output.glob("checkpoint-*/manifest.json")
-    if not any(_COMPLETE.fullmatch(path.parent.name) for path in written):
+    from sparse_zero.checkpoint import MANIFEST_NAME, numbered
+
+    if not any((checkpoint / MANIFEST_NAME).is_file() for checkpoint in numbered(output)):
         return list(words)
     return [word for word in words if not word.startswith("--resume")] + ["--resume=auto"]
 

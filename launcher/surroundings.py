@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from launcher import ways
 from launcher.findings import Finding, error, ok, warning
 from sparse_zero.launch_config import LaunchSection
 
@@ -50,12 +51,7 @@ def _deepspeed_environment(file: Path) -> Iterator[Finding]:
 
 def programs(launch: LaunchSection) -> Iterator[Finding]:
     """The programs that start the ranks, but for Slurm's."""
-    needed = ["ssh"] if launch.hostfile else []
-    if launch.launcher == "mpi":
-        needed.append("mpirun")
-    elif launch.hostfile:
-        by_mpi = launch.launcher == "deepspeed" and launch.multinode == "openmpi"
-        needed += ["mpirun", "ompi_info"] if by_mpi else ["pdsh"]
+    needed = [] if launch.launcher == "slurm" else ways.programs(launch)
     missing = [name for name in needed if shutil.which(name) is None]
     for name in missing:
         cure = f"install it: apt-get install {PACKAGES[name]}"

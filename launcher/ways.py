@@ -14,23 +14,25 @@ from launcher.local import local_command
 from launcher.remote import hosts_of, remote_command
 from launcher.slurm import slurm_command
 from sparse_zero.errors import UserError
+from sparse_zero.launch_config import LaunchSection
+from sparse_zero.network import address_towards
 from sparse_zero.recipe import Recipe
 
 
 def ranks_command(
-    recipe: Recipe, words: Sequence[str], watch: str | None = None, left: Sequence[str] | None = None
+    recipe: Recipe, words: Sequence[str], watch: str | None = None, names: Sequence[str] = ()
 ) -> Command:
     """What starts `python -m words[0] words[1:]` on every rank of a recipe's `launch` section.
 
-    Args: watch: the address of the ranks' roll call; left: the names of the hosts to use, of all those of the recipe.
+    Args: watch: the address of the ranks' roll call; names: of the recipe's hosts those to use; empty: all.
 
     Raises UserError: a `launch` section that does not fit this machine or its hostfile.
     """
     launch, use_cpu = recipe.launch, bool(recipe.training.get("use_cpu"))
     if launch.launcher == "slurm":
-        return slurm_command(launch, words, use_cpu, watch, left)
+        return slurm_command(launch, words, use_cpu, watch, names)
     if launch.hostfile:
-        hosts = [host for host in hosts_of(launch) if left is None or host.name in left]
+        hosts = [host for host in hosts_of(launch) if not names or host.name in names]
         return remote_command(launch, hosts, words, launch_directory(recipe), use_cpu, watch)
     if launch.launcher == "mpi":
         ranks = devices.count_ranks(launch.processes_per_node, 0 if use_cpu else devices.count_accelerators())
@@ -60,28 +62,37 @@ def unreachable(recipe: Recipe, names: Sequence[str]) -> dict[str, str]:
     """Which of these hosts ranks cannot be started on now, and why."""
     if recipe.launch.launcher == "slurm":
         return reach.unreachable_nodes(names)
-    if recipe.launch.launcher == "mpi":
-        # mpirun starts what runs here without ssh.
-        names = [name for name in names if name not in ("localhost", socket.gethostname())]
-    return reach.unreachable_hosts(names)
+    return reach.unreachable_hosts([name for name in names if not starts_here(recipe.launch, name)])
+
+
+def starts_here(launch: LaunchSection, name: str) -> bool:
+    """Whether this host's ranks are started without ssh."""
+    return launch.launcher == "mpi" and reach.is_here(name)
 
 
 def watching_address(recipe: Recipe, names: Sequence[str]) -> str:
     """By which address the ranks reach this process."""
     if recipe.launch.launcher != "slurm" and not recipe.launch.hostfile:
         return "127.0.0.1"
-    others = [name for name in names if name not in ("localhost", socket.gethostname())]
-    return reach.own_address(others[0]) if others else socket.gethostname()
+    others = [name for name in names if not reach.is_here(name)]
+    return (others and address_towards(others[0])) or socket.gethostname()
 
 
-def check_programs(recipe: Recipe) -> None:
+def programs(launch: LaunchSection) -> list[str]:
+    """The programs that this way of starting ranks needs."""
+    if launch.launcher == "slurm":
+        return ["srun"]
+    needed = ["ssh"] if launch.hostfile else []
+    if launch.launcher == "mpi":
+        return [*needed, "mpirun"]
+    if launch.hostfile:
+        by_mpi = launch.launcher == "deepspeed" and launch.multinode == "openmpi"
+        return [*needed, "mpirun", "ompi_info"] if by_mpi else [*needed, "pdsh"]
+    return []
+
+
+def check_programs(launch: LaunchSection) -> None:
     """Raises UserError: a program that this way needs is not installed."""
-    launch = recipe.launch
-    needed = {"slurm": ["srun"], "mpi": ["mpirun"]}.get(launch.launcher, [])
-    if launch.hostfile and launch.launcher == "torchrun":
-        needed = ["pdsh"]
-    elif launch.hostfile and launch.launcher == "deepspeed":
-        needed = ["pdsh"] if launch.multinode == "pdsh" else ["mpirun", "ompi_info"]
-    for program in needed:
+    for program in programs(launch):
         if shutil.which(program) is None:
             raise UserError(f"launch.launcher: {launch.launcher} needs the program {program}, which is not installed")

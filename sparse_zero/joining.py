@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from sparse_zero.errors import UserError
 from sparse_zero.membership import Membership
+from sparse_zero.network import address_towards, interface_towards
 from sparse_zero.placement import Placement
 from sparse_zero.roll_call import Address, RollCall
 from sparse_zero.stopping import StopRequest
@@ -28,8 +28,6 @@ def open_store(placement: Placement, rendezvous_seconds: float = 300) -> dist.St
 
     Raises UserError: rank 0's port is taken; rank 0 cannot be reached.
     """
-    if placement.world_size > placement.local_world_size:
-        _choose_interface(placement.master_addr)
     # torchrun's agent keeps a store already, and keeps it over its restarts.
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -78,6 +76,8 @@ def meet(
     if backend is None:
         backend = "gloo" if device is None else dist.get_default_backend_for_device(device)
     store.set(f"came/{placement.rank}", json.dumps([socket.gethostname(), dict(facts or {})]))
+    if placement.world_size > placement.local_world_size:
+        _choose_interface(store, placement)
     if placement.rank == 0:
         came = _wait_for_all(store, placement, rendezvous_seconds)
         check_alike(came, nodes)
@@ -120,7 +120,7 @@ def join_rank_zero(
     roll = None
     if placement.rank == 0:
         host = placement.master_addr if placement.world_size > placement.local_world_size else "127.0.0.1"
-        roll = RollCall(announce, settings["silence_seconds"], host=host, world_size=placement.world_size)
+        roll = RollCall(announce, settings["silence_seconds"], host)
         store.set("roll", str(roll.address))
     address = Address.parse(store.get("roll").decode())
     return Membership(address, me, placement.world_size, stop, keeper="rank 0", roll=roll, **settings)
@@ -160,7 +160,7 @@ def _choose_device(placement: Placement) -> torch.device | None:
     return torch.device(torch.accelerator.current_accelerator().type, index)
 
 
-def _choose_interface(master: str) -> None:
+def _choose_interface(store: dist.Store, placement: Placement) -> None:
     """gloo binds to the address of this host's name. Where that is a loopback address (Debian's 127.0.1.1), the others
     would look for this rank on themselves.
     """
@@ -172,12 +172,10 @@ def _choose_interface(master: str) -> None:
         own = "127.0.0.1"
     if not own.startswith("127."):
         return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((master, 9))  # sends nothing, but finds the route
-        except OSError:
+    # From rank 0's own host the way to rank 0 is a loop; a rank so many further on is on another.
+    elsewhere = (placement.rank + placement.local_world_size) % placement.world_size
+    for host in (placement.master_addr, json.loads(store.get(f"came/{elsewhere}"))[0]):
+        address = address_towards(host)
+        if address and not address.startswith("127."):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(host)
             return
-        address = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if address in [each.address for each in addresses] and not address.startswith("127."):
-            os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparse_zero.errors import UserError
+from sparse_zero.network import free_port
 
 _SLURM_PORTS = range(20_000, 30_000)
 """Below the ports that systems hand out by themselves (from 32,768 on)."""
@@ -58,7 +59,7 @@ def find_placement(environ: Mapping[str, str] | None = None) -> Placement | None
 
 def alone() -> Placement:
     """The only rank of its world."""
-    return Placement(0, 1, 0, 1, "127.0.0.1", _free_port())
+    return Placement(0, 1, 0, 1, "127.0.0.1", free_port())
 
 
 def _is_a_batch_script(environ: Mapping[str, str], variable: str) -> bool:
@@ -166,7 +167,7 @@ def _mpi_master(environ: Mapping[str, str], world_size: int) -> tuple[str, int]:
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
         return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     if world_size == 1:
-        return "127.0.0.1", _free_port()
+        return "127.0.0.1", free_port()
     try:
         import mpi4py
 
@@ -179,15 +180,9 @@ def _mpi_master(environ: Mapping[str, str], world_size: int) -> tuple[str, int]:
             "pip install mpi4py, or name the first host: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ..."
         ) from None
     host = environ.get("MASTER_ADDR") or socket.gethostname()
-    master = MPI.COMM_WORLD.bcast((host, _free_port()), root=0)
+    master = MPI.COMM_WORLD.bcast((host, free_port()), root=0)
     MPI.Finalize()
     return master
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hmac
 import json
+import resource
 import secrets
 import selectors
 import socket
@@ -24,6 +25,7 @@ from sparse_zero.verdict import Member, Trouble, Verdict, judge
 
 SETTLE_SECONDS = 0.4
 """From the first trouble to the verdict. A launcher that kills the other ranks may leave no more than a second."""
+_MOST_FILES = 1 << 16
 _MOST_BYTES = 1 << 20
 """Of one line: a traceback is the longest."""
 
@@ -91,36 +93,36 @@ class _Line:
             self.connection.send(json.dumps(message).encode() + b"\n")
 
 
+def _allow_a_connection_for_each_rank() -> None:
+    """At 1,024 open files, the usual limit, the thousandth rank would be refused; the hard limit is far above it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 class RollCall:
     """Listens for the ranks of one run, in a thread of its own.
 
     Args:
         announce: called once, with the verdict, before the ranks are told; from that thread.
         silence_seconds: after how long without an answer a host counts as lost.
-        arrival_seconds: how long the ranks may take to come, from now; None: for ever.
         host: the name that the ranks are given to connect to.
-        world_size: where it is known before the first rank comes.
     """
 
-    def __init__(
-        self,
-        announce: Callable[[Verdict], None],
-        silence_seconds: float,
-        arrival_seconds: float | None = None,
-        host: str = "127.0.0.1",
-        world_size: int | None = None,
-    ) -> None:
+    def __init__(self, announce: Callable[[Verdict], None], silence_seconds: float, host: str = "127.0.0.1") -> None:
         self.members: dict[int, Member] = {}
         self.verdict: Verdict | None = None
         self._announce, self._silence_seconds = announce, silence_seconds
-        self._arrival_seconds, self._world_size = arrival_seconds, world_size
-        self._arrival_deadline = None if arrival_seconds is None else time.monotonic() + arrival_seconds
+        self._world_size: int | None = None
+        self._arrival_seconds = 0.0
+        self._arrival_deadline: float | None = None
         self._lines: dict[socket.socket, _Line] = {}
         self._troubles: list[Trouble] = []
         self._verdict_at: float | None = None
         self._is_stopping = False
         self._is_closing = False
         self._lock = threading.RLock()
+        _allow_a_connection_for_each_rank()
         # On every interface: the hosts may reach this one by another name than it has for itself.
         local = host in ("127.0.0.1", "localhost")
         self._listener = socket.create_server(("127.0.0.1" if local else "", 0), backlog=4096)
@@ -132,6 +134,15 @@ class RollCall:
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._serve, name="roll-call", daemon=True)
         self._thread.start()
+
+    def expect(self, world_size: int | None, seconds: float) -> None:
+        """Give all ranks so long to come, from now. Args: world_size: None: not known before the first one comes."""
+        with self._lock:
+            self._world_size = self._world_size or world_size
+            self._arrival_seconds = seconds
+            if len(self.members) != self._world_size:
+                self._arrival_deadline = time.monotonic() + seconds
+        self._wake.send(b"x")
 
     def pids(self, host: str) -> set[int]:
         """The processes of this host that are members now, or were."""
@@ -174,7 +185,9 @@ class RollCall:
             for key, _ in self._selector.select(self._seconds_to_wait()):
                 if key.fileobj is self._listener:
                     self._accept()
-                elif key.fileobj is not self._waker:
+                elif key.fileobj is self._waker:
+                    self._waker.recv(64)
+                else:
                     self._hear(self._lines[key.fileobj])
             self._look_at_the_clock()
         with self._lock:
@@ -198,7 +211,7 @@ class RollCall:
             if self._verdict_at is not None and now >= self._verdict_at:
                 silent = any(trouble.kind == "silence" for trouble in self._troubles)
                 seconds = self._silence_seconds if silent else self._arrival_seconds
-                verdict = judge(self._troubles, self.members, seconds or 0)
+                verdict = judge(self._troubles, self.members, seconds)
                 # The ranks must end also where nobody reads any more what this process says.
                 with contextlib.suppress(OSError, ValueError):
                     self._announce(verdict)
@@ -206,12 +219,16 @@ class RollCall:
                 self._verdict_at = None
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            watch_the_line(connection, self._silence_seconds)
-            self._lines[connection] = _Line(connection)
-            self._selector.register(connection, selectors.EVENT_READ)
+        except OSError:
+            # No descriptor is left: the rank stays in the queue, and this thread must not spin.
+            time.sleep(0.1)
+            return
+        connection.setblocking(False)
+        watch_the_line(connection, self._silence_seconds)
+        self._lines[connection] = _Line(connection)
+        self._selector.register(connection, selectors.EVENT_READ)
 
     def _hear(self, line: _Line) -> None:
         lost = False

@@ -47,8 +47,9 @@ class Verdict:
 
 DIED = "died without a word: killed by somebody, or by the kernel for want of memory, or crashed"
 
-_GRAVEST_FIRST: Sequence[Kind] = ("death", "silence", "absence", "failure", "refusal", "end")
-"""A rank that is gone makes the others fail in their next collective: their exceptions are echoes."""
+_GONE: Sequence[Kind] = ("death", "silence", "absence")
+"""The gravest first. A rank that is gone makes the others fail in their next collective: those are echoes, also where
+they are heard of first."""
 
 
 def judge(troubles: Sequence[Trouble], members: Mapping[int, Member], silence_seconds: float = 0) -> Verdict:
@@ -56,10 +57,11 @@ def judge(troubles: Sequence[Trouble], members: Mapping[int, Member], silence_se
 
     Args: members: every rank that ever came; silence_seconds: how long silent ranks have been waited for.
     """
-    kind = min((trouble.kind for trouble in troubles), key=_GRAVEST_FIRST.index)
+    kinds = {trouble.kind for trouble in troubles}
+    kind = next((kind for kind in _GONE if kind in kinds), troubles[0].kind)
     alike = [trouble for trouble in troubles if trouble.kind == kind]
     first = alike[0]
-    if kind in ("death", "silence", "absence"):
+    if kind in _GONE:
         ranks = tuple(sorted({trouble.rank for trouble in alike}))
         say = {"death": _say_dead, "silence": _say_silent, "absence": _say_absent}[kind]
         return Verdict(say(ranks, members, silence_seconds), 1, ranks)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from doctor_cases import NO_ACCELERATOR, recipe, report
 
-from launcher import asking, doctor, links, slurm_checks
+from launcher import asking, doctor, links, reach, slurm_checks
 from launcher.asking import Answer
 from launcher.cli import main
 from launcher.findings import error
@@ -157,7 +157,7 @@ def test_every_host_of_the_hostfile_is_asked(monkeypatch):
     seen, found = asked(monkeypatch, {"hostfile": "hosts", "master_port": 29500}, {"deepspeed": "ds.json"})
     assert [*seen] == ["n1", "n2"]
     assert [question["port"] for question in seen.values()] == [29500, None], "the port is rank 0's host's"
-    assert seen["n2"]["peers"] == ["n1"]
+    assert seen["n1"]["peers"] == ["n1", "n2"], "the way to rank 0 is a loop on its own host"
     assert seen["n2"]["files"] == ["recipe.yaml", "ds.json"]
     assert seen["n2"]["sources"]["data.path"]["name"] == "d.csv"
     assert any(finding.message.startswith("2 hosts see what this machine writes") for finding in found)
@@ -360,13 +360,13 @@ def slurm(monkeypatch, *, refusal=None, accounts="", **launch):
     """The findings about Slurm for a launch section, and sbatch's input, with Slurm's programs standing in."""
     scripts = []
 
-    def run(*command, stdin="", environment=None):
-        scripts.extend([stdin] if command == ("sbatch", "--test-only") else [])
+    def run(command, seconds, stdin="", environment=None):
+        scripts.extend([stdin] if command == ["sbatch", "--test-only"] else [])
         answers = {"sinfo": (0, SINFO, ""), "sacctmgr": (0, accounts, "")}
         trial = (1 if refusal else 0, "", f"sbatch: {refusal or 'Job 7 to start at noon'}\n")
         return subprocess.CompletedProcess(command, *answers.get(command[0], trial))
 
-    monkeypatch.setattr(slurm_checks, "run", run)
+    monkeypatch.setattr(reach, "run", run)
     monkeypatch.setattr(slurm_checks.shutil, "which", lambda name: f"/usr/bin/{name}")
     overrides = [f"launch.{key}={json.dumps(value)}" for key, value in {"launcher": "slurm", **launch}.items()]
     loaded = load_recipe("recipe.yaml", overrides)
@@ -421,11 +421,11 @@ def test_slurm_as_such(monkeypatch):
     assert (found.severity, found.message) == ("error", "no srun here")
 
     monkeypatch.setattr(slurm_checks.shutil, "which", lambda name: name)
-    monkeypatch.setattr(slurm_checks, "run", lambda *c: subprocess.CompletedProcess(c, 1, "", "sinfo: error: no\nx"))
+    monkeypatch.setattr(reach, "run", lambda c, _: subprocess.CompletedProcess(c, 1, "", "sinfo: error: no\nx"))
     assert [each.severity for each in slurm_checks.check(None)] == ["warning"]
     assert [each.severity for each in slurm_checks.check(recipe(launcher="slurm").launch)] == ["error"]
 
-    monkeypatch.setattr(slurm_checks, "run", lambda *c: subprocess.CompletedProcess(c, 0, SINFO, ""))
+    monkeypatch.setattr(reach, "run", lambda c, _: subprocess.CompletedProcess(c, 0, SINFO, ""))
     found = slurm_checks.check(None)
     assert [each.severity for each in found] == ["ok", "ok", "warning"]
     assert found[0].message == "partition main (default): 6 idle, 1 down*, gpu:h100:8(S:0-1) each"

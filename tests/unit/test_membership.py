@@ -32,7 +32,7 @@ from sparse_zero.verdict import Member
 
 rank, world_size, host, keeper, address, is_deferred = json.loads(sys.argv[1])
 stop = StopRequest().listen()
-roll = None if address else RollCall(announce, silence_seconds=30, world_size=world_size)
+roll = None if address else RollCall(announce, silence_seconds=30)
 address = address or str(roll.address)
 me = Member(rank, host, os.getpid(), f"logs/{rank}")
 member = Membership(Address.parse(address), me, world_size, stop, 30, keeper=keeper, roll=roll)
@@ -98,8 +98,8 @@ def verdicts() -> list[Verdict]:
 def open_roll(verdicts: list[Verdict]) -> Iterator[Callable[..., RollCall]]:
     with contextlib.ExitStack() as opened:
 
-        def open_roll(announce: Callable[[Verdict], None] = verdicts.append, **settings: Any) -> RollCall:
-            roll = RollCall(announce, silence_seconds=30, **settings)
+        def open_roll(announce: Callable[[Verdict], None] = verdicts.append, host: str = "127.0.0.1") -> RollCall:
+            roll = RollCall(announce, silence_seconds=30, host=host)
             opened.callback(roll.close)
             return roll
 
@@ -244,7 +244,8 @@ def test_a_rank_that_a_signal_ends_ends_the_others_with_its_status(open_roll, st
 
 
 def test_ranks_that_do_not_come_are_named(open_roll, start, verdicts) -> None:
-    roll = open_roll(arrival_seconds=600, world_size=4)
+    roll = open_roll()
+    roll.expect(4, 600)
     one = start(2, roll.address, world_size=4)
     assert one.is_here()
     until(lambda: roll.members)
@@ -257,9 +258,13 @@ def test_ranks_that_do_not_come_are_named(open_roll, start, verdicts) -> None:
 
 
 def test_nobody_is_missed_once_all_have_come(open_roll, start, verdicts) -> None:
-    roll = open_roll(arrival_seconds=60)
+    roll = open_roll()
+    roll.expect(3, 60)
+    assert roll._arrival_deadline is not None
     three(start, roll)
     until(lambda: roll._arrival_deadline is None)
+    roll.expect(3, 0)
+    time.sleep(0.2)
     assert verdicts == []
 
 

@@ -18,7 +18,7 @@ def announced() -> list[Verdict]:
 
 @pytest.fixture
 def roll(announced: list[Verdict]) -> Iterator[RollCall]:
-    roll = RollCall(announced.append, silence_seconds=30, world_size=3)
+    roll = RollCall(announced.append, silence_seconds=30)
     yield roll
     roll.close()
 

@@ -1,5 +1,6 @@
 """Of all that ranks say when a run ends, what is taken for the cause, and the line that the user reads."""
 
+import itertools
 import random
 
 import pytest
@@ -31,19 +32,20 @@ def test_of_failures_the_first_is_the_cause() -> None:
     assert "echo" not in verdict.message
 
 
+OTHERS = [failure(2), refusal(3), Trouble(0, "end", "was told to stop", status=75)]
+
+
+@pytest.mark.parametrize("order", itertools.permutations(OTHERS))
+def test_of_ranks_that_speak_the_first_is_the_cause(order: tuple[Trouble, ...]) -> None:
+    """The others fail because it left, or are told to end because it failed."""
+    assert judge(order, MEMBERS) == judge(order[:1], MEMBERS)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_the_gravest_is_the_cause_whatever_came_first(seed: int) -> None:
-    """A rank that is gone makes the others fail; one that refuses makes nobody be killed."""
-    gravest_first = [
-        Trouble(0, "death"),
-        Trouble(1, "silence"),
-        Trouble(9, "absence"),
-        failure(2),
-        refusal(3),
-        Trouble(0, "end", "was told to stop", status=75),
-    ]
+def test_a_rank_that_is_gone_is_the_cause_whatever_came_first(seed: int) -> None:
+    gravest_first = [Trouble(0, "death"), Trouble(1, "silence"), Trouble(9, "absence")]
     for start in range(len(gravest_first)):
-        here = gravest_first[start:]
+        here = gravest_first[start:] + OTHERS
         random.Random(seed).shuffle(here)
         assert judge(here, MEMBERS, 30) == judge([gravest_first[start]], MEMBERS, 30)
 
