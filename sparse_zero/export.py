@@ -26,12 +26,12 @@ from sparse_zero.adapter_files import (
 from sparse_zero.card import model_card
 from sparse_zero.checkpoint import FIXED_NAME, Checkpoint, newest_complete
 from sparse_zero.errors import UserError
-from sparse_zero.layers import SparseWeight
 from sparse_zero.model import sparsity_of, unwrap
 from sparse_zero.partitions import VALUE
 from sparse_zero.selection import STORED, Draw
 from sparse_zero.shards import Entry, FileRecord, TensorFile, write_tensors
 from sparse_zero.spans import offsets, plan_reads
+from sparse_zero.sparse_weight import SparseWeight
 
 _CHUNK_SCALARS = 2**20
 _POSITIONS, _BASE = "positions.", "base."

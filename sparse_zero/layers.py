@@ -1,271 +1,24 @@
-"""The parametrisation: a frozen parameter that carries a trainable 1-D delta at its selected positions.
+"""Modules with selected parameters: what leads the gradient to their deltas.
 
-W[selected] = w0 + delta is written into the parameter itself, so that the model computes as it always did; the
-parameter keeps its name and its place in the state dict. Beside a `weight` stand
-    weight_delta         Parameter (n,)    trained; at every place of a tied weight
-    weight_base          buffer (n,)       w0, the original values, so that unmerging is exact
-    weight_row_starts    buffer (R + 1,)   CSR pattern of the positions in the weight as a matrix of R rows, int32;
-    weight_column_index  buffer (n,)       from the first gradient on
 The class of a module that holds such parameters becomes a subclass of what it was, in two ways:
-- Reading a selected parameter gives a tensor that leads the gradient to the delta (`_ReadGradient`). That covers every
-  module, and every reader of a parameter, at the price of a dense gradient of that parameter for a moment.
+- Reading a selected parameter gives a tensor that leads the gradient to the delta (SparseWeight.read). That covers
+  every module, and every reader of a parameter, at the price of a dense gradient of that parameter for a moment.
 - The forward of a linear layer or an embedding yields the gradient at the selected positions alone
   (`_SampledGradient`).
 """
 
 import functools
-import weakref
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from sparse_zero.sampled_gradient import csr_pattern, embedding_product, flat_positions, sampled_product
-from sparse_zero.selection import Draw, stream_key
+from sparse_zero.sampled_gradient import embedding_product, sampled_product
+from sparse_zero.selection import Draw
+from sparse_zero.sparse_weight import SparseWeight, UpdateClock, scaled
 from sparse_zero.targets import Target
-from sparse_zero.threads import PIECE
-from sparse_zero.zero import full_shape, gathered, is_partitioned, is_whole
-
-
-class UpdateClock:
-    """Counts optimizer steps, so that deltas are written into their weights once per step, not once per forward.
-
-    DeepSpeed updates parameters through flat buffers, which a tensor's version counter does not see; but every
-    optimizer, DeepSpeed's too, runs torch's optimizer hooks.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.forwards = 0
-        """Training forwards of the model so far: each drops other deltas, where there is dropout."""
-        self.training = False
-        reference = weakref.ref(self)
-
-        def tick(*_: Any) -> None:
-            if clock := reference():
-                clock.steps += 1
-
-        weakref.finalize(self, register_optimizer_step_post_hook(tick).remove)
-
-    def before_forward(self, model: nn.Module, _: Any) -> None:
-        """A forward pre-hook of the model as a whole: a layer may run several times in one forward."""
-        self.training = model.training
-        self.forwards += model.training
-
-    def __deepcopy__(self, memo: dict) -> "UpdateClock":
-        return self  # a copied model is trained by optimizers too
-
-    def __reduce__(self) -> tuple:
-        return UpdateClock, ()  # a pickled model needs a hook in the process that opens it
-
-
-class SparseWeight:
-    """One selected parameter: where its tensors are, and how they go into the parameter."""
-
-    def __init__(self, target: Target, draw: Draw, clock: UpdateClock, dropout: float = 0.0) -> None:
-        """Its tensors hold nothing before `begin`."""
-        self.owners, self.draw, self.clock, self.dropout = target.owners, draw, clock, dropout
-        self.enabled, self.scale = True, 1.0
-        self.passes_plain = False
-        """Whether readers get the parameter as it is: in the forward of a module that has its own rule."""
-        weight = self.weight
-        self.shape = full_shape(weight)
-        assert draw.count > 0, f"{draw.name}: a delta of length 0 breaks ZeRO stage 3"
-        # Under ZeRO the delta follows the weight's dtype, and the float32 original lives in the optimizer's partition.
-        dtype = weight.dtype if is_partitioned(weight) else torch.float32
-        delta = nn.Parameter(torch.empty(draw.count, dtype=dtype, device=weight.device))
-        for module, name in self.owners:
-            module.register_parameter(f"{name}_delta", delta)
-        self._put_beside("base", torch.empty(draw.count, dtype=weight.dtype, device=weight.device))
-        self._written: tuple | None = None
-        self._positions: torch.Tensor | None = None
-        """The positions, narrow: until a gradient needs them by rows, and not before anything needs them again."""
-
-    @torch.no_grad()
-    def begin(self, selected: torch.Tensor, values: torch.Tensor | None = None) -> None:
-        """Keep the original values, and start with these deltas, which are written at once, or with zeros.
-
-        Args: selected: int64 (n,), sorted positions in the flattened parameter; values: (n,).
-        Collective under ZeRO stage 3.
-        """
-        weight, delta, base = self.weight, self.delta.detach(), self.base
-        flat = selected.to(weight.device)
-        writes = values is not None and not is_partitioned(weight)
-        if not (writes and self.draw.repeatable):
-            self._keep(flat)
-        if values is None:
-            delta.zero_()
-        with gathered([weight]):
-            whole = weight.detach().view(-1)
-            # Piece by piece, what was read to be kept is still in the cache when it is written
-            for piece in _pieces(flat):
-                torch.index_select(whole, 0, flat[piece], out=base[piece])
-                if values is not None:
-                    delta[piece] = values[piece]
-                if writes:
-                    whole.index_copy_(0, flat[piece], _sum(base[piece], delta[piece]).to(whole.dtype))
-        if writes:
-            self._written = self._state()
-
-    @property
-    def weight(self) -> nn.Parameter:
-        module, name = self.owners[0]
-        return module._parameters[name]
-
-    @property
-    def delta(self) -> nn.Parameter:
-        return self._beside("delta")
-
-    @property
-    def base(self) -> torch.Tensor:
-        return self._beside("base")
-
-    @property
-    def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row_starts, column_index) of the selected positions."""
-        if not self._has("row_starts"):
-            row_starts, column_index = csr_pattern(self.flat_positions(), self.shape[:-1].numel(), self.shape[-1])
-            self._put_beside("row_starts", row_starts)
-            self._put_beside("column_index", column_index)
-            self._positions = None
-        return self._beside("row_starts"), self._beside("column_index")
-
-    def _beside(self, kind: str) -> torch.Tensor:
-        module, name = self.owners[0]
-        return getattr(module, f"{name}_{kind}")
-
-    def _put_beside(self, kind: str, value: torch.Tensor) -> None:
-        module, name = self.owners[0]
-        module.register_buffer(f"{name}_{kind}", value, persistent=False)
-
-    def _has(self, kind: str) -> bool:
-        module, name = self.owners[0]
-        return f"{name}_{kind}" in module._buffers
-
-    @property
-    def trains(self) -> bool:
-        """Whether what is computed now leads a gradient to the delta."""
-        return self.enabled and torch.is_grad_enabled() and self.delta.requires_grad
-
-    def flat_positions(self) -> torch.Tensor:
-        """Returns: int64 (n,), the selected positions in the flattened parameter."""
-        if self._has("row_starts"):
-            return flat_positions(*self.pattern, self.shape[-1])
-        if self._positions is None:
-            flat = self.draw.positions(self.base.device)
-            self._keep(flat)
-            return flat
-        return self._positions.to(self.base.device, torch.int64)
-
-    def _keep(self, flat: torch.Tensor) -> None:
-        self._positions = flat.to(torch.int32 if self.shape.numel() < 2**31 else torch.int64)
-
-    @torch.no_grad()
-    def write(self, forwards: int | None = None) -> None:
-        """W[selected] = w0 + delta, or w0 while disabled. The weight must be whole.
-
-        Args: forwards: the training forward whose dropout applies; None: no dropout.
-        """
-        values = self.base
-        if self.enabled:
-            factor = self.factor(forwards)
-            change = self.delta if factor is None else self.delta * factor
-            values = _sum(values, change)
-        weight = self.weight
-        # A stage-3 copy is written again in each gather, always with the values that the graph already saw, so
-        # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
-        target = weight.data if is_partitioned(weight) else weight.detach()
-        target.view(-1).index_copy_(0, self.flat_positions(), values.to(weight.dtype))
-
-    @property
-    def is_written(self) -> bool:
-        """Whether the parameter itself, and not only what is gathered of it, holds the deltas."""
-        return self._written is not None
-
-    def refresh(self) -> None:
-        """Write, unless the weight already holds these values. Called whenever the weight is about to be read."""
-        if is_partitioned(self.weight):
-            if is_whole(self.weight):
-                self.write(self.dropping)
-        elif self._written != self._state():
-            self.write(self.dropping)
-            self._written = self._state()
-
-    @property
-    def dropping(self) -> int | None:
-        """The training forward whose dropout applies now; None where none does."""
-        return self.clock.forwards if self.dropout and self.clock.training else None
-
-    def factor(self, forwards: int | None) -> torch.Tensor | float | None:
-        """What the delta is multiplied with: the scale, and with dropout a mask (n,); None for 1."""
-        if forwards is None:
-            return None if self.scale == 1 else self.scale
-        # A function of the forward: the same in a recomputation, in stage 3's next gather and on every rank.
-        generator = torch.Generator(self.delta.device)
-        generator.manual_seed(abs(stream_key(self.draw.seed, self.draw.name, f"dropout/{forwards}")))
-        kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
-        return kept * (self.scale / (1 - self.dropout))
-
-    def _state(self) -> tuple:
-        """Changes whenever the weight might not hold w0 + delta: a step, a load, an assignment, a disabled adapter."""
-        weight, delta = self.weight, self.delta
-        tensors = (id(delta), delta._version, id(weight), weight._version)
-        return self.clock.steps, self.enabled, self.scale, self.dropping, *tensors
-
-    def invalidate(self) -> None:
-        """Make the next forward write again: the delta was changed behind autograd's back (`delta.data`)."""
-        self._written = None
-
-    def read(self) -> torch.Tensor:
-        """The parameter as its module and other readers see it."""
-        self.refresh()
-        weight = self.weight
-        if self.passes_plain or not self.trains or not is_whole(weight):
-            return weight
-        tensor = _ReadGradient.apply(self.delta, weight.detach(), self)
-        # What isinstance(tensor, nn.Parameter) asks for: Module.get_parameter, among others, takes nothing else.
-        tensor._is_param = True
-        return tensor
-
-    def remove(self) -> None:
-        """Take the delta and its buffers off the module; the weight stays as it is."""
-        for module, name in self.owners:
-            delattr(module, f"{name}_delta")
-        module, name = self.owners[0]
-        for kind in ("base", "row_starts", "column_index"):
-            module._buffers.pop(f"{name}_{kind}", None)
-            module._non_persistent_buffers_set.discard(f"{name}_{kind}")
-
-
-def _sum(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    return base.to(torch.promote_types(base.dtype, torch.float32)) + change
-
-
-def _pieces(flat: torch.Tensor) -> Iterator[slice]:
-    size = PIECE if flat.device.type == "cpu" else flat.numel()
-    return (slice(start, start + size) for start in range(0, flat.numel(), size))
-
-
-class _ReadGradient(torch.autograd.Function):
-    """The parameter; its backward picks the delta's gradient out of the parameter's."""
-
-    @staticmethod
-    def forward(ctx: Any, delta: torch.Tensor, weight: torch.Tensor, sparse_weight: SparseWeight) -> torch.Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.sparse_weight, ctx.forwards = sparse_weight, sparse_weight.dropping
-        # Not the argument itself, of which autograd would make a view
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
-        if grad is None:
-            return None, None, None
-        weight = ctx.sparse_weight
-        picked = grad.reshape(-1).index_select(0, weight.flat_positions())
-        return _scaled(picked, weight, ctx.forwards), None, None
+from sparse_zero.zero import is_partitioned, is_whole
 
 
 class _SampledGradient(torch.autograd.Function):
@@ -295,12 +48,7 @@ class _SampledGradient(torch.autograd.Function):
         if ctx.module.backward_reads_weight and is_partitioned(weight.weight):
             weight.write(ctx.forwards)
         gradient = ctx.module.delta_gradient(inputs, grad_output, *weight.pattern)
-        return grad_output, None, _scaled(gradient, weight, ctx.forwards), None, None
-
-
-def _scaled(gradient: torch.Tensor, weight: SparseWeight, forwards: int | None) -> torch.Tensor:
-    factor = weight.factor(forwards)
-    return (gradient if factor is None else gradient * factor).to(weight.delta.dtype)
+        return grad_output, None, scaled(gradient, weight, ctx.forwards), None, None
 
 
 class SparseModule:

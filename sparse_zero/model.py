@@ -13,8 +13,8 @@ from sparse_zero.config import SparseConfig
 from sparse_zero.draws import decide
 from sparse_zero.errors import UserError
 from sparse_zero.fingerprint import fingerprint
-from sparse_zero.layers import SparseWeight, UpdateClock
 from sparse_zero.selection import Draw
+from sparse_zero.sparse_weight import SparseWeight, UpdateClock
 from sparse_zero.targets import all_targets, find_whole, parameters_of
 from sparse_zero.threads import in_threads
 from sparse_zero.zero import gathered, is_partitioned, let_leaf_inputs_have_gradients, settle

@@ -26,8 +26,8 @@ from sparse_cases import (
 )
 from torch import nn
 
-from sparse_zero.layers import SparseWeight
 from sparse_zero.model import unload
+from sparse_zero.sparse_weight import SparseWeight
 
 
 @pytest.fixture
