@@ -5,8 +5,10 @@
 
 All adapters have about the same number of scalars, on the value and output projections, or on all linear layers
 (`--targets all-linear`). Rounds in which all take turns; ratios to the floor, medians.
-    floor         read the file, draw the positions, and add the values there: what no way to open it can avoid
-    stored        the same with positions that are read from the file (int32)
+    floor         read the file, draw the positions, and add the values there: what no way to open it can avoid; in
+                  pieces that stay in the cache, with the weights shared out among the threads
+    plain         the same in straightforward torch: one weight after the other, each as a whole
+    stored        the floor with positions that are read from the file (int32)
     sparse-zero   load_adapter and the write into the weights: checked, unloadable, ready to train on
     lora          PeftModel.from_pretrained, then merge_and_unload
     shira         PeftModel.from_pretrained
@@ -29,6 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_zero import SparseConfig, load_adapter, save_adapter, sparsify, unload
 from sparse_zero.adapter_files import read_config
+from sparse_zero.selection import in_chunks
+from sparse_zero.threads import in_threads
 
 TARGETS = {
     "value-output": ["v_proj", "o_proj"],
@@ -88,9 +92,28 @@ def floor(base: nn.Module, root: Path, stored: bool) -> None:
     positions = load_file(root / "positions.safetensors") if stored else {}
     drawn = {} if stored else read_config(root / "sparse-zero").tensors
     parameters = dict(base.named_parameters())
+
+    @torch.no_grad()
+    def add(name: str) -> None:
+        values, weight = tensors[name], parameters[name].view(-1)
+        chunks = in_chunks(positions[name]) if stored else drawn[name].draw(name).chunks()
+        start = 0
+        for flat in chunks:
+            flat, stop = flat.long(), start + flat.numel()
+            weight.index_copy_(0, flat, weight.index_select(0, flat).add_(values[start:stop]))
+            start = stop
+
+    in_threads(add, tensors)
+
+
+@torch.no_grad()
+def plain(base: nn.Module, root: Path) -> None:
+    tensors, drawn = (
+        load_file(root / "sparse-zero" / "adapter_model.safetensors"),
+        read_config(root / "sparse-zero").tensors,
+    )
     for name, values in tensors.items():
-        flat = positions[name].long() if stored else drawn[name].draw(name).positions()
-        weight = parameters[name].view(-1)
+        flat, weight = drawn[name].draw(name).positions(), base.get_parameter(name).view(-1)
         weight.index_copy_(0, flat, weight.index_select(0, flat) + values)
 
 
@@ -100,20 +123,29 @@ def sparse_zero(base: nn.Module, root: Path) -> None:
         weight.refresh()
 
 
-def ways(base: nn.Module, root: Path) -> Iterator[tuple[str, Callable[[], object], Callable[[object], object]]]:
-    """(name, what is timed, what takes it back)"""
+def ways(
+    base: nn.Module, root: Path, methods: list[str]
+) -> Iterator[tuple[str, Callable[[], object], Callable[[object], object]]]:
+    """(name, what is timed, what takes it back). Each starts after all weights were copied back."""
     names = read_config(root / "sparse-zero").tensors
     before = {name: base.get_parameter(name).detach().clone() for name in names}
 
-    def restore(_: object) -> None:
+    def restore() -> None:
         for name, values in before.items():
             base.get_parameter(name).data.copy_(values)
 
-    yield "floor", lambda: floor(base, root, stored=False), restore
-    yield "stored", lambda: floor(base, root, stored=True), restore
-    yield "sparse-zero", lambda: sparse_zero(base, root), lambda _: unload(base)
-    yield "lora", lambda: PeftModel.from_pretrained(base, root / "lora").merge_and_unload(), restore
-    yield "shira", lambda: PeftModel.from_pretrained(base, root / "shira"), lambda adapted: adapted.unload()
+    timed: dict[str, tuple[Callable[[], object], Callable[[object], object]]] = {
+        "floor": (lambda: floor(base, root, stored=False), lambda _: None),
+        "plain": (lambda: plain(base, root), lambda _: None),
+        "stored": (lambda: floor(base, root, stored=True), lambda _: None),
+        "sparse-zero": (lambda: sparse_zero(base, root), lambda _: unload(base)),
+        "lora": (lambda: PeftModel.from_pretrained(base, root / "lora").merge_and_unload(), lambda _: None),
+        "shira": (lambda: PeftModel.from_pretrained(base, root / "shira"), lambda adapted: adapted.unload()),
+    }
+    for name in methods:
+        run, take_back = timed[name]
+        restore()
+        yield name, run, take_back
 
 
 def main() -> None:
@@ -122,6 +154,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32, help="of LoRA; the others have as many scalars")
     parser.add_argument("--targets", choices=TARGETS, default="all-linear")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--methods", nargs="+", default=["floor", "plain", "stored", "sparse-zero", "lora", "shira"])
     options = parser.parse_args()
     base = model(options.layers)
     total = sum(p.numel() for p in base.parameters())
@@ -130,7 +163,7 @@ def main() -> None:
         root = Path(directory)
         counts = make_adapters(base, TARGETS[options.targets], options.rank, root)
         for round_number in range(options.rounds + 1):
-            for name, run, take_back in ways(base, root):
+            for name, run, take_back in ways(base, root, options.methods):
                 gc.collect()
                 started = time.perf_counter()
                 result = run()

@@ -13,6 +13,7 @@ from sparse_zero.adapter_files import (
     Adapter,
     AdapterConfig,
     SelectedTensor,
+    checked_chunks,
     checked_positions,
     library_versions,
     read_adapter,
@@ -26,7 +27,7 @@ from sparse_zero.fingerprint import differences, fingerprint
 from sparse_zero.loading import add_tokens, load_model, load_tokenizer, make_room
 from sparse_zero.model import Sparsity, attach, merge_and_unload, set_scale, sparsity_of, unwrap
 from sparse_zero.package import resolve
-from sparse_zero.selection import STORED
+from sparse_zero.selection import STORED, Draw
 from sparse_zero.zero import full_shape, gathered, settle
 
 logger = logging.getLogger(__name__)
@@ -144,32 +145,19 @@ def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name:
     base = fingerprint(inner, {*config.modules_to_save, *with_rows})
     _check_base(inner, adapter, origin, base)
     draws = [adapter.draw(name) for name in config.tensors]
-    positions = _CheckedPositions(adapter, origin)
+
+    def chunks(draw: Draw, device: torch.device) -> Iterator[torch.Tensor]:
+        return checked_chunks(adapter, draw.name, origin, device)
+
     # What a row trained whole adds is known once its original values are
     deltas = {name: values for name, values in adapter.deltas.items() if name not in adapter.rows}
-    attach(inner, config.sparse, draws, list(config.modules_to_save), positions, base, deltas)
+    attach(inner, config.sparse, draws, list(config.modules_to_save), chunks, base, deltas)
     sparsity = inner.sparsity
     sparsity.name = adapter_name
     sparsity.base_model, sparsity.revision = config.base_model_name_or_path, config.revision
     sparsity.tokenizer, sparsity.new_tokens = config.tokenizer, list(config.new_tokens)
     sparsity.results = dict(config.results)
     _set_values(inner, adapter, list(adapter.rows))
-
-
-class _CheckedPositions(Mapping[str, torch.Tensor]):
-    """The positions of each weight, drawn and checked when they are asked for: all together may be large."""
-
-    def __init__(self, adapter: Adapter, origin: str | Path) -> None:
-        self.adapter, self.origin = adapter, origin
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return checked_positions(self.adapter, name, self.origin)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.adapter.config.tensors)
-
-    def __len__(self) -> int:
-        return len(self.adapter.config.tensors)
 
 
 @torch.no_grad()

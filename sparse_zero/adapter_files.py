@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -245,9 +245,25 @@ def read_adapter(directory: str | Path) -> Adapter:
 def checked_positions(adapter: Adapter, name: str, directory: str | Path) -> torch.Tensor:
     """The positions of one weight: int64 (count,). Raises UserError where they are not those it was trained with."""
     flat = adapter.positions(name)
-    if selection.checksum(flat) != adapter.config.tensors[name].positions:
-        raise UserError(f"{directory}: the positions of '{name}' are not those that it was trained with")
+    _compare(selection.checksum(flat), adapter, name, directory)
     return flat
+
+
+def checked_chunks(
+    adapter: Adapter, name: str, directory: str | Path, device: torch.device | str = "cpu"
+) -> Iterator[torch.Tensor]:
+    """The same some at a time. That they are not the right ones is known, and raised, after the last ones."""
+    digest, stored = selection.Checksum(), adapter.stored.get(name)
+    chunks = adapter.draw(name).chunks(device) if stored is None else selection.in_chunks(stored.to(device))
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    _compare(digest.hexdigest(), adapter, name, directory)
+
+
+def _compare(checksum: str, adapter: Adapter, name: str, directory: str | Path) -> None:
+    if checksum != adapter.config.tensors[name].positions:
+        raise UserError(f"{directory}: the positions of '{name}' are not those that it was trained with")
 
 
 def _check_positions(adapter: Adapter, name: str, directory: Path) -> None:

@@ -1,5 +1,6 @@
 """What tells one base model from another: a few scalars of each weight, hashed."""
 
+import functools
 from collections.abc import Collection
 
 import torch
@@ -20,14 +21,18 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, 
     Collective under ZeRO stage 3.
     """
     samples: dict[str, torch.Tensor] = {}
+    # Most weights of a model have the size of others
+    drawn = functools.cache(
+        lambda numel, device: positions(0, "fingerprint", numel, min(SAMPLES, numel), device=device)
+    )
     for name, parameter in model.named_parameters():
         if name in leave_out:
             continue
         with gathered([parameter]):
             flat = parameter.detach().view(-1)
             if flat.numel():
-                drawn = positions(0, "fingerprint", flat.numel(), min(SAMPLES, flat.numel()), device=flat.device)
-                samples[name] = flat[drawn].to(torch.bfloat16) if flat.is_floating_point() else flat[drawn]
+                sample = flat[drawn(flat.numel(), flat.device)]
+                samples[name] = sample.to(torch.bfloat16) if flat.is_floating_point() else sample
     return {name: _hash(sample) for name, sample in samples.items()}
 
 

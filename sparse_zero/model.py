@@ -1,7 +1,7 @@
 """`sparsify`: freeze a model but for a random subset of its scalars, and take that back, merge it or pause it."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,13 @@ from sparse_zero.config import SparseConfig
 from sparse_zero.draws import decide
 from sparse_zero.errors import UserError
 from sparse_zero.fingerprint import fingerprint
-from sparse_zero.selection import Draw
+from sparse_zero.selection import Draw, in_chunks
 from sparse_zero.sparse_weight import SparseWeight, UpdateClock
 from sparse_zero.targets import all_targets, find_whole, parameters_of
 from sparse_zero.threads import in_threads
 from sparse_zero.zero import gathered, is_partitioned, let_leaf_inputs_have_gradients, settle
+
+Chunks = Callable[[Draw, torch.device], Iterable[torch.Tensor]]
 
 
 @dataclass
@@ -72,7 +74,11 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
     refuse_sparse(model)
     whole_modules = find_whole(model, config)
     draws, stored = decide(model, config, whole_modules, positions)
-    return attach(model, config, draws, parameters_of(model, whole_modules), stored)
+
+    def chunks(draw: Draw, device: torch.device) -> Iterator[torch.Tensor]:
+        return in_chunks(stored[draw.name].to(device)) if draw.name in stored else draw.chunks(device)
+
+    return attach(model, config, draws, parameters_of(model, whole_modules), chunks)
 
 
 def attach(
@@ -80,15 +86,15 @@ def attach(
     config: SparseConfig,
     draws: Iterable[Draw],
     whole: list[str],
-    positions: Mapping[str, torch.Tensor] | None = None,
+    chunks: Chunks = Draw.chunks,
     base_fingerprint: dict[str, str] | None = None,
     deltas: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """`sparsify` with everything decided: what is drawn from which weights, and the parameters trained whole.
 
-    Args: positions: int64 (n,) of each draw that cannot be repeated, and of others that are at hand; deltas: (n,) of
-        weights that start with these, which are written into them; the others start with zeros.
-    Raises UserError where the model is sparse already, and what `positions` raises, with the model as it was.
+    Args: chunks: the positions of a draw, int64, sorted, some at a time; deltas: (n,) of weights that start with
+        these, which are written into them; the others start with zeros.
+    Raises UserError where the model is sparse already, and what `chunks` raises, with the model as it was.
     """
     refuse_sparse(model)
     settle(model)
@@ -101,7 +107,7 @@ def attach(
     clock = UpdateClock()
     weights = {draw.name: layers.attach(parameters[draw.name], draw, clock, config.dropout) for draw in draws}
     try:
-        _begin(weights, positions or {}, deltas or {})
+        _begin(weights, chunks, deltas or {})
     except UserError:
         for weight in weights.values():
             layers.detach(weight)
@@ -127,17 +133,12 @@ def attach(
     return model
 
 
-def _begin(
-    weights: Mapping[str, SparseWeight], positions: Mapping[str, torch.Tensor], deltas: Mapping[str, torch.Tensor]
-) -> None:
-    """Raises what `positions` raises, with the weights as they were."""
-    begun = []
+def _begin(weights: Mapping[str, SparseWeight], chunks: Chunks, deltas: Mapping[str, torch.Tensor]) -> None:
+    """Raises what `chunks` raises, with the weights as they were."""
 
     def begin(name: str) -> None:
         weight = weights[name]
-        known = positions.get(name)
-        weight.begin(weight.draw.positions(weight.weight.device) if known is None else known, deltas.get(name))
-        begun.append(weight)
+        weight.begin(chunks(weight.draw, weight.weight.device), deltas.get(name))
 
     # Stage 3 gathers in one order on every rank, and an accelerator's work is queued
     alone = any(is_partitioned(w.weight) or w.weight.device.type != "cpu" for w in weights.values())
@@ -148,7 +149,7 @@ def _begin(
         else:
             in_threads(begin, weights)
     except UserError:
-        for weight in begun:
+        for weight in weights.values():
             if weight.is_written:
                 weight.enabled = False
                 weight.write()

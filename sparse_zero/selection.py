@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from sparse_zero.threads import PIECE, in_threads
+from sparse_zero.threads import PIECE
 
 STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
 
+SHARED_CHUNK = 1 << 16
+"""Positions at a time where torch's threads share them out: the arithmetic stays in the processor's cache."""
 ACCELERATOR_CHUNK = 1 << 20
-"""Positions at a time on an accelerator; on a CPU so few that the arithmetic stays in its cache."""
 
 # The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -79,30 +80,24 @@ class Draw:
             raise ValueError(f"{self.name}: stored positions cannot be drawn again")
         if self.whole_rows:
             return self._with_whole_rows(device)
+        if self.rule == BERNOULLI:
+            return torch.cat([*self.chunks(device)])
         flat = torch.empty(self.count, dtype=torch.int64, device=device)
-        if self.rule == BERNOULLI or flat.device.type != "cpu":
-            for start, chunk in self.chunks(device):
-                flat[start : start + chunk.numel()] = chunk
-        else:
-            in_threads(lambda start: self._fill(flat, start), range(0, self.count, PIECE))
+        for start in range(0, self.count, SHARED_CHUNK):
+            piece = flat[start : start + SHARED_CHUNK]
+            piece.copy_(self.slice(start, start + piece.numel(), device))
         return flat
 
-    def _fill(self, flat: torch.Tensor, start: int) -> None:
-        piece = flat[start : start + PIECE]
-        piece.copy_(self.slice(start, start + piece.numel()))
-
-    def chunks(self, device: torch.device | str = "cpu") -> Iterator[tuple[int, torch.Tensor]]:
-        """All positions in order, some at a time: (index of the first, positions)."""
-        assert not self.whole_rows, "rows that are taken whole are merged in at once"
-        if self.rule == BERNOULLI:
-            start = 0
-            for chunk in bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device):
-                yield start, chunk
-                start += chunk.numel()
+    def chunks(self, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+        """All positions in order, some at a time. Raises ValueError as `positions` does."""
+        if self.whole_rows or self.rule == STORED:
+            yield from in_chunks(self.positions(device))
+        elif self.rule == BERNOULLI:
+            yield from bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device)
         else:
             size = _chunk_size(device)
             for start in range(0, self.count, size):
-                yield start, self.slice(start, min(start + size, self.count), device)
+                yield self.slice(start, min(start + size, self.count), device)
 
     def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Positions [start, stop) of stratified-v1, at the cost of their number."""
@@ -125,6 +120,11 @@ class Draw:
         row = torch.div(flat, columns, rounding_mode="trunc")
         skipped = torch.searchsorted(rows - torch.arange(rows.numel(), device=device), row, right=True)
         return torch.cat([flat + skipped * columns, whole_rows(rows, columns)]).sort().values
+
+
+def in_chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Positions that are at hand, as Draw.chunks gives those that are drawn."""
+    return iter(flat.split(_chunk_size(flat.device)))
 
 
 def whole_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
@@ -241,12 +241,27 @@ def stream_key(seed: int, name: str, rule: str = STRATIFIED) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+class Checksum:
+    """A fingerprint of the bytes of tensors, one after the other. Of positions, it tells whether a rule still draws
+    what it drew.
+    """
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_64()
+
+    def update(self, tensor: torch.Tensor) -> None:
+        self._digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
 def checksum(tensor: torch.Tensor) -> str:
-    """A fingerprint of a tensor's bytes. Of positions, it tells whether a rule still draws what it drew."""
-    digest = xxhash.xxh3_64()
-    for chunk in tensor.detach().flatten().split(1 << 18):
-        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """The Checksum of one tensor."""
+    whole = Checksum()
+    for chunk in tensor.flatten().split(1 << 18):
+        whole.update(chunk)
+    return whole.hexdigest()
 
 
 def _block_start(i: torch.Tensor, numel: int, count: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ parameter keeps its name and its place in the state dict. Beside a `weight` stan
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sparse_zero.sampled_gradient import csr_pattern, flat_positions
 from sparse_zero.selection import Draw, stream_key
 from sparse_zero.targets import Target
-from sparse_zero.threads import PIECE
 from sparse_zero.zero import full_shape, gathered, is_partitioned, is_whole
 
 
@@ -78,30 +77,38 @@ class SparseWeight:
         """The positions, narrow: until a gradient needs them by rows, and not before anything needs them again."""
 
     @torch.no_grad()
-    def begin(self, selected: torch.Tensor, values: torch.Tensor | None = None) -> None:
+    def begin(self, chunks: Iterable[torch.Tensor], values: torch.Tensor | None = None) -> None:
         """Keep the original values, and start with these deltas, which are written at once, or with zeros.
 
-        Args: selected: int64 (n,), sorted positions in the flattened parameter; values: (n,).
+        Args: chunks: the positions in the flattened parameter, int64, sorted, some at a time; values: (n,).
+        Raises what `chunks` raises; after its last piece the parameter can be given its values back.
         Collective under ZeRO stage 3.
         """
         weight, delta, base = self.weight, self.delta.detach(), self.base
-        flat = selected.to(weight.device)
         writes = values is not None and not is_partitioned(weight)
-        if not (writes and self.draw.repeatable):
-            self._keep(flat)
+        keeps = None if writes and self.draw.repeatable else self._room_for_positions()
         if values is None:
             delta.zero_()
-        with gathered([weight]):
-            whole = weight.detach().view(-1)
-            # Piece by piece, what was read to be kept is still in the cache when it is written
-            for piece in _pieces(flat):
-                torch.index_select(whole, 0, flat[piece], out=base[piece])
-                if values is not None:
-                    delta[piece] = values[piece]
-                if writes:
-                    whole.index_copy_(0, flat[piece], _sum(base[piece], delta[piece]).to(whole.dtype))
-        if writes:
-            self._written = self._state()
+        start = 0
+        try:
+            with gathered([weight]):
+                whole = weight.detach().view(-1)
+                # What was drawn, and what was read to be kept, is still in the cache when the sum is written
+                for flat in chunks:
+                    piece = slice(start, start + flat.numel())
+                    torch.index_select(whole, 0, flat, out=base[piece])
+                    if values is not None:
+                        delta[piece] = values[piece]
+                    if writes:
+                        whole.index_copy_(0, flat, _sum(base[piece], delta[piece]).to(whole.dtype))
+                    if keeps is not None:
+                        keeps[piece] = flat
+                    start = piece.stop
+            assert start == self.draw.count, (self.draw, start)
+        finally:
+            self._positions = keeps
+            if writes:
+                self._written = self._state()
 
     @property
     def weight(self) -> nn.Parameter:
@@ -149,12 +156,13 @@ class SparseWeight:
             return flat_positions(*self.pattern, self.shape[-1])
         if self._positions is None:
             flat = self.draw.positions(self.base.device)
-            self._keep(flat)
+            self._positions = self._room_for_positions().copy_(flat)
             return flat
         return self._positions.to(self.base.device, torch.int64)
 
-    def _keep(self, flat: torch.Tensor) -> None:
-        self._positions = flat.to(torch.int32 if self.shape.numel() < 2**31 else torch.int64)
+    def _room_for_positions(self) -> torch.Tensor:
+        narrow = torch.int32 if self.shape.numel() < 2**31 else torch.int64
+        return torch.empty(self.draw.count, dtype=narrow, device=self.weight.device)
 
     @torch.no_grad()
     def write(self, forwards: int | None = None) -> None:
@@ -235,11 +243,6 @@ class SparseWeight:
 
 def _sum(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return base.to(torch.promote_types(base.dtype, torch.float32)) + change
-
-
-def _pieces(flat: torch.Tensor) -> Iterator[slice]:
-    size = PIECE if flat.device.type == "cpu" else flat.numel()
-    return (slice(start, start + size) for start in range(0, flat.numel(), size))
 
 
 class _ReadGradient(torch.autograd.Function):

@@ -251,6 +251,6 @@ class LargestTensor(TorchDispatchMode):
 def test_one_percent_of_eight_billion_needs_a_few_megabytes_at_a_time(rule):
     draw = Draw(rule, "w", (8_000, 1_000_000), 80_000_000, probability=0.01)
     with LargestTensor() as largest:
-        taken = sum(chunk.numel() for _, chunk in itertools.islice(draw.chunks(), 100))
+        taken = sum(chunk.numel() for chunk in itertools.islice(draw.chunks(), 100))
     assert taken > 200_000
     assert 0 < largest.bytes <= 2 * 2**20
