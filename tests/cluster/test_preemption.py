@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,12 @@ def long_losses(hosts: Hosts, workload: Workload) -> dict[int, float]:
 
 
 class Submitted:
-    """A job of two nodes that the product has submitted and that trains."""
+    """A job that the product has submitted and that trains."""
 
-    def __init__(self, slurm: Slurm, workload: Workload, directory: Path, save_steps: int) -> None:
+    def __init__(self, slurm: Slurm, workload: Workload, directory: Path, save_steps: int, nodes: int = 2) -> None:
         need("slurm")
         self.output, self.slurm = directory / "out", slurm
-        words = [f"training.output_dir={self.output}", f"training.max_steps={STEPS}", "launch.nodes=2"]
+        words = [f"training.output_dir={self.output}", f"training.max_steps={STEPS}", f"launch.nodes={nodes}"]
         words += [f"training.save_steps={save_steps}", "training.save_total_limit=2", "--partition=main"]
         said = slurm.run("sparse-zero", "submit", workload.recipe, *words, "--json", cwd=directory).output
         self.number = int(json.loads(said[said.index("{") :])["job"])
@@ -67,6 +68,35 @@ def test_a_job_that_is_queued_again_goes_on_as_if_nothing_had_been(
     assert losses(job.output) == long_losses
     runs = {event.parent for event in (job.output / "runs").rglob("events.out.tfevents.*")}
     assert len(runs) == 1, "TensorBoard shows one curve"
+
+
+def test_a_stopped_run_goes_on_in_a_job_of_another_number_of_nodes(
+    slurm: Slurm, workload: Workload, tmp_path: Path, long_losses: dict[int, float]
+) -> None:
+    job = Submitted(slurm, workload, tmp_path, save_steps=STEPS)
+    job.wait_for_step(60)
+    # What `submit` prints as "save and stop"
+    slurm.cancel(job.number, "--batch", "--signal=TERM")
+    slurm.wait(job.number, 60, state="FAILED")
+    assert job.restarts() == 0
+    again = Submitted(slurm, workload, tmp_path, save_steps=STEPS, nodes=1)
+    slurm.wait(again.number, 180)
+    assert re.search(r"resuming from .*saved on 2 ranks", slurm.output(again.number))
+    assert json.loads((job.output / "results.json").read_text())["world_size"] == 1
+    assert losses(job.output) == pytest.approx(long_losses, abs=1e-5)
+
+
+def test_each_task_of_an_array_is_a_run(slurm: Slurm, workload: Workload, tmp_path: Path) -> None:
+    # The template is for a project's folder with its environment in .venv.
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "sweep.txt").write_text("training.learning_rate=0.01\ntraining.learning_rate=0.02 training.seed=3\n")
+    script = Path(__file__).parents[2] / "slurm" / "array.sbatch"
+    words = [workload.recipe, "sweep.txt", "training.max_steps=3", "training.save_steps=3"]
+    number = slurm.submit("--array=1-2", script, *words, cwd=tmp_path)
+    wait_until(lambda: not slurm.jobs(), 120, f"the array {number} has ended")
+    runs = tmp_path / "runs" / workload.recipe.stem
+    assert sorted(path.name for path in runs.iterdir()) == ["1", "2"]
+    assert losses(runs / "1") != losses(runs / "2")
 
 
 def test_a_cancelled_job_leaves_no_process(slurm: Slurm, hosts: Hosts, workload: Workload, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class Workload:
             "save_steps": STEPS,
             "report_to": "tensorboard",
         }
+        # Whole steps: an incomplete last one of an epoch is another one on another number of ranks.
+        data = {"train_size": 56}
         self.recipe = recipes.write_recipe(
-            directory / "run.yaml", directory / "base", "causal-lm", directory, training=training
+            directory / "run.yaml", directory / "base", "causal-lm", directory, training=training, data=data
         )
