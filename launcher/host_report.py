@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import devices, sources
+from sparse_zero import operators
 from sparse_zero.network import interface_towards, interfaces
 
 MARK = "sparse-zero-host: "
@@ -48,7 +49,7 @@ def report(question: dict[str, Any]) -> Report:
         "versions": versions(),
         "code": code_checksum(Path(__file__).parent.parent),
         "tools": {name: shutil.which(name) for name in ("g++", "ninja")},
-        "operators": sorted({file.parent.name for file in _extensions().glob("*/*/*.so")}),
+        "operators": sorted({each.name for each in operators.directories() if any(each.glob("*.so"))}),
         "device_nodes": [
             str(node) for pattern in devices.DEVICE_NODES for node in sorted(Path("/dev").glob(pattern))[:64]
         ],
@@ -85,12 +86,6 @@ def code_checksum(root: Path) -> str:
             digest.update(str(file.relative_to(root)).encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _extensions() -> Path:
-    """Where torch keeps the operators that DeepSpeed has built."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
 
 
 def driver_version() -> str | None:

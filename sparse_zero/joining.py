@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sparse_zero.errors import UserError
 from sparse_zero.membership import Membership
 from sparse_zero.network import address_towards, interface_towards
+from sparse_zero.operators import remove_abandoned_locks
 from sparse_zero.placement import Placement
 from sparse_zero.roll_call import Address, RollCall
 from sparse_zero.stopping import StopRequest
@@ -75,12 +76,13 @@ def meet(
     device = None if use_cpu else _choose_device(placement)
     if backend is None:
         backend = "gloo" if device is None else dist.get_default_backend_for_device(device)
+    remove_abandoned_locks()
     store.set(f"came/{placement.rank}", json.dumps([socket.gethostname(), dict(facts or {})]))
-    if placement.world_size > placement.local_world_size:
-        _choose_interface(store, placement)
     if placement.rank == 0:
         came = _wait_for_all(store, placement, rendezvous_seconds)
         check_alike(came, nodes)
+    if placement.world_size > placement.local_world_size:
+        _choose_interface(store, placement)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),

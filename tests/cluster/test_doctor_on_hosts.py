@@ -50,11 +50,11 @@ def test_hosts_that_are_well(launcher: str, hosts: Hosts, hostfile: Path, worklo
 
 @pytest.fixture
 def odd_n2(hosts: Hosts) -> Iterator[Host]:
-    """n2, which takes its own name for a loopback address and n1 for nothing, and has little shared memory."""
+    """n2, which takes its own name for a loopback address, knows no other, and has little shared memory."""
     host = hosts["n2"]
     lines = [
         "set -e",
-        "echo '127.0.0.1 localhost\n127.0.1.1 n2\n10.77.0.3 n3' > /run/hosts",
+        "echo '127.0.0.1 localhost\n127.0.1.1 n2' > /run/hosts",
         "mount --bind /run/hosts /etc/hosts",
         "mount -t tmpfs -o size=1m tmpfs /dev/shm",
     ]

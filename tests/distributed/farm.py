@@ -107,6 +107,7 @@ def main(jobs: str, out: str) -> None:
 
     import sparse_zero.run
     import sparse_zero.train  # noqa: F401
+    from sparse_zero.operators import remove_abandoned_locks
 
     if "offload" in Path(jobs).read_text():
         # Takes a minute or two where it has not been built: more than a rank may be silent.
@@ -120,6 +121,7 @@ def main(jobs: str, out: str) -> None:
         for number, each in enumerate(launches):
             log = logs / f"{name}-{number}.log"
             environment = each.get("environment", {})
+            remove_abandoned_locks()
             done[name].append(launch(each["count"], each["call"], each["arguments"], log, environment))
             Path(out).write_text(json.dumps(done, indent=1))
 

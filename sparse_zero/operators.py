@@ -1,0 +1,54 @@
+"""Operators that DeepSpeed has compiled at first use, and the locks that processes killed meanwhile have left there.
+
+torch's loader locks an operator by a file that exists, also for the moment in which a finished one is loaded. A rank
+that is killed then leaves the file, and every later process waits for ever.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+ELSEWHERE_SECONDS = 15 * 60
+"""Longer than any operator compiles: who holds a lock on a disk that hosts share may be on another of them."""
+
+
+def directories() -> Iterator[Path]:
+    """Of the operators that were built, or are being built."""
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    # The user's own directory holds the operators, the default one has a directory for each Python and accelerator.
+    yield from Path(own).glob("*/") if own else (cache / "torch_extensions").glob("*/*/")
+
+
+def remove_abandoned_locks() -> None:
+    """Call it before the ranks meet: afterwards one of them may hold a lock that another has just seen abandoned."""
+    for directory in directories():
+        lock = directory / "lock"
+        with contextlib.suppress(OSError):  # another rank was faster, or it is another user's
+            if _is_abandoned(lock):
+                lock.unlink()
+                logger.warning("removed %s: the process that held it has ended without a word", lock)
+
+
+def _is_abandoned(lock: Path) -> bool:
+    found = lock.stat()
+    if found.st_uid != os.getuid() or _is_open_here(lock):
+        return False
+    # File systems without a disk of this machine (NFS, Lustre, but also overlays) have no major number.
+    may_be_shared = os.major(found.st_dev) == 0
+    return not may_be_shared or time.time() - found.st_mtime > ELSEWHERE_SECONDS
+
+
+def _is_open_here(path: Path) -> bool:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(Path(file.path) == path.resolve() for file in process.open_files()):
+                return True
+    return False
