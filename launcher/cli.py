@@ -148,7 +148,7 @@ def _add_merge(commands) -> argparse.ArgumentParser:
         epilog="example:\n  sparse-zero merge runs/demo/adapter merged-model",
     )
     merge.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
-    merge.add_argument("out", metavar="OUT", help="the directory to write")
+    merge.add_argument("out", metavar="OUT", help="the directory to write; must not hold anything yet")
     merge.add_argument("--scale", type=float, default=1.0, help="how often the deltas count (default: 1)")
     return merge
 
@@ -206,7 +206,9 @@ def _add_combine(commands) -> argparse.ArgumentParser:
         epilog="example:\n  sparse-zero combine runs/a/adapter runs/b/adapter --out both --weights 0.7 0.3",
     )
     combine.add_argument("adapters", metavar="ADAPTER", nargs="+", help="the adapters' directories")
-    combine.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    combine.add_argument(
+        "--out", required=True, metavar="DIR", help="the directory to write; must not hold anything yet"
+    )
     combine.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter")
     combine.add_argument(
         "--type",
@@ -245,7 +247,7 @@ def _add_export(commands) -> argparse.ArgumentParser:
         epilog="example:\n  sparse-zero export runs/demo/checkpoint-100 adapter",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's directory: its newest one")
-    export.add_argument("out", metavar="ADAPTER", help="the directory to write")
+    export.add_argument("out", metavar="ADAPTER", help="the directory to write; must not hold anything yet")
     return export
 
 

@@ -18,6 +18,7 @@ _HOME = {
     "combine_adapters": "sparse_zero.combine",
     "save_adapter": "sparse_zero.adapter",
     "load_adapter": "sparse_zero.adapter",
+    "adapter_names": "sparse_zero.switching",
     "set_adapter": "sparse_zero.switching",
     "delete_adapter": "sparse_zero.switching",
     "merge_adapter": "sparse_zero.switching",
@@ -26,6 +27,10 @@ _HOME = {
 }
 
 __all__ = list(_HOME)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from sparse_zero.adapter_files import (
     Adapter,
@@ -246,9 +247,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
         dtype=getattr(torch, config.dtype),
         settings=config.model_settings,
     )
-    tokenizer = load_tokenizer(
-        config.tokenizer or config.base_model_name_or_path, None if config.tokenizer else config.revision
-    )
+    tokenizer = _tokenizer_of(config)
     if config.new_tokens:
         add_tokens(tokenizer, config.new_tokens)
         make_room(model, tokenizer)
@@ -256,12 +255,26 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
     set_scale(model, scale)
     merge_and_unload(model)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
     return {
         "out": str(out),
+        **({} if tokenizer else {"tokenizer": "none, as with the base model"}),
         "base_model": config.base_model_name_or_path,
         "task": config.task,
         "class": type(model).__name__,
         "merged_parameters": config.trainable_parameters,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _tokenizer_of(config: AdapterConfig) -> PreTrainedTokenizerBase | None:
+    """That of the adapter's run, or of its base model; None where a program of the user's own had a base without."""
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    try:
+        return load_tokenizer(config.base_model_name_or_path, config.revision)
+    except UserError:
+        if config.new_tokens:
+            raise
+        return None

@@ -109,6 +109,13 @@ class Adapter:
     stored: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     """int64 (n,) of each weight whose positions cannot be drawn again, rows trained whole included."""
 
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"Adapter({config.trainable_parameters:,} of {config.total_parameters:,} scalars in "
+            f"{len(config.tensors)} weights of {config.base_model_name_or_path})"
+        )
+
     def copied(self) -> "Adapter":
         """With values of its own: those that were read are views of the file, which may be gone one day."""
         parts = {

@@ -42,6 +42,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "ddp_broadcast_buffers": False,
     }
     settings |= recipe.training
+    for key in ("eval_strategy", "logging_strategy", "save_strategy"):
+        if settings.get(key) is False:
+            settings[key] = "no"  # YAML 1.1 reads no as false
     try:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, OSError, ImportError) as error:

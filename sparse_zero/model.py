@@ -183,13 +183,18 @@ def sparsity_of(model: nn.Module) -> Sparsity:
     """
     inner = unwrap(model)
     if not hasattr(inner, "sparsity"):
+        if "merged_adapter" in vars(inner):
+            raise UserError(
+                f"'{inner.merged_adapter.name}' is merged into this model: call unmerge_adapter(model) first"
+            )
         raise UserError(f"{type(inner).__name__} is not sparse: call sparsify(model, SparseConfig(...)) first")
     return inner.sparsity
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, without the wrappers that hold it as `.module`."""
-    while not hasattr(model, "sparsity") and isinstance(getattr(model, "module", None), nn.Module):
+    # DeepSpeed's engine answers for its module's attributes, so hasattr would take it for the model
+    while "sparsity" not in vars(model) and isinstance(model._modules.get("module"), nn.Module):
         model = model.module
     return model
 

@@ -1,5 +1,6 @@
 """The table at the end of a run."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
         "training",
         f"{results['train_seconds']:.1f} s, {results['steps']:,} steps, {results['train_examples']:,} examples",
     )
-    table.add_row("ranks", f"{results['world_size']}, ZeRO stage {results['zero_stage']}, {results['device']}")
+    table.add_row("ranks", f"{results['world_size']}, {_partitioning(results)}, {results['device']}")
     table.add_row("optimizer state", _per_rank(results["optimizer_bytes_per_rank"]))
     table.add_row("peak memory", _per_rank(results["peak_memory_bytes_per_rank"]))
     paths = results["paths"]
@@ -32,13 +33,25 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
         table.add_row("merged model", paths["merged"])
     table.add_row("logs", f"tensorboard --logdir {paths['logs']}")
     if "merged" in paths:
-        following = f"sparse-zero evaluate {recipe} --adapter {paths['adapter']}"
+        following = f"{_command()} evaluate {recipe} --adapter {paths['adapter']}"
     else:
-        following = f"sparse-zero merge {paths['adapter']} {Path(paths['adapter']).with_name('merged')}"
+        following = f"{_command()} merge {paths['adapter']} {Path(paths['adapter']).with_name('merged')}"
     table.add_row("next", following)
     # A log file has no width; a table cut at 80 columns would lose the paths.
     console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table)
+
+
+def _partitioning(results: dict[str, Any]) -> str:
+    if results["deepspeed"]:
+        return f"ZeRO stage {results['zero_stage']}"
+    return "no DeepSpeed" if results["world_size"] == 1 else "DDP (training.deepspeed names none of ZeRO's stages)"
+
+
+def _command() -> str:
+    """As the user can type it: an environment that was not activated is on no PATH."""
+    beside = Path(sys.executable).with_name("sparse-zero")
+    return "sparse-zero" if shutil.which("sparse-zero") or not beside.exists() else str(beside)
 
 
 def mebibytes(count: int) -> str:

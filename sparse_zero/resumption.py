@@ -48,8 +48,13 @@ def find_resumption(recipe: "Recipe", asked: str | bool | None) -> "Checkpoint |
         found, problems = newest_complete(output)
         for problem in problems:
             say(f"passed over: {problem}")
+        if found is None and problems:
+            raise UserError(
+                f"training.output_dir: none of the checkpoints in {output} can be used; to start afresh, remove them "
+                "or give another training.output_dir"
+            )
         if found is None:
-            say(f"{output} holds no complete checkpoint: starting afresh")
+            say(f"{output} holds no checkpoint: starting afresh")
     else:
         found, problems = newest_complete(Path(asked))
         if found is None:

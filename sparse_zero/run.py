@@ -159,6 +159,7 @@ def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any
         "trainable_parameters": sparsity.trainable_parameters,
         "total_parameters": sparsity.total_parameters,
         "world_size": trainer.args.world_size,
+        "deepspeed": trainer.deepspeed is not None,
         "zero_stage": stage_of(trainer.deepspeed),
         "optimizer_bytes_per_rank": gather_object([optimizer_bytes(trainer.optimizer)]),
         "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes()]),

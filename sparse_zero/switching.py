@@ -42,8 +42,10 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     active, parked = sparsity_of(model), _parked(inner)
     if adapter_name == active.name:
         return
+    if not isinstance(adapter_name, str):
+        raise UserError("one adapter is active at a time: combine_adapters makes one of several")
     if adapter_name not in parked:
-        raise UserError(f"no adapter '{adapter_name}' on this model{did_you_mean(adapter_name, parked)}")
+        raise _absent(model, adapter_name)
     current = collect(inner)
     unload(inner)
     put_on(inner, parked[adapter_name], adapter_name, adapter_name)
@@ -57,7 +59,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if adapter_name == sparsity_of(model).name:
         raise UserError(f"'{adapter_name}' is the active adapter: call set_adapter(model, another) or unload(model)")
     if parked.pop(adapter_name, None) is None:
-        raise UserError(f"no adapter '{adapter_name}' on this model{did_you_mean(adapter_name, parked)}")
+        raise _absent(model, adapter_name)
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -94,6 +96,12 @@ def unmerge_adapter(model: nn.Module) -> None:
         with gathered([parameters[name]], write=True):
             parameters[name].copy_(values)
     put_on(inner, merged.adapter, merged.name, merged.name)
+
+
+def _absent(model: nn.Module, adapter_name: str) -> UserError:
+    names = adapter_names(model)
+    hint = did_you_mean(adapter_name, names) or f"; there: {', '.join(names)}"
+    return UserError(f"no adapter '{adapter_name}' on this model{hint}")
 
 
 def _parked(inner: nn.Module) -> dict[str, Adapter]:

@@ -129,11 +129,15 @@ def test_ranks_that_cannot_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nothing_there_is_a_fresh_start_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "checkpoint-4").mkdir()
     assert resumption.find_resumption(recipe(output_dir=str(tmp_path)), "auto") is None
-    said = capsys.readouterr().err
-    assert f"passed over: {tmp_path}/checkpoint-4: not a complete checkpoint" in said
-    assert f"{tmp_path} holds no complete checkpoint: starting afresh" in said
+    assert f"{tmp_path} holds no checkpoint: starting afresh" in capsys.readouterr().err
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_again(tmp_path: Path, capsys) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be used"):
+        resumption.find_resumption(recipe(output_dir=str(tmp_path)), "auto")
+    assert f"passed over: {tmp_path}/checkpoint-4: not a complete checkpoint" in capsys.readouterr().err
 
 
 def test_a_named_one_must_be_there(tmp_path: Path) -> None:
