@@ -16,7 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 
-from sparse_zero import SparseConfig, SparseTrainer, sparsify
+from sparse_zero import (
+    SparseConfig,
+    SparseTrainer,
+    merge_adapter,
+    merge_and_unload,
+    save_adapter,
+    sparsify,
+    unmerge_adapter,
+)
+from sparse_zero.zero import gathered
 
 TASK, STEPS, BATCH, LEARNING_RATE = "sequence-classification", 8, 4, 3e-2
 
@@ -61,6 +70,7 @@ def accelerate_loop(model: PreTrainedModel) -> list[float]:
 
 
 def deepspeed_loop(model: PreTrainedModel, stage: int) -> list[float]:
+    """Also saves and merges, through the engine."""
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
@@ -74,6 +84,15 @@ def deepspeed_loop(model: PreTrainedModel, stage: int) -> list[float]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    out = Path(sys.argv[2])
+    save_adapter(engine, out / f"adapter-deepspeed{stage}", is_main_process=engine.global_rank == 0)
+    merge_adapter(engine)
+    unmerge_adapter(engine)
+    merge_and_unload(engine)
+    with gathered(list(model.parameters())):
+        if engine.global_rank == 0:
+            model_state = {name: value.clone() for name, value in model.state_dict().items()}
+            torch.save(model_state, out / f"merged-deepspeed{stage}.pt")
     return losses
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 import dense_reference
 import pytest
 import tiny
+import torch
 from loops_worker import BATCH, LEARNING_RATE, STEPS, TASK, WAYS
 from ranks import run_ranks
+
+from sparse_zero import load_adapter, merge_and_unload
 
 pytestmark = pytest.mark.distributed
 
@@ -15,10 +18,16 @@ RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def ranks(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[float]]]:
-    """The losses that each rank saw, by way."""
+def out(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks have written."""
     out = tmp_path_factory.mktemp("loops")
     run_ranks(RANKS, Path(__file__).with_name("loops_worker.py"), bases[TASK], out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranks(out: Path) -> list[dict[str, list[float]]]:
+    """The losses that each rank saw, by way."""
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -36,3 +45,17 @@ def test_every_loop_gives_the_losses_of_the_reference(ranks: list, reference: li
 
 def test_ranks_see_different_examples(ranks: list) -> None:
     assert ranks[0]["torch"] != pytest.approx(ranks[1]["torch"], abs=1e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_engine_takes_every_verb(bases: dict[str, Path], out: Path, stage: int) -> None:
+    """What was saved through it, put onto the base, is what was merged through it; and not the base."""
+    base = tiny.AUTO_CLASS[TASK].from_pretrained(bases[TASK])
+    model = tiny.AUTO_CLASS[TASK].from_pretrained(bases[TASK])
+    load_adapter(model, out / f"adapter-deepspeed{stage}")
+    loaded, merged = merge_and_unload(model).state_dict(), torch.load(out / f"merged-deepspeed{stage}.pt")
+    assert loaded.keys() == merged.keys()
+    head = {name for name in loaded if name.startswith("classifier")}
+    assert all(torch.equal(loaded[name], merged[name]) for name in loaded.keys() - head)
+    changed = [name for name, value in base.state_dict().items() if not torch.equal(value, merged[name])]
+    assert len(changed) > len(head)
