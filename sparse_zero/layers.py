@@ -1,8 +1,8 @@
 """Modules with selected parameters: what leads the gradient to their deltas.
 
 The class of a module that holds such parameters becomes a subclass of what it was, in two ways:
-- Reading a selected parameter gives a tensor that leads the gradient to the delta (SparseWeight.read). That covers
-  every module, and every reader of a parameter, at the price of a dense gradient of that parameter for a moment.
+- Reading a selected parameter gives a tensor that leads the gradient to the delta (`read_gradient`). That covers
+  every module, and every reader of a parameter; products and lookups have a sampled gradient there too.
 - The forward of a linear layer or an embedding yields the gradient at the selected positions alone
   (`_SampledGradient`).
 """
@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.products import lookup_gradient
@@ -42,6 +43,7 @@ class _SampledGradient(torch.autograd.Function):
         return output.data
 
     @staticmethod
+    @once_differentiable  # the module itself takes the weight for a constant
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         (inputs,) = ctx.saved_tensors
         weight = ctx.sparse_weight

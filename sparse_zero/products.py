@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from sparse_zero.place import Place
 from sparse_zero.sampled_gradient import embedding_product, sampled_product
@@ -108,6 +109,7 @@ class SampledUse(torch.autograd.Function):
         return output.data
 
     @staticmethod
+    @once_differentiable  # the function itself takes the weight for a constant
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         inputs, parting = ctx.saved_tensors
         gradient = ctx.use.gradient(inputs, grad_output, parting)

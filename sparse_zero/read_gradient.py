@@ -36,7 +36,7 @@ class Piece(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if any(kind is not cls for kind in types):
+        if any(kind not in (cls, torch.Tensor, torch.nn.Parameter) for kind in types):
             # Another subclass has rules of its own; to those ours is an ordinary tensor
             args, kwargs = tree_map_only(cls, _plain, (args, kwargs))
             return func(*args, **kwargs)
