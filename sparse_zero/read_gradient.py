@@ -41,7 +41,7 @@ class Piece(torch.Tensor):
             args, kwargs = tree_map_only(cls, _plain, (args, kwargs))
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            rule = _RULES.get(func) if torch.is_grad_enabled() else None
+            rule = RULES.get(func) if torch.is_grad_enabled() else None
             result = NotImplemented if rule is None else rule(func, args, kwargs)
             return func(*args, **kwargs) if result is NotImplemented else result
 
@@ -248,7 +248,7 @@ _USES: dict[Callable, Callable[..., _Use | None]] = {
     torch.ops.transformers.grouped_mm_fallback: _grouped_mm,
     F.embedding: _embedding,
 }
-_RULES: dict[Callable, Callable[[Callable, tuple, dict], Any]] = {
+RULES: dict[Callable, Callable[[Callable, tuple, dict], Any]] = {
     **dict.fromkeys(_VIEWS, _viewed),
     **dict.fromkeys(_CONVERSIONS, _converted),
     **dict.fromkeys(_USES, _used),
