@@ -101,7 +101,7 @@ def _tell_of(dense: torch.Tensor, weight: "SparseWeight") -> None:
 
 
 def _viewed(func: Callable, args: tuple, kwargs: dict) -> Any:
-    shown, *others = args
+    shown, *others = args or (None,)  # torch.split(tensor=...) is left to the dense gradient
     if not isinstance(shown, Piece) or shown.samples is not None:
         return NotImplemented
     values = shown.detach()
@@ -118,7 +118,7 @@ def _viewed(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _converted(func: Callable, args: tuple, kwargs: dict) -> Any:
-    result, shown = func(*args, **kwargs), args[0]
+    result, (shown, *_) = func(*args, **kwargs), args or (None,)
     if isinstance(result, Piece) or not isinstance(shown, Piece) or shown.samples is not None:
         return result
     layouts = [(t.shape, t.stride(), t.device, t.requires_grad) for t in (result, shown)]

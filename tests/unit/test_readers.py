@@ -89,6 +89,8 @@ DENSE: dict[str, tuple[tuple[int, ...], tuple[int, ...], Read]] = {
     "columns": (MATRIX, (7, 2), lambda w, x: F.linear(x, w[:, 1:3])),
     "of-each-expert": (EXPERTS, (7, C), lambda w, x: F.linear(x, w[:, 1])),
     "every-other-expert": (EXPERTS, (2, 7, R), lambda w, x: torch.bmm(x, w[::2])),
+    "named-view": (MATRIX, (7, R), lambda w, x: x @ torch.transpose(input=w, dim0=0, dim1=1).T),
+    "named-copy": (MATRIX, (7, R), lambda w, x: x @ torch.clone(input=w)),
     "broadcast": (EXPERTS, (7, R), lambda w, x: x @ w),
     "einsum": (EXPERTS, (7, R), lambda w, x: torch.einsum("nr,erc->enc", x, w)),
     "reshaped": (MATRIX, (7, R), lambda w, x: F.linear(x, w.view(C, R))),
