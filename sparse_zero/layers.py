@@ -1,20 +1,23 @@
 """Modules with selected parameters: what leads the gradient to their deltas.
 
 The class of a module that holds such parameters becomes a subclass of what it was, in two ways:
-- Reading a selected parameter gives a tensor that leads the gradient to the delta (SparseWeight.read). That covers
-  every module, and every reader of a parameter, at the price of a dense gradient of that parameter for a moment.
+- Reading a selected parameter gives a tensor that leads the gradient to the delta (`read_gradient`). That covers
+  every module, and every reader of a parameter; products and lookups have a sampled gradient there too.
 - The forward of a linear layer or an embedding yields the gradient at the selected positions alone
   (`_SampledGradient`).
 """
 
 import functools
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from sparse_zero.sampled_gradient import embedding_product, sampled_product
+from sparse_zero.products import lookup_gradient
+from sparse_zero.sampled_gradient import sampled_product
 from sparse_zero.selection import Draw
 from sparse_zero.sparse_weight import SparseWeight, UpdateClock, scaled
 from sparse_zero.targets import Target
@@ -40,6 +43,7 @@ class _SampledGradient(torch.autograd.Function):
         return output.data
 
     @staticmethod
+    @once_differentiable  # the module itself takes the weight for a constant
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         (inputs,) = ctx.saved_tensors
         weight = ctx.sparse_weight
@@ -59,10 +63,15 @@ class SparseModule:
     sparse_weights: dict[str, SparseWeight]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        copies = [w for w in self.sparse_weights.values() if is_partitioned(w.weight) and is_whole(w.weight)]
-        if not (copies and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        with _Regathered(copies):
+        weights = self.sparse_weights.values()
+        copies = [w for w in weights if is_partitioned(w.weight) and is_whole(w.weight)]
+        with ExitStack() as stack:
+            for weight in weights:
+                stack.enter_context(weight.read_once())
+            if copies:
+                stack.enter_context(_Regathered(copies))
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -143,14 +152,7 @@ class SparseEmbedding(SampledModule, nn.Embedding):
 
     def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, *pattern: torch.Tensor) -> torch.Tensor:
         """Args: ids (...), grad_output (..., columns). Returns: (n,)"""
-        ids, grad_output = ids.reshape(-1), _flat(grad_output)
-        if self.padding_idx is not None:
-            # As in nn.Embedding, padding has no gradient.
-            words = ids != self.padding_idx
-            ids, grad_output = ids[words], grad_output[words]
-        if self.scale_grad_by_freq:
-            grad_output = grad_output / torch.bincount(ids, minlength=1)[ids, None]
-        return embedding_product(ids, grad_output, *pattern)
+        return lookup_gradient(ids, grad_output, pattern, self.padding_idx, self.scale_grad_by_freq)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

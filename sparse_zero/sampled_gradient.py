@@ -87,8 +87,8 @@ def embedding_product(
     dtype = torch.promote_types(grad_NC.dtype, torch.float32)
     result = torch.zeros(column_index.numel(), dtype=dtype, device=grad_NC.device)
     first, counts = row_starts[ids_N].long(), row_starts.diff()[ids_N].long()
-    # For every pair of an occurrence and a position in its row: two indices and a value.
-    pairs = max(1, TRANSIENT_BYTES // 24)
+    # For every pair of an occurrence and a position in its row: five indices, the last pieces among them, and a value.
+    pairs = max(1, TRANSIENT_BYTES // (40 + dtype.itemsize + grad_NC.element_size()))
     widest = int(counts.max()) if counts.numel() else 0
     for rows in torch.arange(ids_N.numel(), device=ids_N.device).split(max(1, pairs // max(1, widest))):
         inside = counts[rows]

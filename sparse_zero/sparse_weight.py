@@ -9,13 +9,15 @@ parameter keeps its name and its place in the state dict. Beside a `weight` stan
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_zero.read_gradient import readable
 from sparse_zero.sampled_gradient import csr_pattern, flat_positions
 from sparse_zero.selection import Draw, stream_key
 from sparse_zero.targets import Target
@@ -72,6 +74,11 @@ class SparseWeight:
         for module, name in self.owners:
             module.register_parameter(f"{name}_delta", delta)
         self._put_beside("base", torch.empty(draw.count, dtype=weight.dtype, device=weight.device))
+        self.told_of_dense_gradient = False
+        self._reads_once = False
+        self._reading: torch.Tensor | None = None
+        self._edges: dict[int, int] = {}
+        """Where the scalars of some rows begin."""
         self._written: tuple | None = None
         self._positions: torch.Tensor | None = None
         """The positions, narrow: until a gradient needs them by rows, and not before anything needs them again."""
@@ -226,10 +233,38 @@ class SparseWeight:
         weight = self.weight
         if self.passes_plain or not self.trains or not is_whole(weight):
             return weight
-        tensor = _ReadGradient.apply(self.delta, weight.detach(), self)
+        tensor = readable(self) if self._reading is None else self._reading
         # What isinstance(tensor, nn.Parameter) asks for: Module.get_parameter, among others, takes nothing else.
         tensor._is_param = True
+        if self._reads_once:
+            self._reading = tensor
         return tensor
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Within this block, one forward of a module, all readers get the same tensor: experts that are read one by
+        one then share one gradient of the delta."""
+        self._reads_once = True
+        try:
+            yield
+        finally:
+            self._reads_once, self._reading = False, None
+
+    def change(self) -> torch.Tensor:
+        """(n,), the delta as it is in the weight now: dropped and scaled, in its graph."""
+        return self.delta if self.dropping is None and self.scale == 1 else _Scaled.apply(self.delta, self)
+
+    def span(self, first: int, rows: int) -> slice:
+        """Which of the selected scalars lie in some rows of the weight as a matrix."""
+        row_starts, _ = self.pattern
+        if not self._edges:
+            # One wait for the accelerator, for all experts at once
+            each = self.shape[-2] if len(self.shape) > 1 else 1
+            self._edges = {i * each: start for i, start in enumerate(row_starts[::each].tolist())}
+        for row in (first, first + rows):
+            if row not in self._edges:
+                self._edges[row] = int(row_starts[row])
+        return slice(self._edges[first], self._edges[first + rows])
 
     def remove(self) -> None:
         """Take the delta and its buffers off the module; the weight stays as it is."""
@@ -245,23 +280,18 @@ def _sum(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return base.to(torch.promote_types(base.dtype, torch.float32)) + change
 
 
-class _ReadGradient(torch.autograd.Function):
-    """The parameter; its backward picks the delta's gradient out of the parameter's."""
+class _Scaled(torch.autograd.Function):
+    """The delta; its backward drops and scales what arrives, as `factor` says of this forward."""
 
     @staticmethod
-    def forward(ctx: Any, delta: torch.Tensor, weight: torch.Tensor, sparse_weight: SparseWeight) -> torch.Tensor:
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, delta: torch.Tensor, sparse_weight: SparseWeight) -> torch.Tensor:
         ctx.sparse_weight, ctx.forwards = sparse_weight, sparse_weight.dropping
         # Not the argument itself, of which autograd would make a view
-        return weight.detach()
+        return delta.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
-        if grad is None:
-            return None, None, None
-        weight = ctx.sparse_weight
-        picked = grad.reshape(-1).index_select(0, weight.flat_positions())
-        return scaled(picked, weight, ctx.forwards), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return scaled(grad, ctx.sparse_weight, ctx.forwards), None
 
 
 def scaled(gradient: torch.Tensor, weight: SparseWeight, forwards: int | None) -> torch.Tensor:

@@ -11,12 +11,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "embedding": {"targets": ["embed_tokens", "v_proj"], "density": 0.05},
     "norms-and-biases": {"targets": ["*norm", "*.bias"], "density": 0.01},
     "experts": {"targets": ["experts", "mlp.gate"], "density": 0.1},
+    "experts-eager": {"targets": ["experts"], "density": 0.1},
+    "experts-batched": {"targets": ["experts"], "density": 0.1},
     "strips": {"targets": "all-linear", "density": 0.1, "granularity": 8, "exclude_modules": ["shared_expert_gate"]},
     "bernoulli": {"targets": "all", "density": 0.05, "selection": "bernoulli"},
     "magnitude": {"targets": ["down_proj", "embed_tokens"], "density": 0.05, "selection": "magnitude"},
     "tokens": {"targets": ["v_proj"], "density": 0.02, "trainable_token_indices": [5, 9], "modules_to_save": ["norm"]},
     "dropout": {"targets": "all-linear", "density": 0.1, "dropout": 0.3},
 }
+EXPERTS = {"experts-eager": "eager", "experts-batched": "batched_mm"}
+"""How the experts compute, where it is not transformers' default, grouped_mm."""
+
 TRAINING = {
     "max_steps": 5,
     "per_device_train_batch_size": 4,

@@ -33,6 +33,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     arguments, model = build(case, out)
     if "adapters" in case:
         return work_with(model, case["adapters"], out)
+    model.set_experts_implementation(case["experts"])
     sparsify(model, SparseConfig(**case["sparse"]))
     examples = tiny.examples(case["task"], case["examples"])
     trainer = SparseTrainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8])

@@ -43,7 +43,7 @@ def base_of(out: Path, kind: str) -> Path:
 def ranks(out: Path) -> list[dict[str, Any]]:
     cases = [
         case(f"{kind}-{stage}", TASK, base_of(out, kind), EXAMPLES, deepspeed=config, **kinds.TRAINING)
-        | {"sparse": settings}
+        | {"sparse": settings, "experts": kinds.EXPERTS.get(kind, "grouped_mm")}
         for kind, settings in kinds.KINDS.items()
         for stage, config in STAGES.items()
     ]

@@ -1,0 +1,168 @@
+"""Experts as targets: time and memory of a step against the frozen model's own forward and backward.
+
+    python benchmarks/experts.py                                  16 experts, 4 layers, float32, 1% of the experts
+    python benchmarks/experts.py --dtype bfloat16 --experts 64 --json experts.json
+
+A random model in Qwen2-MoE's shape; `eager` reads its experts one by one, `grouped_mm` is transformers' default.
+    frozen   the floor: the gradient passes through every layer to the input embeddings; no optimizer
+    sparse   the sampled gradient, AdamW, and the writing of the deltas
+    dense    the same, with the dense gradient of all experts for a moment, as any reader without a rule has it
+Methods take turns in one process. Memory is the most that a step holds beyond what stands between steps.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from sparse_zero import SparseConfig, read_gradient, sparsify
+from sparse_zero.zero import device_name
+
+Step = Callable[[torch.Tensor], None]
+METHODS = ("frozen", "sparse", "dense")
+VOCABULARY = 1024
+
+
+def mixture(arguments: argparse.Namespace, implementation: str) -> Qwen2MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        hidden_size=arguments.hidden,
+        moe_intermediate_size=2 * arguments.hidden,
+        shared_expert_intermediate_size=arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=arguments.experts,
+        num_experts_per_tok=4,
+        decoder_sparse_step=1,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    model = Qwen2MoeForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype)).train()
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def frozen(model: nn.Module) -> Step:
+    model.requires_grad_(False)
+
+    def step(ids: torch.Tensor) -> None:
+        embeddings = model.get_input_embeddings()(ids).requires_grad_(True)
+        model(inputs_embeds=embeddings, labels=ids).loss.backward()
+
+    return step
+
+
+def trained(model: nn.Module, arguments: argparse.Namespace, rules: contextlib.AbstractContextManager) -> Step:
+    experts = sum(p.numel() for name, p in model.named_parameters() if "mlp.experts" in name)
+    density = arguments.density * experts / sum(p.numel() for p in model.parameters())
+    sparsify(model, SparseConfig(density=density, targets=["mlp.experts"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(ids: torch.Tensor) -> None:
+        with rules:
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def steps(arguments: argparse.Namespace, implementation: str) -> dict[str, Step]:
+    model = mixture(arguments, implementation)
+    return {
+        "sparse": trained(copy.deepcopy(model), arguments, contextlib.nullcontext()),
+        "dense": trained(copy.deepcopy(model), arguments, mock.patch.dict(read_gradient.RULES, clear=True)),
+        "frozen": frozen(model),
+    }
+
+
+def measure(arguments: argparse.Namespace, implementation: str) -> list[dict]:
+    methods = steps(arguments, implementation)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    generator = torch.Generator().manual_seed(1)
+    for round_number in range(arguments.rounds + 2):
+        ids = torch.randint(VOCABULARY, (1, arguments.tokens), generator=generator).to(arguments.device)
+        for name, step in methods.items():
+            started = time.perf_counter()
+            step(ids)
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            if round_number >= 2:  # warm-up
+                seconds[name].append(time.perf_counter() - started)
+    peaks = {name: peak_bytes(step, ids) for name, step in methods.items()}
+    ratios = {
+        name: statistics.median(mine / floor for mine, floor in zip(times, seconds["frozen"], strict=True))
+        for name, times in seconds.items()
+    }
+    return [
+        {
+            "experts": implementation,
+            "method": name,
+            "seconds": round(statistics.median(seconds[name]), 4),
+            "ratio_to_frozen": round(ratios[name], 3),
+            "peak_mib": round(peaks[name] / 2**20, 1),
+            "beyond_frozen_mib": round((peaks[name] - peaks["frozen"]) / 2**20, 1),
+        }
+        for name in METHODS
+    ]
+
+
+def peak_bytes(step: Step, ids: torch.Tensor) -> int:
+    """The most that torch's allocator has given out during a step, beyond what it had given out before."""
+    if ids.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(ids)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(ids)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementations", nargs="+", default=["eager", "grouped_mm"])
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--density", type=float, default=0.01, help="of the experts' scalars")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    rows = [row for name in arguments.implementations for row in measure(arguments, name)]
+    all_experts = arguments.experts * 4 * arguments.hidden**2 * getattr(torch, arguments.dtype).itemsize
+    print(
+        f"{device_name()}, {arguments.dtype}, {arguments.tokens} tokens, {arguments.layers} layers of "
+        f"{arguments.experts} experts (gate_up_proj: {all_experts / 2**20:.0f} MiB), {arguments.density:.2%} of them"
+    )
+    print(f"{'experts':<11} {'method':<7} {'s / step':>9} {'/ frozen':>9} {'peak':>12} {'beyond frozen':>14}")
+    for row in rows:
+        print(
+            f"{row['experts']:<11} {row['method']:<7} {row['seconds']:>9.3f} {row['ratio_to_frozen']:>9.3f} "
+            f"{row['peak_mib']:>8.1f} MiB {row['beyond_frozen_mib']:>10.1f} MiB"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"arguments": vars(arguments) | {"json": None}, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

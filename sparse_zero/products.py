@@ -1,0 +1,116 @@
+"""Products with rows of a selected weight: the gradient of the delta beside the function's own result.
+
+A batch times a matrix is x @ V with V = W or V = W^T; the gradient of W is x^T @ g or g^T @ x, of which the selected
+positions alone are computed. Where there are E matrices, each takes a part of the batch: as many rows each (bmm), the
+rows up to an offset (grouped_mm), or the samples that have gathered it.
+
+Shapes: N rows of a batch, W (R, C), E matrices, n selected scalars.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sparse_zero.place import Place
+from sparse_zero.sampled_gradient import embedding_product, sampled_product
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """How a batch x meets a weight.
+
+    `gradient` takes x, what has arrived for the product, and what parts the batch (None: as many rows for each):
+    the ends of the parts, (E,), or the matrix of each sample, (S,). It returns (n,).
+    """
+
+    place: Place
+    by_rows: bool = False
+    """Whether it is x @ shown^T, as in F.linear, and not x @ shown."""
+    is_left: bool = False
+    """Whether the weight comes first: shown @ x, which is (x^T @ shown^T)^T."""
+    parts: Literal["even", "ends", "samples"] = "even"
+
+    def gradient(self, x: torch.Tensor, grad_output: torch.Tensor, parting: torch.Tensor | None) -> torch.Tensor:
+        matrices = self.place.shape[:-2].numel()
+        if self.is_left and x.dim() > 1:
+            x, grad_output = x.mT, grad_output.mT
+        if self.parts == "samples":
+            order = parting.argsort(stable=True)
+            parting = parting.bincount(minlength=matrices).cumsum(0) * x.shape[1]
+            x, grad_output = x[order], grad_output[order]
+        x, grad_output = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad_output))
+        # W itself is what x meets where it is seen as it is, or turned twice
+        turned = self.place.transposed != (self.by_rows or self.is_left)
+        rows, columns = (grad_output, x) if turned else (x, grad_output)
+        each = x.shape[0] // matrices
+        ends = [each * (i + 1) for i in range(matrices)] if parting is None else parting.tolist()
+        gradients = [
+            sampled_product(rows[start:end], columns[start:end], *pattern)
+            for (start, end), pattern in zip(itertools.pairwise([0, *ends]), self.place.patterns(), strict=True)
+        ]
+        return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """Rows of a matrix, looked up by a tensor of integers."""
+
+    place: Place
+    padding_idx: int | None = None
+    by_frequency: bool = False
+
+    def gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, _: None) -> torch.Tensor:
+        """Args: ids (...), grad_output (..., C). Returns: (n,)"""
+        rows = self.place.rows
+        padding = None if self.padding_idx is None else self.padding_idx % rows
+        return lookup_gradient(ids % rows, grad_output, self.place.pattern(), padding, self.by_frequency)
+
+
+def lookup_gradient(
+    ids: torch.Tensor,
+    grad_output: torch.Tensor,
+    pattern: tuple[torch.Tensor, torch.Tensor],
+    padding_idx: int | None,
+    by_frequency: bool,
+) -> torch.Tensor:
+    """The gradient of an embedding's weight, as F.embedding has it, at the positions of a CSR pattern.
+
+    Args: ids (...), not negative; grad_output (..., C). Returns: (n,)
+    """
+    ids, grad_output = ids.reshape(-1), grad_output.reshape(-1, grad_output.shape[-1])
+    if padding_idx is not None:
+        # As in nn.Embedding, padding has no gradient.
+        words = ids != padding_idx
+        ids, grad_output = ids[words], grad_output[words]
+    if by_frequency:
+        grad_output = grad_output / torch.bincount(ids, minlength=1)[ids, None]
+    return embedding_product(ids, grad_output, *pattern)
+
+
+class SampledUse(torch.autograd.Function):
+    """The identity on the result of a use of the weight; its backward adds the gradient of the delta."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        inputs: torch.Tensor,
+        parting: torch.Tensor | None,
+        change: torch.Tensor,
+        use: Product | Lookup,
+    ) -> torch.Tensor:
+        ctx.use = use
+        ctx.save_for_backward(inputs, parting)
+        # Not a view: autograd forbids in-place operations (adding a bias) on views that a Function made. None of these
+        # functions needs its own result in backward, so sharing the memory is safe.
+        return output.data
+
+    @staticmethod
+    @once_differentiable  # the function itself takes the weight for a constant
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        inputs, parting = ctx.saved_tensors
+        gradient = ctx.use.gradient(inputs, grad_output, parting)
+        return grad_output, None, None, gradient, None

@@ -1,0 +1,256 @@
+"""What readers of a selected parameter get: a tensor whose graph leads the gradient to the delta.
+
+That covers every reader, at the price of a dense gradient of what is shown for a moment. A `Piece` knows which rows of
+the weight it shows, and with it three kinds of readers cost less:
+- a view of whole rows, such as one expert of many, has the gradient of those rows alone;
+- a conversion to another dtype still shows the same rows;
+- a product or a lookup yields the gradient at the selected positions (`products`), and never a dense one.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
+from torch.utils._pytree import tree_map_only
+
+from sparse_zero import sampled_gradient
+from sparse_zero.place import Place
+from sparse_zero.products import Lookup, Product, SampledUse
+
+if TYPE_CHECKING:
+    from sparse_zero.sparse_weight import SparseWeight
+
+logger = logging.getLogger(__name__)
+
+
+class Piece(torch.Tensor):
+    """Whole rows of a selected weight. An ordinary tensor to functions without a rule and to what sees no subclass."""
+
+    place: Place
+    samples: torch.Tensor | None = None
+    """int64 (S,): what is shown is a copy, (S, R, C), of these matrices of the place."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if any(kind not in (cls, torch.Tensor, torch.nn.Parameter) for kind in types):
+            # Another subclass has rules of its own; to those ours is an ordinary tensor
+            args, kwargs = tree_map_only(cls, _plain, (args, kwargs))
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            rule = RULES.get(func) if torch.is_grad_enabled() else None
+            result = NotImplemented if rule is None else rule(func, args, kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+
+
+def _plain(piece: Piece) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return piece.as_subclass(torch.Tensor)
+
+
+def readable(weight: "SparseWeight") -> torch.Tensor:
+    """The parameter, which is whole and holds its deltas, for those who read it now."""
+    values = weight.weight.detach()
+    shape = values.shape if values.dim() > 1 else torch.Size((1, values.numel()))
+    place = Place(weight, weight.change(), 0, shape)
+    shown = _ReadGradient.apply(place.change, values, place)
+    return _piece(shown, place) if values.dim() in (2, 3) else shown
+
+
+def _piece(tensor: torch.Tensor, place: Place) -> Piece:
+    """Args: tensor: its graph leads to the delta."""
+    piece = tensor.as_subclass(Piece)
+    piece.place = place
+    return piece
+
+
+class _ReadGradient(torch.autograd.Function):
+    """Rows of the parameter; its backward picks the delta's gradient out of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, change: torch.Tensor, values: torch.Tensor, place: Place) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.place = place
+        # Not the argument itself, of which autograd would make a view
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        _tell_of(grad, ctx.place.weight)
+        rows = grad.mT if ctx.place.transposed else grad
+        return rows.reshape(-1).index_select(0, ctx.place.flat_positions()), None, None
+
+
+def _tell_of(dense: torch.Tensor, weight: "SparseWeight") -> None:
+    """Once per parameter: it takes more memory than a gradient should."""
+    size, bound = dense.numel() * dense.element_size(), sampled_gradient.TRANSIENT_BYTES
+    if size > bound and not weight.told_of_dense_gradient:
+        weight.told_of_dense_gradient = True
+        logger.warning(
+            "%s: how it is used has no sampled gradient; each backward takes its dense one for a moment: "
+            "%.0f MiB, more than the bound of %.0f MiB",
+            weight.draw.name,
+            size / 2**20,
+            bound / 2**20,
+        )
+
+
+def _viewed(func: Callable, args: tuple, kwargs: dict) -> Any:
+    shown, *others = args or (None,)  # torch.split(tensor=...) is left to the dense gradient
+    if not isinstance(shown, Piece) or shown.samples is not None:
+        return NotImplemented
+    values = shown.detach()
+    result = func(values, *others, **kwargs)
+    views = [result] if isinstance(result, torch.Tensor) else result
+    places = [shown.place.of_view(view, values) for view in views]
+    if None in places:
+        return NotImplemented
+    pieces = [
+        _piece(_ReadGradient.apply(place.change, view, place), place)
+        for view, place in zip(views, places, strict=True)
+    ]
+    return pieces[0] if isinstance(result, torch.Tensor) else type(result)(pieces)
+
+
+def _converted(func: Callable, args: tuple, kwargs: dict) -> Any:
+    result, (shown, *_) = func(*args, **kwargs), args or (None,)
+    if isinstance(result, Piece) or not isinstance(shown, Piece) or shown.samples is not None:
+        return result
+    layouts = [(t.shape, t.stride(), t.device, t.requires_grad) for t in (result, shown)]
+    return _piece(result, shown.place) if layouts[0] == layouts[1] else result
+
+
+def _indexed(func: Callable, args: tuple, kwargs: dict) -> Any:
+    shown, index = args
+    if not isinstance(shown, Piece) or shown.samples is not None:
+        return NotImplemented
+    if _is_view(index):
+        return _viewed(func, args, kwargs)
+    if not isinstance(index, torch.Tensor) or index.dtype not in (torch.int64, torch.int32):
+        return NotImplemented
+    place = shown.place
+    if place.is_matrix and not place.transposed:
+        return _sampled(func, args, kwargs, _Use(shown, index, Lookup(place)))
+    if not place.is_matrix and index.dim() == 1:
+        copies = _piece(func(shown, index), place)
+        copies.samples = index % place.shape[0]
+        return copies
+    return NotImplemented
+
+
+def _is_view(index: Any) -> bool:
+    """Whether tensor[index] may be a view; a copy would be made twice."""
+    several = index if isinstance(index, tuple) else (index,)
+    return not any(isinstance(i, list) or (isinstance(i, torch.Tensor) and i.dim()) for i in several)
+
+
+class _Use(NamedTuple):
+    """What a call makes of a piece."""
+
+    shown: torch.Tensor
+    inputs: torch.Tensor
+    use: Product | Lookup
+    parting: torch.Tensor | None = None
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> _Use | None:
+    return _product(weight, input, by_rows=True)
+
+
+def _matmul(input: torch.Tensor, other: torch.Tensor) -> _Use | None:
+    if isinstance(other, Piece):
+        return _product(other, input)
+    return _product(input, other, is_left=True)
+
+
+def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor) -> _Use | None:
+    return _product(mat2, mat1)
+
+
+def _product(shown: torch.Tensor, inputs: torch.Tensor, **how: bool) -> _Use | None:
+    if not isinstance(shown, Piece) or not inputs.dim():
+        return None
+    if shown.dim() == 3 and (inputs.dim() != 3 or inputs.shape[0] != shown.shape[0]):
+        return None
+    if shown.samples is not None:
+        return _Use(shown, inputs, Product(shown.place, **how, parts="samples"), shown.samples)
+    return _Use(shown, inputs, Product(shown.place, **how))
+
+
+def _grouped_mm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> _Use | None:
+    if not isinstance(weight, Piece) or weight.samples is not None or (input.dim(), weight.dim()) != (2, 3):
+        return None
+    return _Use(weight, input, Product(weight.place, parts="ends"), offs)
+
+
+def _embedding(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> _Use | None:
+    if not isinstance(weight, Piece) or not weight.place.is_matrix or weight.place.transposed or max_norm is not None:
+        return None
+    return _Use(weight, input, Lookup(weight.place, padding_idx, scale_grad_by_freq))
+
+
+def _used(func: Callable, args: tuple, kwargs: dict) -> Any:
+    try:
+        found = _USES[func](*args, **kwargs)
+    except TypeError:  # arguments that its rule does not know: out, alpha, ...
+        found = None
+    if found is None or found.inputs is found.shown:
+        return NotImplemented
+    return _sampled(func, args, kwargs, found)
+
+
+def _sampled(func: Callable, args: tuple, kwargs: dict, found: _Use) -> torch.Tensor:
+    """The function's own result of the weight as it is, with the gradient of the delta beside its other gradients."""
+    frozen, change = found.shown.detach(), found.use.place.change
+    args = tuple(frozen if arg is found.shown else arg for arg in args)
+    output = func(*args, **{name: frozen if arg is found.shown else arg for name, arg in kwargs.items()})
+    if not change.numel():
+        return output
+    return SampledUse.apply(output, found.inputs, found.parting, change, found.use)
+
+
+_VIEWS = (
+    *(torch.Tensor.select, torch.select, torch.Tensor.narrow, torch.narrow),
+    *(torch.Tensor.unbind, torch.unbind, torch.Tensor.split, torch.split, torch.Tensor.chunk, torch.chunk),
+    *(torch.Tensor.transpose, torch.transpose, torch.Tensor.permute, torch.permute, torch.Tensor.t, torch.t),
+    *(torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.view, torch.Tensor.reshape, torch.reshape),
+    *(torch.Tensor.squeeze, torch.squeeze, torch.Tensor.flatten, torch.flatten, torch.Tensor.unflatten),
+)
+_CONVERSIONS = (
+    *(torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.contiguous, torch.Tensor.clone),
+    *(torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.clone),
+)
+_USES: dict[Callable, Callable[..., _Use | None]] = {
+    F.linear: _linear,
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm), _matmul),
+    **dict.fromkeys((torch.bmm, torch.Tensor.bmm), _matmul),
+    torch.addmm: _addmm,
+    torch._grouped_mm: _grouped_mm,
+    torch.ops.transformers.grouped_mm_fallback: _grouped_mm,
+    F.embedding: _embedding,
+}
+RULES: dict[Callable, Callable[[Callable, tuple, dict], Any]] = {
+    **dict.fromkeys(_VIEWS, _viewed),
+    **dict.fromkeys(_CONVERSIONS, _converted),
+    **dict.fromkeys(_USES, _used),
+    torch.Tensor.__getitem__: _indexed,
+}
