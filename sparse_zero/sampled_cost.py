@@ -37,8 +37,8 @@ TF32_RATE = 0.5
 """TF32 over bfloat16 (A100: 156 of 312 TFLOP/s)."""
 
 CACHE_BYTES = 24
-"""Per clock and multiprocessor out of L2: half of the 5,120 bytes per clock that the A100 whitepaper gives for its 108,
-as gathers of short lines reach no more."""
+"""Per clock and multiprocessor out of L2: half of the 5,120 that the A100 whitepaper gives for its 108 together. Not
+yet measured with these kernels."""
 
 DENSE_SHARE, STRIPS_SHARE, MEMORY_SHARE = 0.75, 0.25, 0.85
 """What is reached of the peaks: by a large dense product; by the small tiles of strips; of the memory's bandwidth."""
@@ -130,7 +130,14 @@ class Speeds:
         """Of a matrix product of torch's."""
         if dtype != torch.float32:
             return self.half
-        return self.half * TF32_RATE if torch.backends.cuda.matmul.allow_tf32 else self.single
+        return self.half * TF32_RATE if _allows_tf32() else self.single
+
+
+def _allows_tf32() -> bool:
+    # Of these two names the older raises where somebody has used the newer, which torch has from 2.9 on
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def dense_seconds(N: int, R: int, C: int, n: int, dtype: torch.dtype, device: Speeds, transient_bytes: int) -> float:

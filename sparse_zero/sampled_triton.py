@@ -2,10 +2,10 @@
 
 Shapes as in sampled_gradient.py: N tokens, R x C the weight, n positions; g the rows of a strip.
 
-CUDA offers no such product in half precision (pytorch#187681). A position is a dot product over N of a column of `rows`
-and a column of `columns`, whose elements lie R and C apart: read in place, each would cost a sector of 32 bytes for 2.
-So a piece of N at a time is copied with its tokens last, at a cost of 2 N (R + C) elements moved, and then each
-position reads N of them in a line. What is left, with elements of b bytes:
+CUDA offers no such product in half precision (pytorch#187681). A position is a dot product over N of a column of
+`rows` and a column of `columns`, whose elements lie R and C apart: read in place, each would cost a sector of 32 bytes
+for 2. So a piece of N at a time is copied with its tokens last, which moves 2 N (R + C) elements, and then each
+position reads its own in a line. What is left, with elements of b bytes:
 
     sampled   reads n N b bytes of columns and about N b (R + n / 32) of rows, out of the L2 cache, where a piece of
               the columns stays; 2 n N FLOPs, of which a GPU has several times more than it can feed from there
@@ -80,7 +80,7 @@ def strips(
     """
     (N, R), C, count = rows_NR.shape, columns_NC.shape[1], strip_columns.numel()
     blocks = block_starts.numel() - 1
-    assert R == blocks * granularity, (R, blocks, granularity)
+    assert blocks * granularity == R, (R, blocks, granularity)
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
     result = rows_NR.new_zeros(count * granularity, dtype=torch.float32)
     if count == 0:

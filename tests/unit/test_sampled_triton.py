@@ -8,7 +8,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_zero import sampled_gradient, selection
-from sparse_zero.sampled_cost import Pieces
 from sparse_zero.sampled_gradient import csr_pattern
 
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
@@ -113,9 +112,7 @@ def test_strips_equal_the_dense_product_in_the_order_of_the_selection(granularit
     R, C = 192, 40
     rows, columns = operands(70, R, C, dtype)
     flat, starts, strip_columns = draw_strips(R, C, granularity, count)
-    assert_close(
-        sampled_triton.strips(rows, columns, starts, strip_columns, granularity, BOUND), rows, columns, flat
-    )
+    assert_close(sampled_triton.strips(rows, columns, starts, strip_columns, granularity, BOUND), rows, columns, flat)
 
 
 def test_strips_that_are_crowded_in_one_block_of_rows():
@@ -224,13 +221,6 @@ def test_the_sampled_gradient_takes_the_cheaper_way(monkeypatch, cheaper):
     )
     assert [(a[2], a[3]) for a in asked] == [(64, BOUND)]
     assert [a[4] for a in ran] == [BOUND] * cheaper
-
-
-def test_pieces_hold_no_more_tokens_than_there_are_or_fit():
-    assert Pieces.of(1000, 64, 32, torch.bfloat16, BOUND).width == 1024
-    assert Pieces.of(10**6, 2**14, 2**13, torch.bfloat16, BOUND).width == 1024
-    assert Pieces.of(10**6, 2**14, 2**13, torch.bfloat16, 2**20).width == 32
-    assert Pieces.of(0, 64, 32, torch.float32, BOUND) == Pieces.of(64, 64, 32, torch.float32, BOUND)
 
 
 class AllocatedBytes(TorchDispatchMode):
