@@ -126,6 +126,21 @@ def test_strips_that_are_crowded_in_one_block_of_rows():
     assert_close(sampled_triton.strips(rows, columns, starts, strip_columns, 8, BOUND), rows, columns, flat.to(DEVICE))
 
 
+@pytest.mark.parametrize("granularity", [1, 8, 16])
+def test_what_is_not_finite_stays_where_it_belongs(granularity):
+    # Padding is multiplied too, and must be stored nowhere
+    R, C = 48, 40
+    rows, columns = operands(20, R, C)
+    flat, starts, strip_columns = draw_strips(R, C, granularity, 120 // granularity)
+    spoilt = int(strip_columns[0])
+    columns[3, spoilt] = torch.nan
+    result = sampled_triton.strips(rows, columns, starts, strip_columns, granularity, BOUND)
+    assert torch.equal(result.isnan(), flat % C == spoilt)
+    flat = draw(R, C, 0.1)
+    result = sampled_triton.sampled(rows, columns, *csr_pattern(flat, R, C), BOUND)
+    assert torch.equal(result.isnan(), flat % C == spoilt)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_operands_of_any_strides(layout):
     rows, columns = operands(150, 32, 30)
