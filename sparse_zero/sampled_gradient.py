@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+from sparse_zero.sampled_cost import kernel_is_cheaper
+
 TRANSIENT_BYTES = 64 * 2**20
 """Bound on what a gradient allocates for a moment beyond its inputs and its result."""
 
@@ -25,12 +27,16 @@ def sampled_product(
     """(rows^T @ columns) at the positions of a CSR pattern, without ever holding the whole product.
 
     Args: row_starts: int32 (R + 1,), where each row's positions begin; column_index: int32 (n,), sorted in each row.
-    Returns: (n,), float32 (the inputs' own dtype if that is wider, or on an accelerator).
+    Returns: (n,), float32 (the inputs' own dtype if that is wider, or on an accelerator that computes it densely).
     """
     n, (N, R), C = column_index.numel(), rows_NR.shape, columns_NC.shape[1]
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
     if N == 0 or n == 0:
         return rows_NR.new_zeros(n, dtype=dtype)
+    if kernel_is_cheaper(rows_NR, columns_NC, n, TRANSIENT_BYTES):
+        from sparse_zero.sampled_triton import sampled
+
+        return sampled(rows_NR, columns_NC, row_starts, column_index, TRANSIENT_BYTES)
     if rows_NR.device.type == "cpu":
         # CPU half precision sums in half precision block by block; the sampled kernel does not take it at all.
         dtype = torch.promote_types(dtype, torch.float32)

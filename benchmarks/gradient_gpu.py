@@ -1,0 +1,185 @@
+"""The gradient at selected positions on a GPU: Triton's kernels, the dense product, cuSPARSE, and what the model says.
+
+    python benchmarks/gradient_gpu.py
+    python benchmarks/gradient_gpu.py --tokens 4096 --shapes 4096x4096 --dtype float16 --json gradient_gpu.json
+
+Rounds in which all take turns; milliseconds, medians.
+    sampled    sampled_triton.sampled, at single positions
+    strips     sampled_triton.strips, as many positions in strips of 16
+    dense      sampled_gradient's product in chunks, read at the positions
+    cusparse   torch.sparse.sampled_addmm on float32 copies, which are not timed: it takes nothing narrower
+`chosen` is the answer of sampled_cost.is_cheaper for single positions and for strips, with an exclamation mark where
+the other way took less time. At the end stand the constants of sampled_cost.py as this device has them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sparse_zero import sampled_cost, sampled_gradient, selection
+from sparse_zero.sampled_cost import Pieces, Speeds, is_cheaper
+from sparse_zero.sampled_gradient import TRANSIENT_BYTES, csr_pattern
+
+DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+GRANULARITY = 16
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """On the device, from its first kernel to its last."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds, after a round that compiles and warms up."""
+    taken = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, function in ways.items():
+            once = seconds(function)
+            if turn:
+                taken[name].append(once)
+    return {name: statistics.median(each) for name, each in taken.items()}
+
+
+def strip_pattern(R: int, C: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    flat = selection.strips(0, "weight", (R, C), n, GRANULARITY, device=device)
+    first = flat[flat // C % GRANULARITY == 0]
+    edges = torch.arange(R // GRANULARITY + 1, device=device)
+    return torch.searchsorted(first // (C * GRANULARITY), edges).int(), (first % C).int()
+
+
+def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: torch.device, rounds: int) -> dict:
+    from sparse_zero import sampled_triton
+
+    n = max(1, round(density * R * C / GRANULARITY)) * GRANULARITY
+    rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
+    wide_rows, wide_columns = rows.float(), columns.float()
+    pattern = csr_pattern(selection.positions(0, "weight", R * C, n, device=device), R, C)
+    strips = strip_pattern(R, C, n, device)
+    ways = {
+        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern, TRANSIENT_BYTES),
+        "strips": lambda: sampled_triton.strips(rows, columns, *strips, GRANULARITY, TRANSIENT_BYTES),
+        "dense": lambda: sampled_gradient._dense_in_chunks(rows, columns, *pattern),
+        "cusparse": lambda: sampled_gradient._sampled(wide_rows, wide_columns, *pattern),
+    }
+    exact = ways["cusparse"]()
+    error = (ways["sampled"]() - exact).abs().max() / exact.abs().max()
+    # cuSPARSE may round float32 operands to TF32, where that is allowed
+    assert error < 1e-3, f"the kernel and cuSPARSE differ by {error:.1e} of the largest value"
+    taken = medians(ways, rounds)
+    properties = torch.cuda.get_device_properties(device)
+    speeds = Speeds.of(properties)
+    shape = (N, R, C, n)
+    return {
+        "tokens": N,
+        "shape": [R, C],
+        "density": density,
+        "n": n,
+        "seconds": taken,
+        "model": {
+            "sampled": sampled_cost.sampled_seconds(*shape, dtype, speeds, TRANSIENT_BYTES),
+            "strips": sampled_cost.strips_seconds(*shape, GRANULARITY, dtype, speeds, TRANSIENT_BYTES),
+            "dense": sampled_cost.dense_seconds(*shape, dtype, speeds, TRANSIENT_BYTES),
+        },
+        "cheaper": {
+            "sampled": is_cheaper(*shape, dtype, properties, TRANSIENT_BYTES),
+            "strips": is_cheaper(*shape, dtype, properties, TRANSIENT_BYTES, GRANULARITY),
+        },
+    }
+
+
+def line(result: dict) -> str:
+    taken = result["seconds"]
+    cells = [f"{1e3 * taken[way]:>9.3f}" for way in ("sampled", "strips", "dense", "cusparse")]
+    for way in ("sampled", "strips"):
+        wrong = result["cheaper"][way] != (taken[way] < taken["dense"])
+        cells.append(f"{way if result['cheaper'][way] else 'dense':>8}{'!' if wrong else ' '}")
+    shape = "x".join(map(str, result["shape"]))
+    return f"{result['tokens']:>7} {shape:>12} {result['density']:>8.2%} " + " ".join(cells)
+
+
+def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
+    """Those of sampled_cost.py that are shares of a peak, measured one by one."""
+    from sparse_zero import sampled_triton
+
+    properties = torch.cuda.get_device_properties(device)
+    speeds = Speeds.of(properties)
+    clocks = properties.multi_processor_count * properties.clock_rate * 1e3
+    N = R = C = 4096
+    n = R * C // 100 // GRANULARITY * GRANULARITY
+    square = torch.randn(2 * N, 2 * N, device=device, dtype=dtype)
+    room, nothing = torch.empty(2**30, dtype=torch.uint8, device=device), torch.empty(1, device=device)
+    rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
+    pattern = csr_pattern(selection.positions(0, "weight", R * C, n, device=device), R, C)
+    strips = strip_pattern(R, C, n, device)
+    last = torch.empty(C, Pieces.of(N, R + C, C, dtype, TRANSIENT_BYTES).width, dtype=dtype, device=device)
+    piece = columns[: last.shape[1]]
+    block = sampled_cost.LINE // dtype.itemsize
+    copied = room.numel() // 2
+    ways = {
+        "product": lambda: square @ square,
+        "copy": lambda: room[:copied].copy_(room[copied:]),
+        "tokens_last": lambda: sampled_triton._tokens_last(piece, last, block),
+        "launches": lambda: [nothing.zero_() for _ in range(100)],
+        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern, TRANSIENT_BYTES),
+        "strips": lambda: sampled_triton.strips(rows, columns, *strips, GRANULARITY, TRANSIENT_BYTES),
+    }
+    taken = medians(ways, rounds)
+    pieces = N / last.shape[1]
+    gathered = N * dtype.itemsize * (n + R + n / sampled_cost.GATHER_TILE)
+    return {
+        "DENSE_SHARE": 2 * (2 * N) ** 3 / taken["product"] / speeds.flops(dtype),
+        "MEMORY_SHARE": 2 * copied / taken["copy"] / (speeds.memory / sampled_cost.MEMORY_SHARE),
+        "MEMORY_SHARE of the copies": 2
+        * last.nbytes
+        / taken["tokens_last"]
+        / (speeds.memory / sampled_cost.MEMORY_SHARE),
+        "CACHE_BYTES": gathered / (taken["sampled"] - 2 * pieces * taken["tokens_last"]) / clocks,
+        "STRIPS_SHARE at least": 2 * n * N / (taken["strips"] - pieces * taken["tokens_last"]) / speeds.half,
+        "LAUNCH_SECONDS": taken["launches"] / 100,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 16384])
+    parser.add_argument("--shapes", nargs="+", default=["1024x4096", "4096x4096", "14336x4096"], help="ROWSxCOLUMNS")
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU", file=sys.stderr)
+        sys.exit(1)
+    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
+    name = torch.cuda.get_device_name(device)
+    print(f"{name}, {arguments.dtype}, torch {torch.__version__}; milliseconds")
+    print(f"{'tokens':>7} {'shape':>12} {'density':>8}   sampled    strips     dense  cusparse    chosen")
+    results = []
+    for shape in arguments.shapes:
+        R, C = map(int, shape.split("x"))
+        for N in arguments.tokens:
+            for density in arguments.densities:
+                results.append(case(N, R, C, density, dtype, device, arguments.rounds))
+                print(line(results[-1]), flush=True)
+    print("\nconstant                     here      sampled_cost.py")
+    measured = constants(dtype, device, arguments.rounds)
+    for constant, value in measured.items():
+        print(f"{constant:<28} {value:<9.3g} {getattr(sampled_cost, constant.split()[0]):.3g}")
+    if arguments.json:
+        written = {"device": name, "dtype": arguments.dtype, "cases": results, "constants": measured}
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
