@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from sparse_zero import sampled_cost, sampled_gradient, selection
+from sparse_zero import sampled_cost, selection
+from sparse_zero.pattern import Pattern
 from sparse_zero.sampled_cost import Pieces, Speeds, is_cheaper
-from sparse_zero.sampled_gradient import TRANSIENT_BYTES, csr_pattern
+from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES
 
 DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 GRANULARITY = 16
@@ -63,13 +64,13 @@ def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: tor
     n = max(1, round(density * R * C / GRANULARITY)) * GRANULARITY
     rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
     wide_rows, wide_columns = rows.float(), columns.float()
-    pattern = csr_pattern(selection.positions(0, "weight", R * C, n, device=device), R, C)
+    pattern = Pattern.of_cells(selection.positions(0, "weight", R * C, n, device=device), R, C)
     strips = strip_pattern(R, C, n, device)
     ways = {
-        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern, TRANSIENT_BYTES),
+        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern[:2], TRANSIENT_BYTES),
         "strips": lambda: sampled_triton.strips(rows, columns, *strips, GRANULARITY, TRANSIENT_BYTES),
-        "dense": lambda: sampled_gradient._dense_in_chunks(rows, columns, *pattern),
-        "cusparse": lambda: sampled_gradient._sampled(wide_rows, wide_columns, *pattern),
+        "dense": lambda: _WAYS["dense"](rows, columns, pattern, dtype, TRANSIENT_BYTES),
+        "cusparse": lambda: _WAYS["sampled"](wide_rows, wide_columns, pattern, torch.float32, TRANSIENT_BYTES),
     }
     exact = ways["cusparse"]()
     error = (ways["sampled"]() - exact).abs().max() / exact.abs().max()
@@ -119,7 +120,7 @@ def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str
     square = torch.randn(2 * N, 2 * N, device=device, dtype=dtype)
     room, nothing = torch.empty(2**30, dtype=torch.uint8, device=device), torch.empty(1, device=device)
     rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
-    pattern = csr_pattern(selection.positions(0, "weight", R * C, n, device=device), R, C)
+    pattern = Pattern.of_cells(selection.positions(0, "weight", R * C, n, device=device), R, C)
     strips = strip_pattern(R, C, n, device)
     last = torch.empty(C, Pieces.of(N, R + C, C, dtype, TRANSIENT_BYTES).width, dtype=dtype, device=device)
     piece = columns[: last.shape[1]]
@@ -130,7 +131,7 @@ def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str
         "copy": lambda: room[:copied].copy_(room[copied:]),
         "tokens_last": lambda: sampled_triton._tokens_last(piece, last, block),
         "launches": lambda: [nothing.zero_() for _ in range(100)],
-        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern, TRANSIENT_BYTES),
+        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern[:2], TRANSIENT_BYTES),
         "strips": lambda: sampled_triton.strips(rows, columns, *strips, GRANULARITY, TRANSIENT_BYTES),
     }
     taken = medians(ways, rounds)

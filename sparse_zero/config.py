@@ -50,6 +50,15 @@ class SparseConfig(BaseModel):
     """Tokens whose embeddings are trained whole: rows of the input embedding, and of the output embedding where the
     two are not tied."""
 
+    indices: Literal["stored", "regenerated"] = "stored"
+    """Where the positions are between their uses. stored: beside each weight, 4 bytes for each selected scalar, or for
+    each strip. regenerated: nowhere; they are drawn again for each gradient and each writing of the deltas. Positions
+    that no rule draws (magnitude, a caller's own) are stored all the same."""
+
+    transient_mib: int = Field(64, ge=1)
+    """Bound on the memory that the gradient of a weight takes for a moment, beside its inputs, its result and the
+    positions, in MiB."""
+
     dropout: float = Field(0.0, ge=0, lt=1)
     """Chance of each delta to be left out of a training forward; what is left is scaled up, as in nn.Dropout."""
 

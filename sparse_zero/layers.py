@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from sparse_zero.config import SparseConfig
 from sparse_zero.products import lookup_gradient
 from sparse_zero.sampled_gradient import sampled_product
 from sparse_zero.selection import Draw
@@ -51,7 +52,7 @@ class _SampledGradient(torch.autograd.Function):
         # without the deltas; any other weight still holds what the forward saw, or autograd refuses it.
         if ctx.module.backward_reads_weight and is_partitioned(weight.weight):
             weight.write(ctx.forwards)
-        gradient = ctx.module.delta_gradient(inputs, grad_output, *weight.pattern)
+        gradient = ctx.module.delta_gradient(inputs, grad_output, weight)
         return grad_output, None, scaled(gradient, weight, ctx.forwards), None, None
 
 
@@ -131,18 +132,18 @@ class SparseLinear(SampledModule, nn.Linear):
     """weight (out, in)"""
 
     @staticmethod
-    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, *pattern: torch.Tensor) -> torch.Tensor:
+    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: inputs (..., in), grad_output (..., out). Returns: (n,)"""
-        return sampled_product(_flat(grad_output), _flat(inputs), *pattern)
+        return sampled_product(_flat(grad_output), _flat(inputs), weight.pattern, weight.transient_bytes)
 
 
 class SparseConv1D(SampledModule, Conv1D):
     """GPT-2's linear layer: weight (in, out)"""
 
     @staticmethod
-    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, *pattern: torch.Tensor) -> torch.Tensor:
+    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: inputs (..., in), grad_output (..., out). Returns: (n,)"""
-        return sampled_product(_flat(inputs), _flat(grad_output), *pattern)
+        return sampled_product(_flat(inputs), _flat(grad_output), weight.pattern, weight.transient_bytes)
 
 
 class SparseEmbedding(SampledModule, nn.Embedding):
@@ -150,9 +151,11 @@ class SparseEmbedding(SampledModule, nn.Embedding):
 
     backward_reads_weight = False
 
-    def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, *pattern: torch.Tensor) -> torch.Tensor:
+    def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: ids (...), grad_output (..., columns). Returns: (n,)"""
-        return lookup_gradient(ids, grad_output, pattern, self.padding_idx, self.scale_grad_by_freq)
+        return lookup_gradient(
+            ids, grad_output, weight.pattern, self.padding_idx, self.scale_grad_by_freq, weight.transient_bytes
+        )
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -194,9 +197,9 @@ def _new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
     return kind.__new__(kind)
 
 
-def attach(target: Target, draw: Draw, clock: UpdateClock, dropout: float = 0.0) -> SparseWeight:
+def attach(target: Target, draw: Draw, clock: UpdateClock, config: SparseConfig) -> SparseWeight:
     """Select scalars of a parameter, in place: every module that holds it becomes a sparse one. `begin` comes next."""
-    weight = SparseWeight(target, draw, clock, dropout)
+    weight = SparseWeight(target, draw, clock, config)
     for module, name in target.owners:
         weights = module.__dict__.setdefault("sparse_weights", {})
         weights[name] = weight

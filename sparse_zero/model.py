@@ -1,6 +1,7 @@
 """`sparsify`: freeze a model but for a random subset of its scalars, and take that back, merge it or pause it."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from sparse_zero.sparse_weight import SparseWeight, UpdateClock
 from sparse_zero.targets import all_targets, find_whole, parameters_of
 from sparse_zero.threads import in_threads
 from sparse_zero.zero import gathered, is_partitioned, let_leaf_inputs_have_gradients, settle
+
+logger = logging.getLogger(__name__)
 
 Chunks = Callable[[Draw, torch.device], Iterable[torch.Tensor]]
 
@@ -100,12 +103,16 @@ def attach(
     settle(model)
     parameters = all_targets(model)
     draws = list(draws)
+    if config.indices == "regenerated" and (kept := [draw.name for draw in draws if not draw.repeatable]):
+        logger.warning(
+            "sparse.indices: regenerated: no rule draws the positions of %s: they are stored", ", ".join(kept)
+        )
     total = sum(target.shape.numel() for target in parameters.values())
     with_new_rows = {draw.name for draw in draws if draw.whole_rows}
     base = fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint
     originals = {name: _copy(parameters[name].parameter) for name in whole}
     clock = UpdateClock()
-    weights = {draw.name: layers.attach(parameters[draw.name], draw, clock, config.dropout) for draw in draws}
+    weights = {draw.name: layers.attach(parameters[draw.name], draw, clock, config) for draw in draws}
     try:
         _begin(weights, chunks, deltas or {})
     except UserError:

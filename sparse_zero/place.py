@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparse_zero.sampled_gradient import flat_positions
+from sparse_zero.pattern import Pattern
 
 if TYPE_CHECKING:
     from sparse_zero.sparse_weight import SparseWeight
@@ -47,9 +47,11 @@ class Place:
         changes = self.change.split([span.stop - span.start for span in spans])
         return [Place(self.weight, change, first, shape) for change, first in zip(changes, firsts, strict=True)]
 
-    def part(self, first: int, shape: torch.Size, transposed: bool) -> "Place":
-        """Some of its rows, in any shape of C columns."""
+    def part(self, first: int, shape: torch.Size, transposed: bool) -> "Place | None":
+        """Some of its rows, in any shape of C columns. None where they cut through strips."""
         rows, each = shape[:-1].numel(), self.shape[-2]
+        if first % self.weight.draw.granularity or shape[-2] % self.weight.draw.granularity:
+            return None
         if (first, rows) == (self.first, self.rows):
             return replace(self, shape=shape, transposed=transposed)
         matrix, last = (first - self.first) // each, (first + rows - 1 - self.first) // each
@@ -75,22 +77,16 @@ class Place:
                 return self.part(self.first + row, rows.shape, transposed)
         return None
 
-    def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row_starts, column_index) of its rows as one matrix."""
-        return self._pattern(self.first, self.rows)
+    def pattern(self) -> Pattern:
+        """Of its rows as one matrix."""
+        return next(self.weight.patterns(self.first, self.rows, self.rows))
 
-    def patterns(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The pattern of each matrix."""
-        each = self.shape[-2]
-        return (self._pattern(first, each) for first in range(self.first, self.first + self.rows, each))
-
-    def _pattern(self, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        row_starts, column_index = self.weight.pattern
-        span = self.weight.span(first, rows)
-        return row_starts[first : first + rows + 1] - span.start, column_index[span]
+    def patterns(self) -> Iterator[Pattern]:
+        """Of each matrix."""
+        return self.weight.patterns(self.first, self.rows, self.shape[-2])
 
     def flat_positions(self) -> torch.Tensor:
         """Returns: int64 (n,), the selected positions in its flattened rows."""
         if self.rows == self.weight.shape[:-1].numel():
             return self.weight.flat_positions()
-        return flat_positions(*self.pattern(), self.shape[-1])
+        return torch.cat([*self.pattern().flat_chunks(self.shape[-1])])

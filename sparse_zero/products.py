@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparse_zero.pattern import Pattern
 from sparse_zero.place import Place
 from sparse_zero.sampled_gradient import embedding_product, sampled_product
 
@@ -48,7 +49,7 @@ class Product:
         each = x.shape[0] // matrices
         ends = [each * (i + 1) for i in range(matrices)] if parting is None else parting.tolist()
         gradients = [
-            sampled_product(rows[start:end], columns[start:end], *pattern)
+            sampled_product(rows[start:end], columns[start:end], pattern, self.place.weight.transient_bytes)
             for (start, end), pattern in zip(itertools.pairwise([0, *ends]), self.place.patterns(), strict=True)
         ]
         return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
@@ -66,17 +67,19 @@ class Lookup:
         """Args: ids (...), grad_output (..., C). Returns: (n,)"""
         rows = self.place.rows
         padding = None if self.padding_idx is None else self.padding_idx % rows
-        return lookup_gradient(ids % rows, grad_output, self.place.pattern(), padding, self.by_frequency)
+        bound = self.place.weight.transient_bytes
+        return lookup_gradient(ids % rows, grad_output, self.place.pattern(), padding, self.by_frequency, bound)
 
 
 def lookup_gradient(
     ids: torch.Tensor,
     grad_output: torch.Tensor,
-    pattern: tuple[torch.Tensor, torch.Tensor],
+    pattern: Pattern,
     padding_idx: int | None,
     by_frequency: bool,
+    transient_bytes: int,
 ) -> torch.Tensor:
-    """The gradient of an embedding's weight, as F.embedding has it, at the positions of a CSR pattern.
+    """The gradient of an embedding's weight, as F.embedding has it, at the positions of a pattern.
 
     Args: ids (...), not negative; grad_output (..., C). Returns: (n,)
     """
@@ -87,7 +90,7 @@ def lookup_gradient(
         ids, grad_output = ids[words], grad_output[words]
     if by_frequency:
         grad_output = grad_output / torch.bincount(ids, minlength=1)[ids, None]
-    return embedding_product(ids, grad_output, *pattern)
+    return embedding_product(ids, grad_output, pattern, transient_bytes)
 
 
 class SampledUse(torch.autograd.Function):

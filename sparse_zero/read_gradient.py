@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch.utils._pytree import tree_map_only
 
-from sparse_zero import sampled_gradient
 from sparse_zero.place import Place
 from sparse_zero.products import Lookup, Product, SampledUse
 
@@ -88,7 +87,7 @@ class _ReadGradient(torch.autograd.Function):
 
 def _tell_of(dense: torch.Tensor, weight: "SparseWeight") -> None:
     """Once per parameter: it takes more memory than a gradient should."""
-    size, bound = dense.numel() * dense.element_size(), sampled_gradient.TRANSIENT_BYTES
+    size, bound = dense.numel() * dense.element_size(), weight.transient_bytes
     if size > bound and not weight.told_of_dense_gradient:
         weight.told_of_dense_gradient = True
         logger.warning(

@@ -73,14 +73,16 @@ def strips_per_tile(strips: int, blocks: int, granularity: int) -> int:
     return max(16, min(64, 1024 // granularity, (1 << (mean - 1).bit_length()) // 2))
 
 
-def kernel_is_cheaper(rows_NR: torch.Tensor, columns_NC: torch.Tensor, n: int, transient_bytes: int) -> bool:
-    """Whether sampled_triton.sampled can compute n positions, and is expected to be faster than the dense product."""
+def kernel_is_cheaper(
+    rows_NR: torch.Tensor, columns_NC: torch.Tensor, n: int, granularity: int, transient_bytes: int
+) -> bool:
+    """Whether sampled_triton can compute n positions, and is expected to be faster than the dense product."""
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
     if rows_NR.device.type != "cuda" or torch.version.hip or dtype.itemsize > 4 or not _has_triton():
         return False
     properties = torch.cuda.get_device_properties(rows_NR.device)
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    return is_cheaper(N, R, C, n, dtype, properties, transient_bytes)
+    return is_cheaper(N, R, C, n, dtype, properties, transient_bytes, granularity)
 
 
 @functools.cache

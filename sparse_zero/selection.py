@@ -88,6 +88,18 @@ class Draw:
             piece.copy_(self.slice(start, start + piece.numel(), device))
         return flat
 
+    def strips(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One index for each strip: cells of the grid of blocks of rows by columns, flattened; positions where strips
+        are single scalars.
+
+        Returns: int64 (count / granularity,), sorted. Raises ValueError as `positions` does.
+        """
+        if self.granularity == 1:
+            return self.positions(device)
+        return positions(
+            self.seed, self.name, self.numel // self.granularity, self.count // self.granularity, device=device
+        )
+
     def chunks(self, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
         """All positions in order, some at a time. Raises ValueError as `positions` does."""
         if self.whole_rows or self.rule == STORED:

@@ -4,12 +4,12 @@ W[selected] = w0 + delta is written into the parameter itself, so that the model
 parameter keeps its name and its place in the state dict. Beside a `weight` stand
     weight_delta         Parameter (n,)    trained; at every place of a tied weight
     weight_base          buffer (n,)       w0, the original values, so that unmerging is exact
-    weight_row_starts    buffer (R + 1,)   CSR pattern of the positions in the weight as a matrix of R rows, int32;
-    weight_column_index  buffer (n,)       from the first gradient on
+    weight_strips        buffer (n / g,)   where its strips are (see pattern.py), int32 (int64 in a grid of 2**31);
+                                           not before it is needed again, and never where it is regenerated
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_zero.config import SparseConfig
+from sparse_zero.pattern import Pattern
 from sparse_zero.read_gradient import readable
-from sparse_zero.sampled_gradient import csr_pattern, flat_positions
-from sparse_zero.selection import Draw, stream_key
+from sparse_zero.selection import Draw, in_chunks, stream_key
 from sparse_zero.targets import Target
 from sparse_zero.zero import full_shape, gathered, is_partitioned, is_whole
 
@@ -59,9 +60,11 @@ class UpdateClock:
 class SparseWeight:
     """One selected parameter: where its tensors are, and how they go into the parameter."""
 
-    def __init__(self, target: Target, draw: Draw, clock: UpdateClock, dropout: float = 0.0) -> None:
+    def __init__(self, target: Target, draw: Draw, clock: UpdateClock, config: SparseConfig) -> None:
         """Its tensors hold nothing before `begin`."""
-        self.owners, self.draw, self.clock, self.dropout = target.owners, draw, clock, dropout
+        self.owners, self.draw, self.clock = target.owners, draw, clock
+        self.dropout, self.transient_bytes = config.dropout, config.transient_mib * 2**20
+        self.regenerates = config.indices == "regenerated" and draw.repeatable
         self.enabled, self.scale = True, 1.0
         self.passes_plain = False
         """Whether readers get the parameter as it is: in the forward of a module that has its own rule."""
@@ -80,8 +83,6 @@ class SparseWeight:
         self._edges: dict[int, int] = {}
         """Where the scalars of some rows begin."""
         self._written: tuple | None = None
-        self._positions: torch.Tensor | None = None
-        """The positions, narrow: until a gradient needs them by rows, and not before anything needs them again."""
 
     @torch.no_grad()
     def begin(self, chunks: Iterable[torch.Tensor], values: torch.Tensor | None = None) -> None:
@@ -93,7 +94,8 @@ class SparseWeight:
         """
         weight, delta, base = self.weight, self.delta.detach(), self.base
         writes = values is not None and not is_partitioned(weight)
-        keeps = None if writes and self.draw.repeatable else self._room_for_positions()
+        spares = self.regenerates or self.draw.granularity > 1 or (writes and self.draw.repeatable)
+        keeps = None if spares else self._room_for_strips()
         if values is None:
             delta.zero_()
         start = 0
@@ -113,7 +115,8 @@ class SparseWeight:
                     start = piece.stop
             assert start == self.draw.count, (self.draw, start)
         finally:
-            self._positions = keeps
+            if keeps is not None:
+                self._put_beside("strips", keeps)
             if writes:
                 self._written = self._state()
 
@@ -131,14 +134,18 @@ class SparseWeight:
         return self._beside("base")
 
     @property
-    def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row_starts, column_index) of the selected positions."""
-        if not self._has("row_starts"):
-            row_starts, column_index = csr_pattern(self.flat_positions(), self.shape[:-1].numel(), self.shape[-1])
-            self._put_beside("row_starts", row_starts)
-            self._put_beside("column_index", column_index)
-            self._positions = None
-        return self._beside("row_starts"), self._beside("column_index")
+    def pattern(self) -> Pattern:
+        """The selected positions in the parameter as a matrix. Made anew each time, of the strips."""
+        return Pattern.of_cells(self.strips(), self.shape[:-1].numel(), self.shape[-1], self.draw.granularity)
+
+    def strips(self) -> torch.Tensor:
+        """Returns: (n / g,), as Draw.strips, in the narrowest dtype."""
+        if self._has("strips"):
+            return self._beside("strips")
+        strips = self._room_for_strips().copy_(self.draw.strips(self.base.device))
+        if not self.regenerates:
+            self._put_beside("strips", strips)
+        return strips
 
     def _beside(self, kind: str) -> torch.Tensor:
         module, name = self.owners[0]
@@ -159,17 +166,20 @@ class SparseWeight:
 
     def flat_positions(self) -> torch.Tensor:
         """Returns: int64 (n,), the selected positions in the flattened parameter."""
-        if self._has("row_starts"):
-            return flat_positions(*self.pattern, self.shape[-1])
-        if self._positions is None:
-            flat = self.draw.positions(self.base.device)
-            self._positions = self._room_for_positions().copy_(flat)
-            return flat
-        return self._positions.to(self.base.device, torch.int64)
+        return torch.cat([*self._flat_chunks()])
 
-    def _room_for_positions(self) -> torch.Tensor:
-        narrow = torch.int32 if self.shape.numel() < 2**31 else torch.int64
-        return torch.empty(self.draw.count, dtype=narrow, device=self.weight.device)
+    def _flat_chunks(self) -> Iterator[torch.Tensor]:
+        """`flat_positions`, some at a time."""
+        if self.draw.granularity > 1:
+            yield from self.pattern.flat_chunks(self.shape[-1])
+        elif self.regenerates:
+            yield from self.draw.chunks(self.base.device)
+        else:
+            yield from (strips.long() for strips in in_chunks(self.strips()))
+
+    def _room_for_strips(self) -> torch.Tensor:
+        narrow = torch.int32 if self.draw.numel // self.draw.granularity < 2**31 else torch.int64
+        return torch.empty(self.draw.count // self.draw.granularity, dtype=narrow, device=self.weight.device)
 
     @torch.no_grad()
     def write(self, forwards: int | None = None) -> None:
@@ -177,16 +187,22 @@ class SparseWeight:
 
         Args: forwards: the training forward whose dropout applies; None: no dropout.
         """
-        values = self.base
-        if self.enabled:
-            factor = self.factor(forwards)
-            change = self.delta if factor is None else self.delta * factor
-            values = _sum(values, change)
+        factor = self.factor(forwards)
         weight = self.weight
         # A stage-3 copy is written again in each gather, always with the values that the graph already saw, so
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
-        target = weight.data if is_partitioned(weight) else weight.detach()
-        target.view(-1).index_copy_(0, self.flat_positions(), values.to(weight.dtype))
+        whole = (weight.data if is_partitioned(weight) else weight.detach()).view(-1)
+        start = 0
+        for flat in self._flat_chunks():
+            piece = slice(start, start + flat.numel())
+            values = self.base[piece]
+            if self.enabled:
+                change = self.delta[piece]
+                if factor is not None:
+                    change = change * (factor[piece] if isinstance(factor, torch.Tensor) else factor)
+                values = _sum(values, change).to(weight.dtype)
+            whole.index_copy_(0, flat, values)
+            start = piece.stop
 
     @property
     def is_written(self) -> bool:
@@ -255,23 +271,35 @@ class SparseWeight:
         return self.delta if self.dropping is None and self.scale == 1 else _Scaled.apply(self.delta, self)
 
     def span(self, first: int, rows: int) -> slice:
-        """Which of the selected scalars lie in some rows of the weight as a matrix."""
-        row_starts, _ = self.pattern
+        """Which of the selected scalars lie in some rows of the weight as a matrix, whole blocks of them."""
         if not self._edges:
             # One wait for the accelerator, for all experts at once
             each = self.shape[-2] if len(self.shape) > 1 else 1
-            self._edges = {i * each: start for i, start in enumerate(row_starts[::each].tolist())}
-        for row in (first, first + rows):
-            if row not in self._edges:
-                self._edges[row] = int(row_starts[row])
+            self._find_edges(range(0, self.shape[:-1].numel() + 1, each))
+        if missing := [row for row in (first, first + rows) if row not in self._edges]:
+            self._find_edges(missing)
         return slice(self._edges[first], self._edges[first + rows])
+
+    def _find_edges(self, rows: Sequence[int]) -> None:
+        g, strips = self.draw.granularity, self.strips()
+        cells = torch.tensor([row // g * self.shape[-1] for row in rows], dtype=strips.dtype, device=strips.device)
+        starts = torch.searchsorted(strips, cells).tolist()
+        self._edges |= {row: start * g for row, start in zip(rows, starts, strict=True)}
+
+    def patterns(self, first: int, rows: int, each: int) -> Iterator[Pattern]:
+        """Of some rows of the weight as a matrix, `each` at a time, as matrices of their own."""
+        g, columns, strips = self.draw.granularity, self.shape[-1], self.strips()
+        for start in range(first, first + rows, each):
+            span = self.span(start, each)
+            cells = strips[span.start // g : span.stop // g] - start // g * columns
+            yield Pattern.of_cells(cells, each, columns, g)
 
     def remove(self) -> None:
         """Take the delta and its buffers off the module; the weight stays as it is."""
         for module, name in self.owners:
             delattr(module, f"{name}_delta")
         module, name = self.owners[0]
-        for kind in ("base", "row_starts", "column_index"):
+        for kind in ("base", "strips"):
             module._buffers.pop(f"{name}_{kind}", None)
             module._non_persistent_buffers_set.discard(f"{name}_{kind}")
 

@@ -94,7 +94,7 @@ def test_devices_that_are_not_known_compute_densely():
 
 
 def test_no_kernel_is_chosen_on_the_cpu():
-    assert not kernel_is_cheaper(torch.empty(4096, 64), torch.empty(4096, 64), 1, BOUND)
+    assert not kernel_is_cheaper(torch.empty(4096, 64), torch.empty(4096, 64), 1, 1, BOUND)
 
 
 def test_pieces_hold_no_more_tokens_than_there_are_or_fit():

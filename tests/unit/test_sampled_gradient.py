@@ -1,18 +1,30 @@
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_zero import sampled_gradient
-from sparse_zero.sampled_gradient import SAMPLED_BELOW, csr_pattern, flat_positions, sampled_product
+from sparse_zero.pattern import Pattern
+from sparse_zero.sampled_gradient import _WAYS, cheaper_way, embedding_product, expected_costs, sampled_product
+from sparse_zero.selection import strips
 
-SPARSE, DENSE = SAMPLED_BELOW / 4, 0.5
-"""Densities on either side of the switch between the two ways to compute."""
+WAYS = [("sampled", 1), ("dense", 1), ("dense", 4), ("strips", 4), ("strips", 1)]
+"""Each way, and the granularities that it takes."""
+
+MIB = 2**20
 
 
-def draw(rows: int, columns: int, density: float) -> torch.Tensor:
-    """Sorted positions in a flattened (rows, columns) matrix, at least one."""
-    count = max(1, round(density * rows * columns))
-    return torch.randperm(rows * columns)[:count].sort().values
+def draw(rows: int, columns: int, density: float, granularity: int = 1) -> torch.Tensor:
+    """Sorted cells of a matrix's grid, at least one, as many as the density says: of any blocks."""
+    grid = rows // granularity * columns
+    return torch.randperm(grid)[: max(1, round(density * grid))].sort().values
+
+
+def places(cells: torch.Tensor, rows: int, columns: int, granularity: int) -> torch.Tensor:
+    """The scalars of these strips by their definition: block by block, row by row, column by column."""
+    blocks, chosen = cells // columns, cells % columns
+    flat = []
+    for block in range(rows // granularity):
+        for row in range(block * granularity, (block + 1) * granularity):
+            flat += [row * columns + column for column in chosen[blocks == block].tolist()]
+    return torch.tensor(flat)
 
 
 def operands(N: int, R: int, C: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,35 +36,21 @@ def reference(rows_NR: torch.Tensor, columns_NC: torch.Tensor, flat: torch.Tenso
     return (rows_NR.double().t() @ columns_NC.double()).flatten()[flat]
 
 
-def assert_product(rows_NR: torch.Tensor, columns_NC: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    pattern = csr_pattern(flat, rows_NR.shape[1], columns_NC.shape[1])
-    result = sampled_product(rows_NR, columns_NC, *pattern)
-    scale = max(1.0, rows_NR.shape[0] ** 0.5)
-    torch.testing.assert_close(
-        result.double(), reference(rows_NR, columns_NC, flat), rtol=1e-5, atol=1e-6 * scale, check_dtype=False
-    )
-    return result
-
-
-class LargestOutput(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation allocates (views and in-place results are not allocations)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        output = function(*arguments, **(options or {}))
-        held = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor) and is_strided(a)}
-        if isinstance(output, torch.Tensor) and is_strided(output):
-            storage = output.untyped_storage()
-            if storage.data_ptr() not in held:
-                self.bytes = max(self.bytes, storage.nbytes())
-        return output
-
-
-def is_strided(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided
+def assert_product(
+    way: str,
+    rows_NR: torch.Tensor,
+    columns_NC: torch.Tensor,
+    cells: torch.Tensor,
+    granularity: int = 1,
+    transient_bytes: int = 64 * MIB,
+) -> None:
+    (N, R), C = rows_NR.shape, columns_NC.shape[1]
+    pattern = Pattern.of_cells(cells, R, C, granularity)
+    dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
+    result = _WAYS[way](rows_NR, columns_NC, pattern, dtype, transient_bytes)
+    assert result.dtype == dtype
+    expected = reference(rows_NR, columns_NC, places(cells, R, C, granularity))
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6 * max(1.0, N**0.5))
 
 
 @pytest.fixture(autouse=True)
@@ -60,41 +58,33 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("density", [1e-9, 0.01, SPARSE, DENSE, 1.0])
+@pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 1.0])
 @pytest.mark.parametrize(
-    ("N", "R", "C"), [(1, 1, 1), (5, 1, 40), (5, 40, 1), (33, 17, 29), (64, 128, 96), (3, 200, 7)]
+    ("N", "R", "C"), [(1, 4, 1), (5, 4, 40), (5, 40, 1), (33, 16, 29), (300, 64, 96), (129, 200, 7)]
 )
-def test_equals_the_dense_product_gathered(N, R, C, density):
-    assert_product(*operands(N, R, C), draw(R, C, density))
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_equals_the_dense_product_gathered(way, granularity, N, R, C, density):
+    assert_product(way, *operands(N, R, C), draw(R, C, density, granularity), granularity)
 
 
-@pytest.mark.parametrize("density", [SPARSE, DENSE])
 @pytest.mark.parametrize(
-    ("rows_dtype", "columns_dtype", "expected"),
+    ("rows_dtype", "columns_dtype"),
     [
-        (torch.float32, torch.float32, torch.float32),
-        (torch.float64, torch.float64, torch.float64),
-        (torch.bfloat16, torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32, torch.float32),
-        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
     ],
 )
-def test_sums_in_float32_or_better(rows_dtype, columns_dtype, expected, density):
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_sums_in_float32_or_better(way, granularity, rows_dtype, columns_dtype):
     # Half precision operands are exact in float32, so the float64 reference is met as closely as by float32 ones.
     rows, columns = operands(300, 24, 40)
-    result = assert_product(rows.to(rows_dtype), columns.to(columns_dtype), draw(24, 40, density))
-    assert result.dtype == expected
+    assert_product(way, rows.to(rows_dtype), columns.to(columns_dtype), draw(24, 40, 0.1, granularity), granularity)
 
 
-def test_an_empty_batch_gives_zeros():
-    for density in (SPARSE, DENSE):
-        flat = draw(6, 8, density)
-        result = sampled_product(*operands(0, 6, 8), *csr_pattern(flat, 6, 8))
-        assert torch.equal(result, torch.zeros(flat.numel()))
-
-
-@pytest.mark.parametrize("density", [SPARSE, DENSE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -106,74 +96,164 @@ def test_an_empty_batch_gives_zeros():
     ],
     ids=["transposed", "strided", "one-row", "one-column", "scalar"],
 )
-def test_operands_of_any_strides(layout, density):
-    rows, columns = operands(12, 20, 30)
-    flat = draw(20, 30, density)
-    assert_product(layout(rows), columns, flat)
-    assert_product(rows, layout(columns), flat)
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_operands_of_any_strides(way, granularity, layout, dtype):
+    rows, columns = operands(140, 20, 30, dtype)
+    cells = draw(20, 30, 0.2, granularity)
+    for bound in (64 * MIB, 5000):
+        assert_product(way, layout(rows), columns, cells, granularity, bound)
+        assert_product(way, rows, layout(columns), cells, granularity, bound)
 
 
-def test_rows_of_the_weight_without_positions():
-    rows, columns = operands(9, 50, 40)
-    for used in ([0], [49], [7, 8, 31]):
-        flat = torch.cat([row * 40 + torch.arange(0, 40, 3) for row in used])
-        assert_product(rows, columns, flat)
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+@pytest.mark.parametrize("used", [[0], [11], [2, 3, 7]])
+def test_blocks_without_strips(way, granularity, used):
+    cells = torch.cat([block * 40 + torch.arange(0, 40, 3) for block in used])
+    for bound in (64 * MIB, 3000):
+        assert_product(way, *operands(9, 12 * granularity, 40), cells, granularity, bound)
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 2, 7, 24, 25, 1000])
-def test_dense_product_in_chunks(monkeypatch, rows_per_chunk):
-    R, C = 25, 30
-    monkeypatch.setattr(sampled_gradient, "TRANSIENT_BYTES", rows_per_chunk * C * 4)
-    rows, columns = operands(40, R, C)
-    assert_product(rows, columns, draw(R, C, DENSE))
-    assert_product(rows, columns, draw(R, C, 1.0))
+@pytest.mark.parametrize("bound", [1, 1000, 4000, 16_000, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_any_bound_gives_the_same(way, granularity, dtype, bound):
+    for density in (0.05, 1.0):
+        assert_product(way, *operands(77, 24, 30, dtype), draw(24, 30, density, granularity), granularity, bound)
 
 
-def test_chunks_that_hold_no_position(monkeypatch):
+def peak_of_transient(function) -> tuple[int, torch.Tensor]:
+    """The most bytes that a function held at once beside its result, as the allocator saw it."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak - result.untyped_storage().nbytes(), result
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.t().contiguous().t()
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed, strided])
+@pytest.mark.parametrize("density", [0.02, 1.0])
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_transient_memory_is_within_the_bound(way, granularity, density, layout, dtype):
+    N, R, C, bound = 3000, 256, 320, MIB // 2
+    rows, columns = map(layout, operands(N, R, C, dtype))
+    pattern = Pattern.of_cells(draw(R, C, density, granularity), R, C, granularity)
+    peak, _ = peak_of_transient(lambda: _WAYS[way](rows, columns, pattern, torch.float32, bound))
+    # Cast or copied as a whole the inputs alone would exceed it
+    assert 0 < peak <= bound
+    assert 4 * bound < N * (R + C) * 4
+
+
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transient_memory_of_an_embedding(granularity, dtype):
+    rows, C, bound = 64, 320, MIB // 2
+    pattern = Pattern.of_cells(draw(rows, C, 0.5, granularity), rows, C, granularity)
+    ids, grad = torch.randint(rows, (5000,)), torch.randn(5000, C).to(dtype)
+    peak, _ = peak_of_transient(lambda: embedding_product(ids, grad, pattern, bound))
+    assert bound // 8 < peak <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("N", [0, 1, 200])
+def test_embedding_equals_the_dense_gradient_gathered(N, granularity, dtype):
     R, C = 24, 10
-    monkeypatch.setattr(sampled_gradient, "TRANSIENT_BYTES", 4 * C * 4)
-    rows, columns = operands(5, R, C)
-    full = torch.arange(C)
-    # Chunks of four rows: the first, some in the middle and the last one are empty
-    flat = torch.cat([row * C + full for row in (4, 7, 16, 17, 18)])
-    assert_product(rows, columns, flat)
+    cells = draw(R, C, 0.3, granularity)
+    ids, grad = torch.randint(R, (N,)), torch.randn(N, C).to(dtype)
+    dense = torch.zeros(R, C, dtype=torch.float64).index_add_(0, ids, grad.double())
+    for bound in (64 * MIB, 2000, 1):
+        result = embedding_product(ids, grad, Pattern.of_cells(cells, R, C, granularity), bound)
+        expected = dense.flatten()[places(cells, R, C, granularity)]
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_chunk_holds_at_least_one_row(monkeypatch):
-    monkeypatch.setattr(sampled_gradient, "TRANSIENT_BYTES", 1)
-    assert_product(*operands(5, 6, 8), draw(6, 8, DENSE))
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_an_empty_batch_gives_zeros(granularity):
+    for dtype in (torch.float32, torch.bfloat16):
+        pattern = Pattern.of_cells(draw(8, 8, 0.2, granularity), 8, 8, granularity)
+        result = sampled_product(*operands(0, 8, 8, dtype), pattern)
+        assert torch.equal(result, torch.zeros(pattern.count))
 
 
-def test_the_sampled_way_never_holds_the_whole_product():
-    R, C = 512, 512
-    rows, columns = operands(8, R, C)
-    pattern = csr_pattern(draw(R, C, 0.01), R, C)
-    with LargestOutput() as largest:
-        sampled_product(rows, columns, *pattern)
-    assert 0 < largest.bytes <= 0.02 * R * C * 4
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("density", [0.03, 0.9])
+def test_gradcheck(granularity, density):
+    """Against finite differences of a linear layer of which some weights vary."""
+    R, C = 8, 12
+    pattern = Pattern.of_cells(draw(R, C, density, granularity), R, C, granularity)
+    flat, frozen = torch.cat([*pattern.flat_chunks(C)]), torch.randn(R, C, dtype=torch.float64)
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, delta):
+            weight = frozen.flatten().index_add(0, flat, delta).view(R, C)
+            ctx.save_for_backward(x, weight)
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad @ weight, sampled_product(grad, x, pattern)
+
+    inputs = (torch.randn(5, C, dtype=torch.float64), torch.randn(pattern.count, dtype=torch.float64))
+    assert torch.autograd.gradcheck(Linear.apply, tuple(x.requires_grad_() for x in inputs))
 
 
-def test_the_dense_way_holds_no_more_than_its_bound(monkeypatch):
-    R, C = 512, 512
-    bound = R * C * 4 // 4
-    monkeypatch.setattr(sampled_gradient, "TRANSIENT_BYTES", bound)
-    rows, columns = operands(8, R, C)
-    flat = draw(R, C, 0.2)
-    pattern = csr_pattern(flat, R, C)
-    with LargestOutput() as largest:
-        sampled_product(rows, columns, *pattern)
-    assert bound // 2 < largest.bytes <= bound
-
-
-@pytest.mark.parametrize(("R", "C"), [(1, 1), (1, 9), (9, 1), (12, 31)])
+@pytest.mark.parametrize(("R", "C"), [(4, 1), (4, 9), (12, 1), (12, 31)])
 @pytest.mark.parametrize("density", [1e-9, 0.3, 1.0])
-def test_a_pattern_gives_its_positions_back(R, C, density):
-    flat = draw(R, C, density)
-    row_starts, column_index = csr_pattern(flat, R, C)
-    mask = torch.zeros(R, C, dtype=torch.bool)
-    mask.view(-1)[flat] = True
-    reference = mask.to(torch.float32).to_sparse_csr()
-    assert row_starts.dtype == column_index.dtype == torch.int32
-    assert row_starts.tolist() == reference.crow_indices().tolist()
-    assert column_index.tolist() == reference.col_indices().tolist()
-    assert torch.equal(flat_positions(row_starts, column_index, C), flat)
+@pytest.mark.parametrize("granularity", [1, 2, 4])
+def test_a_pattern_gives_its_positions_back(R, C, density, granularity):
+    cells = draw(R, C, density, granularity)
+    pattern = Pattern.of_cells(cells, R, C, granularity)
+    mask = torch.zeros(R // granularity, C)
+    mask.view(-1)[cells] = 1
+    expected = mask.to_sparse_csr()
+    assert pattern.block_starts.dtype == pattern.strip_columns.dtype == torch.int32
+    assert pattern.block_starts.tolist() == expected.crow_indices().tolist()
+    assert pattern.strip_columns.tolist() == expected.col_indices().tolist()
+    flat = places(cells, R, C, granularity)
+    assert torch.equal(torch.cat([*pattern.flat_chunks(C)]), flat)
+    for start, stop in [(0, 1), (flat.numel() // 3, flat.numel()), (flat.numel() // 2, flat.numel() // 2 + 1)]:
+        assert torch.equal(pattern.flat_positions(C, slice(start, stop)), flat[start:stop])
+
+
+def test_a_pattern_is_made_in_pieces(monkeypatch):
+    cells = draw(12, 31, 0.5, 2)
+    whole = Pattern.of_cells(cells, 12, 31, 2)
+    flat = torch.cat([*whole.flat_chunks(31)])
+    monkeypatch.setattr("sparse_zero.pattern.SHARED_CHUNK", 7)
+    cut = Pattern.of_cells(cells, 12, 31, 2)
+    assert all(torch.equal(a, b) for a, b in zip(cut[:2], whole[:2], strict=True))
+    assert len([*cut.flat_chunks(31)]) > 20
+    assert torch.equal(torch.cat([*cut.flat_chunks(31)]), flat)
+
+
+def test_a_pattern_holds_what_selection_draws():
+    count = 33 * 8
+    flat = strips(3, "w", (64, 50), count, 8)
+    cells = torch.unique(flat // 50 // 8 * 50 + flat % 50)
+    assert torch.equal(torch.cat([*Pattern.of_cells(cells, 64, 50, 8).flat_chunks(50)]), flat)
+
+
+def test_few_positions_are_sampled_and_many_are_read_from_the_dense_product():
+    N, size = 1024, 2048
+    assert cheaper_way(N, size, size, size * size // 100, 1) == "sampled"
+    assert cheaper_way(N, size, size, size * size // 2, 1) == "dense"
+    assert cheaper_way(N, size, size, size * size // 100, 16) == "strips"
+    assert cheaper_way(N, size, size, size * size, 16) == "dense"
+    # The larger the strips, the less each of their scalars costs
+    costs = [expected_costs(N, size, size, size * size // 64, g)["strips"] for g in (8, 16, 32, 64)]
+    assert costs == sorted(costs, reverse=True)

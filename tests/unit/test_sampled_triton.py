@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_zero import sampled_gradient, selection
-from sparse_zero.sampled_gradient import csr_pattern
+from sparse_zero.pattern import Pattern
 
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -90,8 +90,8 @@ def assert_close(result: torch.Tensor, rows_NR: torch.Tensor, columns_NC: torch.
 
 
 def assert_sampled(rows_NR, columns_NC, flat, bound=BOUND) -> torch.Tensor:
-    pattern = csr_pattern(flat, rows_NR.shape[1], columns_NC.shape[1])
-    result = sampled_triton.sampled(rows_NR, columns_NC, *pattern, bound)
+    pattern = Pattern.of_cells(flat, rows_NR.shape[1], columns_NC.shape[1])
+    result = sampled_triton.sampled(rows_NR, columns_NC, *pattern[:2], bound)
     assert_close(result, rows_NR, columns_NC, flat)
     return result
 
@@ -137,7 +137,7 @@ def test_what_is_not_finite_stays_where_it_belongs(granularity):
     result = sampled_triton.strips(rows, columns, starts, strip_columns, granularity, BOUND)
     assert torch.equal(result.isnan(), flat % C == spoilt)
     flat = draw(R, C, 0.1)
-    result = sampled_triton.sampled(rows, columns, *csr_pattern(flat, R, C), BOUND)
+    result = sampled_triton.sampled(rows, columns, *Pattern.of_cells(flat, R, C)[:2], BOUND)
     assert torch.equal(result.isnan(), flat % C == spoilt)
 
 
@@ -188,7 +188,7 @@ def test_what_is_allocated_stays_within_the_bound(tokens, dtype):
     rows, columns = operands(N, R, C, dtype)
     # No multiple of a tile: what fills up the last one must not be stored
     flat, (strip_flat, starts, strip_columns) = draw(R, C, 0.105), draw_strips(R, C, 16, 12)
-    pattern = csr_pattern(flat, R, C)
+    pattern = Pattern.of_cells(flat, R, C)[:2]
     with AllocatedBytes() as allocated:
         result = sampled_triton.sampled(rows, columns, *pattern, bound)
     assert_close(result, rows, columns, flat)
@@ -231,12 +231,30 @@ def test_the_sampled_gradient_takes_the_cheaper_way(monkeypatch, cheaper):
     monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *a: asked.append(a) or cheaper)
     kernel = sampled_triton.sampled
     monkeypatch.setattr(sampled_triton, "sampled", lambda *a: ran.append(a) or kernel(*a))
-    result = sampled_gradient.sampled_product(rows, columns, *csr_pattern(flat, 16, 20))
+    pattern = Pattern.of_cells(flat, 16, 20)
+    # What a GPU runs: on the CPU sampled_product has other ways
+    result = sampled_gradient._on_accelerator(rows, columns, pattern, torch.bfloat16, BOUND)
+    assert result.dtype == torch.float32
     torch.testing.assert_close(
         result.double(), (rows.double().t() @ columns.double()).flatten()[flat], rtol=1e-2, atol=1e-2
     )
-    assert [(a[2], a[3]) for a in asked] == [(64, BOUND)]
+    assert [a[2:] for a in asked] == [(64, 1, BOUND)]
     assert [a[4] for a in ran] == [BOUND] * cheaper
+
+
+@pytest.mark.parametrize("cheaper", [True, False])
+def test_strips_take_the_cheaper_way(monkeypatch, cheaper):
+    rows, columns = operands(20, 32, 20, torch.bfloat16)
+    flat, starts, strip_columns = draw_strips(32, 20, 16, 6)
+    monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *a: cheaper)
+    kernel, ran = sampled_triton.strips, []
+    monkeypatch.setattr(sampled_triton, "strips", lambda *a: ran.append(a) or kernel(*a))
+    pattern = Pattern(starts, strip_columns, 16)
+    result = sampled_gradient._on_accelerator(rows, columns, pattern, torch.bfloat16, BOUND)
+    torch.testing.assert_close(
+        result.double(), (rows.double().t() @ columns.double()).flatten()[flat], rtol=1e-2, atol=1e-2
+    )
+    assert len(ran) == cheaper
 
 
 class AllocatedBytes(TorchDispatchMode):

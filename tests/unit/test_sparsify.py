@@ -135,7 +135,7 @@ class DenseGradients(TorchDispatchMode):
 def dense_gradients_left(model: nn.Sequential) -> tuple[int, int]:
     """How many dense gradients of the last weight were made, and how many were there when the gradient reached the
     layer before."""
-    activation = model[:-1](torch.randn(8, 12))
+    activation = model[:-1](torch.randn(8, 96))
     left = []
     watch = DenseGradients(model[-1].weight.numel())
     activation.register_hook(lambda gradient: left.append(watch.alive()))
@@ -146,7 +146,7 @@ def dense_gradients_left(model: nn.Sequential) -> tuple[int, int]:
 
 
 def test_no_dense_gradient_outlives_the_backward_of_its_layer():
-    base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 31))
+    base = nn.Sequential(nn.Linear(96, 160), nn.Tanh(), nn.Linear(160, 248))
     assert dense_gradients_left(copy.deepcopy(base)) == (1, 1), "the watch sees an ordinary model's gradient"
     config = SparseConfig(density=0.3, targets="all-linear")
     made, left = dense_gradients_left(sparsify(copy.deepcopy(base), config))

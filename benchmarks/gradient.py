@@ -1,0 +1,157 @@
+"""Time of the gradient at the selected positions, by each way and at many densities, in turns in one process.
+
+    python benchmarks/gradient.py                        a table, and the constants of the cost model that fit it
+    python benchmarks/gradient.py --sizes 768x768 4096x4096 --densities 0.01 0.05 --json gradient.json
+
+Each figure is the median over the rounds of a ratio to the dense product in float32 of the same round. `chosen` is what
+cheaper_way takes, `best` what it should have taken. The last table has what positions cost, stored or regenerated, in
+the gradient and in the writing of the deltas, as parts of the sampled gradient (or of strips) of that weight.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sparse_zero.pattern import Pattern
+from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES, cheaper_way, expected_costs
+from sparse_zero.selection import STRATIFIED, Draw
+from sparse_zero.zero import device_name
+
+
+def medians(calls: dict[str, Callable[[], object]], floor: str, rounds: int) -> dict[str, float]:
+    """Of each call, the median ratio to the floor's time in the same round."""
+    ratios: dict[str, list[float]] = {}
+    for round_number in range(rounds + 1):
+        seconds = {}
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name] = time.perf_counter() - started
+        if round_number:  # warm-up
+            for name, mine in seconds.items():
+                ratios.setdefault(name, []).append(mine / seconds[floor])
+    return {name: statistics.median(each) for name, each in ratios.items()}
+
+
+def draw_of(R: int, C: int, density: float, granularity: int) -> Draw:
+    count = max(1, round(density * R * C / granularity)) * granularity
+    return Draw(STRATIFIED, "weight", (R, C), count, granularity=granularity)
+
+
+def measure(
+    R: int, C: int, density: float, granularity: int, dtype: torch.dtype, arguments: argparse.Namespace
+) -> dict:
+    N, draw = arguments.tokens, draw_of(R, C, density, granularity)
+    pattern = Pattern.of_cells(draw.strips().int(), R, C, granularity)
+    rows, columns = torch.randn(N, R), torch.randn(N, C)
+    ways = list(expected_costs(N, R, C, draw.count, granularity))
+    x, y = rows.to(dtype), columns.to(dtype)
+    calls = {way: lambda way=way: _WAYS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in ways}
+    ratios = medians(calls | {"floor": lambda: rows.t() @ columns}, "floor", arguments.rounds)
+    del ratios["floor"]
+    return {
+        "rows": R,
+        "columns": C,
+        "density": density,
+        "granularity": granularity,
+        "dtype": str(dtype).removeprefix("torch."),
+        "count": draw.count,
+        "ratios": {way: round(ratio, 4) for way, ratio in ratios.items()},
+        "chosen": cheaper_way(N, R, C, draw.count, granularity),
+        "best": min(ratios, key=ratios.__getitem__),
+    }
+
+
+def fitted(measured: list[dict], N: int) -> dict[str, list[float]]:
+    """The constants of expected_costs, with the least squares of relative errors."""
+    constants = {}
+    for way, terms in {
+        "sampled": lambda R, C, n, g: [N * (R + C), N * n],
+        "strips": lambda R, C, n, g: [N * R, N * n / g, N * n],
+    }.items():
+        some = [row for row in measured if way in row["ratios"]]
+        if not some:
+            continue
+        costs = [row["ratios"][way] * N * row["rows"] * row["columns"] for row in some]
+        parts = [terms(row["rows"], row["columns"], row["count"], row["granularity"]) for row in some]
+        matrix = torch.tensor(parts, dtype=torch.float64) / torch.tensor(costs, dtype=torch.float64)[:, None]
+        solution = torch.linalg.lstsq(matrix, torch.ones(len(some), 1, dtype=torch.float64)).solution
+        constants[way] = [round(x, 2) for x in solution.flatten().tolist()]
+    return constants
+
+
+def measure_indices(R: int, C: int, density: float, granularity: int, arguments: argparse.Namespace) -> dict:
+    """Beside one gradient in float32: making the pattern, and finding all positions for a writing of the deltas."""
+    draw = draw_of(R, C, density, granularity)
+    stored = draw.strips().int()
+    rows, columns = torch.randn(arguments.tokens, R), torch.randn(arguments.tokens, C)
+    way = _WAYS["sampled" if granularity == 1 else "strips"]
+
+    def pattern(cells: torch.Tensor) -> Pattern:
+        return Pattern.of_cells(cells, R, C, granularity)
+
+    def positions(cells: torch.Tensor) -> list[torch.Tensor]:
+        return [cells.long()] if granularity == 1 else [*pattern(cells).flat_chunks(C)]
+
+    once = pattern(stored)
+    calls = {
+        "gradient": lambda: way(rows, columns, once, torch.float32, TRANSIENT_BYTES),
+        "stored": lambda: (pattern(stored), positions(stored)),
+        "regenerated": lambda: (pattern(draw.strips().int()), positions(draw.strips().int())),
+    }
+    ratios = medians(calls, "gradient", arguments.rounds)
+    return {"rows": R, "columns": C, "density": density, "granularity": granularity} | {
+        name: round(ratios[name], 4) for name in ("stored", "regenerated")
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["768x768", "2048x768", "2048x2048", "4096x4096"])
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01, 0.05, 0.1, 0.2])
+    parser.add_argument("--granularities", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
+    cases = [(R, C, d, g) for R, C in sizes for g in arguments.granularities for d in arguments.densities]
+    print(f"{device_name()}, {arguments.tokens} tokens, {arguments.rounds} rounds; 1 = the dense product in float32")
+    head = f"{'weight':<12} {'g':>3} {'density':>8}"
+    print(f"{head} {'dtype':<9} {'sampled':>8} {'strips':>8} {'dense':>8}   chosen   best")
+    measured = []
+    for R, C, density, granularity in cases:
+        for dtype in arguments.dtypes:
+            row = measure(R, C, density, granularity, getattr(torch, dtype), arguments)
+            measured.append(row)
+            cells = " ".join(
+                f"{row['ratios'][way]:>8.3f}" if way in row["ratios"] else " " * 8
+                for way in ("sampled", "strips", "dense")
+            )
+            print(
+                f"{f'{R} x {C}':<12} {granularity:>3} {density:>8.2%} {dtype:<9} {cells}   {row['chosen']:<8} {row['best']}",
+                flush=True,
+            )
+    constants = fitted(measured, arguments.tokens)
+    for way, values in constants.items():
+        print(f"fitted constants of {way}: {', '.join(map(str, values))}")
+    print(f"\n{head} {'stored':>8} {'regenerated':>12}   parts of the gradient")
+    indices = [measure_indices(*case, arguments) for case in cases]
+    for row in indices:
+        size = f"{row['rows']} x {row['columns']}"
+        print(
+            f"{size:<12} {row['granularity']:>3} {row['density']:>8.2%} {row['stored']:>8.3f} {row['regenerated']:>12.3f}"
+        )
+    if arguments.json:
+        found = {"arguments": vars(arguments) | {"json": None}, "rows": measured, "fitted": constants}
+        arguments.json.write_text(json.dumps(found | {"indices": indices}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
