@@ -3,9 +3,9 @@
     python benchmarks/gradient.py                        a table, and the constants of the cost model that fit it
     python benchmarks/gradient.py --sizes 768x768 4096x4096 --densities 0.01 0.05 --json gradient.json
 
-Each figure is the median over the rounds of a ratio to the dense product in float32 of the same round. `chosen` is what
-cheaper_way takes, `best` what it should have taken. The last table has what positions cost, stored or regenerated, in
-the gradient and in the writing of the deltas, as parts of the sampled gradient (or of strips) of that weight.
+Each figure is the median over the rounds of a ratio to the dense product in float32 of the same round. `chosen` is
+what cheaper_way takes, `best` what it should have taken. The last table has what positions cost, stored or
+regenerated, in one gradient and one writing of the deltas, as parts of that gradient (sampled, or strips).
 """
 
 import argparse
@@ -134,10 +134,8 @@ def main() -> None:
                 f"{row['ratios'][way]:>8.3f}" if way in row["ratios"] else " " * 8
                 for way in ("sampled", "strips", "dense")
             )
-            print(
-                f"{f'{R} x {C}':<12} {granularity:>3} {density:>8.2%} {dtype:<9} {cells}   {row['chosen']:<8} {row['best']}",
-                flush=True,
-            )
+            case = f"{f'{R} x {C}':<12} {granularity:>3} {density:>8.2%} {dtype:<9}"
+            print(f"{case} {cells}   {row['chosen']:<8} {row['best']}", flush=True)
     constants = fitted(measured, arguments.tokens)
     for way, values in constants.items():
         print(f"fitted constants of {way}: {', '.join(map(str, values))}")
@@ -145,9 +143,8 @@ def main() -> None:
     indices = [measure_indices(*case, arguments) for case in cases]
     for row in indices:
         size = f"{row['rows']} x {row['columns']}"
-        print(
-            f"{size:<12} {row['granularity']:>3} {row['density']:>8.2%} {row['stored']:>8.3f} {row['regenerated']:>12.3f}"
-        )
+        case = f"{size:<12} {row['granularity']:>3} {row['density']:>8.2%}"
+        print(f"{case} {row['stored']:>8.3f} {row['regenerated']:>12.3f}")
     if arguments.json:
         found = {"arguments": vars(arguments) | {"json": None}, "rows": measured, "fitted": constants}
         arguments.json.write_text(json.dumps(found | {"indices": indices}, indent=2))
