@@ -53,9 +53,8 @@ def activations(
     Args: model: on the meta device, with its attention implementation and dtype; requires_grad of its parameters is
         changed; targets: those that will be sparse; whole: names of the parameters trained whole.
     """
-    vocabulary = model.config.get_text_config().vocab_size if type(model).__name__.endswith("LM") else 0
-    vocabulary = vocabulary or (0 if _classifies(model) else model.config.get_text_config().vocab_size)
-    loss = LOSS_BYTES * rows * tokens * vocabulary
+    head = model.get_output_embeddings()
+    loss = LOSS_BYTES * rows * tokens * (head.weight.shape[0] if head is not None else 0)
     hooks = _train_only(model, targets, set(whole))
     counter = _Counter(model)
     try:
@@ -66,11 +65,9 @@ def activations(
         for hook in hooks:
             hook.remove()
     layers = tuple(counter.kept.get(name, 0) for name in counter.layers)
-    return Activations(layers, sum(counter.inputs.values()), counter.kept.get("", 0), loss, "counted on the meta device")
-
-
-def _classifies(model: PreTrainedModel) -> bool:
-    return type(model).__name__.endswith("ForSequenceClassification")
+    return Activations(
+        layers, sum(counter.inputs.values()), counter.kept.get("", 0), loss, "counted on the meta device"
+    )
 
 
 def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Activations:
