@@ -65,9 +65,7 @@ def activations(
         for hook in hooks:
             hook.remove()
     layers = tuple(counter.kept.get(name, 0) for name in counter.layers)
-    return Activations(
-        layers, sum(counter.inputs.values()), counter.kept.get("", 0), loss, "counted on the meta device"
-    )
+    return Activations(layers, sum(counter.inputs), counter.kept.get("", 0), loss, "counted on the meta device")
 
 
 def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Activations:
@@ -134,7 +132,7 @@ class _Counter(TorchFunctionMode):
         self.model = model
         self.layers = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
         self.kept: dict[str, int] = {}
-        self.inputs: dict[int, int] = {}
+        self.inputs: list[int] = []
         self._now = ""
         self._seen: dict[int, Any] = {_key(t): t for t in (*model.parameters(), *model.buffers())}
 
@@ -166,7 +164,7 @@ class _Counter(TorchFunctionMode):
     def _enter(self, name: str, inputs: tuple) -> None:
         self._now = name
         tensors = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
-        self.inputs[len(self.inputs)] = sum(tensor.nbytes for tensor in tensors[:1])
+        self.inputs.append(tensors[0].nbytes if tensors else 0)
 
     def _leave(self) -> None:
         self._now = ""

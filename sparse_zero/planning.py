@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -325,18 +325,7 @@ def _stage(name: str, run: Run, ranks: int, nodes: int, room: float | None, band
         "seconds_per_step": None if bandwidth is None else sent / bandwidth,
         "fits": None if room is None else device <= room,
         "least_ranks": None if room is None else least_ranks(run, zero, room),
-        "holds": [
-            {
-                "what": h.what,
-                "bytes": h.bytes,
-                "where": h.where,
-                "when": h.when,
-                "exact": h.exact,
-                "formula": h.formula,
-            }
-            for h in holdings(run, zero, ranks)
-            if h.bytes
-        ],
+        "holds": [asdict(each) for each in holdings(run, zero, ranks) if each.bytes],
         "sends": [
             {
                 "operation": each.operation,

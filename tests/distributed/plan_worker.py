@@ -15,13 +15,6 @@ from sparse_zero.recipe import load_recipe
 from sparse_zero.run import noisy_objective
 from sparse_zero.zero import optimizer_state_tensors
 
-COLLECTIVES = {
-    "all_reduce": "all-reduce",
-    "all_gather_into_tensor": "all-gather",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "reduce": "reduce",
-}
-
 
 class Watch(TrainerCallback):
     """Counts the bytes of collectives in the last step, and what is there after it."""
@@ -62,8 +55,7 @@ def measure(path: str, out: str) -> None:
 
 
 def held(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
-    """Bytes by category, each storage's own part counted once."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    """Bytes by category; of a partitioned parameter its piece, and the whole where that stays."""
     selected = {id(weight.delta) for weight in model.sparsity.weights.values()}
     found = dict.fromkeys(("weights", "deltas", "persistent", "originals", "indices", "buffers"), 0)
     for parameter in model.parameters():
@@ -76,7 +68,6 @@ def held(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
         kind = "originals" if name.endswith("_base") else "indices" if "_row_starts" in name else "buffers"
         found["indices" if name.endswith("_column_index") else kind] += size_of(buffer)
     states = optimizer_state_tensors(optimizer)
-    assert len(names) == len(list(model.parameters()))
     return found | {"optimizer": sum(map(size_of, states))}
 
 
