@@ -77,9 +77,10 @@ def table() -> str:
 
 def main() -> None:
     text = (
-        f"bfloat16, one sequence of 2,048 tokens a rank and step, gradient checkpointing, {GPU_GIB} GiB GPUs, of which\n"
-        f"8% are reserved; {RANKS_PER_NODE} on a node. GiB of each rank at its peak, activations and gathered weights\n"
-        "estimated; sent, seconds and host memory are those of the stage to take.\n"
+        "bfloat16, one sequence of 2,048 tokens a rank and step, gradient checkpointing,\n"
+        f"{GPU_GIB} GiB GPUs, of which 8% are reserved; {RANKS_PER_NODE} on a node.\n"
+        "GiB of each rank at its peak, activations and gathered weights estimated;\n"
+        "sent, seconds and host memory are those of the stage to take.\n"
         f"Made by `python benchmarks/plan_table.py`.\n\n{table()}\n"
     )
     (HERE / "results/plan.md").write_text(text)

@@ -45,9 +45,8 @@ def recipes(bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPat
         directory.mkdir()
         stage, settings = STAGES[way]
         config = zero_config(stage, reduce_bucket_size=100_000, **settings)
-        (directory / "zero.json").write_text(
-            json.dumps(config | {"comms_logger": {"enabled": True, "prof_all": True}})
-        )
+        config["comms_logger"] = {"enabled": True, "prof_all": True}
+        (directory / "zero.json").write_text(json.dumps(config))
         training = {"deepspeed": "zero.json", "bf16": dtype == "bfloat16", "max_steps": 4, "eval_on_start": False}
         training |= {"gradient_accumulation_steps": MICRO_BATCHES, "per_device_train_batch_size": 2}
         training |= {"activation_checkpointing": way == "3-recomputed"}
