@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_inspect,
         _add_export,
         _add_doctor,
+        _add_plan,
     ):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
@@ -264,6 +265,25 @@ def _add_doctor(commands) -> argparse.ArgumentParser:
     _add_recipe(doctor, nargs="?")
     doctor.add_argument("--no-ranks", action="store_true", help="start no ranks, measure no links")
     return doctor
+
+
+def _add_plan(commands) -> argparse.ArgumentParser:
+    plan = commands.add_parser(
+        "plan",
+        help="say what each rank of a run will hold and send",
+        description="Say what each rank of a run will hold and send at each ZeRO stage, and which stages fit an\n"
+        "accelerator. Of the model just the configuration is read: `model.name` may be a directory with nothing\n"
+        "but a config.json.",
+        epilog="examples:\n"
+        "  sparse-zero plan configs/demo.yaml --ranks 4\n"
+        "  sparse-zero plan configs/causal-lm-chat.yaml --ranks 64 --nodes 8 --gpu-memory H100 --bandwidth 50",
+    )
+    _add_recipe(plan)
+    plan.add_argument("--ranks", type=int, required=True, metavar="N")
+    plan.add_argument("--nodes", type=int, default=1, metavar="M", help="that the ranks are on (default: 1)")
+    plan.add_argument("--gpu-memory", metavar="GIB_OR_CARD", help="of each rank: GiB, or a card such as H100, A100-40")
+    plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="that each rank sends with, in 10^9 bytes/s")
+    return plan
 
 
 def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> None:

@@ -217,6 +217,28 @@ def _refuse_to_overwrite(out: str) -> None:
         raise UserError(f"{out}: is there already; name a new directory")
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """Say what each rank of a run will hold and send, without loading a weight."""
+    from launcher.plan_report import print_plan
+    from sparse_zero.cards import card_bytes
+    from sparse_zero.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    memory = card_bytes(arguments.gpu_memory) if arguments.gpu_memory else None
+    bandwidth = None if arguments.bandwidth is None else arguments.bandwidth * 1e9
+    _settle_accelerator()
+    with report.only_json_on_stdout(arguments.json):
+        from sparse_zero import planning
+
+        planning.check_ranks(arguments.ranks, arguments.nodes, bandwidth)
+        facts = planning.plan(planning.read(recipe), arguments.ranks, arguments.nodes, memory, bandwidth)
+    if arguments.json:
+        report.print_json(facts)
+    else:
+        print_plan(arguments.recipe, facts)
+    return 0
+
+
 def _adapter_directory(name: str) -> Path:
     """Refuses a mistyped path before torch is imported."""
     path = Path(name)

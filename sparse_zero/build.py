@@ -1,17 +1,15 @@
 """From the sections of a recipe to the objects that a Trainer takes."""
 
-import dataclasses
-from typing import Any, get_type_hints
+from typing import Any
 
 import deepspeed
 import torch
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_zero.arguments import TrainingArguments
+from sparse_zero.arguments import TrainingArguments, check_training
 from sparse_zero.data import Prepared, load_splits, prepare
 from sparse_zero.encoding import check_packing
-from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.errors import UserError
 from sparse_zero.loading import add_tokens, load_config, load_model, load_tokenizer, make_room, max_positions
 from sparse_zero.metrics import classification_metrics, language_model_metrics, token_losses
 from sparse_zero.recipe import Recipe
@@ -25,14 +23,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
     Raises UserError: an unknown name, a value that TrainingArguments refuses.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key in recipe.training:
-        if key not in known:
-            raise UserError(
-                f"unknown key '{key}' in section 'training'{did_you_mean(key, known)} "
-                "(the names are those of transformers.TrainingArguments)"
-            )
-    _check_numbers(recipe.training)
+    check_training(recipe.training)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     settings = {
         "report_to": "tensorboard",
@@ -54,18 +45,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         # would take this for the only rank.
         deepspeed.init_distributed(verbose=False)
     return arguments
-
-
-def _check_numbers(training: dict[str, Any]) -> None:
-    """TrainingArguments takes a string for a learning rate, and the optimizer fails on it after the data is ready."""
-    kinds = get_type_hints(TrainingArguments)
-    for key, value in training.items():
-        if kinds[key] in (bool, int, float):
-            try:
-                TypeAdapter(kinds[key]).validate_python(value, strict=True)
-            except ValidationError as error:
-                problem = error.errors()[0]["msg"]
-                raise UserError(f"training.{key}: {problem[0].lower()}{problem[1:]}, not {value!r}") from None
 
 
 def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, Prepared, PreTrainedModel]:

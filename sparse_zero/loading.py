@@ -73,6 +73,22 @@ def load_model(
     return model
 
 
+def model_without_values(
+    config: PreTrainedConfig, task: Task, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """What `load_model` would load, on the meta device: names and shapes, no values.
+
+    Raises UserError: a configuration that has no such head.
+    """
+    try:
+        with torch.device("meta"):
+            return _AUTO_CLASS[task].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"model.name: {config.name_or_path} cannot be built for {task}: {_first_line(error)}"
+        ) from error
+
+
 def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
     """A tokenizer that can pad: one without a padding token pads with its end-of-sequence token.
 

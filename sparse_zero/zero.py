@@ -88,6 +88,9 @@ def optimizer_state_tensors(optimizer: Any) -> list[torch.Tensor]:
         # Stages 1 and 2; stage 3; bfloat16 without partitions
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
             tensors += getattr(optimizer, name, [])
+        # Stage 0 in half precision
+        for group in getattr(optimizer, "fp32_groups", []):
+            tensors += group
         if not hasattr(optimizer, "optimizer"):
             break
         optimizer = optimizer.optimizer

@@ -54,7 +54,7 @@ def one_error(capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["train", "RECIPE", "--dry-run"]])
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["train", "RECIPE", "--dry-run"]])
 def test_answers_without_importing_the_heavy_libraries(words, recipe):
     words = [recipe if word == "RECIPE" else word for word in words]
     code = (
