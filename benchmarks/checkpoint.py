@@ -25,7 +25,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from methods import llama, llama_config
 
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
 from sparse_zero.arguments import TrainingArguments
@@ -38,7 +38,7 @@ MEETINGS = 500
 EXPORT = """
 import json, sys
 sys.path.insert(0, sys.argv[3])
-from benchmarks.checkpoint import peak_of
+from checkpoint import peak_of
 from sparse_zero.export import export
 print(json.dumps({"extra": peak_of(lambda: export(sys.argv[1], sys.argv[2]))[1]}))
 """
@@ -58,19 +58,9 @@ def build(arguments: argparse.Namespace, out: str) -> SparseTrainer:
         save_strategy="no",
     )
     deepspeed.init_distributed(verbose=False)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=50304,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model = sparsify(LlamaForCausalLM(config), SparseConfig(density=arguments.density, targets="all-linear"))
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(50304, (8, 32)).tolist()]
+    config = llama_config("llama-120m")
+    model = sparsify(llama(config), SparseConfig(density=arguments.density, targets="all-linear"))
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(config.vocab_size, (8, 32)).tolist()]
     trainer = SparseTrainer(model, settings, train_dataset=rows, stop=StopRequest())
     trainer.train()
     return trainer
@@ -93,7 +83,7 @@ def _kibibytes(status: Path, field: str) -> int:
 
 
 def one_step(trainer: SparseTrainer) -> None:
-    ids = torch.randint(50304, (1, 32), device=trainer.args.device)
+    ids = torch.randint(trainer.model.config.vocab_size, (1, 32), device=trainer.args.device)
     trainer.deepspeed.backward(trainer.deepspeed(input_ids=ids, labels=ids).loss)
     trainer.deepspeed.step()
 
@@ -172,8 +162,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def exported(checkpoint: Checkpoint, out: str) -> int:
-    root = str(Path(__file__).parent.parent)
-    command = [sys.executable, "-c", EXPORT, str(checkpoint.directory), f"{out}/adapter", root]
+    command = [sys.executable, "-c", EXPORT, str(checkpoint.directory), f"{out}/adapter", str(Path(__file__).parent)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["extra"]
 
 
