@@ -10,7 +10,6 @@ the kernel's cache; ours are on the disk, with checksums, when the save is over.
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -20,11 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
 import torch
+from allocations import peak_of
 from methods import llama, llama_config
 
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
@@ -38,7 +37,7 @@ MEETINGS = 500
 EXPORT = """
 import json, sys
 sys.path.insert(0, sys.argv[3])
-from checkpoint import peak_of
+from allocations import peak_of
 from sparse_zero.export import export
 print(json.dumps({"extra": peak_of(lambda: export(sys.argv[1], sys.argv[2]))[1]}))
 """
@@ -64,22 +63,6 @@ def build(arguments: argparse.Namespace, out: str) -> SparseTrainer:
     trainer = SparseTrainer(model, settings, train_dataset=rows, stop=StopRequest())
     trainer.train()
     return trainer
-
-
-def peak_of(action: Callable[[], object]) -> tuple[float, int]:
-    """Returns: seconds, and by how much the process grew at its largest, in bytes. Linux."""
-    status = Path("/proc/self/status")
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-    before = _kibibytes(status, "VmRSS")
-    started = time.perf_counter()
-    action()
-    seconds = time.perf_counter() - started
-    return seconds, max(0, _kibibytes(status, "VmHWM") - before) * 1024
-
-
-def _kibibytes(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
 
 def one_step(trainer: SparseTrainer) -> None:
