@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/one_rank.py --method sparse --way zero2 --out DIR
 
-Writes DIR/rank-0.json and so on.
+Writes DIR/rank-0.json and so on. Bytes are those of the second step, when the optimizer has its state.
 """
 
 import argparse
@@ -164,9 +164,9 @@ def _is_index(tensor: torch.Tensor) -> bool:
 
 def _originals(model: nn.Module) -> list[torch.Tensor]:
     """The pretrained values of the selected scalars, where a method keeps them."""
-    if hasattr(model, "sparsity"):
-        return [weight.base for weight in model.sparsity.weights.values()]
-    return list(model.original_chosen_params.values()) if hasattr(model, "original_chosen_params") else []
+    if hasattr(model, "original_chosen_params"):  # peft-sparta, whose `sparsity` is a number
+        return list(model.original_chosen_params.values())
+    return [weight.base for weight in model.sparsity.weights.values()] if hasattr(model, "sparsity") else []
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
