@@ -2,6 +2,7 @@
 
 import bisect
 import ctypes
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -40,8 +41,8 @@ class Span:
 
 
 class Meter:
-    """Counts what this thread allocates of one kind of memory while it is entered; what was there before is not seen,
-    nor is its release.
+    """Counts what this thread allocates of one kind of memory while it is entered. What was there before does not
+    count; its release would, where an earlier Meter has seen it come, so it has to stay.
 
     The events are the profiler's own, of the allocator: exact, where a peak of resident memory has pages that nobody
     uses any more, and pages that nobody has touched yet.
@@ -55,6 +56,7 @@ class Meter:
         self._spans: dict[str, list[tuple[int, int]]] = {}
 
     def __enter__(self) -> "Meter":
+        gc.collect()
         self._profile.__enter__()
         return self
 

@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,14 +129,19 @@ def seconds_of_update(training: Training) -> tuple[float, float]:
     return statistics.median(own or [0.0]), statistics.median(whole)
 
 
-def holdings(training: Training, base: list[nn.Parameter], ids: torch.Tensor, live: int) -> dict[str, int]:
-    """Bytes between two steps, by what they are for. Args: live: of all."""
+def holdings(
+    training: Training, base: list[nn.Parameter], ids: torch.Tensor, live: int, older: set[int]
+) -> dict[str, int]:
+    """Bytes between two steps, by what they are for.
+
+    Args: live: of all; older: addresses of integers that were there before.
+    """
     of_base = {id(parameter) for parameter in base}
     own = _tensors_of([parameter for parameter in training.trained if id(parameter) not in of_base])
     weights = _tensors_of(base)
     state = optimizer_state_tensors(training.optimizer) if training.optimizer else []
-    known = {t.untyped_storage().data_ptr() for t in [*weights, *own, *state, ids]}
-    indices = [t for t in _living_tensors() if _is_index(t) and t.untyped_storage().data_ptr() not in known]
+    known = older | {t.untyped_storage().data_ptr() for t in [*weights, *own, *state, ids]}
+    indices = [t for t in _living_indices() if t.untyped_storage().data_ptr() not in known]
     held = {
         "weights": bytes_of(weights),
         "trained": bytes_of(own),
@@ -152,14 +157,13 @@ def _tensors_of(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     return [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
 
 
-def _living_tensors() -> Iterator[torch.Tensor]:
-    for each in gc.get_objects():
-        if issubclass(type(each), torch.Tensor) and each.layout == torch.strided and each.numel():
-            yield each
-
-
-def _is_index(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (torch.int32, torch.int64) and tensor.dim() > 0
+def _living_indices() -> list[torch.Tensor]:
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    return [
+        tensor
+        for tensor in tensors
+        if tensor.layout == torch.strided and tensor.dtype in (torch.int32, torch.int64) and tensor.dim() > 0
+    ]
 
 
 def _originals(model: nn.Module) -> list[torch.Tensor]:
@@ -174,6 +178,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = llama_config(arguments.model)
     ids = torch.randint(config.vocab_size, (1, arguments.tokens), generator=torch.Generator().manual_seed(1))
     ids = ids.to(arguments.device)
+    older = {tensor.untyped_storage().data_ptr() for tensor in _living_indices()}
     with Meter(arguments.device) as meter:
         model = llama(config, dtype, arguments.device)
         base = list(model.parameters())
@@ -185,7 +190,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
         grown = peak_of(lambda: step(training))[1]
         gc.collect()
-    held = holdings(training, base, ids, meter.whole.last)
+    held = holdings(training, base, ids, meter.whole.last, older)
     whole, forward = meter.spans("step")[-1], meter.spans("forward")[-1]
     nodes = [span.transient for name in GRADIENT_NODES for span in meter.spans(name)]
     own, update = seconds_of_update(training)
