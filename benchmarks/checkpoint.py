@@ -10,7 +10,6 @@ the kernel's cache; ours are on the disk, with checksums, when the save is over.
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -20,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from allocations import peak_of
+from methods import llama, llama_config
 
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
 from sparse_zero.arguments import TrainingArguments
@@ -38,7 +37,7 @@ MEETINGS = 500
 EXPORT = """
 import json, sys
 sys.path.insert(0, sys.argv[3])
-from benchmarks.checkpoint import peak_of
+from allocations import peak_of
 from sparse_zero.export import export
 print(json.dumps({"extra": peak_of(lambda: export(sys.argv[1], sys.argv[2]))[1]}))
 """
@@ -58,42 +57,16 @@ def build(arguments: argparse.Namespace, out: str) -> SparseTrainer:
         save_strategy="no",
     )
     deepspeed.init_distributed(verbose=False)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=50304,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model = sparsify(LlamaForCausalLM(config), SparseConfig(density=arguments.density, targets="all-linear"))
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(50304, (8, 32)).tolist()]
+    config = llama_config("llama-120m")
+    model = sparsify(llama(config), SparseConfig(density=arguments.density, targets="all-linear"))
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(config.vocab_size, (8, 32)).tolist()]
     trainer = SparseTrainer(model, settings, train_dataset=rows, stop=StopRequest())
     trainer.train()
     return trainer
 
 
-def peak_of(action: Callable[[], object]) -> tuple[float, int]:
-    """Returns: seconds, and by how much the process grew at its largest, in bytes. Linux."""
-    status = Path("/proc/self/status")
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-    before = _kibibytes(status, "VmRSS")
-    started = time.perf_counter()
-    action()
-    seconds = time.perf_counter() - started
-    return seconds, max(0, _kibibytes(status, "VmHWM") - before) * 1024
-
-
-def _kibibytes(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
-
-
 def one_step(trainer: SparseTrainer) -> None:
-    ids = torch.randint(50304, (1, 32), device=trainer.args.device)
+    ids = torch.randint(trainer.model.config.vocab_size, (1, 32), device=trainer.args.device)
     trainer.deepspeed.backward(trainer.deepspeed(input_ids=ids, labels=ids).loss)
     trainer.deepspeed.step()
 
@@ -172,8 +145,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def exported(checkpoint: Checkpoint, out: str) -> int:
-    root = str(Path(__file__).parent.parent)
-    command = [sys.executable, "-c", EXPORT, str(checkpoint.directory), f"{out}/adapter", root]
+    command = [sys.executable, "-c", EXPORT, str(checkpoint.directory), f"{out}/adapter", str(Path(__file__).parent)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["extra"]
 
 

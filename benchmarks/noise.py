@@ -16,13 +16,13 @@ at every small operation would measure the others' load.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
+from turns import in_turns, ratio
 
 from rpn.noise import move_scalars
 from rpn.streams import Stream
@@ -59,7 +59,8 @@ def measure_shape(arguments: argparse.Namespace) -> list[dict]:
                     embeddings, keep, Stream(step=next(steps), scope=arguments.scope), probability=probability
                 ),
             },
-            arguments,
+            arguments.rounds,
+            arguments.device,
         )
         for method, times in seconds.items():
             rows.append(
@@ -95,7 +96,7 @@ def measure_demo_step(arguments: argparse.Namespace) -> list[dict]:
     methods: dict[str, Callable[[], object]] = {"step": step}
     for probability in arguments.probabilities:
         methods[f"noise {probability}"] = lambda probability=probability: noise(probability)
-    seconds = in_turns(methods, arguments)
+    seconds = in_turns(methods, arguments.rounds, arguments.device)
     return [
         {
             "shape": DEMO_SHAPE,
@@ -110,32 +111,13 @@ def measure_demo_step(arguments: argparse.Namespace) -> list[dict]:
     ]
 
 
-def in_turns(methods: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each call, round after round: what slows the machine for a while slows all methods alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for round_number in range(arguments.rounds + 2):
-        for name, method in methods.items():
-            synchronize(arguments.device)
-            started = time.perf_counter()
-            method()
-            synchronize(arguments.device)
-            if round_number >= 2:  # warm-up
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def against(times: list[float], ours: list[float]) -> dict:
-    ratios = sorted(time / our for time, our in zip(times, ours, strict=True))
+    ratios = ratio(times, ours)
     return {
         "seconds": statistics.median(times),
-        "ratio_to_rpn": statistics.median(ratios),
-        "quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+        "ratio_to_rpn": ratios["median"],
+        "quartiles": [ratios["lower"], ratios["upper"]],
     }
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
 
 
 def main() -> None:

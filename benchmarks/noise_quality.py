@@ -98,8 +98,11 @@ def noise_of(run: Run) -> dict[str, Any]:
     return settings | ({"clean": False, "passes": 2, "noisy_weight": 0.5} if run.noise == "freelb" else {})
 
 
-def train_and_measure(run: Run, device: str) -> Row:
-    """Returns: the row of the cache: settings, accuracy and loss on the run's split, and what it took."""
+def train_and_measure(run: Run, device: str, granularity: int = 1) -> Row:
+    """Args: granularity: of sparse runs; no setting of this benchmark, so that it is not in the row.
+
+    Returns: the row of the cache: settings, accuracy and loss on the run's split, and what it took.
+    """
     started, cpu_started = time.perf_counter(), time.process_time()
     ids, labels = encoded_sentences(run.base_model, run.max_length)
     lengths = [len(tokens) for tokens in ids]
@@ -109,7 +112,8 @@ def train_and_measure(run: Run, device: str) -> Row:
         resolve(run.base_model), num_labels=2, dtype=torch.float32
     ).to(device)
     if run.method == "sparse":
-        sparsify(model, SparseConfig(density=run.density, targets="all-linear", seed=run.seed))
+        sparse = SparseConfig(density=run.density, targets="all-linear", seed=run.seed, granularity=granularity)
+        sparsify(model, sparse)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(run.seed)
@@ -138,6 +142,7 @@ def train_and_measure(run: Run, device: str) -> Row:
     accuracy, loss = measure(model, held_out, ids, labels, precision, device)
     return {
         **asdict(run),
+        "trainable": sum(parameter.numel() for parameter in trained),
         "accuracy": accuracy,
         "loss": round(loss, 5),
         "seconds": round(time.perf_counter() - started, 1),
@@ -172,12 +177,16 @@ def device_name(device: str) -> str:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The finished runs by their keys. A last line that was cut short counts as not there."""
+    """The finished runs by their keys."""
+    return {key_of(row): row for row in read_lines(path)}
+
+
+def read_lines(path: Path) -> list[Row]:
+    """A last line that was cut short counts as not there."""
     if not path.exists():
-        return {}
+        return []
     whole = path.read_text().rpartition("\n")[0]
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {key_of(row): row for row in rows}
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def append_row(path: Path, row: Row) -> None:

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from methods import llama, llama_config
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_zero import SparseConfig, load_adapter, save_adapter, sparsify, unload
 from sparse_zero.adapter_files import read_config
@@ -42,18 +42,7 @@ TARGETS = {
 
 def model(layers: int) -> nn.Module:
     """Llama 3.2's 1B shape: 1.24 billion scalars with 16 layers; float32 values do not matter here."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    )
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(config)
-    made = empty.to_empty(device="cpu")
+    made = llama(llama_config("llama-1b", layers), device="meta").to_empty(device="cpu")
     for parameter in made.parameters():
         # Cheaper than normal numbers; every page has to be there
         parameter.data.uniform_(-0.02, 0.02)

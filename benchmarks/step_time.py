@@ -1,178 +1,253 @@
-"""Time of a training step against the frozen model's own forward and backward, in turns in one process.
+"""Time of a training step: ours, the frozen model's own forward and backward, and every peer, in turns in one process.
 
-    python benchmarks/step_time.py                       Llama-shaped, 120M, float32, value and output projections, 1%
-    python benchmarks/step_time.py --of model            1% of the whole model's scalars, all within those projections
-    python benchmarks/step_time.py --targets all-linear --json step_time.json
+    python benchmarks/step_time.py --suite cpu       120M, both sorts of targets, float32 and bfloat16: README's table
+    python benchmarks/step_time.py --suite gpu       1B and 7B shapes, bfloat16, sequences of 2,048 tokens
+    python benchmarks/step_time.py --suite cpu --plot          no runs: page and plot again from the JSON
+    python benchmarks/step_time.py --targets value-output --dtypes float32 --methods frozen sparse lora
 
-The floor computes the gradient with respect to the input embeddings, so that backward passes through every layer, and
-has no optimizer. Ours adds the sampled gradient, AdamW and the writing of the deltas. LoRA joins where peft is
-installed, with as many trainable scalars.
+The suites leave step_time_cpu.json (or _gpu), a page and a plot in benchmarks/results. All methods of methods.py train
+as many scalars as a LoRA of the rank that comes nearest to --density, on one sequence that stays the same, so that a
+loss that falls tells that the method trains. The order is drawn anew in each round; ratios are taken within a round.
+MFU is `methods.flops_of_step` against what the device can do.
+Where one process cannot hold all of them, --together 2 takes the peers two at a time, each time beside the floor and
+ours.
 """
 
 import argparse
-import json
+import gc
+import itertools
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from methods import (
+    METHODS,
+    OURS,
+    SHAPES,
+    TARGETS,
+    Budget,
+    flops_of_step,
+    llama,
+    llama_config,
+    prepare,
+    trained_parameters,
+    training_step,
+)
+from tables import RESULTS, Row, read, spread, table, write
+from turns import in_turns, peak_flops, ratio
 
-from sparse_zero import SparseConfig, sparsify
-from sparse_zero.targets import find_targets
 from sparse_zero.zero import device_name
 
-Step = Callable[[torch.Tensor], None]
-
-
-def llama(arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """Random weights in Llama's shape: 124M parameters, GPT-2 small's width and depth."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        vocab_size=50304,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).to(arguments.device).train()
-
-
-def frozen(model: nn.Module, arguments: argparse.Namespace) -> tuple[Step, int]:
-    model.requires_grad_(False)
-
-    def step(ids: torch.Tensor) -> None:
-        embeddings = model.get_input_embeddings()(ids).requires_grad_(True)
-        model(inputs_embeds=embeddings, labels=ids).loss.backward()
-
-    return step, 0
-
-
-def sparse(model: nn.Module, arguments: argparse.Namespace) -> tuple[Step, int]:
-    sparsify(model, SparseConfig(density=density_of_model(model, arguments), targets=targets_of(arguments)))
-    return trained(model), model.sparsity.trainable_parameters
-
-
-def lora(model: nn.Module, arguments: argparse.Namespace) -> tuple[Step, int]:
-    import peft
-
-    targets = find_targets(model, SparseConfig(targets=targets_of(arguments)), [])
-    wanted = density_of_model(model, arguments) * sum(p.numel() for p in model.parameters())
-    rank = max(1, round(wanted / sum(sum(target.shape) for target in targets.values())))
-    modules = [name.removesuffix(".weight") for name in targets]
-    config = peft.LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
-    return trained(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def full(model: nn.Module, arguments: argparse.Namespace) -> tuple[Step, int]:
-    return trained(model), sum(p.numel() for p in model.parameters())
-
-
-def trained(model: nn.Module) -> Step:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step(ids: torch.Tensor) -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-METHODS: dict[str, Callable[[nn.Module, argparse.Namespace], tuple[Step, int]]] = {
-    "frozen": frozen,
-    "sparse": sparse,
-    "lora": lora,
-    "full": full,
+SUITES = {
+    "cpu": {"models": ["llama-120m"], "targets": list(TARGETS), "dtypes": ["float32", "bfloat16"]},
+    "gpu": {"models": ["llama-1b", "llama-7b"], "targets": list(TARGETS), "dtypes": ["bfloat16"]},
 }
+GOALS = {"frozen": {"value-output": 1.05, "all-linear": 1.10}, "lora": 0.97, "peft-sparta": 0.70, "shira": 0.85}
+"""Of `sparse`, against each. Those against peers are meant of all linear layers."""
 
 
-def targets_of(arguments: argparse.Namespace) -> str | None:
-    return "all-linear" if arguments.targets == "all-linear" else None
+@dataclass(frozen=True)
+class Setting:
+    model: str
+    targets: str
+    dtype: str
+    tokens: int
+    density: float
+    of: str
+    rounds: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.targets}, {self.dtype}"
 
 
-def density_of_model(model: nn.Module, arguments: argparse.Namespace) -> float:
-    """The trainable fraction of the whole model, also where --density is meant of the target weights."""
-    if arguments.of == "model":
-        return arguments.density
-    targets = find_targets(model, SparseConfig(targets=targets_of(arguments)), [])
-    selectable = sum(target.shape.numel() for target in targets.values())
-    return arguments.density * selectable / sum(p.numel() for p in model.parameters())
-
-
-def measure(arguments: argparse.Namespace) -> list[dict]:
-    """One row for each method: median seconds, and the median over the rounds of its ratio to the floor."""
-    steps, trainable, seconds = {}, {}, {}
-    for name in arguments.methods:
-        try:
-            steps[name], trainable[name] = METHODS[name](llama(arguments), arguments)
-        except ImportError as error:
-            print(f"{name}: left out ({error})")
-    batches = torch.randint(
-        50304, (arguments.rounds + 2, 1, arguments.tokens), generator=torch.Generator().manual_seed(1)
-    ).to(arguments.device)
-    for round_number, ids in enumerate(batches):
-        for name, step in steps.items():
-            synchronize(arguments.device)
-            started = time.perf_counter()
-            step(ids)
-            synchronize(arguments.device)
-            if round_number >= 2:  # warm-up
-                seconds.setdefault(name, []).append(time.perf_counter() - started)
-    floor = seconds["frozen"]
-    rows = []
-    for name, times in seconds.items():
-        ratios = sorted(mine / base for mine, base in zip(times, floor, strict=True))
-        rows.append(
-            {
-                "method": name,
-                "trainable": trainable[name],
-                "seconds": round(statistics.median(times), 4),
-                "ratio_to_frozen": round(statistics.median(ratios), 3),
-                "quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[3 * len(ratios) // 4], 3)],
-            }
+def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
+    for model, dtype, targets in itertools.product(arguments.models, arguments.dtypes, arguments.targets):
+        tokens = arguments.tokens or (2048 if model in SUITES["gpu"]["models"] else 1024)
+        yield Setting(
+            model, targets, dtype, tokens, arguments.density, arguments.of, arguments.rounds, arguments.device
         )
-    return rows
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
+def groups(methods: list[str], together: int | None) -> Iterator[list[str]]:
+    """What shares a process's memory: the floor and ours, always, with some of the peers."""
+    always = [name for name in methods if name in ("frozen", *OURS)]
+    peers = [name for name in methods if name not in always]
+    size = together or max(1, len(peers))
+    for start in range(0, max(1, len(peers)), size):
+        yield always + peers[start : start + size]
+
+
+def measure(setting: Setting, methods: list[str], together: int | None = None) -> Row:
+    """The setting, and a row for each method that could run."""
+    dtype = getattr(torch, setting.dtype)
+    config = llama_config(setting.model)
+    peak, known_from = peak_flops(dtype, setting.device)
+    rows: dict[str, Row] = {}
+    left_out: dict[str, str] = {}
+    for names in groups(methods, together):
+        seconds, facts = _measure_together(setting, names, left_out)
+        for name, times in seconds.items():
+            if name in rows:
+                continue  # ours and the floor, from the first group
+            rows[name] = facts[name] | {"seconds": times, "over_frozen": ratio(times, seconds["frozen"])}
+            for own in OURS:
+                if own in seconds and name not in ("frozen", *OURS):
+                    rows[name][f"{own}_over"] = ratio(seconds[own], times)
+    for name, row in rows.items():
+        median = statistics.median(row["seconds"])
+        flops = flops_of_step(config, setting.tokens, weight_gradients=name == "full")
+        row |= {"tokens_per_second": setting.tokens / median, "mfu": flops / median / peak}
+    return {
+        "setting": asdict(setting),
+        "machine": device_name(),
+        "torch": torch.__version__,
+        "peak_flops": peak,
+        "peak_flops_from": known_from,
+        "methods": rows,
+        "left_out": left_out,
+    }
+
+
+def _measure_together(
+    setting: Setting, names: list[str], left_out: dict[str, str]
+) -> tuple[dict[str, list[float]], dict[str, Row]]:
+    """Returns: seconds by method and round; scalars and losses by method."""
+    gc.collect()
+    config = llama_config(setting.model)
+    base = llama(config, getattr(torch, setting.dtype), setting.device)
+    budget = Budget.of(base, TARGETS[setting.targets], setting.density, setting.of == "model")
+    ids = torch.randint(config.vocab_size, (1, setting.tokens), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(setting.device)
+    steps, facts = {}, {}
+    for name in names:
+        try:
+            model = prepare(name, base, budget)
+            step = training_step(model, ids)
+            first = step().item()
+        except (ImportError, torch.OutOfMemoryError) as error:
+            left_out[name] = str(error).splitlines()[0]
+            continue
+        steps[name] = step
+        trainable = sum(p.numel() for p in trained_parameters(model))
+        facts[name] = {"trainable": trainable, "budget": budget.scalars, "first_loss": first}
+    seconds = in_turns(steps, setting.rounds, setting.device)
+    for name, step in steps.items():
+        facts[name]["last_loss"] = step().item()
+    return seconds, facts
+
+
+def page(results: list[Row]) -> str:
+    return "\n\n".join(["# Time of a training step", *map(_section, results)])
+
+
+def _section(result: Row) -> str:
+    setting = Setting(**result["setting"])
+    rows = []
+    for name, row in result["methods"].items():
+        rows.append(
+            [
+                name,
+                f"{row['trainable']:,}",
+                f"{statistics.median(row['seconds']):.3f}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['mfu']:.1%}",
+                spread(row["over_frozen"]),
+                *(spread(row.get(f"{own}_over")) for own in OURS),
+                f"{row['first_loss']:.3f} to {row['last_loss']:.3f}",
+            ]
+        )
+    header = ["method", "trainable", "s / step", "tokens/s", "MFU", "/ frozen", *(f"{own} / it" for own in OURS)]
+    lines = [
+        f"## {setting}",
+        f"{result['machine']}, torch {result['torch']}, one sequence of {setting.tokens:,} tokens, "
+        f"{setting.density:.2%} of the {setting.of}, {setting.rounds} rounds; medians [quartiles] of ratios within a "
+        "round. "
+        f"MFU of {result['peak_flops'] / 1e12:.2f} TFLOP/s ({result['peak_flops_from']}).",
+        table([*header, "loss"], rows),
+    ]
+    lines += [f"Left out: {name} ({reason})." for name, reason in result["left_out"].items()]
+    lines += [
+        f"{name} trains {row['trainable'] / row['budget'] - 1:+.1%} scalars."
+        for name, row in result["methods"].items()
+        if name not in ("frozen", "full") and abs(row["trainable"] / row["budget"] - 1) > 0.01
+    ]
+    if goals := verdicts(result):
+        lines.append("Goals: " + "; ".join(goals) + ".")
+    return "\n\n".join(lines)
+
+
+def verdicts(result: Row) -> list[str]:
+    """What issue 7 asks of `sparse`, and whether it is met."""
+    targets, methods = result["setting"]["targets"], result["methods"]
+    said = []
+    for name, goal in GOALS.items():
+        if isinstance(goal, dict):
+            goal, found = goal[targets], methods.get("sparse", {}).get("over_frozen")
+        else:
+            found = methods.get(name, {}).get("sparse_over") if targets == "all-linear" else None
+        if found:
+            said.append(f"/ {name} <= {goal:.2f}: {'met' if found['median'] <= goal else 'missed'}")
+    return said
+
+
+def plot(results: list[Row], figure: Any) -> None:
+    """Steps over the floor: a panel for each setting."""
+    columns = min(2, len(results))
+    lines = -(-len(results) // columns)
+    figure.set_size_inches(5.5 * columns, 3.2 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, result in zip(panels, results, strict=False):
+        names = list(reversed(result["methods"]))
+        figures = [result["methods"][name]["over_frozen"] for name in names]
+        medians = [each["median"] for each in figures]
+        errors = [
+            [each["median"] - each["lower"] for each in figures],
+            [each["upper"] - each["median"] for each in figures],
+        ]
+        colors = ["tab:blue" if name in OURS else "tab:gray" if name == "frozen" else "tab:orange" for name in names]
+        panel.barh(names, medians, xerr=errors, color=colors, capsize=2)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set_title(str(Setting(**result["setting"])), fontsize="medium")
+        panel.set_xlabel("step / frozen forward and backward")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["frozen", "sparse", "lora", "full"])
-    parser.add_argument("--targets", choices=["value-output", "all-linear"], default="value-output")
+    parser.add_argument("--suite", choices=SUITES, help="models, targets and dtypes of a table that is kept")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama-120m"])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["value-output"])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--of", choices=["targets", "model"], default="targets", help="what --density is a part of")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, help="left out: 2,048 for llama-1b and llama-7b, else 1,024")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--together", type=int, help="peers that are in memory at the same time; left out: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="keep results here, page and plot beside; the suites have a place")
+    parser.add_argument("--plot", action="store_true", help="no runs: page and plot of the results that are kept")
     arguments = parser.parse_args()
     if "frozen" not in arguments.methods:
         parser.error("--methods must contain frozen, the floor")
-    rows = measure(arguments)
-    print(
-        f"{device_name()}, {arguments.dtype}, {arguments.tokens} tokens, {arguments.targets}, "
-        f"{arguments.density:.2%} of the {arguments.of}, {arguments.rounds} rounds"
-    )
-    print(f"{'method':<8} {'trainable':>12} {'s / step':>9} {'/ frozen':>9}   quartiles")
-    for row in rows:
-        print(
-            f"{row['method']:<8} {row['trainable']:>12,} {row['seconds']:>9.3f} {row['ratio_to_frozen']:>9.3f}   "
-            f"{row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f}"
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"arguments": vars(arguments) | {"json": None}, "rows": rows}, indent=2))
+    if arguments.suite:
+        vars(arguments).update(SUITES[arguments.suite])
+        arguments.json = arguments.json or RESULTS / f"step_time_{arguments.suite}.json"
+    if arguments.plot:
+        if not arguments.json:
+            parser.error("--plot needs --suite or --json")
+        write(arguments.json, read(arguments.json), page, plot)
+        print(page(read(arguments.json)))
+        return
+    results = []
+    for setting in settings(arguments):
+        results.append(measure(setting, arguments.methods, arguments.together))
+        print(_section(results[-1]), flush=True)
+        if arguments.json:
+            write(arguments.json, results, page, plot)
 
 
 if __name__ == "__main__":

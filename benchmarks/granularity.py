@@ -1,0 +1,253 @@
+"""Strips of g scalars instead of single ones: what they save, and whether accuracy suffers.
+
+    python benchmarks/granularity.py --cost         time of the gradient and of the step; granularity.json
+    python benchmarks/granularity.py --accuracy     whatever runs are missing, one after the other; granularity.jsonl
+    python benchmarks/granularity.py                no runs: page and plot of both, as far as they are there
+
+Gradient: of one linear layer at its selected positions, in turns with the dense product of plain torch. Step: of a
+Llama shape with all linear layers as targets, in turns with the frozen model's own forward and backward. Accuracy: as
+in noise_quality.py, without noise: MiniLM-L6, Rotten Tomatoes, the same sentences in the same order and the same head
+for all granularities of a seed; learning rate and the rest as noise_quality.py has chosen them, for single scalars, on
+validation sentences. Each run is one line of the file, so that a call goes on where the last one was stopped.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import TARGETS, Budget, llama, llama_config, prepare, sparse, trained_parameters, training_step
+from noise_quality import append_row, read_lines, train_and_measure
+from noise_quality_plan import EPOCHS, SEEDS, Run, key_of
+from noise_quality_table import Accuracies, mean_and_deviation, paired_difference
+from tables import RESULTS, Row, read, spread, table, write
+from torch import nn
+from turns import in_turns, ratio
+
+from sparse_zero import SparseConfig, sparsify
+from sparse_zero.zero import device_name
+
+GRANULARITIES = (1, 8, 16, 32, 64)
+LEARNING_RATE = 3e-3
+"""What noise_quality.py chose for sparse runs."""
+SENTENCES = 1000
+COST, ACCURACY = RESULTS / "granularity.json", RESULTS / "granularity.jsonl"
+
+# ---- cost
+
+
+def gradients(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Seconds of the gradient of one square weight, by granularity, and of the dense one."""
+    size, torch_device = arguments.size, torch.device(arguments.device)
+    generator = torch.Generator().manual_seed(0)
+    inputs, upstream = (
+        torch.randn(arguments.tokens, size, generator=generator).to(torch_device, dtype) for _ in ("inputs", "outputs")
+    )
+    ways: dict[str, Callable[[], Any]] = {"dense": lambda: upstream.t() @ inputs}
+    for granularity in GRANULARITIES:
+        layer = nn.Sequential(nn.Linear(size, size, bias=False, dtype=dtype, device=torch_device))
+        sparsify(layer, SparseConfig(density=arguments.density, targets="all", granularity=granularity))
+        # The inputs need no gradient: this is the delta's alone
+        ways[str(granularity)] = partial(
+            torch.autograd.grad, layer(inputs), trained_parameters(layer), upstream, retain_graph=True
+        )
+    return in_turns(ways, arguments.rounds, arguments.device)
+
+
+def steps(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of the step by granularity and of the floor, and how many scalars train."""
+    base = llama(llama_config(arguments.model), dtype, arguments.device)
+    budget = Budget.of(base, TARGETS["all-linear"], arguments.density)
+    ids = torch.randint(base.config.vocab_size, (1, arguments.tokens), generator=torch.Generator().manual_seed(1))
+    models = {"frozen": prepare("frozen", base, budget)}
+    models |= {str(g): sparse(copy.deepcopy(base), budget, g) for g in GRANULARITIES}
+    ways = {name: training_step(model, ids.to(arguments.device)) for name, model in models.items()}
+    trainable = {name: sum(p.numel() for p in trained_parameters(model)) for name, model in models.items()}
+    return in_turns(ways, arguments.rounds, arguments.device), trainable
+
+
+def measure_cost(arguments: argparse.Namespace) -> list[Row]:
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        gradient = gradients(arguments, getattr(torch, dtype))
+        step, trainable = steps(arguments, getattr(torch, dtype))
+        results.append(
+            {
+                "machine": device_name(),
+                "dtype": dtype,
+                "model": arguments.model,
+                "size": arguments.size,
+                "tokens": arguments.tokens,
+                "density": arguments.density,
+                "rounds": arguments.rounds,
+                "rows": [
+                    {
+                        "granularity": g,
+                        "trainable": trainable[str(g)],
+                        "gradient_seconds": gradient[str(g)],
+                        "gradient_over_dense": ratio(gradient[str(g)], gradient["dense"]),
+                        "gradient_over_single": ratio(gradient[str(g)], gradient["1"]),
+                        "step_seconds": step[str(g)],
+                        "step_over_frozen": ratio(step[str(g)], step["frozen"]),
+                        "step_over_single": ratio(step[str(g)], step["1"]),
+                    }
+                    for g in GRANULARITIES
+                ],
+            }
+        )
+    return results
+
+
+# ---- accuracy
+
+
+def planned_runs() -> list[tuple[int, Run]]:
+    """Seed by seed, so that paired differences become complete early."""
+    epochs = EPOCHS[SENTENCES]
+    return [
+        (g, Run("sparse", "none", None, LEARNING_RATE, SENTENCES, epochs, seed, "test"))
+        for seed in SEEDS
+        for g in GRANULARITIES
+    ]
+
+
+def finished_runs(path: Path) -> dict[tuple[int, str], Row]:
+    return {(row["granularity"], key_of(row)): row for row in read_lines(path)}
+
+
+def add_missing_runs(path: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    for granularity, run in planned_runs():
+        if (granularity, run.key) in finished_runs(path):
+            continue
+        row = {"granularity": granularity} | train_and_measure(run, device, granularity)
+        append_row(path, row)
+        print(
+            f"{time.strftime('%H:%M:%S')} g {granularity:>2} seed {run.seed} {row['trainable']:,} scalars "
+            f"{row['accuracy']:.4f} loss {row['loss']:.4f} {row['cpu_seconds']:.0f} s of CPU",
+            flush=True,
+        )
+
+
+def accuracies(path: Path) -> tuple[dict[int, Accuracies], dict[int, int]]:
+    """Test accuracies by granularity and seed, and how many scalars trained."""
+    done = finished_runs(path)
+    found: dict[int, Accuracies] = {}
+    trainable = {}
+    for granularity, run in planned_runs():
+        if row := done.get((granularity, run.key)):
+            found.setdefault(granularity, {})[run.seed] = row["accuracy"]
+            trainable[granularity] = row["trainable"]
+    return found, trainable
+
+
+# ---- page and plot
+
+
+def page(results: list[Row]) -> str:
+    return "\n\n".join(["# Strips of g scalars", *map(_cost_section, results), _accuracy_section(ACCURACY)])
+
+
+def _cost_section(result: Row) -> str:
+    rows = [
+        [
+            str(row["granularity"]),
+            f"{row['trainable']:,}",
+            f"{1e3 * statistics.median(row['gradient_seconds']):.1f}",
+            spread(row["gradient_over_dense"]),
+            spread(row["gradient_over_single"]),
+            spread(row["step_over_frozen"]),
+            spread(row["step_over_single"]),
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join(
+        [
+            f"## Cost, {result['dtype']}",
+            f"{result['machine']}, {result['tokens']:,} tokens, {result['density']:.2%}, {result['rounds']} rounds; "
+            f"medians [quartiles]. Gradient: of one weight, {result['size']} x {result['size']}; step: "
+            f"{result['model']}, all linear layers.",
+            table(["g", "trainable", "gradient, ms", "/ dense", "/ g = 1", "step / frozen", "step / g = 1"], rows),
+        ]
+    )
+
+
+def _accuracy_section(path: Path) -> str:
+    found, trainable = accuracies(path)
+    rows = []
+    for granularity, scores in found.items():
+        mean, deviation = mean_and_deviation(scores.values())
+        difference, error = paired_difference(scores, found.get(1, {}))
+        rows.append(
+            [
+                str(granularity),
+                f"{trainable[granularity]:,}",
+                str(len(scores)),
+                f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"),
+                "" if error is None or granularity == 1 else f"{100 * difference:+.1f} ± {100 * error:.1f}",
+            ]
+        )
+    missing = len(planned_runs()) - sum(map(len, found.values()))
+    return "\n\n".join(
+        [
+            "## Accuracy",
+            f"Rotten Tomatoes, MiniLM-L6, {SENTENCES:,} training and 1,000 test sentences; percent, mean ± standard "
+            "deviation over the seeds; paired difference to g = 1, mean ± standard error.",
+            table(["g", "trainable", "seeds", "accuracy", "- g = 1"], rows),
+            *([f"{missing} runs are missing."] if missing else []),
+        ]
+    )
+
+
+def plot(results: list[Row], figure: Any) -> None:
+    figure.set_size_inches(11, 3.6)
+    time_of_gradient, time_of_step, accuracy = figure.subplots(1, 3)
+    for result in results:
+        x = [row["granularity"] for row in result["rows"]]
+        for panel, kind in ((time_of_gradient, "gradient_over_dense"), (time_of_step, "step_over_frozen")):
+            middle = [row[kind]["median"] for row in result["rows"]]
+            low = [row[kind]["median"] - row[kind]["lower"] for row in result["rows"]]
+            high = [row[kind]["upper"] - row[kind]["median"] for row in result["rows"]]
+            panel.errorbar(x, middle, [low, high], marker="o", capsize=3, label=result["dtype"])
+    time_of_gradient.set_ylabel("gradient / dense product")
+    time_of_step.set_ylabel("step / frozen forward and backward")
+    time_of_step.legend()
+    found, _ = accuracies(ACCURACY)
+    for seed in SEEDS:
+        points = [(g, 100 * scores[seed]) for g, scores in found.items() if seed in scores]
+        accuracy.plot(*zip(*points, strict=True), color="lightgray", marker=".") if points else None
+    means = [(g, 100 * statistics.fmean(scores.values())) for g, scores in found.items()]
+    accuracy.plot(*zip(*means, strict=True), color="black", marker="o", label="mean") if means else None
+    accuracy.set_ylabel("test accuracy, % (gray: seeds)")
+    for panel in (time_of_gradient, time_of_step, accuracy):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(GRANULARITIES, [str(g) for g in GRANULARITIES])
+        panel.set_xlabel("scalars in a strip")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--model", default="llama-120m")
+    parser.add_argument("--size", type=int, default=2048, help="of the single weight: rows and columns")
+    parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, default=COST, help="where --cost goes, with page and plot beside it")
+    arguments = parser.parse_args()
+    results = measure_cost(arguments) if arguments.cost else read(arguments.json)
+    if arguments.accuracy:
+        add_missing_runs(ACCURACY, arguments.device)
+    write(arguments.json, results, page, plot)
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What the benchmarks print and leave in benchmarks/results: a JSON file, and beside it a page and a plot."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown with aligned columns: the first one to the left, the others to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [cells[0], rule, *cells[1:]]
+    return "\n".join(
+        "| "
+        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        + " |"
+        for line in lines
+    )
+
+
+def mebibytes(count: float | None) -> str:
+    """One decimal below 100 MiB, where it matters."""
+    if count is None:
+        return ""
+    return f"{count / 2**20:,.1f}" if count < 100 * 2**20 else f"{count / 2**20:,.0f}"
+
+
+def spread(figure: dict[str, float] | None) -> str:
+    """Of `turns.ratio`: the median, and the quartiles in brackets."""
+    return f"{figure['median']:.3f} [{figure['lower']:.3f}, {figure['upper']:.3f}]" if figure else ""
+
+
+def read(path: Path) -> list[Row]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write(
+    path: Path, rows: list[Row], page: Callable[[list[Row]], str], plot: Callable[[list[Row], Any], None]
+) -> None:
+    """The rows as JSON, and made of them alone a page (.md) and, where matplotlib is installed, a plot (.png).
+
+    Args: plot: draws on a figure.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(rows) + "\n")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    plot(rows, figure)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
