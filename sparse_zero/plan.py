@@ -29,8 +29,8 @@ class Sizes:
     """The deltas: of each target, how many are selected."""
     whole: tuple[int, ...]
     """Of the base, those trained whole."""
-    rows: int
-    """Of all targets as matrices, each with one more: the CSR patterns have a start for each."""
+    strips: int
+    """Of all targets, as many as are stored: selected / granularity, or none."""
     scalar_bytes: int
     """4, or 2 where the model is in half precision."""
     buffer_bytes: int = 0
@@ -194,7 +194,7 @@ def states(zero: Zero, ranks: int, sizes: Sizes) -> list[Holding]:
         Holding("deltas", deltas[0] * b, f"selected * b {cut}".strip(), where=parameters),
         Holding("buffers", sizes.buffer_bytes, "the base model's own"),
         Holding("originals", selected * b, "selected * b"),
-        Holding("indices", INDEX_BYTES * (selected + sizes.rows), "4 * (selected + rows)"),
+        Holding("indices", INDEX_BYTES * sizes.strips, "4 * selected / granularity, or 0: sparse.indices"),
     ]
     if whole := base[1] + deltas[1]:
         held.append(Holding("persistent", whole * b, "parameters of at most the persistence threshold * b"))

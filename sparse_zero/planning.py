@@ -115,7 +115,7 @@ def read(recipe: Recipe) -> Run:
         base=tuple(target.shape.numel() for target in targets.values()),
         selected=tuple(counts.values()),
         whole=tuple(targets[name].shape.numel() for name in whole),
-        rows=sum(targets[name].shape[:-1].numel() + 1 for name in counts),
+        strips=sum(draw.count // draw.granularity for draw in draws) if _stores_indices(recipe) else 0,
         scalar_bytes=held.itemsize,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         forward_only=0 if checkpointed else _forward_only(model),
@@ -138,6 +138,10 @@ def read(recipe: Recipe) -> Run:
         recipe.sparse.selection.startswith("magnitude"),
         tuple(_notes(recipe, deepspeed, model)),
     )
+
+
+def _stores_indices(recipe: Recipe) -> bool:
+    return recipe.sparse.indices == "stored" or recipe.sparse.selection.startswith("magnitude")
 
 
 def _batch(recipe: Recipe) -> tuple[int, int]:

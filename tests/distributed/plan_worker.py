@@ -65,8 +65,8 @@ def held(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
         if cut is not None:
             found["persistent"] += size_of(parameter.data) if parameter.ds_persist else 0
     for name, buffer in model.named_buffers():
-        kind = "originals" if name.endswith("_base") else "indices" if "_row_starts" in name else "buffers"
-        found["indices" if name.endswith("_column_index") else kind] += size_of(buffer)
+        kind = "originals" if name.endswith("_base") else "indices" if name.endswith("_strips") else "buffers"
+        found[kind] += size_of(buffer)
     states = optimizer_state_tensors(optimizer)
     return found | {"optimizer": sum(map(size_of, states))}
 

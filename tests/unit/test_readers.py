@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import peak_bytes
 from families import VOCABULARY, tiny
+from peak_bytes import peak_bytes
 from torch import nn
 
 from sparse_zero import SparseConfig, sparsify
