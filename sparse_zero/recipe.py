@@ -114,7 +114,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `section.key=value` overrides, whose values are YAML.
 
     `training.output_dir` defaults to runs/NAME, with NAME the recipe's file name or `training.run_name`.
-    `training.deepspeed`, when it names a file, is looked up beside the recipe, then in the working directory.
+    `training.deepspeed`, when it names a file, is looked up beside the recipe, in the working directory, then in
+    `configs/` of this repository.
 
     Raises UserError: no such file, not YAML, an unknown key (with the nearest known one), a value out of range.
     """
@@ -219,10 +220,16 @@ def _follow(schema: type[BaseModel], location: list[str]) -> tuple[type[BaseMode
     return schema, keys
 
 
+_OWN_CONFIGS = Path(__file__).parent.parent / "configs"
+
+
 def _find_deepspeed_config(name: str, recipe: Path) -> Path:
-    for candidate in (recipe.parent / name, Path(name)):
+    for candidate in (recipe.parent / name, Path(name), _OWN_CONFIGS / name):
         if candidate.is_file():
             return candidate
-    known = sorted(file.name for file in recipe.parent.glob("*.json"))
-    hint = did_you_mean(name, known) or (f"; there: {', '.join(known)}" if known else "")
-    raise UserError(f"{recipe}: training.deepspeed: no file '{name}' beside the recipe{hint}")
+    known = sorted({file.name for where in (recipe.parent, _OWN_CONFIGS) for file in where.glob("*.json")})
+    hint = did_you_mean(name, known) or (f"; there are {', '.join(known)}" if known else "")
+    raise UserError(
+        f"{recipe}: training.deepspeed: no file '{name}' beside the recipe, in the working directory or in "
+        f"sparse-zero's configs{hint}"
+    )

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -250,9 +251,14 @@ def test_a_deepspeed_file_is_looked_up_beside_the_recipe_then_in_the_working_dir
 
 def test_a_deepspeed_file_that_is_not_there(write, tmp_path):
     path = write({"training": {"deepspeed": "zero22.json"}})
-    assert refusal(path) == f"{path}: training.deepspeed: no file 'zero22.json' beside the recipe"
-    (tmp_path / "zero2.json").write_text("{}")
-    assert refusal(path).endswith("no file 'zero22.json' beside the recipe; did you mean 'zero2.json'?")
+    places = "beside the recipe, in the working directory or in sparse-zero's configs"
+    assert refusal(path) == (f"{path}: training.deepspeed: no file 'zero22.json' {places}; did you mean 'zero2.json'?")
+
+
+def test_a_file_of_our_own_needs_no_path(write):
+    path = write({"training": {"deepspeed": "zero3_offload.json"}})
+    found = Path(load_recipe(path).training["deepspeed"])
+    assert json.loads(found.read_text())["zero_optimization"]["stage"] == 3
 
 
 def test_a_deepspeed_section_stays_as_it_is(write):
