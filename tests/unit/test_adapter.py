@@ -213,7 +213,8 @@ def test_the_config_tells_what_was_trained(bases, adapter):
     assert config["base_model_name_or_path"] == str(bases["bert"])
     assert config["task"] == "sequence-classification"
     assert {key: value for key, value in config["sparse"].items() if value is not None} == {
-        **{"density": 0.04, "seed": 11, "selection": "stratified", "granularity": 1, "dropout": 0.0}
+        **{"density": 0.04, "seed": 11, "selection": "stratified", "granularity": 1, "dropout": 0.0},
+        **{"indices": "stored", "transient_mib": 64},
     }
     drawn = config["tensors"][A_DELTA]
     assert (drawn["rule"], drawn["seed"], drawn["granularity"]) == ("stratified-v1", 11, 1)
