@@ -117,6 +117,8 @@ def checks(row: Row) -> list[str]:
 def plot(results: list[Row], figure: Any) -> None:
     """What each method holds on top of the base model's weights: a panel for each number of ranks."""
     runs = [row for row in results[-1]["runs"] if "ranks" in row]
+    if not runs:
+        return
     counts = sorted({row["count"] for row in runs})
     figure.set_size_inches(5 * len(counts), 4.5)
     for panel, count in zip(figure.subplots(1, len(counts), squeeze=False).flat, counts, strict=True):

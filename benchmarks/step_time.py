@@ -5,10 +5,11 @@
     python benchmarks/step_time.py --suite cpu --plot          no runs: page and plot again from the JSON
     python benchmarks/step_time.py --targets value-output --dtypes float32 --methods frozen sparse lora
 
-The suites leave step_time_cpu.json (or _gpu), a page and a plot in benchmarks/results. All methods of methods.py train
-as many scalars as a LoRA of the rank that comes nearest to --density, on one sequence that stays the same, so that a
-loss that falls tells that the method trains. The order is drawn anew in each round; ratios are taken within a round.
-MFU is `methods.flops_of_step` against what the device can do.
+The suites leave step_time_cpu.json (or _gpu), a page and a plot in benchmarks/results; a setting that is in the file
+is not run again. All methods of methods.py train as many scalars as a LoRA of the rank that comes nearest to
+--density, on one sequence that stays the same, so that a loss that falls tells that the method trains. The order is
+drawn anew in each round; ratios are taken within a round. MFU is `methods.flops_of_step` against what the device can
+do.
 Where one process cannot hold all of them, --together 2 takes the peers two at a time, each time beside the floor and
 ours.
 """
@@ -242,8 +243,10 @@ def main() -> None:
         write(arguments.json, read(arguments.json), page, plot)
         print(page(read(arguments.json)))
         return
-    results = []
+    results = read(arguments.json) if arguments.json else []
     for setting in settings(arguments):
+        if any(result["setting"] == asdict(setting) for result in results):
+            continue
         results.append(measure(setting, arguments.methods, arguments.together))
         print(_section(results[-1]), flush=True)
         if arguments.json:
