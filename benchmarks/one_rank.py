@@ -183,7 +183,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model = llama(config, dtype, arguments.device)
         base = list(model.parameters())
         budget = Budget.of(model, TARGETS[arguments.targets], arguments.density)
+        # The meter sees what this thread allocates
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         model = METHODS[arguments.method](model, budget)
+        torch.set_num_threads(threads)
         training = start(model, ids, arguments.way, config, ranks, dtype)
         scalars = sum(getattr(p, "ds_numel", p.numel()) for p in training.trained)
         step(training)

@@ -48,10 +48,10 @@ class _SampledGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         (inputs,) = ctx.saved_tensors
         weight = ctx.sparse_weight
-        # This node runs before the module's own backward, which reads the weight. A stage-3 copy is gathered afresh,
+        # This node runs before the module's own backward, which reads the weight. A stage-3 copy may be gathered anew,
         # without the deltas; any other weight still holds what the forward saw, or autograd refuses it.
         if ctx.module.backward_reads_weight and is_partitioned(weight.weight):
-            weight.write(ctx.forwards)
+            weight.refresh_copy(ctx.forwards)
         gradient = ctx.module.delta_gradient(inputs, grad_output, weight)
         return grad_output, None, scaled(gradient, weight, ctx.forwards), None, None
 
@@ -96,7 +96,7 @@ class _Regathered(torch.autograd.graph.saved_tensors_hooks):
             if isinstance(packed, torch.Tensor):
                 return packed
             weight, forwards, size, stride, start = packed
-            weight.write(forwards)
+            weight.refresh_copy(forwards)
             copy = weight.weight.data
             return copy.as_strided(size, stride, copy.storage_offset() + start)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_zero.config import SparseConfig
@@ -34,6 +35,8 @@ class UpdateClock:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.passes = 0
+        """Forwards of the model so far."""
         self.forwards = 0
         """Training forwards of the model so far: each drops other deltas, where there is dropout."""
         self.training = False
@@ -48,6 +51,7 @@ class UpdateClock:
     def before_forward(self, model: nn.Module, _: Any) -> None:
         """A forward pre-hook of the model as a whole: a layer may run several times in one forward."""
         self.training = model.training
+        self.passes += 1
         self.forwards += model.training
 
     def __deepcopy__(self, memo: dict) -> "UpdateClock":
@@ -83,6 +87,7 @@ class SparseWeight:
         self._edges: dict[int, int] = {}
         """Where the scalars of some rows begin."""
         self._written: tuple | None = None
+        self._copy_written: tuple | None = None
 
     @torch.no_grad()
     def begin(self, chunks: Iterable[torch.Tensor], values: torch.Tensor | None = None) -> None:
@@ -118,7 +123,7 @@ class SparseWeight:
             if keeps is not None:
                 self._put_beside("strips", keeps)
             if writes:
-                self._written = self._state()
+                self._written = self._state(self.dropping)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -213,10 +218,23 @@ class SparseWeight:
         """Write, unless the weight already holds these values. Called whenever the weight is about to be read."""
         if is_partitioned(self.weight):
             if is_whole(self.weight):
-                self.write(self.dropping)
-        elif self._written != self._state():
+                self.refresh_copy(self.dropping)
+        elif self._written != self._state(self.dropping):
             self.write(self.dropping)
-            self._written = self._state()
+            self._written = self._state(self.dropping)
+
+    def refresh_copy(self, forwards: int | None) -> None:
+        """Write into what stage 3 has gathered, unless it is the copy that this pass of the model has written.
+
+        Most models are small enough to stay gathered from forward to backward; a gather makes a tensor of its own.
+        Args: as of `write`.
+        """
+        weight, delta = self.weight, self.delta
+        copies = (StorageWeakRef(tensor.untyped_storage()) for tensor in (weight, delta))
+        state = self.clock.passes, *self._state(forwards), *copies
+        if self._copy_written != state:
+            self.write(forwards)
+            self._copy_written = state
 
     @property
     def dropping(self) -> int | None:
@@ -233,15 +251,19 @@ class SparseWeight:
         kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
         return kept * (self.scale / (1 - self.dropout))
 
-    def _state(self) -> tuple:
+    def _state(self, forwards: int | None) -> tuple:
         """Changes whenever the weight might not hold w0 + delta: a step, a load, an assignment, a disabled adapter."""
         weight, delta = self.weight, self.delta
         tensors = (id(delta), delta._version, id(weight), weight._version)
-        return self.clock.steps, self.enabled, self.scale, self.dropping, *tensors
+        return self.clock.steps, self.enabled, self.scale, forwards, *tensors
 
     def invalidate(self) -> None:
         """Make the next forward write again: the delta was changed behind autograd's back (`delta.data`)."""
-        self._written = None
+        self._written = self._copy_written = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # No two objects may hold one weak reference to a storage
+        return self.__dict__ | {"_copy_written": None}
 
     def read(self) -> torch.Tensor:
         """The parameter as its module and other readers see it."""

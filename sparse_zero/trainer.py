@@ -14,6 +14,7 @@ from sparse_zero.checkpointed_trainer import CheckpointedTrainer
 from sparse_zero.curves import RunCurves
 from sparse_zero.model import sparsity_of
 from sparse_zero.progress import JobProgress
+from sparse_zero.zero import fit_buckets
 
 Forward = Callable[[], torch.Tensor]
 Backward = Callable[[torch.Tensor, bool], None]
@@ -31,6 +32,8 @@ class SparseTrainer(CheckpointedTrainer):
         if type(model).__name__.endswith("LMHeadModel") and getattr(model, "loss_type", None) is None:
             model.loss_type = "ForCausalLM"
         super().__init__(model, *args, **kwargs)
+        if self.is_deepspeed_enabled:
+            fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, model)
         self.objective = objective
         self._micro_step = 0
         # Nearly every forward takes **kwargs, but only the causal loss divides by num_items_in_batch. For the others

@@ -78,6 +78,23 @@ def stage_of(engine: Any) -> int:
     return engine.zero_optimization_stage() if engine is not None else 0
 
 
+BUCKET_SCALARS = 2**24
+"""Of the largest bucket: 32 MiB in half precision keep any link busy, and the next one fills while they are sent."""
+
+
+def fit_buckets(config: dict[str, Any], model: nn.Module) -> None:
+    """Make DeepSpeed's gradient buckets no larger than what `model` trains, where its configuration leaves that open.
+
+    Every rank allocates `zero_optimization.reduce_bucket_size` scalars, twice with `overlap_comm`: half a billion if
+    there is no such key, and the square of the hidden size where Accelerate or the Trainer has replaced "auto".
+    SparseTrainer calls this; whoever calls deepspeed.initialize calls it before. In place; a number stays.
+    """
+    zero = config.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("reduce_bucket_size", "auto") == "auto":
+        trained = sum(full_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        zero["reduce_bucket_size"] = min(trained, BUCKET_SCALARS)
+
+
 def optimizer_state_tensors(optimizer: Any) -> list[torch.Tensor]:
     """What this rank holds for the optimizer: its moments, and under DeepSpeed its float32 partition.
 

@@ -163,6 +163,12 @@ def test_optimizer_bytes_are_those_of_the_state(two_ranks: list, name: str) -> N
         assert rank[name]["optimizer_bytes"] == per_scalar * rank[name]["state"]["parameters"]
 
 
+@pytest.mark.parametrize("name", [name for name in FLOAT32 + BFLOAT16 if _holds_a_share(name)])
+def test_gradient_buckets_are_as_large_as_the_adapter(two_ranks: list, name: str, trainable: dict) -> None:
+    for rank in two_ranks:
+        assert rank[name]["bucket_size"] == trainable[_task(name)]
+
+
 @pytest.mark.parametrize("name", FLOAT32 + BFLOAT16)
 def test_frozen_weights_never_have_a_gradient(two_ranks: list, name: str) -> None:
     for rank in two_ranks:

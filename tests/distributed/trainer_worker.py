@@ -82,6 +82,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         "state": optimizer_state(trainer.optimizer),
         "state_dtypes": optimizer_dtypes(trainer.optimizer),
         "optimizer_bytes": optimizer_bytes(trainer.optimizer),
+        "bucket_size": getattr(getattr(trainer.deepspeed, "optimizer", None), "reduce_bucket_size", None),
         "trainable_dtypes": sorted({str(p.dtype) for p in model.parameters() if p.requires_grad}),
         "frozen_with_gradient": sorted(trainer.frozen_with_gradient),
         "frozen": len(trainer.frozen),

@@ -149,6 +149,14 @@ def test_deltas_that_are_set_are_seen_by_the_next_forward(change):
     assert torch.equal(output_of(model, batch_of("mlp")), output_of(dense, batch_of("mlp")))
 
 
+def test_a_copied_model_holds_no_reference_to_what_stage_3_has_gathered():
+    _, model = both("mlp")
+    for weight in model.sparsity.weights.values():
+        weight.refresh_copy(None)
+        # Its destructor would free what the other still counts on
+        assert copy.deepcopy(weight)._copy_written is None is not weight._copy_written
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_base_weights_that_are_loaded_get_the_deltas(assign):
     base, model = both("mlp")
