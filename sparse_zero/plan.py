@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
+from sparse_zero.zero import fitted_bucket
+
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce"]
 
 MASTER, MOMENTS = 4, 8
@@ -62,16 +64,17 @@ class Zero:
     offload_param: bool = False
 
     @classmethod
-    def of(cls, stage: int, config: Mapping[str, Any], hidden_size: int) -> Self:
-        """Args: config: `zero_optimization`; its "auto" are what transformers makes of them."""
+    def of(cls, stage: int, config: Mapping[str, Any], hidden_size: int, trained: int) -> Self:
+        """Args: config: `zero_optimization`; its "auto" are what transformers and `fit_buckets` make of them; trained:
+        scalars."""
         automatic = {
-            "reduce_bucket_size": hidden_size**2,
+            "reduce_bucket_size": fitted_bucket(trained),
             "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
             "stage3_param_persistence_threshold": 10 * hidden_size,
         }
         known = {field.name: field.type for field in fields(cls)}
         given: dict[str, Any] = {}
-        for key, value in config.items():
+        for key, value in ({"reduce_bucket_size": "auto"} | dict(config)).items():
             if key.startswith("offload_"):
                 given[key] = isinstance(value, Mapping) and value.get("device", "none") != "none"
             elif key in known and key != "stage":

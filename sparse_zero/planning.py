@@ -79,7 +79,8 @@ class Run:
         stage, more = STAGES[name]
         given = {key: value for key, value in self.zero.items() if not key.startswith("offload_")}
         own = stage == self.zero.get("stage")
-        return Zero.of(stage, (given if own else AUTOMATIC | given) | more, self.hidden_size)
+        settings = (given if own else AUTOMATIC | given) | more
+        return Zero.of(stage, settings, self.hidden_size, sum(self.sizes.trained))
 
 
 def read(recipe: Recipe) -> Run:

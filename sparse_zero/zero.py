@@ -82,6 +82,11 @@ BUCKET_SCALARS = 2**24
 """Of the largest bucket: 32 MiB in half precision keep any link busy, and the next one fills while they are sent."""
 
 
+def fitted_bucket(trained: int) -> int:
+    """The bucket's scalars where so many are trained."""
+    return min(trained, BUCKET_SCALARS)
+
+
 def fit_buckets(config: dict[str, Any], model: nn.Module) -> None:
     """Make DeepSpeed's gradient buckets no larger than what `model` trains, where its configuration leaves that open.
 
@@ -92,7 +97,7 @@ def fit_buckets(config: dict[str, Any], model: nn.Module) -> None:
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("reduce_bucket_size", "auto") == "auto":
         trained = sum(full_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
-        zero["reduce_bucket_size"] = min(trained, BUCKET_SCALARS)
+        zero["reduce_bucket_size"] = fitted_bucket(trained)
 
 
 def optimizer_state_tensors(optimizer: Any) -> list[torch.Tensor]:

@@ -44,7 +44,7 @@ def recipes(bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPat
         directory = root / f"{way}-{dtype}"
         directory.mkdir()
         stage, settings = STAGES[way]
-        config = zero_config(stage, reduce_bucket_size=100_000, **settings)
+        config = zero_config(stage, **settings)
         config["comms_logger"] = {"enabled": True, "prof_all": True}
         (directory / "zero.json").write_text(json.dumps(config))
         training = {"deepspeed": "zero.json", "bf16": dtype == "bfloat16", "max_steps": 4, "eval_on_start": False}
