@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_zero import SparseConfig, sparsify
+from sparse_zero import SparseConfig, layers, products, sparsify
 from sparse_zero.sparse_weight import SparseWeight
 
 KINDS = [
@@ -99,10 +99,10 @@ def test_positions_that_no_rule_draws_are_stored_and_it_is_said(caplog):
 
 def test_the_gradient_is_held_to_the_setting(monkeypatch):
     bounds = []
-    import sparse_zero.layers as layers
-
-    for name in ("sampled_product", "embedding_product"):
-        plain = getattr(layers, name)
-        monkeypatch.setattr(layers, name, lambda *args, plain=plain: (bounds.append(args[-1]), plain(*args))[1])
+    for module, name in ((layers, "sampled_product"), (products, "embedding_product")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, plain=plain: (bounds.append((name, args[-1])), plain(*args))[1]
+        )
     trained(Tower(), transient_mib=3)
-    assert set(bounds) == {3 * 2**20}
+    assert set(bounds) == {("sampled_product", 3 * 2**20), ("embedding_product", 3 * 2**20)}

@@ -47,7 +47,7 @@ def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
     weights = model.sparsity.weights.values()
     assert sorted(sizes.selected) == sorted(weight.draw.count for weight in weights)
     assert sum(sizes.base) == model.sparsity.total_parameters
-    assert sizes.rows == sum(weight.pattern[0].numel() for weight in weights)
+    assert sizes.strips == sum(weight.strips().numel() for weight in weights)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[v_proj, o_proj]"])
