@@ -177,8 +177,10 @@ class RollCall:
         if self._is_closing:
             return
         self._is_closing = True
-        self._wake.send(b"x")
+        with contextlib.suppress(OSError):  # the thread has seen it, and ended, before it was woken
+            self._wake.send(b"x")
         self._thread.join(timeout=5)
+        self._wake.close()
 
     def _serve(self) -> None:
         while not self._is_closing:
@@ -192,7 +194,7 @@ class RollCall:
             self._look_at_the_clock()
         with self._lock:
             self._tell({"type": "bye"})
-        for held in (*self._lines, self._listener, self._waker, self._wake):
+        for held in (*self._lines, self._listener, self._waker):
             held.close()
         self._selector.close()
 

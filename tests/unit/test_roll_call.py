@@ -56,3 +56,24 @@ def test_a_death_is_told_to_all_that_are_left_and_to_rank_0_at_last(
     assert [verdict.ranks for verdict in announced] == [(2,)]
     for connection in connections:
         connection.close()
+
+
+def test_closing_does_not_mind_a_thread_that_has_ended_by_then() -> None:
+    """It ends as soon as it sees that it should, which may be before it is woken."""
+    roll = RollCall(lambda _: None, silence_seconds=30)
+    send = roll._wake.send
+
+    class Late:
+        """The wake-up call comes when the thread has closed everything."""
+
+        def send(self, data: bytes) -> int:
+            send(data)
+            roll._thread.join(timeout=20)
+            return send(data)
+
+        def close(self) -> None:
+            wake.close()
+
+    wake, roll._wake = roll._wake, Late()
+    roll.close()
+    assert not roll._thread.is_alive()
