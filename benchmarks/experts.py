@@ -15,15 +15,16 @@ import contextlib
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+from allocations import Meter
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from turns import in_turns, ratio
 
 from sparse_zero import SparseConfig, read_gradient, sparsify
 from sparse_zero.zero import device_name
@@ -89,28 +90,18 @@ def steps(arguments: argparse.Namespace, implementation: str) -> dict[str, Step]
 
 def measure(arguments: argparse.Namespace, implementation: str) -> list[dict]:
     methods = steps(arguments, implementation)
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
     generator = torch.Generator().manual_seed(1)
-    for round_number in range(arguments.rounds + 2):
-        ids = torch.randint(VOCABULARY, (1, arguments.tokens), generator=generator).to(arguments.device)
-        for name, step in methods.items():
-            started = time.perf_counter()
-            step(ids)
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            if round_number >= 2:  # warm-up
-                seconds[name].append(time.perf_counter() - started)
+    ids = torch.randint(VOCABULARY, (1, arguments.tokens), generator=generator).to(arguments.device)
+    seconds = in_turns(
+        {name: partial(step, ids) for name, step in methods.items()}, arguments.rounds, arguments.device
+    )
     peaks = {name: peak_bytes(step, ids) for name, step in methods.items()}
-    ratios = {
-        name: statistics.median(mine / floor for mine, floor in zip(times, seconds["frozen"], strict=True))
-        for name, times in seconds.items()
-    }
     return [
         {
             "experts": implementation,
             "method": name,
             "seconds": round(statistics.median(seconds[name]), 4),
-            "ratio_to_frozen": round(ratios[name], 3),
+            "ratio_to_frozen": round(ratio(seconds[name], seconds["frozen"])["median"], 3),
             "peak_mib": round(peaks[name] / 2**20, 1),
             "beyond_frozen_mib": round((peaks[name] - peaks["frozen"]) / 2**20, 1),
         }
@@ -125,14 +116,9 @@ def peak_bytes(step: Step, ids: torch.Tensor) -> int:
         torch.cuda.reset_peak_memory_stats()
         step(ids)
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with Meter() as meter:
         step(ids)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return meter.whole.peak
 
 
 def main() -> None:

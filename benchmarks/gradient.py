@@ -10,12 +10,11 @@ regenerated, in one gradient and one writing of the deltas, as parts of that gra
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from turns import in_turns, ratio
 
 from sparse_zero.pattern import Pattern
 from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES, cheaper_way, expected_costs
@@ -25,17 +24,8 @@ from sparse_zero.zero import device_name
 
 def medians(calls: dict[str, Callable[[], object]], floor: str, rounds: int) -> dict[str, float]:
     """Of each call, the median ratio to the floor's time in the same round."""
-    ratios: dict[str, list[float]] = {}
-    for round_number in range(rounds + 1):
-        seconds = {}
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name] = time.perf_counter() - started
-        if round_number:  # warm-up
-            for name, mine in seconds.items():
-                ratios.setdefault(name, []).append(mine / seconds[floor])
-    return {name: statistics.median(each) for name, each in ratios.items()}
+    seconds = in_turns(calls, rounds)
+    return {name: ratio(times, seconds[floor])["median"] for name, times in seconds.items()}
 
 
 def draw_of(R: int, C: int, density: float, granularity: int) -> Draw:

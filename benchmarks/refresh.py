@@ -1,9 +1,9 @@
 """What a step spends on writing deltas into their weights, and on the optimizer, at each ZeRO stage.
 
     torchrun --nproc-per-node 2 benchmarks/refresh.py
-    torchrun --nproc-per-node 2 benchmarks/refresh.py --stages 3 --layers 4 --hidden 2048 --json refresh.json
+    torchrun --nproc-per-node 2 benchmarks/refresh.py --stages 3 --model llama-350m --json refresh.json
 
-A Llama-shaped model of 124M parameters with random weights, 1% of its linear weights selected. The first table has
+A Llama-shaped model of 120M parameters with random weights, 1% of its linear weights selected. The first table has
 medians over the steps of rank 0: a step (forward, backward, optimizer), and the parts of it. Stage 3 has two rows: as
 it is where the model fits DeepSpeed's limit of live parameters (a billion), and with every weight gathered once more
 for backward, as it is in larger models. The second table has the update alone, of as many scalars: one tensor for each
@@ -25,10 +25,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from methods import SHAPES, TARGETS, Budget, llama, llama_config, sparse
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from transformers import LlamaConfig, LlamaForCausalLM
+from turns import in_turns
 
-from sparse_zero import SparseConfig, sparsify
 from sparse_zero.sparse_weight import SparseWeight
 from sparse_zero.zero import device_name, fit_buckets
 
@@ -88,28 +88,9 @@ def watched(clock: Clock) -> Iterator[None]:
         hook.remove()
 
 
-def llama(arguments: argparse.Namespace) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.hidden * 8 // 3,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=arguments.hidden // 64,
-        vocab_size=50304,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(getattr(torch, arguments.dtype)).train()
-
-
-def sparse_llama(arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """1% of the linear weights, and so a little less of the whole."""
-    model = llama(arguments)
-    linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
-    total = sum(p.numel() for p in model.parameters())
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return sparsify(model, SparseConfig(targets=targets, density=arguments.density * linear / total))
+def sparse_llama(arguments: argparse.Namespace) -> torch.nn.Module:
+    model = llama(llama_config(arguments.model), getattr(torch, arguments.dtype))
+    return sparse(model, Budget.of(model, TARGETS["all-linear"], arguments.density))
 
 
 def steps_at(stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -167,13 +148,8 @@ def updates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for delta in deltas:
                 delta.grad = torch.ones_like(delta)
             contenders[name, layout] = make(deltas)
-    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for number in range(arguments.steps * 4 + 2):
-        for key, optimizer in contenders.items():
-            started = now()
-            optimizer.step()
-            if number >= 2:
-                seconds[key].append(now() - started)
+    steps = {key: optimizer.step for key, optimizer in contenders.items()}
+    seconds = in_turns(steps, 4 * arguments.steps, str(device))
     return [
         {"optimizer": name}
         | {layout: statistics.median(seconds[name, layout]) for layout in ("each", "flat")}
@@ -186,8 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=ZERO, default=list(ZERO))
     parser.add_argument("--density", type=float, default=0.01, help="of the linear weights")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--model", choices=SHAPES, default="llama-120m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tokens", type=int, default=512, help="of each rank's step")
     parser.add_argument("--steps", type=int, default=10)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher import report
 from launcher.command import Command
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, refuse_to_overwrite
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -107,7 +107,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def merge(arguments: argparse.Namespace) -> int:
     """Write base model and adapter as a plain model directory."""
     adapter = _adapter_directory(arguments.adapter)
-    _refuse_to_overwrite(arguments.out)
+    refuse_to_overwrite(Path(arguments.out))
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapter import write_merged
@@ -126,7 +126,7 @@ def export(arguments: argparse.Namespace) -> int:
     checkpoint = Path(arguments.checkpoint)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint")
-    _refuse_to_overwrite(arguments.out)
+    refuse_to_overwrite(Path(arguments.out))
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.export import export
@@ -157,7 +157,7 @@ def convert(arguments: argparse.Namespace) -> int:
 def combine(arguments: argparse.Namespace) -> int:
     """Write a combination of adapters."""
     adapters = [_adapter_directory(name) for name in arguments.adapters]
-    _refuse_to_overwrite(arguments.out)
+    refuse_to_overwrite(Path(arguments.out))
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.combine import combine_adapters
 
@@ -209,12 +209,6 @@ def doctor(arguments: argparse.Namespace) -> int:
     else:
         report.print_diagnosis(diagnosis.findings, links.rows(diagnosis.measured) if diagnosis.measured else [])
     return diagnosis.status
-
-
-def _refuse_to_overwrite(out: str) -> None:
-    path = Path(out)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{out}: is there already; name a new directory")
 
 
 def plan(arguments: argparse.Namespace) -> int:

@@ -2,10 +2,17 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
     """Something the user gave cannot be used. The message says what, where, and what to do instead."""
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    """Raises UserError: something is there, other than an empty directory."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new directory")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -15,8 +15,11 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
-ELSEWHERE_SECONDS = 15 * 60
-"""Longer than any operator compiles: who holds a lock on a disk that hosts share may be on another of them."""
+UNSEEN_SECONDS = 15 * 60
+"""Longer than any operator compiles: so old is a lock that a process may hold whom nobody here sees."""
+
+FIRST_NAMESPACE = "pid:[4026531836]"
+"""From where Linux shows the processes of all containers too."""
 
 
 def directories() -> Iterator[Path]:
@@ -41,9 +44,17 @@ def _is_abandoned(lock: Path) -> bool:
     found = lock.stat()
     if found.st_uid != os.getuid() or _is_open_here(lock):
         return False
-    # File systems without a disk of this machine (NFS, Lustre, but also overlays) have no major number.
-    may_be_shared = os.major(found.st_dev) == 0
-    return not may_be_shared or time.time() - found.st_mtime > ELSEWHERE_SECONDS
+    if _may_be_held_unseen(found) and time.time() - found.st_mtime < UNSEEN_SECONDS:
+        return False
+    # While the processes were looked at, the lock may have passed on to one that had none when its turn came
+    now = lock.stat()
+    return (now.st_ino, now.st_mtime_ns) == (found.st_ino, found.st_mtime_ns)
+
+
+def _may_be_held_unseen(lock: os.stat_result) -> bool:
+    # File systems without a disk of this machine (NFS, Lustre, but also overlays) have no major number
+    on_other_hosts = os.major(lock.st_dev) == 0
+    return on_other_hosts or os.readlink("/proc/self/ns/pid") != FIRST_NAMESPACE
 
 
 def _is_open_here(path: Path) -> bool:

@@ -16,7 +16,6 @@ Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce"]
 
 MASTER, MOMENTS = 4, 8
 """Bytes of a scalar's float32 original and of Adam's two moments."""
-INDEX_BYTES = 4
 ALIGNMENT = 2
 """Scalars: stages 1 and 2 pad what they partition to a multiple of ALIGNMENT * N."""
 
@@ -31,8 +30,8 @@ class Sizes:
     """The deltas: of each target, how many are selected."""
     whole: tuple[int, ...]
     """Of the base, those trained whole."""
-    strips: int
-    """Of all targets, as many as are stored: selected / granularity, or none."""
+    index_bytes: int
+    """Of the strips of all targets, where they are stored."""
     scalar_bytes: int
     """4, or 2 where the model is in half precision."""
     buffer_bytes: int = 0
@@ -197,7 +196,7 @@ def states(zero: Zero, ranks: int, sizes: Sizes) -> list[Holding]:
         Holding("deltas", deltas[0] * b, f"selected * b {cut}".strip(), where=parameters),
         Holding("buffers", sizes.buffer_bytes, "the base model's own"),
         Holding("originals", selected * b, "selected * b"),
-        Holding("indices", INDEX_BYTES * sizes.strips, "4 * selected / granularity, or 0: sparse.indices"),
+        Holding("indices", sizes.index_bytes, "4 * selected / granularity, or 0: sparse.indices"),
     ]
     if whole := base[1] + deltas[1]:
         held.append(Holding("persistent", whole * b, "parameters of at most the persistence threshold * b"))

@@ -18,7 +18,6 @@ from sparse_zero.errors import UserError
 from sparse_zero.loading import load_config, max_positions, model_without_values
 from sparse_zero.plan import Holding, Sizes, Zero, passing, states, traffic
 from sparse_zero.recipe import Recipe
-from sparse_zero.sampled_gradient import TRANSIENT_BYTES
 from sparse_zero.targets import all_targets, find_whole, parameters_of
 
 RESERVED = 0.08
@@ -68,11 +67,9 @@ class Run:
     load_bytes: int
     """Of the base as from_pretrained makes it."""
     stored_positions: bool
+    transient_bytes: int
+    """Of a weight's gradient, and of the writing of its delta."""
     notes: tuple[str, ...]
-
-    @property
-    def transient_bytes(self) -> int:
-        return TRANSIENT_BYTES + WRITING_BYTES * max(self.sizes.selected, default=0)
 
     def zero_of(self, name: str) -> Zero:
         """The settings of one of STAGES. A stage that the recipe's file is not for gets what configs/ have."""
@@ -116,7 +113,7 @@ def read(recipe: Recipe) -> Run:
         base=tuple(target.shape.numel() for target in targets.values()),
         selected=tuple(counts.values()),
         whole=tuple(targets[name].shape.numel() for name in whole),
-        strips=sum(draw.count // draw.granularity for draw in draws) if _stores_indices(recipe) else 0,
+        index_bytes=sum(draw.strip_count * draw.strip_dtype.itemsize for draw in draws if _stores_indices(recipe)),
         scalar_bytes=held.itemsize,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         forward_only=0 if checkpointed else _forward_only(model),
@@ -137,6 +134,7 @@ def read(recipe: Recipe) -> Run:
         micro_batches * passes,
         sum(sizes.base) * dtype.itemsize,
         recipe.sparse.selection.startswith("magnitude"),
+        recipe.sparse.transient_mib * 2**20 + WRITING_BYTES * max(counts.values(), default=0),
         tuple(_notes(recipe, deepspeed, model)),
     )
 
@@ -224,7 +222,9 @@ def holdings(run: Run, zero: Zero, ranks: int) -> list[Holding]:
         *passing(zero, ranks, run.sizes),
         Holding("activations", kept - _loss(run), formula, when="backward", exact=False),
         Holding("logits", _loss(run), "12 * b * s * vocabulary, float32", when="backward", exact=False),
-        Holding("sampled gradient", run.transient_bytes, "64 MiB + 16 * largest delta", when="backward", exact=False),
+        Holding(
+            "sampled gradient", run.transient_bytes, "transient_mib + 16 * largest delta", when="backward", exact=False
+        ),
     ]
 
 

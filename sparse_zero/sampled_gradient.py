@@ -62,21 +62,18 @@ def sampled_product(
     Returns: (n,), float32 (the inputs' own dtype if that is wider).
     """
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
-    on_cpu = rows_NR.device.type == "cpu"
-    if on_cpu:
-        # There half precision sums in half precision block by block, and the sampled kernel does not take it at all
-        dtype = torch.promote_types(dtype, torch.float32)
+    # On a CPU half precision sums in half precision block by block, and the sampled kernel does not take it at all
+    dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
     if N == 0 or pattern.count == 0:
         return rows_NR.new_zeros(pattern.count, dtype=dtype)
-    if not on_cpu:
-        return _on_accelerator(rows_NR, columns_NC, pattern, dtype, transient_bytes)
+    if rows_NR.device.type != "cpu":
+        return _on_accelerator(rows_NR, columns_NC, pattern, transient_bytes).to(dtype)
     way = _WAYS[cheaper_way(N, R, C, pattern.count, pattern.granularity)]
     return way(rows_NR, columns_NC, pattern, dtype, transient_bytes)
 
 
 def _on_accelerator(
-    rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, dtype: torch.dtype, transient_bytes: int
+    rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, transient_bytes: int
 ) -> torch.Tensor:
     if kernel_is_cheaper(rows_NR, columns_NC, pattern.count, pattern.granularity, transient_bytes):
         from sparse_zero import sampled_triton
@@ -84,7 +81,9 @@ def _on_accelerator(
         if pattern.granularity == 1:
             return sampled_triton.sampled(rows_NR, columns_NC, *pattern[:2], transient_bytes)
         return sampled_triton.strips(rows_NR, columns_NC, *pattern, transient_bytes)
-    return _dense(rows_NR, columns_NC, pattern, dtype, transient_bytes).to(torch.promote_types(dtype, torch.float32))
+    # Tensor cores sum half precision in float32
+    dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
+    return _dense(rows_NR, columns_NC, pattern, dtype, transient_bytes)
 
 
 def _sampled(

@@ -65,6 +65,16 @@ class Draw:
         return torch.Size(self.shape).numel()
 
     @property
+    def strip_count(self) -> int:
+        """The indices that tell the positions: one for each strip."""
+        return self.count // self.granularity
+
+    @property
+    def strip_dtype(self) -> torch.dtype:
+        """The narrowest that holds them."""
+        return torch.int32 if self.numel // self.granularity < 2**31 else torch.int64
+
+    @property
     def repeatable(self) -> bool:
         """Whether the positions can be drawn again."""
         return self.rule != STORED
@@ -96,9 +106,7 @@ class Draw:
         """
         if self.granularity == 1:
             return self.positions(device)
-        return positions(
-            self.seed, self.name, self.numel // self.granularity, self.count // self.granularity, device=device
-        )
+        return positions(self.seed, self.name, self.numel // self.granularity, self.strip_count, device=device)
 
     def chunks(self, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
         """All positions in order, some at a time. Raises ValueError as `positions` does."""

@@ -183,8 +183,7 @@ class SparseWeight:
             yield from (strips.long() for strips in in_chunks(self.strips()))
 
     def _room_for_strips(self) -> torch.Tensor:
-        narrow = torch.int32 if self.draw.numel // self.draw.granularity < 2**31 else torch.int64
-        return torch.empty(self.draw.count // self.draw.granularity, dtype=narrow, device=self.weight.device)
+        return torch.empty(self.draw.strip_count, dtype=self.draw.strip_dtype, device=self.weight.device)
 
     @torch.no_grad()
     def write(self, forwards: int | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, refuse_to_overwrite
 from sparse_zero.exchange import format_of, model_delta, recognise
 from sparse_zero.exchange.checkpoint import Checkpoint
 from sparse_zero.exchange.contents import Contents
@@ -33,8 +33,7 @@ def convert(
     kind = recognise(source)
     if kind == to:
         raise UserError(f"{source}: is a {format_of(to).TITLE} adapter already: copy the directory")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; name a new directory")
+    refuse_to_overwrite(out)
     format = format_of(kind)
     contents = format.read(source, base, max_density) if kind == "model" else format.read(source, base)
     adapter = contents.adapter()

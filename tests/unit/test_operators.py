@@ -32,7 +32,7 @@ def lock(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_lock_goes_when_its_process_was_killed(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators.os, "major", lambda device: 8)  # a disk of this machine
+    monkeypatch.setattr(operators, "_may_be_held_unseen", lambda lock: False)
     with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         operators.remove_abandoned_locks()
@@ -43,12 +43,40 @@ def test_a_lock_goes_when_its_process_was_killed(lock: Path, monkeypatch: pytest
     assert not lock.exists()
 
 
-def test_on_a_shared_disk_a_lock_stays_for_as_long_as_compiling_takes(lock: Path, monkeypatch) -> None:
-    monkeypatch.setattr(operators.os, "major", lambda device: 0)
+@pytest.mark.parametrize(
+    ("device", "namespace", "unseen"),
+    [(8, operators.FIRST_NAMESPACE, False), (0, operators.FIRST_NAMESPACE, True), (8, "pid:[4026532000]", True)],
+)
+def test_who_may_hold_a_lock_unseen(lock: Path, monkeypatch, device: int, namespace: str, unseen: bool) -> None:
+    """A process of another host, or one outside of this container."""
+    lock.touch()
+    monkeypatch.setattr(operators.os, "major", lambda _: device)
+    monkeypatch.setattr(operators.os, "readlink", lambda _: namespace)
+    assert operators._may_be_held_unseen(lock.stat()) == unseen
+
+
+def test_a_lock_that_has_passed_on_stays(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its new holder had none yet when it was looked at, the old one none any more."""
+    lock.touch()
+    monkeypatch.setattr(operators, "_may_be_held_unseen", lambda _: False)
+
+    def pass_on(_: Path) -> bool:
+        other = lock.with_name("other")
+        other.touch()
+        other.replace(lock)
+        return False
+
+    monkeypatch.setattr(operators, "_is_open_here", pass_on)
+    operators.remove_abandoned_locks()
+    assert lock.exists()
+
+
+def test_a_lock_that_may_be_held_unseen_stays_for_as_long_as_compiling_takes(lock: Path, monkeypatch) -> None:
+    monkeypatch.setattr(operators, "_may_be_held_unseen", lambda _: True)
     lock.touch()
     operators.remove_abandoned_locks()
     assert lock.exists()
-    before = time.time() - operators.ELSEWHERE_SECONDS - 1
+    before = time.time() - operators.UNSEEN_SECONDS - 1
     os.utime(lock, (before, before))
     operators.remove_abandoned_locks()
     assert not lock.exists()

@@ -47,7 +47,7 @@ def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
     weights = model.sparsity.weights.values()
     assert sorted(sizes.selected) == sorted(weight.draw.count for weight in weights)
     assert sum(sizes.base) == model.sparsity.total_parameters
-    assert sizes.strips == sum(weight.strips().numel() for weight in weights)
+    assert sizes.index_bytes == sum(weight.strips().nbytes for weight in weights)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[v_proj, o_proj]"])
@@ -86,14 +86,14 @@ def test_checkpointing_keeps_less(recipe: Path) -> None:
     ],
 )
 def test_traffic_of_four_ranks(stage: int, sent: float) -> None:
-    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), strips=1000, scalar_bytes=4)
+    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
     zero = Zero(stage, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0)
     assert sum(each.sent_bytes(4) for each in traffic(zero, 4, sizes, backwards=5)) == sent
     assert traffic(zero, 1, sizes, backwards=5) == []
 
 
 def test_stage_3_does_not_send_again_what_it_still_has() -> None:
-    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), strips=1000, scalar_bytes=4)
+    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
     once = Zero(3, stage3_param_persistence_threshold=0)
     (gathered,) = (each for each in traffic(once, 4, sizes) if each.operation == "all-gather")
     assert gathered.payload_bytes == 4 * 11_000

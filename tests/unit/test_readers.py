@@ -12,8 +12,6 @@ from peak_bytes import peak_bytes
 from torch import nn
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.pattern import Pattern
-from sparse_zero.sampled_gradient import embedding_product
 from sparse_zero.sparse_weight import SparseWeight
 
 E, R, C = 4, 6, 5
@@ -330,22 +328,3 @@ def test_backward_holds_no_gradient_of_all_experts(implementation):
     whole = dense.table.numel() * 4
     assert peak_bytes(theirs.backward) >= whole
     assert peak_bytes(ours.backward) < 0.1 * whole
-
-
-@pytest.mark.parametrize("density", [0.01, 0.5, 1.0])
-@pytest.mark.parametrize("words", ["one", "many"])
-def test_a_lookup_holds_no_more_than_its_bound_beyond_its_result(words, density):
-    rows, columns, count, bound = 64, 256, 4096, 2**20
-    flat = torch.randperm(rows * columns)[: int(density * rows * columns)].sort().values
-    pattern = Pattern.of_cells(flat, rows, columns)
-    ids = torch.full((count,), 7) if words == "one" else torch.randint(rows, (count,))
-    grad = torch.randn(count, columns)
-    per_occurrence = count * (2 * 8 + 8 + 4)
-    result = flat.numel() * 4
-    peak = peak_bytes(lambda: embedding_product(ids, grad, pattern, bound))
-    assert peak <= bound + per_occurrence + result
-    assert density < 0.5 or peak > bound // 4, "too little work to say anything of the bound"
-    dense = torch.zeros(rows, columns).index_add_(0, ids, grad)
-    torch.testing.assert_close(
-        embedding_product(ids, grad, pattern, bound), dense.flatten()[flat], rtol=1e-4, atol=1e-3
-    )
