@@ -7,13 +7,14 @@ the weight it shows, and with it three kinds of readers cost less:
 - a product or a lookup yields the gradient at the selected positions (`products`), and never a dense one.
 """
 
+import contextlib
+import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 from torch.utils._pytree import tree_map_only
 
 from sparse_zero.place import Place
@@ -193,6 +194,15 @@ def _grouped_mm(
     return _Use(weight, input, Product(weight.place, parts="ends"), offs)
 
 
+def _grouped_products() -> Iterator[Callable]:
+    """Torch's own, from 2.8 on, and what transformers has for tensors that it does not take."""
+    with contextlib.suppress(AttributeError):
+        yield torch._grouped_mm
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("transformers.integrations.moe")
+        yield torch.ops.transformers.grouped_mm_fallback
+
+
 def _embedding(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -243,8 +253,7 @@ _USES: dict[Callable, Callable[..., _Use | None]] = {
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm), _matmul),
     **dict.fromkeys((torch.bmm, torch.Tensor.bmm), _matmul),
     torch.addmm: _addmm,
-    torch._grouped_mm: _grouped_mm,
-    torch.ops.transformers.grouped_mm_fallback: _grouped_mm,
+    **dict.fromkeys(_grouped_products(), _grouped_mm),
     F.embedding: _embedding,
 }
 RULES: dict[Callable, Callable[[Callable, tuple, dict], Any]] = {
