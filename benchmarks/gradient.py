@@ -5,7 +5,7 @@
 
 Each figure is the median over the rounds of a ratio to the dense product in float32 of the same round. `chosen` is
 what cheaper_way takes, `best` what it should have taken. The last table has what positions cost, stored or
-regenerated, in one gradient and one writing of the deltas, as parts of that gradient (sampled, or strips).
+regenerated, in one gradient and one writing of the deltas, as parts of that gradient (sampled).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from turns import in_turns, ratio
 
 from sparse_zero.pattern import Pattern
-from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES, cheaper_way, expected_costs
+from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES, cheaper_way
 from sparse_zero.selection import STRATIFIED, Draw
 from sparse_zero.zero import device_name
 
@@ -39,9 +39,8 @@ def measure(
     N, draw = arguments.tokens, draw_of(R, C, density, granularity)
     pattern = Pattern.of_cells(draw.strips().int(), R, C, granularity)
     rows, columns = torch.randn(N, R), torch.randn(N, C)
-    ways = list(expected_costs(N, R, C, draw.count, granularity))
     x, y = rows.to(dtype), columns.to(dtype)
-    calls = {way: lambda way=way: _WAYS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in ways}
+    calls = {way: lambda way=way: _WAYS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in _WAYS}
     ratios = medians(calls | {"floor": lambda: rows.t() @ columns}, "floor", arguments.rounds)
     del ratios["floor"]
     return {
@@ -52,27 +51,18 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         "count": draw.count,
         "ratios": {way: round(ratio, 4) for way, ratio in ratios.items()},
-        "chosen": cheaper_way(N, R, C, draw.count, granularity),
+        "chosen": cheaper_way(N, R, C, draw.count),
         "best": min(ratios, key=ratios.__getitem__),
     }
 
 
-def fitted(measured: list[dict], N: int) -> dict[str, list[float]]:
-    """The constants of expected_costs, with the least squares of relative errors."""
-    constants = {}
-    for way, terms in {
-        "sampled": lambda R, C, n, g: [N * (R + C), N * n],
-        "strips": lambda R, C, n, g: [N * R, N * n / g, N * n],
-    }.items():
-        some = [row for row in measured if way in row["ratios"]]
-        if not some:
-            continue
-        costs = [row["ratios"][way] * N * row["rows"] * row["columns"] for row in some]
-        parts = [terms(row["rows"], row["columns"], row["count"], row["granularity"]) for row in some]
-        matrix = torch.tensor(parts, dtype=torch.float64) / torch.tensor(costs, dtype=torch.float64)[:, None]
-        solution = torch.linalg.lstsq(matrix, torch.ones(len(some), 1, dtype=torch.float64)).solution
-        constants[way] = [round(x, 2) for x in solution.flatten().tolist()]
-    return constants
+def fitted(measured: list[dict], N: int) -> dict[str, float]:
+    """TURNED and DOT of cheaper_way, with the least squares of relative errors."""
+    parts = [[N * (row["rows"] + row["columns"]), N * row["count"]] for row in measured]
+    costs = torch.tensor([row["ratios"]["sampled"] * N * row["rows"] * row["columns"] for row in measured])
+    matrix = torch.tensor(parts, dtype=torch.float64) / costs[:, None]
+    solution = torch.linalg.lstsq(matrix, torch.ones(len(measured), 1, dtype=torch.float64)).solution
+    return {name: round(x, 2) for name, x in zip(("TURNED", "DOT"), solution.flatten().tolist(), strict=True)}
 
 
 def measure_indices(R: int, C: int, density: float, granularity: int, arguments: argparse.Namespace) -> dict:
@@ -80,7 +70,6 @@ def measure_indices(R: int, C: int, density: float, granularity: int, arguments:
     draw = draw_of(R, C, density, granularity)
     stored = draw.strips().int()
     rows, columns = torch.randn(arguments.tokens, R), torch.randn(arguments.tokens, C)
-    way = _WAYS["sampled" if granularity == 1 else "strips"]
 
     def pattern(cells: torch.Tensor) -> Pattern:
         return Pattern.of_cells(cells, R, C, granularity)
@@ -90,7 +79,7 @@ def measure_indices(R: int, C: int, density: float, granularity: int, arguments:
 
     once = pattern(stored)
     calls = {
-        "gradient": lambda: way(rows, columns, once, torch.float32, TRANSIENT_BYTES),
+        "gradient": lambda: _WAYS["sampled"](rows, columns, once, torch.float32, TRANSIENT_BYTES),
         "stored": lambda: (pattern(stored), positions(stored)),
         "regenerated": lambda: (pattern(draw.strips().int()), positions(draw.strips().int())),
     }
@@ -114,21 +103,17 @@ def main() -> None:
     cases = [(R, C, d, g) for R, C in sizes for g in arguments.granularities for d in arguments.densities]
     print(f"{device_name()}, {arguments.tokens} tokens, {arguments.rounds} rounds; 1 = the dense product in float32")
     head = f"{'weight':<12} {'g':>3} {'density':>8}"
-    print(f"{head} {'dtype':<9} {'sampled':>8} {'strips':>8} {'dense':>8}   chosen   best")
+    print(f"{head} {'dtype':<9} {'sampled':>8} {'dense':>8}   chosen   best")
     measured = []
     for R, C, density, granularity in cases:
         for dtype in arguments.dtypes:
             row = measure(R, C, density, granularity, getattr(torch, dtype), arguments)
             measured.append(row)
-            cells = " ".join(
-                f"{row['ratios'][way]:>8.3f}" if way in row["ratios"] else " " * 8
-                for way in ("sampled", "strips", "dense")
-            )
+            cells = " ".join(f"{row['ratios'][way]:>8.3f}" for way in _WAYS)
             case = f"{f'{R} x {C}':<12} {granularity:>3} {density:>8.2%} {dtype:<9}"
             print(f"{case} {cells}   {row['chosen']:<8} {row['best']}", flush=True)
     constants = fitted(measured, arguments.tokens)
-    for way, values in constants.items():
-        print(f"fitted constants of {way}: {', '.join(map(str, values))}")
+    print(f"fitted constants: {', '.join(f'{name} {value}' for name, value in constants.items())}")
     print(f"\n{head} {'stored':>8} {'regenerated':>12}   parts of the gradient")
     indices = [measure_indices(*case, arguments) for case in cases]
     for row in indices:

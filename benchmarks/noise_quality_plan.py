@@ -113,7 +113,7 @@ def learning_rates_of(done: dict[str, Row]) -> dict[str, float]:
 def plan(done: dict[str, Row]) -> list[Run]:
     """The runs that are settled so far, in the order in which they are worth having; those of `done` included.
 
-    First what tunes; then size after size, seed by seed, so that comparisons become complete early.
+    First what tunes; then size after size, seed by seed, so that comparisons become complete early; the control last.
     """
     rates = learning_rates_of(done)
     tuning, measured = learning_rate_runs(), []
@@ -132,7 +132,7 @@ def plan(done: dict[str, Row]) -> list[Run]:
                 for size in SIZES
                 for seed in SEEDS
             ]
-    measured.sort(key=lambda run: (run.size, run.noise == CONTROL, run.seed, METHODS.index(run.method)))
+    measured.sort(key=lambda run: (run.noise == CONTROL, run.size, run.seed, METHODS.index(run.method)))
     return [*tuning, *precision_runs(rates), *measured]
 
 

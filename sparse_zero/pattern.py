@@ -34,10 +34,7 @@ class Pattern(NamedTuple):
         edges = torch.arange(0, blocks * columns + 1, columns, dtype=dtype, device=cells.device)
         starts = torch.searchsorted(cells.to(dtype), edges, out_int32=True)
         strip_columns = torch.empty(cells.numel(), dtype=torch.int32, device=cells.device)
-        for piece in pieces(cells.numel(), _chunk(cells.device)):
-            inside = starts.clamp(piece.start, piece.stop).diff()
-            first = torch.repeat_interleave(edges[:-1], inside, output_size=piece.stop - piece.start)
-            torch.sub(cells[piece], first, out=strip_columns[piece])
+        torch.remainder(cells, columns, out=strip_columns)
         return cls(starts, strip_columns, granularity)
 
     @property

@@ -3,55 +3,38 @@
 Shapes: N rows of a batch (examples x tokens), R x C the weight, n selected scalars, g the rows of a strip.
     gradient of the weight = rows^T @ columns, with rows (N, R) and columns (N, C)
 
-Three ways lead to it, and `cheaper_way` tells which is taken:
-    sampled   a dot product over N for each position, after a copy of both matrices with their tokens last
-    strips    for each block of rows a matrix product with the columns that it has selected, gathered
+Two ways lead to it on a CPU, and `cheaper_way` tells which is taken:
+    sampled   a dot product over N for each position, after a copy of both matrices with their tokens last (C++)
     dense     the whole product, some rows of the weight at a time, read at the positions
-Each works on pieces, so that what it allocates beside its inputs, the pattern and the result stays within a bound, and
-mostly within the processor's cache. (One token and one block of rows at a time is the least.)
+Both work on pieces, so that what they allocate beside inputs, pattern and result stays within a bound, and mostly
+within the processor's cache. (One token and one block of rows at a time is the least.)
 """
 
-import functools
 import itertools
-import warnings
 from typing import Literal
 
 import torch
 
+from sparse_zero import sampled_cpu
 from sparse_zero.pattern import BYTES_PER_POSITION, Pattern, pieces
 from sparse_zero.sampled_cost import kernel_is_cheaper
 
 TRANSIENT_BYTES = 64 * 2**20
 """The default of SparseConfig.transient_mib."""
 
-TOKENS = 128
-"""At a time in the sampled way and in that of strips. Measured from 64 to 1,024 at 768 to 4096 square: up to 3 times
-faster than all of 1,024 at once."""
+TURNED, DOT = 38, 3.0
+"""Costs of the sampled way, in multiples of a multiplication of the dense product in float32: a scalar of the inputs
+that is turned over, and a multiplication of its own. `python benchmarks/gradient.py` measures them."""
 
-TURNED, DOT = 30, 5.5
-"""Costs of the sampled way, in multiples of a multiplication of the dense product: a scalar of the inputs that is
-turned over, and a multiplication of its own. `python benchmarks/gradient.py` measures all of these."""
-
-BLOCK, GATHERED, STRIP = 75, 50, 0.7
-"""Costs of strips: a scalar of the rows, a scalar of the columns that is gathered, a multiplication."""
-
-Way = Literal["sampled", "strips", "dense"]
+Way = Literal["sampled", "dense"]
 
 
-def cheaper_way(N: int, R: int, C: int, n: int, granularity: int) -> Way:
+def cheaper_way(N: int, R: int, C: int, n: int) -> Way:
     """Which way takes a CPU the least time. A model, and no measurement: all ranks, and a resumed run, choose alike.
 
-    float16 and bfloat16 make no difference to it: they are summed in float32, and casting a piece costs little.
+    It is the same for strips, and for float16 and bfloat16, which are summed in float32.
     """
-    return min(costs := expected_costs(N, R, C, n, granularity), key=costs.__getitem__)
-
-
-def expected_costs(N: int, R: int, C: int, n: int, granularity: int) -> dict[Way, float]:
-    """In multiples of a multiplication of the dense product."""
-    dense = N * R * C
-    if granularity == 1:
-        return {"sampled": TURNED * N * (R + C) + DOT * N * n, "dense": dense}
-    return {"strips": BLOCK * N * R + GATHERED * N * n // granularity + STRIP * N * n, "dense": dense}
+    return "sampled" if TURNED * N * (R + C) + DOT * N * n < N * R * C else "dense"
 
 
 def sampled_product(
@@ -62,13 +45,13 @@ def sampled_product(
     Returns: (n,), float32 (the inputs' own dtype if that is wider).
     """
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    # On a CPU half precision sums in half precision block by block, and the sampled kernel does not take it at all
+    # On a CPU the dense product of half precision sums in half precision, block by block
     dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
     if N == 0 or pattern.count == 0:
         return rows_NR.new_zeros(pattern.count, dtype=dtype)
     if rows_NR.device.type != "cpu":
         return _on_accelerator(rows_NR, columns_NC, pattern, transient_bytes).to(dtype)
-    way = _WAYS[cheaper_way(N, R, C, pattern.count, pattern.granularity)]
+    way = _WAYS[cheaper_way(N, R, C, pattern.count)]
     return way(rows_NR, columns_NC, pattern, dtype, transient_bytes)
 
 
@@ -89,84 +72,11 @@ def _on_accelerator(
 def _sampled(
     rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, dtype: torch.dtype, transient_bytes: int
 ) -> torch.Tensor:
-    _silence_beta_notice()
-    (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    room = sum(x.shape[1] * _bytes_turned(x, dtype) for x in (rows_NR, columns_NC))
-    tokens = _at_most(transient_bytes // room, min(N, TOKENS))
-    rows_last, columns_last = (_TokensLast(x, dtype, tokens) for x in (rows_NR, columns_NC))
-    sums = torch.sparse_csr_tensor(
-        *pattern[:2], rows_NR.new_zeros(pattern.count, dtype=dtype), (R, C), check_invariants=False
-    )
-    for piece in pieces(N, tokens):
-        # Both are as the kernel reads them: it copies any other layout
-        torch.sparse.sampled_addmm(sums, rows_last.piece(piece), columns_last.piece(piece).t(), out=sums)
-    return sums.values()
-
-
-class _TokensLast:
-    """Pieces of x (N, X) as (X, tokens) matrices, in buffers that serve each piece again: fresh memory costs more than
-    the copy."""
-
-    def __init__(self, x_NX: torch.Tensor, dtype: torch.dtype, tokens: int) -> None:
-        self.x_NX = x_NX
-        self._turned = x_NX.new_empty(x_NX.shape[1] * tokens)
-        self._cast = self._turned if x_NX.dtype == dtype else torch.empty_like(self._turned, dtype=dtype)
-
-    def piece(self, tokens: slice) -> torch.Tensor:
-        x_XT = self.x_NX[tokens].t()
-        turned, cast = (buffer[: x_XT.numel()].view(x_XT.shape) for buffer in (self._turned, self._cast))
-        # In its own dtype: torch turns over block by block where nothing else is to be done
-        turned.copy_(x_XT)
-        return turned if self._cast is self._turned else cast.copy_(turned)
-
-
-def _bytes_turned(x_NX: torch.Tensor, dtype: torch.dtype) -> int:
-    """Of each scalar."""
-    return dtype.itemsize + (x_NX.dtype.itemsize if x_NX.dtype != dtype else 0)
-
-
-@functools.cache
-def _silence_beta_notice() -> None:
-    """torch says once per process that CSR tensors are in beta; spend that once where nobody sees it."""
-    with warnings.catch_warnings(action="ignore"):
-        torch.eye(1).to_sparse_csr()
-
-
-def _strips(
-    rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, dtype: torch.dtype, transient_bytes: int
-) -> torch.Tensor:
-    """Blocks have about as many strips each: those with fewer are filled up, and what comes of that is left out."""
-    N, C = columns_NC.shape
-    starts, strip_columns, g = pattern
-    widths = starts.diff()
-    width = int(widths.max())
-    # What is cast, and what index_select makes of a layout that it does not take
-    tokens = _at_most(transient_bytes // 4 // (2 * C * dtype.itemsize), min(N, TOKENS))
-    # Twice the operands: the product copies those of some layouts
-    per_block = 2 * dtype.itemsize * tokens * (width + g) + width * (_BYTES_PER_SUM * g + _BYTES_PER_STRIP)
-    result = rows_NR.new_empty(pattern.count, dtype=dtype)
-    within = torch.arange(width, device=starts.device)
-    for blocks in pieces(pattern.blocks, _at_most(transient_bytes // 2 // per_block, pattern.blocks)):
-        first = starts[blocks, None]
-        chosen = strip_columns[(first + within).clamp_(max=strip_columns.numel() - 1).flatten()]
-        height = blocks.stop - blocks.start
-        sums = rows_NR.new_zeros(height, g, width, dtype=dtype)
-        for piece in pieces(N, tokens):
-            rows = rows_NR[piece, blocks.start * g : blocks.stop * g].to(dtype)
-            # Cast before it is gathered, which is slow in half precision
-            gathered = columns_NC[piece].to(dtype).index_select(1, chosen)
-            sums.baddbmm_(
-                rows.unflatten(1, (height, g)).permute(1, 2, 0), gathered.unflatten(1, (height, width)).transpose(0, 1)
-            )
-        inside = (within < widths[blocks, None])[:, None].expand_as(sums)
-        start = int(starts[blocks.start]) * g
-        values = sums.masked_select(inside)
-        result[start : start + values.numel()] = values
-    return result
-
-
-_BYTES_PER_SUM, _BYTES_PER_STRIP = 48, 32
-"""With what masked_select takes for a moment; of their indices."""
+    (N, _), C = rows_NR.shape, columns_NC.shape[1]
+    sizes = sampled_cpu.Sizes.of(N, C, pattern, dtype, transient_bytes, torch.get_num_threads())
+    if sizes is None or not (product := sampled_cpu.operator()):
+        return _dense(rows_NR, columns_NC, pattern, dtype, transient_bytes)
+    return product(rows_NR, columns_NC, *pattern, *sizes, dtype)
 
 
 def _dense(
@@ -198,7 +108,7 @@ def _dense(
     return result
 
 
-_WAYS = {"sampled": _sampled, "strips": _strips, "dense": _dense}
+_WAYS = {"sampled": _sampled, "dense": _dense}
 
 
 def _is_ready(x_NX: torch.Tensor, dtype: torch.dtype) -> bool:

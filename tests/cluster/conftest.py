@@ -10,6 +10,7 @@ from lab import SYSTEM_PATH, Hosts, need
 from lab_slurm import Slurm
 from workload import RANKS, Workload, losses
 
+from sparse_zero import sampled_cpu
 from sparse_zero.operators import remove_abandoned_locks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # DeepSpeed's operator, which takes a minute to compile, is that of the other tests.
+        # The operators, of which DeepSpeed's takes a minute to compile, are those of the other tests.
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         # Every host is root's, and has this account only.
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -35,6 +36,7 @@ def environment() -> dict[str, str]:
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """n1, n2 and n3, connected."""
     need("hosts")
+    sampled_cpu.operator()  # built before anything is timed
     hosts = Hosts(tmp_path_factory.mktemp("lab"), ["n1", "n2", "n3"], environment())
     yield hosts
     hosts.close()

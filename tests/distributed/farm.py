@@ -107,8 +107,11 @@ def main(jobs: str, out: str) -> None:
 
     import sparse_zero.run
     import sparse_zero.train  # noqa: F401
+    from sparse_zero import sampled_cpu
     from sparse_zero.operators import remove_abandoned_locks
 
+    remove_abandoned_locks()
+    sampled_cpu.operator()
     if "offload" in Path(jobs).read_text():
         # Takes a minute or two where it has not been built: more than a rank may be silent.
         build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"

@@ -1,0 +1,179 @@
+// The gradient of a weight at its selected positions, on a CPU. Names and shapes as in sampled_gradient.py.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace {
+
+constexpr int64_t LINE_BYTES = 64;    // of the cache; also of a vector, which the compiler cuts where it must
+constexpr int64_t SIDE = 16;          // tokens of a block that is turned over in the nearest cache
+constexpr int64_t ROWS_AT_A_TIME = 256;
+
+template <typename scalar_t, int64_t lanes>
+struct Vector {
+  typedef scalar_t type __attribute__((vector_size(lanes * sizeof(scalar_t)), aligned(sizeof(scalar_t)), may_alias));
+};
+
+int64_t rounded_up(int64_t tokens) { return (tokens + SIDE - 1) / SIDE * SIDE; }
+
+// turned[(feature - first) * width + token] = x_NX[start + token][feature], with zeros from `tokens` to `width`
+template <typename sum_t, typename scalar_t>
+void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t first, int64_t last, sum_t* turned) {
+  constexpr int64_t LINE = LINE_BYTES / sizeof(scalar_t);
+  const int64_t by_token = x_NX.stride(0), by_feature = x_NX.stride(1), width = rounded_up(tokens);
+  const scalar_t* x = x_NX.const_data_ptr<scalar_t>() + start * by_token;
+  const auto turn_block = [=](int64_t token, int64_t feature) {
+    const int64_t some_tokens = std::min(SIDE, tokens - token), some_features = std::min(LINE, last - feature);
+    const scalar_t* source = x + token * by_token + feature * by_feature;
+    sum_t* target = turned + (feature - first) * width + token;
+    if (some_tokens == SIDE && some_features == LINE && by_feature == 1) {
+      sum_t block[LINE][SIDE];
+      for (int64_t t = 0; t < SIDE; ++t)
+        for (int64_t f = 0; f < LINE; ++f) block[f][t] = static_cast<sum_t>(source[t * by_token + f]);
+      for (int64_t f = 0; f < LINE; ++f)
+        for (int64_t t = 0; t < SIDE; ++t) target[f * width + t] = block[f][t];
+      return;
+    }
+    for (int64_t f = 0; f < some_features; ++f)
+      for (int64_t t = 0; t < SIDE; ++t)
+        target[f * width + t] =
+            t < some_tokens ? static_cast<sum_t>(source[t * by_token + f * by_feature]) : sum_t(0);
+  };
+  for (int64_t token = 0; token < width; token += SIDE)
+    for (int64_t feature = first; feature < last; feature += LINE) turn_block(token, feature);
+}
+
+template <typename sum_t>
+void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t first, int64_t last, sum_t* turned) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x_NX.scalar_type(), "sampled_product", [&] {
+    turn_over<sum_t, scalar_t>(x_NX, start, tokens, first, last, turned);
+  });
+}
+
+// sums[i * stride + j] += rows[i] . columns[j], over `width` tokens
+template <typename sum_t, int ROWS, int COLUMNS>
+inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t width, sum_t* sums, int64_t stride) {
+  constexpr int64_t LANES = LINE_BYTES / sizeof(sum_t), QUARTER = 4;
+  using Line = typename Vector<sum_t, LANES>::type;
+  using Quarter = typename Vector<sum_t, QUARTER>::type;
+  Line totals[ROWS][COLUMNS] = {};
+  for (int64_t token = 0; token < width; token += LANES) {
+    Line column[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) column[j] = *reinterpret_cast<const Line*>(columns[j] + token);
+    for (int i = 0; i < ROWS; ++i) {
+      const Line row = *reinterpret_cast<const Line*>(rows + i * width + token);
+      for (int j = 0; j < COLUMNS; ++j) totals[i][j] += row * column[j];
+    }
+  }
+  // The sum over lanes of all columns together: one by one it takes longer than the products
+  for (int i = 0; i < ROWS; ++i) {
+    sum_t lanes[COLUMNS][LANES], quarters[COLUMNS][QUARTER], whole[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<Line*>(lanes[j]) = totals[i][j];
+    for (int j = 0; j < COLUMNS; ++j) {
+      Quarter sum = *reinterpret_cast<const Quarter*>(lanes[j]);
+      for (int64_t lane = QUARTER; lane < LANES; lane += QUARTER)
+        sum += *reinterpret_cast<const Quarter*>(lanes[j] + lane);
+      *reinterpret_cast<Quarter*>(quarters[j]) = sum;
+    }
+    for (int j = 0; j < COLUMNS; ++j) whole[j] = quarters[j][0];
+    for (int lane = 1; lane < QUARTER; ++lane)
+      for (int j = 0; j < COLUMNS; ++j) whole[j] += quarters[j][lane];
+    for (int j = 0; j < COLUMNS; ++j) sums[i * stride + j] += whole[j];
+  }
+}
+
+// The strips of a block in ROWS of its rows
+template <typename sum_t, int ROWS>
+void add_strips(const sum_t* rows, const sum_t* columns, const int32_t* strips, int64_t count, int64_t width,
+                sum_t* sums) {
+  for (int64_t strip = 0; strip < count; strip += 4) {
+    const int64_t some = std::min<int64_t>(4, count - strip);
+    const sum_t* chosen[4];
+    for (int64_t j = 0; j < some; ++j) chosen[j] = columns + strips[strip + j] * width;
+    switch (some) {
+      case 4: add_dots<sum_t, ROWS, 4>(rows, chosen, width, sums + strip, count); break;
+      case 3: add_dots<sum_t, ROWS, 3>(rows, chosen, width, sums + strip, count); break;
+      case 2: add_dots<sum_t, ROWS, 2>(rows, chosen, width, sums + strip, count); break;
+      default: add_dots<sum_t, ROWS, 1>(rows, chosen, width, sums + strip, count);
+    }
+  }
+}
+
+// The strips of a block in all of its g rows: sums is (g, count)
+template <typename sum_t>
+void add_block(const sum_t* rows, const sum_t* columns, const int32_t* strips, int64_t count, int64_t width, int64_t g,
+               sum_t* sums) {
+  int64_t row = 0;
+  for (; row + 4 <= g; row += 4)
+    add_strips<sum_t, 4>(rows + row * width, columns, strips, count, width, sums + row * count);
+  for (; row < g; ++row)
+    add_strips<sum_t, 1>(rows + row * width, columns, strips, count, width, sums + row * count);
+}
+
+// Returns rows_NR^T @ columns_NC at the positions of a Pattern: (n,) of `dtype`, float or double.
+//
+// The tokens are cut into groups with sums of their own, and those into pieces of `tokens`, a multiple of SIDE. A
+// thread turns over the columns of a piece, which then stay in its own cache, and the rows, some at a time. The order
+// of the sums follows from `tokens` and `groups`; at most `threads` take part.
+at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_NC, const at::Tensor& block_starts,
+                           const at::Tensor& strip_columns, int64_t g, int64_t tokens, int64_t groups, int64_t threads,
+                           at::ScalarType dtype) {
+  const int64_t N = rows_NR.size(0), R = rows_NR.size(1), C = columns_NC.size(1), n = strip_columns.numel() * g;
+  const int64_t blocks = block_starts.numel() - 1;
+  TORCH_CHECK(columns_NC.size(0) == N && blocks * g == R, "rows, columns and pattern do not fit together");
+  TORCH_CHECK(N > 0 && tokens > 0 && tokens % SIDE == 0 && groups > 0 && threads > 0, "nothing to sum");
+  TORCH_CHECK(block_starts.is_contiguous() && strip_columns.is_contiguous(), "the pattern must be contiguous");
+  const int32_t* const starts = block_starts.const_data_ptr<int32_t>();
+  const int32_t* const strips = strip_columns.const_data_ptr<int32_t>();
+
+  const int64_t tokens_of_group = rounded_up((N + groups - 1) / groups), width = std::min(tokens, tokens_of_group);
+  const int64_t parts = std::max<int64_t>(1, threads / groups), blocks_of_part = (blocks + parts - 1) / parts;
+  const int64_t blocks_at_a_time = std::max<int64_t>(1, ROWS_AT_A_TIME / g);
+  const int64_t room = (C + blocks_at_a_time * g) * width, tasks = groups * parts;
+  const at::Tensor sums = at::zeros({groups, n}, rows_NR.options().dtype(dtype));
+  const at::Tensor turned = at::empty({std::min(threads, tasks), room}, sums.options());
+
+  AT_DISPATCH_FLOATING_TYPES(dtype, "sampled_product", [&] {
+    using sum_t = scalar_t;
+    sum_t* const all_sums = sums.mutable_data_ptr<sum_t>();
+    sum_t* const all_turned = turned.mutable_data_ptr<sum_t>();
+    at::parallel_for(0, tasks, (tasks + threads - 1) / threads, [&](int64_t first_task, int64_t last_task) {
+      sum_t* const columns = all_turned + at::get_thread_num() * room;
+      sum_t* const rows = columns + C * width;
+      for (int64_t task = first_task; task < last_task; ++task) {
+        const int64_t group = task / parts, end = std::min(N, (group + 1) * tokens_of_group);
+        const int64_t first = task % parts * blocks_of_part, last = std::min(blocks, first + blocks_of_part);
+        for (int64_t start = group * tokens_of_group; start < end; start += width) {
+          const int64_t some = std::min(width, end - start), length = rounded_up(some);
+          turn_over(columns_NC, start, some, 0, C, columns);
+          for (int64_t block = first; block < last; ++block) {
+            const int64_t place = (block - first) % blocks_at_a_time;
+            if (place == 0)
+              turn_over(rows_NR, start, some, block * g, std::min(block + blocks_at_a_time, last) * g, rows);
+            const int64_t strip = starts[block], count = starts[block + 1] - strip;
+            add_block(rows + place * g * length, columns, strips + strip, count, length, g,
+                      all_sums + group * n + strip * g);
+          }
+        }
+      }
+    });
+  });
+  return groups == 1 ? sums[0] : sums.sum(0);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(sparse_zero, library) {
+  library.def(
+      "sampled_product(Tensor rows, Tensor columns, Tensor block_starts, Tensor strip_columns, int granularity, "
+      "int tokens, int groups, int threads, ScalarType dtype) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(sparse_zero, CPU, library) { library.impl("sampled_product", &sampled_product); }
