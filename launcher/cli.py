@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_export,
         _add_doctor,
         _add_plan,
+        _add_keys,
     ):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
@@ -284,6 +285,18 @@ def _add_plan(commands) -> argparse.ArgumentParser:
     plan.add_argument("--gpu-memory", metavar="GIB_OR_CARD", help="of each rank: GiB, or a card such as H100, A100-40")
     plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="that each rank sends with, in 10^9 bytes/s")
     return plan
+
+
+def _add_keys(commands) -> argparse.ArgumentParser:
+    keys = commands.add_parser(
+        "keys",
+        help="say what a recipe can hold",
+        description="Print the keys of a recipe with their types, defaults and meanings; with --json the JSON\n"
+        "Schema, by which an editor completes and checks recipes.",
+        epilog="examples:\n  sparse-zero keys sparse\n  sparse-zero keys launch.master_port",
+    )
+    keys.add_argument("key", metavar="KEY", nargs="?", help="a section or a key of it; left out: all")
+    return keys
 
 
 def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> None:

@@ -266,3 +266,15 @@ def _identity(path: Path) -> tuple[int, ...] | None:
         return None
     status = path.stat()
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def keys(arguments: argparse.Namespace) -> int:
+    """Print what a recipe can hold."""
+    from launcher.recipe_keys import describe
+    from sparse_zero.recipe import Recipe
+
+    if arguments.json:
+        report.print_json(Recipe.model_json_schema())
+    else:
+        print(describe(arguments.key).lstrip("\n"))
+    return 0

@@ -16,7 +16,7 @@ _NOISES_OF_SETTING = {
 class RPNConfig(BaseModel):
     """How embeddings are disturbed, and how often, in each training step."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] = "rpn"
     """What disturbs the embeddings. rpn: scalars move to random positions. gaussian, salt-and-pepper: the paper's

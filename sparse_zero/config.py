@@ -13,7 +13,7 @@ class SparseConfig(BaseModel):
     """Which scalars of a model are trainable. One of density, sparsity and rank_equivalent says how many; density
     0.01 where none does."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
     density: float | None = Field(None, gt=0, le=1)
     """Trainable fraction of all the model's scalars, fully trained modules included."""

@@ -10,7 +10,7 @@ SlurmOptions = dict[str, str | int | float | bool | None]
 
 
 class LaunchSection(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     launcher: Launcher = "deepspeed"
     """What starts the ranks: nothing in between (`local`, this machine only), DeepSpeed's runner, `srun`, `mpirun` or

@@ -1,0 +1,73 @@
+"""`sparse-zero keys`: what a recipe can say, from the schema that reads it."""
+
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.recipe import Recipe
+
+
+def all_keys(schema: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key with its dots, a section before what is in it."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name, field
+        if section := _section(field):
+            yield from all_keys(section, f"{prefix}{name}.")
+
+
+def describe(wanted: str | None) -> str:
+    """All keys, or those of a section, or one.
+
+    Raises UserError: no such key.
+    """
+    known = dict(all_keys())
+    if wanted is not None and wanted.startswith("training."):
+        raise UserError(f"{wanted}: the keys of `training` are transformers.TrainingArguments' own, and async_save")
+    if wanted is not None and wanted not in known:
+        raise UserError(f"{wanted}: a recipe has no such key{did_you_mean(wanted, known)}")
+    chosen = (name for name in known if wanted is None or name == wanted or name.startswith(f"{wanted}."))
+    return "\n".join(_entry(name, known[name]) for name in chosen)
+
+
+def _entry(name: str, field: FieldInfo) -> str:
+    section = _section(field)
+    text = field.description or (section.__doc__ if section else None)
+    head = name if section else f"{name}: {_name(field.annotation)}{_default(field)}"
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraph = textwrap.fill(" ".join((text or "").split()), width, initial_indent="    ", subsequent_indent="    ")
+    lines = [head, *([paragraph] if text else [])]
+    return "\n".join(["", *lines] if section else lines)
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _name(kind: Any) -> str:
+    """As a recipe's author would say it: a literal by its values, `null` for None."""
+    if kind is type(None):
+        return "null"
+    if isinstance(kind, str):
+        return kind
+    arguments = get_args(kind)
+    origin = getattr(kind, "__origin__", None)
+    if not arguments:
+        return getattr(kind, "__name__", str(kind))
+    if origin in (list, dict):
+        return f"{origin.__name__}[{', '.join(map(_name, arguments))}]"
+    if hasattr(kind, "__metadata__"):
+        return _name(arguments[0])
+    return " | ".join(map(_name, arguments))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return ", required"
+    default = field.get_default(call_default_factory=True)
+    return f" = {'null' if default is None else str(default).lower() if isinstance(default, bool) else default}"
