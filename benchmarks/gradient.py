@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from turns import in_turns, ratio
 
+from sparse_zero import sampled_cpu
 from sparse_zero.pattern import Pattern
 from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES, cheaper_way
 from sparse_zero.selection import STRATIFIED, Draw
@@ -101,6 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
     cases = [(R, C, d, g) for R, C in sizes for g in arguments.granularities for d in arguments.densities]
+    assert sampled_cpu.operator(), "there is nothing to measure but dense products"
     print(f"{device_name()}, {arguments.tokens} tokens, {arguments.rounds} rounds; 1 = the dense product in float32")
     head = f"{'weight':<12} {'g':>3} {'density':>8}"
     print(f"{head} {'dtype':<9} {'sampled':>8} {'dense':>8}   chosen   best")

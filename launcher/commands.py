@@ -273,6 +273,8 @@ def keys(arguments: argparse.Namespace) -> int:
     from launcher.recipe_keys import describe
     from sparse_zero.recipe import Recipe
 
+    if arguments.json and arguments.key:
+        raise UserError("--json prints the schema of whole recipes: leave KEY out")
     if arguments.json:
         report.print_json(Recipe.model_json_schema())
     else:

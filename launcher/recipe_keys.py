@@ -36,12 +36,25 @@ def describe(wanted: str | None) -> str:
 
 def _entry(name: str, field: FieldInfo) -> str:
     section = _section(field)
-    text = field.description or (section.__doc__ if section else None)
-    head = name if section else f"{name}: {_name(field.annotation)}{_default(field)}"
+    text = field.description or (section.__doc__ if section else None) or ""
+    # What a recipe's author writes for None
+    text = " ".join(text.split()).replace("None:", "null:")
+    value = f"{_name(field.annotation)}{_range(field)}{_default(field)}"
+    head = f"{name}{', required' * field.is_required()}" if section else f"{name}: {value}"
     width = min(shutil.get_terminal_size().columns, 100)
-    paragraph = textwrap.fill(" ".join((text or "").split()), width, initial_indent="    ", subsequent_indent="    ")
-    lines = [head, *([paragraph] if text else [])]
-    return "\n".join(["", *lines] if section else lines)
+    paragraph = textwrap.fill(text, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join([*([""] if section else []), head, *([paragraph] if text else [])])
+
+
+def _range(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [
+        f"{sign} {getattr(each, name)}"
+        for each in field.metadata
+        for name, sign in signs.items()
+        if hasattr(each, name)
+    ]
+    return f" ({', '.join(limits)})" if limits else ""
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:

@@ -1,4 +1,4 @@
-"""Operators that DeepSpeed has compiled at first use, and the locks that processes killed meanwhile have left there.
+"""Operators that are compiled at first use, DeepSpeed's and ours, and the locks that killed processes have left there.
 
 torch's loader locks an operator by a file that exists, also for the moment in which a finished one is loaded. A rank
 that is killed then leaves the file, and every later process waits for ever.

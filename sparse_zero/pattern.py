@@ -53,13 +53,13 @@ class Pattern(NamedTuple):
 
     def flat_positions(self, columns: int, piece: slice) -> torch.Tensor:
         """Returns: int64, indices into the flattened matrix of the scalars in `piece` of n."""
-        starts, g, size = self.block_starts, self.granularity, piece.stop - piece.start
+        starts, g, size = self.block_starts.long(), self.granularity, piece.stop - piece.start
         inside = (starts * g).clamp_(piece.start, piece.stop).diff()
         if g == 1:
             rows = torch.arange(0, self.blocks * columns, columns, dtype=torch.int64, device=starts.device)
             # output_size spares the accelerator a wait
             return torch.repeat_interleave(rows, inside, output_size=size).add_(self.strip_columns[piece])
-        block = torch.repeat_interleave(inside, output_size=size).long()
+        block = torch.repeat_interleave(inside, output_size=size)
         first, width = starts[block], starts.diff()[block]
         place = torch.arange(piece.start, piece.stop, device=starts.device).sub_(first * g)
         row = block.mul_(g).add_(torch.div(place, width, rounding_mode="trunc"))

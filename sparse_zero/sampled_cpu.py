@@ -1,9 +1,13 @@
 """The sampled gradient on a CPU: an operator in C++ that is built at first use, as DeepSpeed builds its own."""
 
+import contextlib
 import functools
+import hashlib
 import logging
 import os
+import platform
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_zero.operators import remove_abandoned_locks
 from sparse_zero.pattern import Pattern
 
 logger = logging.getLogger(__name__)
@@ -23,16 +28,19 @@ SIDE, ROWS_AT_A_TIME = 16, 256
 """As in csrc/sampled.cpp: what the tokens of a piece are a multiple of, and how many rows are turned over."""
 
 MOST_GROUPS = 8
-"""Of tokens, which have sums of their own. No function of the threads, of which the sums would then depend."""
+"""Of tokens, which have sums of their own. No function of the threads: the sums would then depend on them."""
 
 SOURCE = Path(__file__).parent / "csrc" / "sampled.cpp"
 
-FLAGS = {
+VECTORS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
-"""By what torch finds a CPU to be capable of, and not those of the machine that compiles: hosts that differ may share
-a home directory. A name for each keeps their operators apart."""
+"""Flags by what torch finds a CPU to be capable of, and not those of the machine that compiles: hosts that differ may
+share a home directory."""
+
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+"""Apple's compiler does not take it; torch's headers then make loops of one thread."""
 
 
 class Sizes(NamedTuple):
@@ -65,24 +73,55 @@ def operator() -> Callable[..., torch.Tensor] | None:
 
     Its arguments are: rows (N, R), columns (N, C), what a Pattern holds, what Sizes hold, the dtype of the sums.
     """
-    from torch.utils import cpp_extension  # takes a while, and only training needs it
-
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", "-fopenmp", *FLAGS.get(capability, [])]
-    name = f"sparse_zero_{''.join(filter(str.isalnum, capability)).lower()}"
     try:
-        with _own_programs():
-            cpp_extension.load(
-                name, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-fopenmp"], is_python_module=False
-            )
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _load()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
             "no sampled gradient, but dense products, which take longer: its operator cannot be built (%s). It takes "
             "a C++ compiler and ninja.",
-            str(error).strip().splitlines()[0],
+            _reason(error),
         )
+        logger.debug("", exc_info=error)
         return None
     return torch.ops.sparse_zero.sampled_product.default
+
+
+def _load() -> None:
+    from torch.utils import cpp_extension  # takes a while, and only training needs it
+
+    flags = ["-O3", *OPENMP, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    name = build_name(flags)
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    directory = Path(own or Path(cpp_extension.get_default_build_root()) / "sparse_zero") / name
+    finished = directory / f"{name}.so"
+    # torch would lock the directory, and ask ninja and the compiler whether anything is to be done
+    if finished.exists() and not (directory / "lock").exists():
+        with contextlib.suppress(OSError):  # cut short by a kill: ninja knows, and builds it again
+            torch.ops.load_library(finished)
+            return
+    remove_abandoned_locks()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _own_programs():
+        cpp_extension.load(
+            name,
+            [str(SOURCE)],
+            extra_cflags=flags,
+            extra_ldflags=OPENMP,
+            build_directory=str(directory),
+            is_python_module=False,
+        )
+
+
+def build_name(flags: list[str]) -> str:
+    """One for each source, torch and sort of CPU. What other versions have built is left alone."""
+    made_of = [SOURCE.read_text(), torch.__version__, str(torch.version.git_version), platform.machine(), *flags]
+    return f"sparse_zero_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's first error, or the first line."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return next((line for line in lines if "error:" in line), lines[0])
 
 
 @contextmanager

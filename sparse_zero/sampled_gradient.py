@@ -7,7 +7,8 @@ Two ways lead to it on a CPU, and `cheaper_way` tells which is taken:
     sampled   a dot product over N for each position, after a copy of both matrices with their tokens last (C++)
     dense     the whole product, some rows of the weight at a time, read at the positions
 Both work on pieces, so that what they allocate beside inputs, pattern and result stays within a bound, and mostly
-within the processor's cache. (One token and one block of rows at a time is the least.)
+within the processor's cache. The least of the dense way is one token and one block of rows at a time. It is taken too
+where the bound leaves no room for the sampled way (sampled_cpu.Sizes), or its operator cannot be built.
 """
 
 import itertools
@@ -30,7 +31,8 @@ Way = Literal["sampled", "dense"]
 
 
 def cheaper_way(N: int, R: int, C: int, n: int) -> Way:
-    """Which way takes a CPU the least time. A model, and no measurement: all ranks, and a resumed run, choose alike.
+    """Which way takes a CPU the least time. A model, and no measurement: all ranks, and a resumed run, choose alike
+    (but where one of them cannot build the operator).
 
     It is the same for strips, and for float16 and bfloat16, which are summed in float32.
     """

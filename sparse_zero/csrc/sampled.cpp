@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -15,6 +14,11 @@ namespace {
 constexpr int64_t LINE_BYTES = 64;    // of the cache; also of a vector, which the compiler cuts where it must
 constexpr int64_t SIDE = 16;          // tokens of a block that is turned over in the nearest cache
 constexpr int64_t ROWS_AT_A_TIME = 256;
+#ifdef __AVX512F__
+constexpr int ROWS = 4;  // of a strip whose sums stay in registers together
+#else
+constexpr int ROWS = 1;
+#endif
 
 template <typename scalar_t, int64_t lanes>
 struct Vector {
@@ -58,22 +62,22 @@ void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t fi
 }
 
 // sums[i * stride + j] += rows[i] . columns[j], over `width` tokens
-template <typename sum_t, int ROWS, int COLUMNS>
+template <typename sum_t, int SOME_ROWS, int COLUMNS>
 inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t width, sum_t* sums, int64_t stride) {
   constexpr int64_t LANES = LINE_BYTES / sizeof(sum_t), QUARTER = 4;
   using Line = typename Vector<sum_t, LANES>::type;
   using Quarter = typename Vector<sum_t, QUARTER>::type;
-  Line totals[ROWS][COLUMNS] = {};
+  Line totals[SOME_ROWS][COLUMNS] = {};
   for (int64_t token = 0; token < width; token += LANES) {
     Line column[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) column[j] = *reinterpret_cast<const Line*>(columns[j] + token);
-    for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < SOME_ROWS; ++i) {
       const Line row = *reinterpret_cast<const Line*>(rows + i * width + token);
       for (int j = 0; j < COLUMNS; ++j) totals[i][j] += row * column[j];
     }
   }
   // The sum over lanes of all columns together: one by one it takes longer than the products
-  for (int i = 0; i < ROWS; ++i) {
+  for (int i = 0; i < SOME_ROWS; ++i) {
     sum_t lanes[COLUMNS][LANES], quarters[COLUMNS][QUARTER], whole[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<Line*>(lanes[j]) = totals[i][j];
     for (int j = 0; j < COLUMNS; ++j) {
@@ -89,8 +93,8 @@ inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t wid
   }
 }
 
-// The strips of a block in ROWS of its rows
-template <typename sum_t, int ROWS>
+// The strips of a block in some of its rows
+template <typename sum_t, int SOME_ROWS>
 void add_strips(const sum_t* rows, const sum_t* columns, const int32_t* strips, int64_t count, int64_t width,
                 sum_t* sums) {
   for (int64_t strip = 0; strip < count; strip += 4) {
@@ -98,10 +102,10 @@ void add_strips(const sum_t* rows, const sum_t* columns, const int32_t* strips, 
     const sum_t* chosen[4];
     for (int64_t j = 0; j < some; ++j) chosen[j] = columns + strips[strip + j] * width;
     switch (some) {
-      case 4: add_dots<sum_t, ROWS, 4>(rows, chosen, width, sums + strip, count); break;
-      case 3: add_dots<sum_t, ROWS, 3>(rows, chosen, width, sums + strip, count); break;
-      case 2: add_dots<sum_t, ROWS, 2>(rows, chosen, width, sums + strip, count); break;
-      default: add_dots<sum_t, ROWS, 1>(rows, chosen, width, sums + strip, count);
+      case 4: add_dots<sum_t, SOME_ROWS, 4>(rows, chosen, width, sums + strip, count); break;
+      case 3: add_dots<sum_t, SOME_ROWS, 3>(rows, chosen, width, sums + strip, count); break;
+      case 2: add_dots<sum_t, SOME_ROWS, 2>(rows, chosen, width, sums + strip, count); break;
+      default: add_dots<sum_t, SOME_ROWS, 1>(rows, chosen, width, sums + strip, count);
     }
   }
 }
@@ -111,8 +115,8 @@ template <typename sum_t>
 void add_block(const sum_t* rows, const sum_t* columns, const int32_t* strips, int64_t count, int64_t width, int64_t g,
                sum_t* sums) {
   int64_t row = 0;
-  for (; row + 4 <= g; row += 4)
-    add_strips<sum_t, 4>(rows + row * width, columns, strips, count, width, sums + row * count);
+  for (; row + ROWS <= g; row += ROWS)
+    add_strips<sum_t, ROWS>(rows + row * width, columns, strips, count, width, sums + row * count);
   for (; row < g; ++row)
     add_strips<sum_t, 1>(rows + row * width, columns, strips, count, width, sums + row * count);
 }
@@ -127,17 +131,20 @@ at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_
                            at::ScalarType dtype) {
   const int64_t N = rows_NR.size(0), R = rows_NR.size(1), C = columns_NC.size(1), n = strip_columns.numel() * g;
   const int64_t blocks = block_starts.numel() - 1;
-  TORCH_CHECK(columns_NC.size(0) == N && blocks * g == R, "rows, columns and pattern do not fit together");
+  TORCH_CHECK(columns_NC.size(0) == N && g > 0 && blocks * g == R, "rows, columns and pattern do not fit together");
   TORCH_CHECK(N > 0 && tokens > 0 && tokens % SIDE == 0 && groups > 0 && threads > 0, "nothing to sum");
+  TORCH_CHECK(rows_NR.is_floating_point() && columns_NC.is_floating_point(), "rows and columns must be real numbers");
   TORCH_CHECK(block_starts.is_contiguous() && strip_columns.is_contiguous(), "the pattern must be contiguous");
   const int32_t* const starts = block_starts.const_data_ptr<int32_t>();
   const int32_t* const strips = strip_columns.const_data_ptr<int32_t>();
+  TORCH_CHECK(starts[0] == 0 && starts[blocks] == strip_columns.numel(), "the blocks are not those of the strips");
 
   const int64_t tokens_of_group = rounded_up((N + groups - 1) / groups), width = std::min(tokens, tokens_of_group);
   const int64_t parts = std::max<int64_t>(1, threads / groups), blocks_of_part = (blocks + parts - 1) / parts;
   const int64_t blocks_at_a_time = std::max<int64_t>(1, ROWS_AT_A_TIME / g);
   const int64_t room = (C + blocks_at_a_time * g) * width, tasks = groups * parts;
   const at::Tensor sums = at::zeros({groups, n}, rows_NR.options().dtype(dtype));
+  const at::Tensor result = groups == 1 ? sums[0] : at::empty({n}, sums.options());
   const at::Tensor turned = at::empty({std::min(threads, tasks), room}, sums.options());
 
   AT_DISPATCH_FLOATING_TYPES(dtype, "sampled_product", [&] {
@@ -150,6 +157,7 @@ at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_
       for (int64_t task = first_task; task < last_task; ++task) {
         const int64_t group = task / parts, end = std::min(N, (group + 1) * tokens_of_group);
         const int64_t first = task % parts * blocks_of_part, last = std::min(blocks, first + blocks_of_part);
+        if (first >= last) continue;
         for (int64_t start = group * tokens_of_group; start < end; start += width) {
           const int64_t some = std::min(width, end - start), length = rounded_up(some);
           turn_over(columns_NC, start, some, 0, C, columns);
@@ -164,8 +172,16 @@ at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_
         }
       }
     });
+    if (groups == 1) return;
+    // torch's own sum has an order that depends on the threads
+    sum_t* const results = result.mutable_data_ptr<sum_t>();
+    at::parallel_for(0, n, 16384, [&](int64_t first, int64_t last) {
+      std::copy(all_sums + first, all_sums + last, results + first);
+      for (int64_t group = 1; group < groups; ++group)
+        for (int64_t i = first; i < last; ++i) results[i] += all_sums[group * n + i];
+    });
   });
-  return groups == 1 ? sums[0] : sums.sum(0);
+  return result;
 }
 
 }  // namespace

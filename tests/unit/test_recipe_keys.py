@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import yaml
@@ -7,6 +8,11 @@ from launcher import recipe_keys
 from launcher.cli import main
 from sparse_zero.config import SparseConfig
 from sparse_zero.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 def printed(capsys, *words: str) -> str:
@@ -29,6 +35,9 @@ def test_a_key_with_its_type_default_and_meaning(capsys):
     )
     assert "\n    How scalars are chosen. stratified: exactly as many" in printed(capsys, "sparse.selection")
     assert printed(capsys, "data.path").startswith("data.path: str, required\n")
+    assert printed(capsys, "sparse.density").startswith("sparse.density: float | null (> 0, <= 1) = null\n")
+    assert "null: the task head" in printed(capsys, "sparse.modules_to_save").replace("\n    ", " ")
+    assert printed(capsys, "model").startswith("model, required\n")
     assert printed(capsys, "model.trust_remote_code") == "model.trust_remote_code: bool = false\n"
     assert printed(capsys, "sparse.trainable_token_indices").startswith(
         "sparse.trainable_token_indices: list[int] | null = null\n"
@@ -39,8 +48,13 @@ def test_a_key_with_its_type_default_and_meaning(capsys):
 def test_a_section_alone(capsys):
     out = printed(capsys, "rpn")
     assert out.startswith("rpn\n    How embeddings are disturbed")
-    assert "rpn.probability: float = 0.1\n" in out
+    assert "rpn.probability: float (> 0, <= 1) = 0.1\n" in out
     assert "sparse." not in out
+
+
+def test_the_schema_is_of_the_whole(capsys):
+    assert main(["keys", "sparse", "--json"]) == 2
+    assert "leave KEY out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -68,6 +82,11 @@ def test_the_schema_is_the_one_that_reads_recipes(capsys, tmp_path):
     assert set(schema["required"]) == set(recipe)
 
 
-def test_no_key_is_without_a_type():
+def test_every_type_is_said_as_in_a_recipe():
     for name, field in recipe_keys.all_keys():
-        assert "typing" not in recipe_keys._entry(name, field), name
+        head = recipe_keys._entry(name, field).strip().splitlines()[0]
+        if recipe_keys._section(field):
+            assert head in (name, f"{name}, required")
+            continue
+        assert re.fullmatch(rf"{re.escape(name)}: [\w-]+[^<>]*( \([<>].*\))?(, required| = .+)", head), head
+        assert not any(word in head for word in ("Ellipsis", "None", "typing", "Annotated", "FieldInfo")), head

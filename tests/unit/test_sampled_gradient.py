@@ -4,6 +4,7 @@ import pytest
 import torch
 from peak_bytes import peak_bytes
 
+from sparse_zero import sampled_cpu, sampled_gradient
 from sparse_zero.pattern import Pattern
 from sparse_zero.sampled_gradient import _WAYS, cheaper_way, embedding_product, sampled_product
 from sparse_zero.selection import strips
@@ -12,6 +13,9 @@ WAYS = [("sampled", 1), ("sampled", 4), ("sampled", 2), ("dense", 1), ("dense", 
 """Each way, and the granularities that it takes."""
 
 MIB = 2**20
+
+ROOM = 80_000
+"""Bytes with which the sampled way has room for all matrices here that are given a bound."""
 
 
 def draw(rows: int, columns: int, density: float, granularity: int = 1) -> torch.Tensor:
@@ -50,6 +54,9 @@ def assert_product(
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
     pattern = Pattern.of_cells(cells, R, C, granularity)
     dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
+    if way == "sampled" and transient_bytes >= ROOM:
+        assert sampled_cpu.Sizes.of(N, C, pattern, dtype, transient_bytes, 1), "this would be the dense way"
+        assert sampled_cpu.operator()
     result = _WAYS[way](rows_NR, columns_NC, pattern, dtype, transient_bytes)
     assert result.dtype == dtype
     expected = reference(rows_NR, columns_NC, places(cells, R, C, granularity))
@@ -103,7 +110,7 @@ def test_sums_in_float32_or_better(way, granularity, rows_dtype, columns_dtype):
 def test_operands_of_any_strides(way, granularity, layout, dtype):
     rows, columns = operands(140, 20, 30, dtype)
     cells = draw(20, 30, 0.2, granularity)
-    for bound in (64 * MIB, 5000):
+    for bound in (64 * MIB, ROOM, 5000):
         assert_product(way, layout(rows), columns, cells, granularity, bound)
         assert_product(way, rows, layout(columns), cells, granularity, bound)
 
@@ -112,11 +119,11 @@ def test_operands_of_any_strides(way, granularity, layout, dtype):
 @pytest.mark.parametrize("used", [[0], [11], [2, 3, 7]])
 def test_blocks_without_strips(way, granularity, used):
     cells = torch.cat([block * 40 + torch.arange(0, 40, 3) for block in used])
-    for bound in (64 * MIB, 3000):
+    for bound in (64 * MIB, ROOM, 3000):
         assert_product(way, *operands(9, 12 * granularity, 40), cells, granularity, bound)
 
 
-@pytest.mark.parametrize("bound", [1, 1000, 4000, 16_000, 100_000])
+@pytest.mark.parametrize("bound", [1, 1000, 4000, 16_000, ROOM, 100_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("way", "granularity"), WAYS)
 def test_any_bound_gives_the_same(way, granularity, dtype, bound):
@@ -188,8 +195,10 @@ def test_an_empty_batch_gives_zeros(granularity):
 
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("density", [0.03, 0.9])
-def test_gradcheck(granularity, density):
+@pytest.mark.parametrize("way", ["sampled", "dense"])
+def test_gradcheck(monkeypatch, way, granularity, density):
     """Against finite differences of a linear layer of which some weights vary."""
+    monkeypatch.setattr(sampled_gradient, "cheaper_way", lambda *_: way)
     R, C = 8, 12
     pattern = Pattern.of_cells(draw(R, C, density, granularity), R, C, granularity)
     flat, frozen = torch.cat([*pattern.flat_chunks(C)]), torch.randn(R, C, dtype=torch.float64)
