@@ -24,10 +24,22 @@ FIRST_NAMESPACE = "pid:[4026531836]"
 
 def directories() -> Iterator[Path]:
     """Of the operators that were built, or are being built."""
-    own = os.environ.get("TORCH_EXTENSIONS_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     # The user's own directory holds the operators, the default one has a directory for each Python and accelerator.
-    yield from Path(own).glob("*/") if own else (cache / "torch_extensions").glob("*/*/")
+    return _own().glob("*/") if _own() else _default().glob("*/*/")
+
+
+def directory_of(name: str) -> Path:
+    """Where to build an operator that no Python and no accelerator has a part in."""
+    return (_own() or _default() / "sparse_zero") / name
+
+
+def _own() -> Path | None:
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(given) if given else None
+
+
+def _default() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
 
 
 def remove_abandoned_locks() -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_zero.operators import remove_abandoned_locks
+from sparse_zero.operators import directory_of, remove_abandoned_locks
 from sparse_zero.pattern import Pattern
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ TOKENS = 64
 """Of a piece: so many columns of a weight stay in a core's own cache. Measured from 16 to 512 at 768 and 2048."""
 
 SIDE, ROWS_AT_A_TIME = 16, 256
-"""As in csrc/sampled.cpp: what the tokens of a piece are a multiple of, and how many rows are turned over."""
+"""As in csrc/sampled.cpp: what the tokens of a piece are a multiple of, and how many rows are turned over at once."""
 
 MOST_GROUPS = 8
 """Of tokens, which have sums of their own. No function of the threads: the sums would then depend on them."""
@@ -39,7 +39,7 @@ VECTORS = {
 """Flags by what torch finds a CPU to be capable of, and not those of the machine that compiles: hosts that differ may
 share a home directory."""
 
-OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 """Apple's compiler does not take it; torch's headers then make loops of one thread."""
 
 
@@ -87,18 +87,17 @@ def operator() -> Callable[..., torch.Tensor] | None:
 
 
 def _load() -> None:
-    from torch.utils import cpp_extension  # takes a while, and only training needs it
-
     flags = ["-O3", *OPENMP, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
     name = build_name(flags)
-    own = os.environ.get("TORCH_EXTENSIONS_DIR")
-    directory = Path(own or Path(cpp_extension.get_default_build_root()) / "sparse_zero") / name
+    directory = directory_of(name)
     finished = directory / f"{name}.so"
     # torch would lock the directory, and ask ninja and the compiler whether anything is to be done
     if finished.exists() and not (directory / "lock").exists():
         with contextlib.suppress(OSError):  # cut short by a kill: ninja knows, and builds it again
             torch.ops.load_library(finished)
             return
+    from torch.utils import cpp_extension  # takes a while
+
     remove_abandoned_locks()
     directory.mkdir(parents=True, exist_ok=True)
     with _own_programs():
@@ -106,7 +105,7 @@ def _load() -> None:
             name,
             [str(SOURCE)],
             extra_cflags=flags,
-            extra_ldflags=OPENMP,
+            extra_ldflags=[*OPENMP],  # a list of its own, to which torch adds
             build_directory=str(directory),
             is_python_module=False,
         )

@@ -11,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t LINE_BYTES = 64;    // of the cache; also of a vector, which the compiler cuts where it must
-constexpr int64_t SIDE = 16;          // tokens of a block that is turned over in the nearest cache
+constexpr int64_t LINE_BYTES = 64;  // of the cache; also of a vector, which the compiler cuts where it must
+constexpr int64_t SIDE = 16;        // tokens of a block that is turned over in the nearest cache
 constexpr int64_t ROWS_AT_A_TIME = 256;
 #ifdef __AVX512F__
 constexpr int ROWS = 4;  // of a strip whose sums stay in registers together

@@ -169,6 +169,24 @@ def test_two_processes_build_at_once_for_an_older_cpu_and_a_third_needs_no_compi
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_build_does_not_change_the_name_of_the_next(monkeypatch, unbuilt):
+    """torch's loader writes into the lists that it is given."""
+    names = []
+
+    def load(name, *_, **options):
+        names.append(name)
+        for value in options.values():
+            if isinstance(value, list):
+                value.append("-lmore")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    for _ in range(2):
+        sampled_cpu.operator()
+        sampled_cpu.operator.cache_clear()
+    assert len(names) == 2
+    assert names[0] == names[1]
+
+
 def test_a_build_that_was_cut_short_is_built_again(monkeypatch, unbuilt):
     built = []
     monkeypatch.setattr(cpp_extension, "load", lambda name, *_, **__: built.append(name))
