@@ -33,10 +33,11 @@ from methods import (
 from torch import nn
 from transformers import LlamaConfig
 
-from sparse_zero.zero import optimizer_bytes, optimizer_state_tensors
+from sparse_zero.model import Sparsity
+from sparse_zero.zero import fit_buckets, optimizer_bytes, optimizer_state_tensors
 
 WAYS = ("plain", "ddp", "zero2", "zero3")
-GRADIENT_NODES = ("_SampledGradientBackward", "_ReadGradientBackward")
+GRADIENT_NODES = ("_SampledGradientBackward", "_ReadGradientBackward", "SampledUseBackward")
 TIMED_STEPS = 3
 
 
@@ -65,7 +66,7 @@ def start(
     if way.startswith("zero"):
         import deepspeed
 
-        settings = zero_settings(int(way.removeprefix("zero")), config.hidden_size, ranks, dtype)
+        settings = zero_settings(int(way.removeprefix("zero")), model, config.hidden_size, ranks, dtype)
         engine, optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=adamw, model_parameters=trained, config=settings
         )
@@ -79,9 +80,12 @@ def start(
     return Training(model, trained, lambda: loss_of(wrapped, ids), torch.Tensor.backward, update, adamw, adamw)
 
 
-def zero_settings(stage: int, width: int, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The project's configs/zero2.json or zero3.json, with "auto" filled in as transformers.Trainer does."""
+def zero_settings(stage: int, model: nn.Module, width: int, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The project's configs/zero2.json or zero3.json, with "auto" filled in as ours does, or for peers as
+    transformers.Trainer does."""
     settings = json.loads((Path(__file__).parents[1] / "configs" / f"zero{stage}.json").read_text())
+    if isinstance(getattr(model, "sparsity", None), Sparsity):
+        fit_buckets(settings, model)
     automatic = {
         "train_batch_size": ranks,
         "train_micro_batch_size_per_gpu": 1,

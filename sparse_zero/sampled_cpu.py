@@ -1,4 +1,5 @@
-"""The sampled gradient on a CPU: an operator in C++ that is built at first use, as DeepSpeed builds its own."""
+"""Operators in C++ for a CPU, built at first use, as DeepSpeed builds its own: the sampled gradient, for whose sake
+they are built, and what else a step does at the selected positions, which torch can do too."""
 
 import contextlib
 import functools
@@ -12,12 +13,14 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sparse_zero.operators import directory_of, remove_abandoned_locks
-from sparse_zero.pattern import Pattern
+
+if TYPE_CHECKING:
+    from sparse_zero.pattern import Pattern
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(
-        cls, N: int, C: int, pattern: Pattern, dtype: torch.dtype, transient_bytes: int, threads: int
+        cls, N: int, C: int, pattern: "Pattern", dtype: torch.dtype, transient_bytes: int, threads: int
     ) -> "Sizes | None":
         """What keeps sums and copies within a bound, a half for each; None where nothing does."""
         half = transient_bytes // 2 // dtype.itemsize
@@ -67,14 +70,29 @@ class Sizes(NamedTuple):
         return cls(tokens, groups, min(threads, half // ((C + rows) * tokens)))
 
 
+_loaded = False
+
+
+def loaded(*tensors: torch.Tensor | None) -> Any:
+    """torch.ops.sparse_zero, if a gradient has brought it in and these tensors are on a CPU, else None.
+
+    What it has beside the gradient gives the same bits as torch does, in a fraction of the time; nobody waits for a
+    compiler for that.
+    """
+    here = _loaded and all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+    return torch.ops.sparse_zero if here else None
+
+
 @functools.cache
 def operator() -> Callable[..., torch.Tensor] | None:
     """None where it cannot be built, for instance without a compiler; the log says why.
 
     Its arguments are: rows (N, R), columns (N, C), what a Pattern holds, what Sizes hold, the dtype of the sums.
     """
+    global _loaded
     try:
         _load()
+        _loaded = True
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
             "no sampled gradient, but dense products, which take longer: its operator cannot be built (%s). It takes "

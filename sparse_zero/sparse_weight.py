@@ -18,6 +18,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_zero import sampled_cpu
 from sparse_zero.config import SparseConfig
 from sparse_zero.pattern import Pattern
 from sparse_zero.read_gradient import readable
@@ -182,6 +183,13 @@ class SparseWeight:
         else:
             yield from (strips.long() for strips in in_chunks(self.strips()))
 
+    def _cell_chunks(self) -> Iterator[torch.Tensor]:
+        """The cells of the strips (see pattern.py): all at once, or of single ones that are regenerated, some."""
+        if self.regenerates and self.draw.granularity == 1:
+            yield from self.draw.chunks(self.base.device)
+        else:
+            yield self.strips()
+
     def _room_for_strips(self) -> torch.Tensor:
         return torch.empty(self.draw.strip_count, dtype=self.draw.strip_dtype, device=self.weight.device)
 
@@ -196,16 +204,21 @@ class SparseWeight:
         # A stage-3 copy is written again in each gather, always with the values that the graph already saw, so
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         whole = (weight.data if is_partitioned(weight) else weight.detach()).view(-1)
+        operators = sampled_cpu.loaded(whole)
+        scalars_of_cell = self.draw.granularity if operators else 1
         start = 0
-        for flat in self._flat_chunks():
-            piece = slice(start, start + flat.numel())
-            values = self.base[piece]
+        for cells in self._cell_chunks() if operators else self._flat_chunks():
+            piece = slice(start, start + cells.numel() * scalars_of_cell)
+            values, change = self.base[piece], None
             if self.enabled:
-                change = self.delta[piece]
+                change = self.delta.detach()[piece]
                 if factor is not None:
                     change = change * (factor[piece] if isinstance(factor, torch.Tensor) else factor)
-                values = _sum(values, change).to(weight.dtype)
-            whole.index_copy_(0, flat, values)
+            if operators:
+                operators.write_deltas(whole, values, change, cells, self.shape[-1], self.draw.granularity)
+            else:
+                values = values if change is None else _sum(values, change).to(weight.dtype)
+                whole.index_copy_(0, cells, values)
             start = piece.stop
 
     @property

@@ -1,4 +1,5 @@
-// The gradient of a weight at its selected positions, on a CPU. Names and shapes as in sampled_gradient.py.
+// What a step does at the selected positions of a weight, on a CPU: the gradient, the writing of the deltas, and the
+// Pattern that both follow. Names and shapes as in sampled_gradient.py and pattern.py.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -8,12 +9,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
 
 namespace {
 
 constexpr int64_t LINE_BYTES = 64;  // of the cache; also of a vector, which the compiler cuts where it must
 constexpr int64_t SIDE = 16;        // tokens of a block that is turned over in the nearest cache
 constexpr int64_t ROWS_AT_A_TIME = 256;
+constexpr int64_t STRIPS_OF_THREAD = 8192;  // at least, where a thread has little to do for each
 #ifdef __AVX512F__
 constexpr int ROWS = 4;  // of a strip whose sums stay in registers together
 #else
@@ -184,12 +188,115 @@ at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_
   return result;
 }
 
+template <typename index_t>
+void check_ends(const at::Tensor& cells, int64_t limit) {
+  if (cells.numel() == 0) return;
+  const index_t* const all = cells.const_data_ptr<index_t>();
+  TORCH_CHECK(all[0] >= 0 && all[cells.numel() - 1] < limit, "cells beyond the weight");
+}
+
+// Calls use(block, first, last) for each block of rows, whose strips are cells[first:last]
+template <typename index_t, typename Use>
+void for_blocks(const at::Tensor& cells, int64_t blocks, int64_t columns, const Use& use) {
+  const index_t* const begin = cells.const_data_ptr<index_t>();
+  const index_t* const end = begin + cells.numel();
+  check_ends<index_t>(cells, blocks * columns);
+  const int64_t strips_of_block = std::max<int64_t>(1, cells.numel() / std::max<int64_t>(1, blocks));
+  const int64_t grain = std::max<int64_t>(1, STRIPS_OF_THREAD / strips_of_block);
+  at::parallel_for(0, blocks, grain, [&](int64_t first_block, int64_t last_block) {
+    const index_t* cell = std::lower_bound(begin, end, first_block * columns);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const index_t* const first = cell;
+      while (cell != end && *cell < (block + 1) * columns) ++cell;
+      use(block, first - begin, cell - begin);
+    }
+  });
+}
+
+void check_cells(const at::Tensor& cells) {
+  TORCH_CHECK(cells.dim() == 1 && cells.is_contiguous(), "cells must be contiguous, in one dimension");
+}
+
+// Returns what a Pattern holds of `cells`, sorted, in a grid of blocks x columns: int32 (blocks + 1,) and (n / g,).
+std::tuple<at::Tensor, at::Tensor> pattern(const at::Tensor& cells, int64_t blocks, int64_t columns) {
+  check_cells(cells);
+  const at::Tensor block_starts = at::empty({blocks + 1}, cells.options().dtype(at::kInt));
+  const at::Tensor strip_columns = at::empty({cells.numel()}, block_starts.options());
+  int32_t* const starts = block_starts.mutable_data_ptr<int32_t>();
+  int32_t* const strips = strip_columns.mutable_data_ptr<int32_t>();
+  AT_DISPATCH_INDEX_TYPES(cells.scalar_type(), "pattern", [&] {
+    const index_t* const all = cells.const_data_ptr<index_t>();
+    for_blocks<index_t>(cells, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
+      starts[block] = static_cast<int32_t>(first);
+      for (int64_t strip = first; strip < last; ++strip)
+        strips[strip] = static_cast<int32_t>(all[strip] - block * columns);
+    });
+  });
+  starts[blocks] = static_cast<int32_t>(cells.numel());
+  return {block_starts, strip_columns};
+}
+
+template <typename weight_t, typename change_t>
+void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* change, const at::Tensor& cells,
+           int64_t columns, int64_t g) {
+  using sum_t = std::conditional_t<std::is_same_v<weight_t, double>, double, float>;
+  weight_t* const values = weight.mutable_data_ptr<weight_t>();
+  const weight_t* const before = base.const_data_ptr<weight_t>();
+  const change_t* const added = change ? change->const_data_ptr<change_t>() : nullptr;
+  const auto value = [=](int64_t scalar) {
+    if (!added) return before[scalar];
+    return static_cast<weight_t>(static_cast<sum_t>(before[scalar]) + static_cast<sum_t>(added[scalar]));
+  };
+  AT_DISPATCH_INDEX_TYPES(cells.scalar_type(), "write", [&] {
+    const index_t* const all = cells.const_data_ptr<index_t>();
+    if (g == 1) {
+      check_ends<index_t>(cells, weight.numel());
+      at::parallel_for(0, cells.numel(), STRIPS_OF_THREAD, [=](int64_t first, int64_t last) {
+        for (int64_t scalar = first; scalar < last; ++scalar) values[all[scalar]] = value(scalar);
+      });
+      return;
+    }
+    for_blocks<index_t>(cells, weight.numel() / (g * columns), columns, [=](int64_t block, int64_t first, int64_t last) {
+      int64_t scalar = first * g;
+      for (int64_t row = block * (g - 1); row < block * (g - 1) + g; ++row)
+        for (int64_t strip = first; strip < last; ++strip) values[row * columns + all[strip]] = value(scalar++);
+    });
+  });
+}
+
+// weight[selected] = base + change, summed in float or wider; or base. `weight` and `base` are of one dtype, `change`
+// (n,) of the same or float.
+void write_deltas(const at::Tensor& weight, const at::Tensor& base, const std::optional<at::Tensor>& change,
+                  const at::Tensor& cells, int64_t columns, int64_t g) {
+  check_cells(cells);
+  TORCH_CHECK(weight.is_contiguous() && g > 0 && columns > 0 && weight.numel() % (g * columns) == 0,
+              "the weight must be contiguous, in whole blocks");
+  TORCH_CHECK(base.is_contiguous() && base.numel() == cells.numel() * g && base.scalar_type() == weight.scalar_type(),
+              "base does not fit the weight and its cells");
+  const at::Tensor* const added = change ? &*change : nullptr;
+  TORCH_CHECK(!added || (added->is_contiguous() && added->numel() == base.numel()), "change does not fit base");
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "write_deltas", [&] {
+    if (!added || added->scalar_type() == weight.scalar_type())
+      write<scalar_t, scalar_t>(weight, base, added, cells, columns, g);
+    else
+      write<scalar_t, float>(weight, base, added, cells, columns, g);
+  });
+  weight.unsafeGetTensorImpl()->bump_version();
+}
+
 }  // namespace
 
 TORCH_LIBRARY(sparse_zero, library) {
+  library.def("pattern(Tensor cells, int blocks, int columns) -> (Tensor, Tensor)");
+  library.def(
+      "write_deltas(Tensor(a!) weight, Tensor base, Tensor? change, Tensor cells, int columns, int granularity) -> ()");
   library.def(
       "sampled_product(Tensor rows, Tensor columns, Tensor block_starts, Tensor strip_columns, int granularity, "
       "int tokens, int groups, int threads, ScalarType dtype) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(sparse_zero, CPU, library) { library.impl("sampled_product", &sampled_product); }
+TORCH_LIBRARY_IMPL(sparse_zero, CPU, library) {
+  library.impl("pattern", &pattern);
+  library.impl("write_deltas", &write_deltas);
+  library.impl("sampled_product", &sampled_product);
+}
