@@ -28,8 +28,7 @@ def plan(model: str, targets: str, ranks: int) -> dict[str, Any]:
 def row(model: str, targets: str, planned: dict[str, Any]) -> str:
     by_name = {stage["stage"]: stage for stage in planned["stages"]}
     chosen = by_name[planned["stage"]] if planned["stage"] else min(by_name.values(), key=lambda s: s["device_bytes"])
-    stage3 = by_name["3"]
-    sizes = {held["what"]: held["bytes"] for held in stage3["holds"] if held["where"] == "device"}
+    sizes = {held["what"]: held["bytes"] for held in chosen["holds"] if held["where"] == "device"}
     return " | ".join(
         (
             f"| {model}",
@@ -37,11 +36,11 @@ def row(model: str, targets: str, planned: dict[str, Any]) -> str:
             f"{planned['ranks']:,}",
             planned["stage"] or "none",
             f"{by_name['2']['device_bytes'] / GIB:.0f}",
-            f"{stage3['device_bytes'] / GIB:.1f}",
-            f"{sizes['weights'] / GIB:.1f}",
+            f"{chosen['device_bytes'] / GIB:.1f}",
+            f"{sizes.get('weights', 0) / GIB:.1f}",
             f"{(sizes['originals'] + sizes['indices']) / GIB:.1f}",
             f"{12 * planned['trained'] / planned['ranks'] / GIB:.2f}",
-            f"{stage3['least_ranks'] or 'none'}",
+            f"{by_name['3']['least_ranks'] or 'none'}",
             f"{chosen['sent_bytes_per_step'] / GIB:,.0f}",
             f"{chosen['seconds_per_step']:.1f}",
             f"{chosen['host_bytes_per_node'] / GIB:,.0f} |",
@@ -56,7 +55,7 @@ def table() -> str:
         "GPUs",
         "stage",
         "stage 2 holds",
-        "stage 3 holds",
+        "the stage holds",
         "of it weights",
         "w0 and indices",
         "optimizer",

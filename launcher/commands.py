@@ -218,7 +218,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from sparse_zero.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    memory = card_bytes(arguments.gpu_memory) if arguments.gpu_memory else None
+    memory = None if arguments.gpu_memory is None else card_bytes(arguments.gpu_memory)
     bandwidth = None if arguments.bandwidth is None else arguments.bandwidth * 1e9
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):

@@ -77,7 +77,7 @@ def _shown(plan: Mapping[str, Any]) -> Mapping[str, Any]:
     stages: Sequence[Mapping[str, Any]] = plan["stages"]
     if plan["stage"] is None and plan["gpu_bytes"] is not None:
         return min(stages, key=lambda stage: stage["device_bytes"])
-    wanted = plan["stage"] or str(plan["recipe_stage"] or 0)
+    wanted = plan["stage"] or plan["recipe_stage"]
     return next(stage for stage in stages if stage["stage"] == wanted)
 
 

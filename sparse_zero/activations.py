@@ -59,7 +59,7 @@ def activations(
     counter = _Counter(model)
     try:
         counter.run(torch.zeros(rows, tokens, dtype=torch.int64, device="meta"))
-    except (NotImplementedError, RuntimeError):
+    except Exception:  # whatever a model's own code makes of a batch without values
         return _by_formula(model, rows, tokens, loss)
     finally:
         for hook in hooks:
@@ -71,10 +71,12 @@ def activations(
 def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Activations:
     """s b h (34 + 5 a s / h) bytes for each layer in half precision; fused attention drops the second term."""
     config, width = model.config.get_text_config(), model.dtype.itemsize
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")]
+    if None in sizes:
+        return Activations((), 0, 0, loss, "not known: the model's forward cannot be counted")
+    hidden, heads, count = sizes
     scores = 5 * heads * tokens / hidden if config._attn_implementation == "eager" else 0
     layer = round(tokens * rows * hidden * (34 + scores) * width / 2)
-    count = config.num_hidden_layers
     formula = "s * b * h * (34 + 5 * a * s / h) for each layer (Korthikanti et al. 2022); fused attention: 34"
     return Activations((layer,) * count, count * tokens * rows * hidden * width, 0, loss, formula)
 

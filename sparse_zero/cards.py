@@ -32,6 +32,6 @@ def card_bytes(word: str) -> int:
             f"--gpu-memory {word}: no such card{did_you_mean(word.upper(), CARDS_GB)}; "
             f"give GiB, or one of {', '.join(CARDS_GB)}"
         ) from None
-    if not 0 < size < float("inf"):
+    if not 0 < size < 2**30:
         raise UserError(f"--gpu-memory {word}: give GiB above 0, or a card's name")
     return round(size * 2**30)

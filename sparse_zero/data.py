@@ -190,10 +190,15 @@ def prepare(
     return Prepared(*packed, encoding.PackedCollator(tokenizer.pad_token_id), None, max_length)
 
 
+def check_max_length(tokens: int, model_limit: int | None) -> None:
+    """Raises UserError: more tokens than the model takes; None where its configuration does not say."""
+    if model_limit is not None and tokens > model_limit:
+        raise UserError(f"data.max_length: {tokens} tokens, but the model takes {model_limit} at most")
+
+
 def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_limit: int | None) -> int | None:
     if data.max_length is not None:
-        if model_limit is not None and data.max_length > model_limit:
-            raise UserError(f"data.max_length: {data.max_length} tokens, but the model takes {model_limit} at most")
+        check_max_length(data.max_length, model_limit)
         added = tokenizer.num_special_tokens_to_add(pair=data.columns.text_pair is not None)
         if data.max_length <= added:
             raise UserError(f"data.max_length: {data.max_length} leaves no room beside {added} special tokens")

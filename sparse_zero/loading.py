@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -83,7 +84,7 @@ def model_without_values(
     try:
         with torch.device("meta"):
             return _AUTO_CLASS[task].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
+    except (ArithmeticError, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"model.name: {config.name_or_path} cannot be built for {task}: {_first_line(error)}"
         ) from error
@@ -121,7 +122,7 @@ def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTra
     """Raises UserError: no such model."""
     try:
         return AutoConfig.from_pretrained(resolve(name), revision=revision, **kwargs)
-    except (OSError, ValueError) as error:
+    except (ArithmeticError, OSError, TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"model.name: {name} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -135,4 +136,6 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Of a configuration that was refused the last one: the first says which method has refused it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
+from pydantic import TypeAdapter, ValidationError
+
+from sparse_zero.errors import UserError
 from sparse_zero.zero import fitted_bucket
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce"]
@@ -65,22 +68,25 @@ class Zero:
     @classmethod
     def of(cls, stage: int, config: Mapping[str, Any], hidden_size: int, trained: int) -> Self:
         """Args: config: `zero_optimization`; its "auto" are what transformers and `fit_buckets` make of them; trained:
-        scalars."""
+        scalars. Raises UserError: values that DeepSpeed does not take."""
         automatic = {
             "reduce_bucket_size": fitted_bucket(trained),
             "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
             "stage3_param_persistence_threshold": 10 * hidden_size,
         }
-        known = {field.name: field.type for field in fields(cls)}
-        given: dict[str, Any] = {}
+        known = {field.name for field in fields(cls)}
+        given: dict[str, Any] = {"stage": stage}
         for key, value in ({"reduce_bucket_size": "auto"} | dict(config)).items():
             if key.startswith("offload_"):
-                given[key] = isinstance(value, Mapping) and value.get("device", "none") != "none"
+                given[key] = is_offloaded(config, key)
             elif key in known and key != "stage":
-                given[key] = automatic[key] if value == "auto" else value
-                if isinstance(given[key], float):
-                    given[key] = int(given[key])
-        return cls(stage, **given)
+                given[key] = automatic.get(key, value) if value == "auto" else value
+        try:
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as error:
+            (key, *_), problem = error.errors()[0]["loc"], error.errors()[0]["msg"]
+            problem = problem[0].lower() + problem[1:]
+            raise UserError(f"training.deepspeed: zero_optimization.{key}: {problem}, not {given[key]!r}") from None
 
     @property
     def overlaps(self) -> bool:
@@ -89,6 +95,12 @@ class Zero:
     def is_persistent(self, size: int) -> bool:
         """Whether stage 3 keeps a parameter of this size whole on every rank, beside its partition."""
         return self.stage == 3 and size <= self.stage3_param_persistence_threshold
+
+
+def is_offloaded(config: Mapping[str, Any], key: str) -> bool:
+    """Args: config: `zero_optimization`; key: offload_optimizer or offload_param."""
+    value = config.get(key)
+    return isinstance(value, Mapping) and value.get("device", "none") != "none"
 
 
 @dataclass(frozen=True)

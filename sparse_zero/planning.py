@@ -13,10 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_zero.activations import Activations, activations
 from sparse_zero.arguments import check_training, default_of
+from sparse_zero.data import check_max_length
 from sparse_zero.draws import decide
 from sparse_zero.errors import UserError
 from sparse_zero.loading import load_config, max_positions, model_without_values
-from sparse_zero.plan import Holding, Sizes, Zero, passing, states, traffic
+from sparse_zero.plan import Holding, Sizes, Zero, is_offloaded, passing, states, traffic
 from sparse_zero.recipe import Recipe
 from sparse_zero.targets import all_targets, find_whole, parameters_of
 
@@ -71,12 +72,22 @@ class Run:
     """Of a weight's gradient, and of the writing of its delta."""
     notes: tuple[str, ...]
 
+    @property
+    def own_stage(self) -> str:
+        """That of the recipe, of STAGES."""
+        stage = self.zero.get("stage", 0)
+        offloads = any(is_offloaded(self.zero, key) for key in ("offload_optimizer", "offload_param"))
+        name = f"{stage}, offload"
+        return name if offloads and name in STAGES else str(stage)
+
     def zero_of(self, name: str) -> Zero:
         """The settings of one of STAGES. A stage that the recipe's file is not for gets what configs/ have."""
         stage, more = STAGES[name]
         given = {key: value for key, value in self.zero.items() if not key.startswith("offload_")}
-        own = stage == self.zero.get("stage")
-        settings = (given if own else AUTOMATIC | given) | more
+        if name == self.own_stage:
+            settings = dict(self.zero)
+        else:
+            settings = (given if stage == self.zero.get("stage") else AUTOMATIC | given) | more
         return Zero.of(stage, settings, self.hidden_size, sum(self.sizes.trained))
 
 
@@ -103,9 +114,14 @@ def read(recipe: Recipe) -> Run:
     draws, _ = decide(model, sparse, whole_modules)
     targets = all_targets(model)
     whole = parameters_of(model, whole_modules)
-    tokens = recipe.data.max_length or max_positions(config)
+    limit = max_positions(config)
+    tokens = recipe.data.max_length or limit
     if tokens is None:
         raise UserError(f"data.max_length: the configuration of {section.name} has no limit: give the tokens")
+    check_max_length(tokens, limit)
+    if config.get_text_config().pad_token_id is None:
+        # A classifier asks for it, to find the last token; a run takes the tokenizer's
+        config.get_text_config().pad_token_id = model.config.pad_token_id = 0
     training = recipe.training
     checkpointed = bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
     counts = {draw.name: draw.count for draw in draws}
@@ -157,12 +173,20 @@ def _batch(recipe: Recipe) -> tuple[int, int]:
 
 def _deepspeed(recipe: Recipe) -> dict[str, Any]:
     given = recipe.training.get("deepspeed") or {}
-    if isinstance(given, Mapping):
-        return dict(given)
-    try:
-        return json.loads(Path(given).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"training.deepspeed: {given}: not JSON: {error}") from None
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"training.deepspeed: {given}: not JSON: {error}") from None
+    if not isinstance(given, Mapping):
+        raise UserError(f"training.deepspeed: {given!r}: must be a file, or what is in one")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(given.get(key, {}), Mapping):
+            raise UserError(f"training.deepspeed: {key}: {given[key]!r}: must have keys of its own")
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"training.deepspeed: zero_optimization.stage: {stage!r}: must be 0, 1, 2 or 3")
+    return dict(given)
 
 
 def _dtypes(recipe: Recipe, deepspeed: Mapping[str, Any]) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -198,6 +222,8 @@ def _numel(module: nn.Module) -> int:
 
 def _notes(recipe: Recipe, deepspeed: Mapping[str, Any], model: PreTrainedModel) -> list[str]:
     notes = []
+    if not deepspeed:
+        notes.append("training.deepspeed is not set: as with configs/zero2.json or zero3.json; a run would be DDP")
     if recipe.sparse.selection == "bernoulli":
         notes.append("selection: bernoulli: the expected number of scalars; a draw differs by its square root or so")
     if recipe.model.task == "sequence-classification":
@@ -310,7 +336,7 @@ def plan(run: Run, ranks: int, nodes: int = 1, gpu_bytes: int | None = None, ban
         "adapter_bytes": sizes.scalar_bytes * n + positions,
         "gpu_bytes": gpu_bytes,
         "room_bytes": None if room is None else int(room),
-        "recipe_stage": run.zero.get("stage"),
+        "recipe_stage": run.own_stage,
         "stage": fitting[0] if fitting else None,
         "stages": stages,
         "notes": list(run.notes),

@@ -145,6 +145,21 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
         (["--ranks", "2", "training.per_device_train_batch_size=0"], "must be at least 1"),
         (["--ranks", "2", "training.auto_find_batch_size=true"], "give per_device_train_batch_size"),
         (["--ranks", "2", "model.name=nowhere/at/all"], "nowhere/at/all cannot be loaded"),
+        (["--ranks", "2", "--gpu-memory", "1e300"], "GiB above 0"),
+        (["--ranks", "2", "--gpu-memory", ""], "no such card"),
+        (["--ranks", "2", "data.max_length=100000"], "the model takes"),
+        (["--ranks", "2", "training.deepspeed=[1]"], "training.deepspeed"),
+        (["--ranks", "2", "training.deepspeed={zero_optimization: true}"], "zero_optimization: True"),
+        (["--ranks", "2", "training.deepspeed={bf16: true}"], "bf16: True"),
+        (["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 4}}"], "stage: 4: must be 0, 1, 2 or 3"),
+        (
+            ["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 2, overlap_comm: auto}}"],
+            "zero_optimization.overlap_comm",
+        ),
+        (
+            ["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 2, reduce_bucket_size: null}}"],
+            "zero_optimization.reduce_bucket_size",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(
@@ -155,6 +170,69 @@ def test_what_cannot_be_planned_is_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": "x"}, "hidden_size"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "The hidden size (30)"),
+        ({"intermediate_size": -5}, "cannot be built"),
+        ({"num_attention_heads": 0}, "model.name"),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_no_model_is_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture, change: dict, said: str
+) -> None:
+    file = recipe.parent / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert main(["plan", str(recipe), "--ranks", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_classifier_on_a_model_without_a_padding_token(recipe: Path) -> None:
+    file = recipe.parent / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": None}))
+    overrides = ["model.task=sequence-classification", "data.columns={text: text, label: label}"]
+    found = read(load_recipe(recipe, overrides)).activations
+    assert found.formula == "counted on the meta device"
+    assert found.peak(checkpointed=False) > 0
+
+
+def test_a_forward_that_fails_without_values_is_estimated(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("needs values")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+    assert "Korthikanti" in read(load_recipe(recipe)).activations.formula
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "offloaded"),
+    [
+        ("{stage: 1}", "1", (False, False)),
+        ("{stage: 2, offload_optimizer: {device: cpu}}", "2, offload", (True, False)),
+        ("{stage: 3, offload_optimizer: {device: none}}", "3", (False, False)),
+        ("{stage: 3, offload_optimizer: {device: cpu}}", "3, offload", (True, False)),
+        ("{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}", "3, offload", (True, True)),
+    ],
+)
+def test_the_recipes_own_stage_is_planned_as_it_is_there(
+    recipe: Path, settings: str, own: str, offloaded: tuple[bool, bool]
+) -> None:
+    run = read(load_recipe(recipe, [f"training.deepspeed={{zero_optimization: {settings}}}"]))
+    zero = run.zero_of(own)
+    assert plan(run, 2)["recipe_stage"] == own
+    assert (zero.offload_optimizer, zero.offload_param) == offloaded
+    # What another recipe would have
+    if own != "3, offload":
+        assert run.zero_of("3, offload").offload_param
 
 
 def test_the_command_prints_a_table_and_json(recipe: Path, capsys: pytest.CaptureFixture) -> None:
