@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from sparse_zero.place import Place
-from sparse_zero.products import Lookup, Product, SampledUse
+from sparse_zero.products import Lookup, Product, SampledUse, kept_input
 
 if TYPE_CHECKING:
     from sparse_zero.sparse_weight import SparseWeight
@@ -30,6 +30,10 @@ class Piece(torch.Tensor):
     """Whole rows of a selected weight. An ordinary tensor to functions without a rule and to what sees no subclass."""
 
     place: Place
+    version: int
+    """autograd's count of changes in place, as it was: what was changed since is no longer what the place holds."""
+    is_copy: bool = False
+    """Whether it has memory of its own, which its reader may change."""
     samples: torch.Tensor | None = None
     """int64 (S,): what is shown is a copy, (S, R, C), of these matrices of the place."""
 
@@ -42,6 +46,8 @@ class Piece(torch.Tensor):
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             rule = RULES.get(func) if torch.is_grad_enabled() else None
+            if any(isinstance(arg, cls) and arg._version != arg.version for arg in (*args, *kwargs.values())):
+                rule = None
             result = NotImplemented if rule is None else rule(func, args, kwargs)
             return func(*args, **kwargs) if result is NotImplemented else result
 
@@ -60,10 +66,10 @@ def readable(weight: "SparseWeight") -> torch.Tensor:
     return _piece(shown, place) if values.dim() in (2, 3) else shown
 
 
-def _piece(tensor: torch.Tensor, place: Place) -> Piece:
+def _piece(tensor: torch.Tensor, place: Place, is_copy: bool = False) -> Piece:
     """Args: tensor: its graph leads to the delta."""
     piece = tensor.as_subclass(Piece)
-    piece.place = place
+    piece.place, piece.version, piece.is_copy = place, tensor._version, is_copy
     return piece
 
 
@@ -104,14 +110,15 @@ def _viewed(func: Callable, args: tuple, kwargs: dict) -> Any:
     shown, *others = args or (None,)  # torch.split(tensor=...) is left to the dense gradient
     if not isinstance(shown, Piece) or shown.samples is not None:
         return NotImplemented
-    values = shown.detach()
+    # A change of a copy in place has to reach its views by autograd; their dense gradients are those of the copy
+    values = shown if shown.is_copy else shown.detach()
     result = func(values, *others, **kwargs)
     views = [result] if isinstance(result, torch.Tensor) else result
     places = [shown.place.of_view(view, values) for view in views]
     if None in places:
-        return NotImplemented
+        return result if shown.is_copy else NotImplemented
     pieces = [
-        _piece(_ReadGradient.apply(place.change, view, place), place)
+        _piece(view if shown.is_copy else _ReadGradient.apply(place.change, view, place), place, shown.is_copy)
         for view, place in zip(views, places, strict=True)
     ]
     return pieces[0] if isinstance(result, torch.Tensor) else type(result)(pieces)
@@ -122,7 +129,7 @@ def _converted(func: Callable, args: tuple, kwargs: dict) -> Any:
     if isinstance(result, Piece) or not isinstance(shown, Piece) or shown.samples is not None:
         return result
     layouts = [(t.shape, t.stride(), t.device, t.requires_grad) for t in (result, shown)]
-    return _piece(result, shown.place) if layouts[0] == layouts[1] else result
+    return _piece(result, shown.place, is_copy=True) if layouts[0] == layouts[1] else result
 
 
 def _indexed(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -137,7 +144,7 @@ def _indexed(func: Callable, args: tuple, kwargs: dict) -> Any:
     if place.is_matrix and not place.transposed:
         return _sampled(func, args, kwargs, _Use(shown, index, Lookup(place)))
     if not place.is_matrix and index.dim() == 1:
-        copies = _piece(func(shown, index), place)
+        copies = _piece(func(shown, index), place, is_copy=True)
         copies.samples = index % place.shape[0]
         return copies
     return NotImplemented
@@ -234,7 +241,7 @@ def _sampled(func: Callable, args: tuple, kwargs: dict, found: _Use) -> torch.Te
     output = func(*args, **{name: frozen if arg is found.shown else arg for name, arg in kwargs.items()})
     if not change.numel():
         return output
-    return SampledUse.apply(output, found.inputs, found.parting, change, found.use)
+    return SampledUse.apply(output, kept_input(found.inputs, output), found.parting, change, found.use)
 
 
 _VIEWS = (

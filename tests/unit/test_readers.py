@@ -32,6 +32,18 @@ def biased_in_place(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y.relu_()
 
 
+def changed(copy: torch.Tensor, change: Read, *args: torch.Tensor) -> torch.Tensor:
+    change(copy, *args)
+    return copy
+
+
+def changed_through_a_view(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    copy = w.clone()
+    before = copy[1]
+    copy[1].mul_(3)
+    return F.linear(x, copy[2]) + F.linear(x, copy[1]).sin() + F.linear(x, before).cos()
+
+
 SAMPLED: dict[str, tuple[tuple[int, ...], tuple[int, ...], Read]] = {
     "linear": (MATRIX, (7, C), lambda w, x: F.linear(x, w)),
     "linear-named": (MATRIX, (7, C), lambda w, x: F.linear(input=x, weight=w, bias=x.sum(0)[:1].expand(R))),
@@ -97,6 +109,13 @@ DENSE: dict[str, tuple[tuple[int, ...], tuple[int, ...], Read]] = {
     "masked": (EXPERTS, (7, C), lambda w, x: F.linear(x, w[torch.tensor([True, False, False, True])].sum(0))),
     "gathered-otherwise": (EXPERTS, (6, R, C), lambda w, x: w[OF_SAMPLE] * x),
     "gathered-view": (EXPERTS, (7, C), lambda w, x: F.linear(x, w[OF_SAMPLE][1])),
+    "copy-changed": (MATRIX, (7, C), lambda w, x: F.linear(x, changed(w.clone(), lambda c: c.mul_(2)))),
+    "wider-masked": (
+        *(MATRIX, (7, R)),
+        lambda w, x: x.double() @ changed(w.double(), lambda c: c.__setitem__(c > 0, 0)),
+    ),
+    "copy-changed-through-a-view": (EXPERTS, (7, C), changed_through_a_view),
+    "gathered-changed": (EXPERTS, (6, 1, R), lambda w, x: torch.bmm(x, changed(w[OF_SAMPLE], lambda c: c.mul_(2)))),
     "addmm-scaled": (MATRIX, (7, R), lambda w, x: torch.addmm(x.new_ones(C), x, w, alpha=2)),
     "with-itself": (MATRIX, (R, R), lambda w, x: (w @ w.T) * x),
     "convolution": ((6, 4, 3), (2, 4, 9), lambda w, x: F.conv1d(x, w)),
