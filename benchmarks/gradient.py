@@ -34,11 +34,16 @@ def draw_of(R: int, C: int, density: float, granularity: int) -> Draw:
     return Draw(STRATIFIED, "weight", (R, C), count, granularity=granularity)
 
 
+def strips_of(draw: Draw) -> torch.Tensor:
+    """As SparseWeight draws them."""
+    return torch.cat([chunk.to(draw.strip_dtype) for chunk in draw.strip_chunks()])
+
+
 def measure(
     R: int, C: int, density: float, granularity: int, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> dict:
     N, draw = arguments.tokens, draw_of(R, C, density, granularity)
-    pattern = Pattern.of_cells(draw.strips().int(), R, C, granularity)
+    pattern = Pattern.of_cells(strips_of(draw), R, C, granularity)
     rows, columns = torch.randn(N, R), torch.randn(N, C)
     x, y = rows.to(dtype), columns.to(dtype)
     calls = {way: lambda way=way: _WAYS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in _WAYS}
@@ -67,22 +72,24 @@ def fitted(measured: list[dict], N: int) -> dict[str, float]:
 
 
 def measure_indices(R: int, C: int, density: float, granularity: int, arguments: argparse.Namespace) -> dict:
-    """Beside one gradient in float32: making the pattern, and finding all positions for a writing of the deltas."""
+    """Beside one gradient in float32: making the pattern, and writing the deltas."""
     draw = draw_of(R, C, density, granularity)
-    stored = draw.strips().int()
+    stored = strips_of(draw)
     rows, columns = torch.randn(arguments.tokens, R), torch.randn(arguments.tokens, C)
 
     def pattern(cells: torch.Tensor) -> Pattern:
         return Pattern.of_cells(cells, R, C, granularity)
 
-    def positions(cells: torch.Tensor) -> list[torch.Tensor]:
-        return [cells.long()] if granularity == 1 else [*pattern(cells).flat_chunks(C)]
+    weight, base, delta = torch.zeros(R, C), torch.zeros(draw.count), torch.ones(draw.count)
+
+    def write(cells: torch.Tensor) -> None:
+        sampled_cpu.loaded().write_deltas(weight, base, delta, cells, C, granularity)
 
     once = pattern(stored)
     calls = {
         "gradient": lambda: _WAYS["sampled"](rows, columns, once, torch.float32, TRANSIENT_BYTES),
-        "stored": lambda: (pattern(stored), positions(stored)),
-        "regenerated": lambda: (pattern(draw.strips().int()), positions(draw.strips().int())),
+        "stored": lambda: (pattern(stored), write(stored)),
+        "regenerated": lambda: (pattern(strips_of(draw)), write(strips_of(draw))),
     }
     ratios = medians(calls, "gradient", arguments.rounds)
     return {"rows": R, "columns": C, "density": density, "granularity": granularity} | {

@@ -98,15 +98,24 @@ class Draw:
             piece.copy_(self.slice(start, start + piece.numel(), device))
         return flat
 
-    def strips(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """One index for each strip: cells of the grid of blocks of rows by columns, flattened; positions where strips
-        are single scalars.
+    def strip_chunks(
+        self, device: torch.device | str = "cpu", start: int = 0, stop: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Strips [start, stop), some at a time. One index for each: cells of the grid of blocks of rows by columns,
+        flattened; positions where strips are single scalars.
 
-        Returns: int64 (count / granularity,), sorted. Raises ValueError as `positions` does.
+        Yields: int64, sorted. Raises ValueError as `positions` does. A rule without slices walks over all.
         """
-        if self.granularity == 1:
-            return self.positions(device)
-        return positions(self.seed, self.name, self.numel // self.granularity, self.strip_count, device=device)
+        stop = self.strip_count if stop is None else stop
+        if self.rule == STRATIFIED and not self.whole_rows:
+            for first, last in _cuts(start, stop, _chunk_size(device)):
+                grid = self.numel // self.granularity
+                yield positions(self.seed, self.name, grid, self.strip_count, first, last, device)
+            return
+        first = 0
+        for chunk in self.chunks(device):
+            yield chunk[max(0, start - first) : max(0, stop - first)]
+            first += chunk.numel()
 
     def chunks(self, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
         """All positions in order, some at a time. Raises ValueError as `positions` does."""
@@ -115,9 +124,8 @@ class Draw:
         elif self.rule == BERNOULLI:
             yield from bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device)
         else:
-            size = _chunk_size(device)
-            for start in range(0, self.count, size):
-                yield self.slice(start, min(start + size, self.count), device)
+            for start, stop in _cuts(0, self.count, _chunk_size(device)):
+                yield self.slice(start, stop, device)
 
     def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Positions [start, stop) of stratified-v1, at the cost of their number."""
@@ -249,6 +257,10 @@ def by_magnitude(weight: torch.Tensor, count: int, smallest: bool = False, rows:
     above = (magnitude > edge).nonzero().squeeze(1)
     ties = (magnitude == edge).nonzero().squeeze(1)[: count - above.numel()]
     return torch.cat([above, ties]).sort().values
+
+
+def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def _chunk_size(device: torch.device | str) -> int:

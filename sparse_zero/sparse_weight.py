@@ -101,7 +101,7 @@ class SparseWeight:
         weight, delta, base = self.weight, self.delta.detach(), self.base
         writes = values is not None and not is_partitioned(weight)
         spares = self.regenerates or self.draw.granularity > 1 or (writes and self.draw.repeatable)
-        keeps = None if spares else self._room_for_strips()
+        keeps = None if spares else self._room_for_strips(self.draw.strip_count)
         if values is None:
             delta.zero_()
         start = 0
@@ -144,13 +144,20 @@ class SparseWeight:
         """The selected positions in the parameter as a matrix. Made anew each time, of the strips."""
         return Pattern.of_cells(self.strips(), self.shape[:-1].numel(), self.shape[-1], self.draw.granularity)
 
-    def strips(self) -> torch.Tensor:
-        """Returns: (n / g,), as Draw.strips, in the narrowest dtype."""
+    def strips(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Returns: strips [start, stop) in the narrowest dtype, as Draw.strip_chunks has them."""
         if self._has("strips"):
-            return self._beside("strips")
-        strips = self._room_for_strips().copy_(self.draw.strips(self.base.device))
+            return self._beside("strips")[start:stop]
         if not self.regenerates:
-            self._put_beside("strips", strips)
+            self._put_beside("strips", self._drawn(0, self.draw.strip_count))
+            return self.strips(start, stop)
+        return self._drawn(start, self.draw.strip_count if stop is None else stop)
+
+    def _drawn(self, start: int, stop: int) -> torch.Tensor:
+        strips, filled = self._room_for_strips(stop - start), 0
+        for chunk in self.draw.strip_chunks(self.base.device, start, stop):
+            strips[filled : filled + chunk.numel()] = chunk
+            filled += chunk.numel()
         return strips
 
     def _beside(self, kind: str) -> torch.Tensor:
@@ -190,8 +197,8 @@ class SparseWeight:
         else:
             yield self.strips()
 
-    def _room_for_strips(self) -> torch.Tensor:
-        return torch.empty(self.draw.strip_count, dtype=self.draw.strip_dtype, device=self.weight.device)
+    def _room_for_strips(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=self.draw.strip_dtype, device=self.weight.device)
 
     @torch.no_grad()
     def write(self, forwards: int | None = None) -> None:
@@ -322,10 +329,10 @@ class SparseWeight:
 
     def patterns(self, first: int, rows: int, each: int) -> Iterator[Pattern]:
         """Of some rows of the weight as a matrix, `each` at a time, as matrices of their own."""
-        g, columns, strips = self.draw.granularity, self.shape[-1], self.strips()
+        g, columns = self.draw.granularity, self.shape[-1]
         for start in range(first, first + rows, each):
             span = self.span(start, each)
-            cells = strips[span.start // g : span.stop // g] - start // g * columns
+            cells = self.strips(span.start // g, span.stop // g) - start // g * columns
             yield Pattern.of_cells(cells, each, columns, g)
 
     def remove(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_zero import SparseConfig, layers, products, sparsify
+from sparse_zero import SparseConfig, layers, sparsify
 from sparse_zero.sparse_weight import SparseWeight
 
 KINDS = [
@@ -62,6 +62,32 @@ def test_regenerated_indices_train_alike(settings):
         assert torch.equal(weight.flat_positions(), other.flat_positions())
 
 
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_experts_that_are_read_one_by_one_draw_their_own_strips(monkeypatch, granularity):
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(16, 8, 12))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum((x @ expert.T).square().sum() for expert in self.experts)
+
+    config = SparseConfig(density=0.5, targets="all", indices="regenerated", granularity=granularity)
+    model = sparsify(Experts(), config)
+    model(torch.randn(5, 12)).backward()  # finds where each one begins
+    (weight,) = model.sparsity.weights.values()
+    drawn, plain = [], type(weight.draw).strip_chunks
+
+    def counted(*args):
+        for chunk in plain(*args):
+            drawn.append(chunk.numel())
+            yield chunk
+
+    monkeypatch.setattr(type(weight.draw), "strip_chunks", counted)
+    model(torch.randn(5, 12)).backward()
+    assert weight.draw.strip_count <= sum(drawn) <= 2 * weight.draw.strip_count
+
+
 def replicated_bytes(weight: SparseWeight) -> int:
     """Of all tensors beside the weight, its delta among them."""
     module, name = weight.owners[0]
@@ -99,10 +125,10 @@ def test_positions_that_no_rule_draws_are_stored_and_it_is_said(caplog):
 
 def test_the_gradient_is_held_to_the_setting(monkeypatch):
     bounds = []
-    for module, name in ((layers, "sampled_product"), (products, "embedding_product")):
+    for module, name in ((layers, "sampled_product"), (layers, "embedding_product")):
         plain = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda *args, name=name, plain=plain: (bounds.append((name, args[-1])), plain(*args))[1]
+            module, name, lambda *args, name=name, plain=plain: (bounds.append((name, args[3])), plain(*args))[1]
         )
     trained(Tower(), transient_mib=3)
     assert set(bounds) == {("sampled_product", 3 * 2**20), ("embedding_product", 3 * 2**20)}

@@ -169,6 +169,24 @@ def test_golden_positions_of_the_other_rules(draw, expected):
     assert sha256(draw.positions()) == expected
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        Draw(STRATIFIED, "w", (480, 300), 50_000, seed=4),
+        Draw(STRATIFIED, "w", (4, 480, 300), 320_000, seed=4, granularity=8),
+        Draw.bernoulli("w", (3000, 300), 0.1, 0),
+        Draw(STRATIFIED, "w", (480, 300), 50_000, seed=1, whole_rows=(3, 4, 99)),
+    ],
+    ids=["scalars", "strips", "bernoulli", "whole-rows"],
+)
+def test_some_strips_are_a_slice_of_all(draw):
+    flat, columns, g = draw.positions(), draw.shape[-1], draw.granularity
+    cells = torch.unique(flat // columns // g * columns + flat % columns)
+    for start, stop in ((0, None), (0, 1), (7, 39_000), (32_000, 32_001), (100, 100)):
+        found = torch.cat([torch.empty(0, dtype=torch.int64), *draw.strip_chunks("cpu", start, stop)])
+        assert torch.equal(found, cells[start:stop])
+
+
 # Bernoulli
 
 
