@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/refresh.py
     torchrun --nproc-per-node 2 benchmarks/refresh.py --stages 3 --model llama-350m --json refresh.json
+    torchrun --nproc-per-node 2 benchmarks/refresh.py --granularity 16 --indices regenerated
 
 A Llama-shaped model of 120M parameters with random weights, 1% of its linear weights selected. The first table has
 medians over the steps of rank 0: a step (forward, backward, optimizer), and the parts of it. Stage 3 has two rows: as
@@ -25,10 +26,11 @@ from typing import Any
 
 import deepspeed
 import torch
-from methods import SHAPES, TARGETS, Budget, llama, llama_config, sparse
+from methods import SHAPES, TARGETS, Budget, llama, llama_config
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from turns import in_turns
 
+from sparse_zero import SparseConfig, sparsify
 from sparse_zero.sparse_weight import SparseWeight
 from sparse_zero.zero import device_name, fit_buckets
 
@@ -90,7 +92,14 @@ def watched(clock: Clock) -> Iterator[None]:
 
 def sparse_llama(arguments: argparse.Namespace) -> torch.nn.Module:
     model = llama(llama_config(arguments.model), getattr(torch, arguments.dtype))
-    return sparse(model, Budget.of(model, TARGETS["all-linear"], arguments.density))
+    budget = Budget.of(model, TARGETS["all-linear"], arguments.density)
+    config = SparseConfig(
+        rank_equivalent=budget.rank,
+        targets=budget.targets,
+        granularity=arguments.granularity,
+        indices=arguments.indices,
+    )
+    return sparsify(model, config)
 
 
 def steps_at(stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -162,6 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=ZERO, default=list(ZERO))
     parser.add_argument("--density", type=float, default=0.01, help="of the linear weights")
+    parser.add_argument("--granularity", type=int, default=1)
+    parser.add_argument("--indices", choices=["stored", "regenerated"], default="stored")
     parser.add_argument("--model", choices=SHAPES, default="llama-120m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tokens", type=int, default=512, help="of each rank's step")
@@ -190,7 +201,8 @@ def main() -> None:
 def show(rows: list[dict], optimizers: list[dict], arguments: argparse.Namespace, ranks: int) -> None:
     print(
         f"{ranks} ranks, {device_name()}, {arguments.dtype}, {arguments.tokens} tokens a rank, "
-        f"{arguments.density:.2%} of the linear weights, {arguments.steps} steps"
+        f"{arguments.density:.2%} of the linear weights, strips of {arguments.granularity}, indices "
+        f"{arguments.indices}, {arguments.steps} steps"
     )
     print(f"{'ZeRO stage':<15} {'s / step':>9} {'writes':>7} {'writing':>8} {'update':>8} {'engine.step':>12}")
     for row in rows:

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.config import SparseConfig
-from sparse_zero.products import lookup_gradient
-from sparse_zero.sampled_gradient import sampled_product
+from sparse_zero.products import kept_input
+from sparse_zero.sampled_gradient import embedding_product, sampled_product
 from sparse_zero.selection import Draw
 from sparse_zero.sparse_weight import SparseWeight, UpdateClock, scaled
 from sparse_zero.targets import Target
@@ -117,15 +117,19 @@ class SampledModule(SparseModule):
 
     backward_reads_weight: ClassVar[bool] = True
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """Of one argument: each of these classes has a name of its own for it."""
         weight = self.sparse_weights["weight"]
         weight.refresh()
         weight.passes_plain = True
         try:
-            output = super().forward(inputs)
+            output = super().forward(*args, **kwargs)
         finally:
             weight.passes_plain = False
-        return _SampledGradient.apply(output, inputs, weight.delta, self, weight) if weight.trains else output
+        if not weight.trains:
+            return output
+        (inputs,) = (*args, *kwargs.values())
+        return _SampledGradient.apply(output, kept_input(inputs, output), weight.delta, self, weight)
 
 
 class SparseLinear(SampledModule, nn.Linear):
@@ -153,9 +157,8 @@ class SparseEmbedding(SampledModule, nn.Embedding):
 
     def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: ids (...), grad_output (..., columns). Returns: (n,)"""
-        return lookup_gradient(
-            ids, grad_output, weight.pattern, self.padding_idx, self.scale_grad_by_freq, weight.transient_bytes
-        )
+        ids, grad_NC, bound = ids.reshape(-1), _flat(grad_output), weight.transient_bytes
+        return embedding_product(ids, grad_NC, weight.pattern, bound, self.padding_idx, self.scale_grad_by_freq)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from sparse_zero.pattern import Pattern
 from sparse_zero.place import Place
 from sparse_zero.sampled_gradient import embedding_product, sampled_product
 
@@ -48,11 +47,20 @@ class Product:
         rows, columns = (grad_output, x) if turned else (x, grad_output)
         each = x.shape[0] // matrices
         ends = [each * (i + 1) for i in range(matrices)] if parting is None else parting.tolist()
-        gradients = [
-            sampled_product(rows[start:end], columns[start:end], pattern, self.place.weight.transient_bytes)
+        bound, first = self.place.weight.transient_bytes, 0
+        gradients = (
+            (pattern.count, sampled_product(rows[start:end], columns[start:end], pattern, bound))
             for (start, end), pattern in zip(itertools.pairwise([0, *ends]), self.place.patterns(), strict=True)
-        ]
-        return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        )
+        if matrices == 1:
+            return next(gradients)[1]
+        # One after the other into their places: to keep all and join them would take as much again
+        dtype = torch.promote_types(torch.promote_types(x.dtype, grad_output.dtype), torch.float32)
+        result = x.new_empty(self.place.change.numel(), dtype=dtype)
+        for count, gradient in gradients:
+            result[first : first + count] = gradient
+            first += count
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,32 +73,17 @@ class Lookup:
 
     def gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, _: None) -> torch.Tensor:
         """Args: ids (...), grad_output (..., C). Returns: (n,)"""
-        rows = self.place.rows
+        rows, bound = self.place.rows, self.place.weight.transient_bytes
         padding = None if self.padding_idx is None else self.padding_idx % rows
-        bound = self.place.weight.transient_bytes
-        return lookup_gradient(ids % rows, grad_output, self.place.pattern(), padding, self.by_frequency, bound)
+        ids, grad_NC = ids.reshape(-1) % rows, grad_output.reshape(-1, grad_output.shape[-1])
+        return embedding_product(ids, grad_NC, self.place.pattern(), bound, padding, self.by_frequency)
 
 
-def lookup_gradient(
-    ids: torch.Tensor,
-    grad_output: torch.Tensor,
-    pattern: Pattern,
-    padding_idx: int | None,
-    by_frequency: bool,
-    transient_bytes: int,
-) -> torch.Tensor:
-    """The gradient of an embedding's weight, as F.embedding has it, at the positions of a pattern.
-
-    Args: ids (...), not negative; grad_output (..., C). Returns: (n,)
-    """
-    ids, grad_output = ids.reshape(-1), grad_output.reshape(-1, grad_output.shape[-1])
-    if padding_idx is not None:
-        # As in nn.Embedding, padding has no gradient.
-        words = ids != padding_idx
-        ids, grad_output = ids[words], grad_output[words]
-    if by_frequency:
-        grad_output = grad_output / torch.bincount(ids, minlength=1)[ids, None]
-    return embedding_product(ids, grad_output, pattern, transient_bytes)
+def kept_input(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """What a product's backward needs of its input: under autocast, what it was made to before it was used."""
+    if inputs.is_floating_point() and inputs.element_size() > output.element_size():
+        return inputs.detach().to(output.dtype)
+    return inputs
 
 
 class SampledUse(torch.autograd.Function):

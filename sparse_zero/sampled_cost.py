@@ -66,6 +66,10 @@ class Pieces:
         return cls(max(block, min(room // block, math.ceil(N / block)) * block), block)
 
 
+MOST_ROWS = 64
+"""Of a strip, whose sums with those of 16 others stay in registers."""
+
+
 def strips_per_tile(strips: int, blocks: int, granularity: int) -> int:
     """Strips of one program: about half of what a block of rows holds, so that there are programs enough, and at most
     1,024 sums, so that they stay in registers."""
@@ -97,6 +101,8 @@ def is_cheaper(
 
     Args: properties: torch.cuda.get_device_properties; granularity: 1 for `sampled`, g for `strips`.
     """
+    if granularity > MOST_ROWS:
+        return False
     # Older ones have no bfloat16, and torch before 2.7 does not tell the speed of the memory
     if (properties.major, properties.minor) < (8, 0) or not hasattr(properties, "memory_bus_width"):
         return False

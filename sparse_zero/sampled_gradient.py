@@ -90,6 +90,9 @@ def _dense(
     tokens = N
     if not (_is_ready(rows_NR, dtype) and _is_ready(columns_NC, dtype)):
         tokens = _at_most(transient_bytes // 4 // ((block_rows + C) * dtype.itemsize), N)
+        if tokens < N and dtype.itemsize < 4:
+            # Each piece would round the sum of all before it
+            return _dense(rows_NR, columns_NC, pattern, torch.float32, transient_bytes)
     reads = max(1, transient_bytes // 4 // BYTES_PER_POSITION)
     result = rows_NR.new_empty(pattern.count, dtype=dtype)
     chunks = pieces(R, block_rows)
@@ -124,17 +127,23 @@ def _at_most(fits: int, most: int) -> int:
 
 
 def embedding_product(
-    ids_N: torch.Tensor, grad_NC: torch.Tensor, pattern: Pattern, transient_bytes: int = TRANSIENT_BYTES
+    ids_N: torch.Tensor,
+    grad_NC: torch.Tensor,
+    pattern: Pattern,
+    transient_bytes: int = TRANSIENT_BYTES,
+    padding_idx: int | None = None,
+    by_frequency: bool = False,
 ) -> torch.Tensor:
-    """The gradient of an embedding's weight at the positions of a pattern: the sum of grad over the occurrences of
-    each row. Touches the rows in the batch only.
+    """The gradient of an embedding's weight, as F.embedding has it, at the positions of a pattern: the sum of grad
+    over the occurrences of each row. Touches the rows in the batch only.
 
-    Args: ids_N: rows that were looked up.
+    Args: ids_N: rows that were looked up, not negative; padding_idx: a row without a gradient.
     Returns: (n,), float32 or wider.
     """
     starts, strip_columns, g = pattern
     dtype = torch.promote_types(grad_NC.dtype, torch.float32)
     result = torch.zeros(pattern.count, dtype=dtype, device=grad_NC.device)
+    frequency = torch.bincount(ids_N) if by_frequency else None
     # For every pair of an occurrence and a position in its row
     pairs = max(1, transient_bytes // 2 // _BYTES_PER_PAIR)
     for some in pieces(ids_N.numel(), pairs):
@@ -142,6 +151,8 @@ def embedding_product(
         block = torch.div(ids, g, rounding_mode="trunc")
         first = starts[block]
         counts = starts[block + 1] - first
+        if padding_idx is not None:
+            counts.masked_fill_(ids == padding_idx, 0)
         # The row's place in its block, whose strips it has all
         begin = first.long() * g + (ids - block * g) * counts
         for rows in pieces(ids.numel(), max(1, pairs // max(1, int(counts.max())))):
@@ -151,6 +162,8 @@ def embedding_product(
             offset = torch.arange(occurrence.numel(), device=ids.device).sub_((ends - inside)[occurrence])
             column = strip_columns[first[rows][occurrence] + offset]
             values = grad_NC[some][rows][occurrence, column].to(dtype)
+            if frequency is not None:
+                values /= frequency[ids[rows]][occurrence]
             result.index_add_(0, offset.add_(begin[rows][occurrence]), values)
     return result
 

@@ -6,6 +6,7 @@ Prints as JSON, for each kernel and device, what the machine code takes: registe
 registers), bytes of shared memory, and how often some instructions occur.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -39,11 +40,11 @@ def variants() -> list[tuple]:
         )
         constants = {"POSITIONS": GATHER_TILE, "TOKENS": tokens}
         listed.append((f"sampled {dtype}", sampled_triton._sampled_kernel, operands | pattern, constants))
-    for granularity, tile in STRIPS:
-        operands = {"rows": "*bf16", "columns": "*bf16", "result": "*fp32"}
+    for dtype, (granularity, tile) in itertools.product(("bf16", "fp16", "fp32"), STRIPS):
+        operands = {"rows": f"*{dtype}", "columns": f"*{dtype}", "result": "*fp32"}
         padded = max(sampled_triton.LEAST_ROWS, granularity)
         constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "TOKENS": 64, "stride_R": 1}
-        name = f"strips bf16 {granularity} x {tile}"
+        name = f"strips {dtype} {granularity} x {tile}"
         listed.append((name, sampled_triton._strips_kernel, operands | pattern, constants))
     return listed
 

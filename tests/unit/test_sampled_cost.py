@@ -84,6 +84,10 @@ print(before, cheaper(0.05, A100, dtype=torch.float32))
     assert ended.stdout.split() == ["True", "False"], ended.stderr
 
 
+def test_longer_strips_than_a_program_has_registers_for_are_read_from_the_dense_product():
+    assert [cheaper(0.01, granularity=granularity) for granularity in (32, 64, 128, 256)] == [True, True, False, False]
+
+
 def test_devices_that_are_not_known_compute_densely():
     assert not cheaper(0.001, SimpleNamespace(**{**vars(A100), "major": 7, "minor": 5}))
     without = {name: value for name, value in vars(A100).items() if name != "memory_bus_width"}
@@ -133,7 +137,7 @@ def test_kernels_compile_and_do_not_spill(compiled):
         assert takes["shared"] <= 48 * 1024, (name, takes)
 
 
-def test_strips_use_tensor_cores_and_all_read_whole_lines(compiled):
+def test_strips_of_half_precision_use_tensor_cores_and_all_read_whole_lines(compiled):
     for name, takes in compiled.items():
-        assert (takes["tensor cores"] > 0) == ("strips" in name), (name, takes)
+        assert (takes["tensor cores"] > 0) == ("strips" in name and "fp32" not in name), (name, takes)
         assert takes["loads of 16 bytes"] > 0, (name, takes)

@@ -115,6 +115,17 @@ def test_operands_of_any_strides(way, granularity, layout, dtype):
         assert_product(way, rows, layout(columns), cells, granularity, bound)
 
 
+def test_pieces_of_half_precision_are_not_rounded_one_after_the_other():
+    """As an accelerator takes the dense way: in half precision, with float32 sums within a product."""
+    rows, columns = (x.t().contiguous().t().bfloat16()[::2] for x in operands(8192, 8, 8))
+    rows, columns = (torch.stack([x, x], dim=-1)[..., 0] for x in (rows.abs(), columns.abs()))
+    cells = draw(8, 8, 1.0, 1)
+    pattern = Pattern.of_cells(cells, 8, 8)
+    result = _WAYS["dense"](rows, columns, pattern, torch.bfloat16, 4096)
+    expected = (rows.double().t() @ columns.double()).flatten()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("way", "granularity"), WAYS)
 @pytest.mark.parametrize("used", [[0], [11], [2, 3, 7]])
 def test_blocks_without_strips(way, granularity, used):
@@ -162,13 +173,16 @@ def test_transient_memory_is_within_the_bound(way, granularity, density, layout,
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("density", [0.5, 1.0])
-@pytest.mark.parametrize("words", [1, 64])
-def test_transient_memory_of_an_embedding(words, density, granularity, dtype):
+@pytest.mark.parametrize(
+    ("words", "settings"), [(1, {}), (64, {}), (64, {"padding_idx": 3}), (64, {"by_frequency": True})], ids=str
+)
+def test_transient_memory_of_an_embedding(words, settings, density, granularity, dtype):
     rows, C, bound = 64, 320, MIB // 2
     pattern = Pattern.of_cells(draw(rows, C, density, granularity), rows, C, granularity)
     ids, grad = torch.randint(words, (5000,)), torch.randn(5000, C).to(dtype)
-    peak = peak_of_transient(lambda: embedding_product(ids, grad, pattern, bound))
+    peak = peak_of_transient(lambda: embedding_product(ids, grad, pattern, bound, **settings))
     assert bound // 8 < peak <= bound
+    assert 2 * bound < grad.numel() * grad.element_size()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -178,11 +192,17 @@ def test_embedding_equals_the_dense_gradient_gathered(N, granularity, dtype):
     R, C = 24, 10
     cells = draw(R, C, 0.3, granularity)
     ids, grad = torch.randint(R, (N,)), torch.randn(N, C).to(dtype)
-    dense = torch.zeros(R, C, dtype=torch.float64).index_add_(0, ids, grad.double())
-    for bound in (64 * MIB, 2000, 1):
-        result = embedding_product(ids, grad, Pattern.of_cells(cells, R, C, granularity), bound)
+    for settings in ({}, {"padding_idx": 5}, {"by_frequency": True}, {"padding_idx": 0, "by_frequency": True}):
+        factor = torch.ones(N, dtype=torch.float64)
+        if settings.get("by_frequency"):
+            factor = 1 / (ids[:, None] == ids).sum(1).double()
+        factor[ids == settings.get("padding_idx", -1)] = 0
+        dense = torch.zeros(R, C, dtype=torch.float64).index_add_(0, ids, grad.double() * factor[:, None])
         expected = dense.flatten()[places(cells, R, C, granularity)]
-        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+        for bound in (64 * MIB, 2000, 1):
+            pattern = Pattern.of_cells(cells, R, C, granularity)
+            result = embedding_product(ids, grad, pattern, bound, **settings)
+            torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("granularity", [1, 4])

@@ -29,6 +29,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.config import SparseConfig
 from sparse_zero.errors import UserError
@@ -259,6 +260,52 @@ def test_autocast():
     # The dense gradient is rounded to bfloat16, 8 bits; ours is summed in float32.
     assert_gradients(model, dense_copy(base, model), backward, rtol=2**-7, atol=1e-4)
     assert all(weight.delta.grad.dtype == torch.float32 for weight in model.sparsity.weights.values())
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["layer", "reader"])
+def test_under_autocast_the_input_is_kept_in_half_precision(read):
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).float() + 1  # kept by nobody else
+            return nn.functional.linear(x, self.second.weight) if read else self.second(x)
+
+    model = sparsify(Layers(), SparseConfig(density=0.5, targets="all-linear"))
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(3, 64))
+    batches = [tensor.dtype for tensor in kept if tensor.shape == (3, 64)]
+    assert batches == [torch.bfloat16] * len(batches)
+    assert len(batches) >= 2
+
+
+@pytest.mark.parametrize(
+    ("plain", "name", "value"),
+    [
+        (nn.Linear(8, 8), "input", torch.randn(3, 8)),
+        (nn.Embedding(8, 8), "input", torch.arange(8)),
+        (Conv1D(8, 8), "x", torch.randn(3, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_take_their_input_by_its_name(plain, name, value):
+    torch.manual_seed(0)
+    dense = nn.ModuleDict({"layer": copy.deepcopy(plain)})
+    model = sparsify(nn.ModuleDict({"layer": plain}), SparseConfig(density=0.5, targets=["layer"]))
+    for each in (model, dense):
+        each["layer"](**{name: value}).square().sum().backward()
+    (weight,) = model.sparsity.weights.values()
+    expected = dense["layer"].weight.grad.flatten()[weight.flat_positions()]
+    torch.testing.assert_close(weight.delta.grad, expected)
 
 
 def test_the_gradient_of_an_expanded_loss_gradient():
