@@ -1,14 +1,15 @@
 """Strips of g scalars instead of single ones: what they save, and whether accuracy suffers.
 
     python benchmarks/granularity.py --cost         time of the gradient and of the step; granularity.json
-    python benchmarks/granularity.py --accuracy     whatever runs are missing, one after the other; granularity.jsonl
+    python benchmarks/granularity.py --accuracy     whatever runs are missing; granularity.jsonl
     python benchmarks/granularity.py                no runs: page and plot of both, as far as they are there
 
 Gradient: of one linear layer at its selected positions, in turns with the dense product of plain torch. Step: of a
 Llama shape with all linear layers as targets, in turns with the frozen model's own forward and backward. Accuracy: as
 in noise_quality.py, without noise: MiniLM-L6, Rotten Tomatoes, the same sentences in the same order and the same head
-for all granularities of a seed; learning rate and the rest as noise_quality.py has chosen them, for single scalars, on
-validation sentences. Each run is one line of the file, so that a call goes on where the last one was stopped.
+for all granularities of a seed. Each granularity has the learning rate that is best on validation sentences, of
+noise_quality.py's rates for sparse runs and with its seed for that. Each run is one line of the file, so that a call
+goes on where the last one was stopped; several calls share the runs.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from typing import Any
 
 import torch
 from methods import TARGETS, Budget, llama, llama_config, prepare, sparse, trained_parameters, training_step
-from noise_quality import append_row, read_lines, train_and_measure
-from noise_quality_plan import EPOCHS, SEEDS, Run, key_of
+from noise_quality import append_row, claim, read_lines, train_and_measure
+from noise_quality_plan import EPOCHS, SEEDS, TUNING_SIZE, Run, best, key_of, learning_rate_runs
 from noise_quality_table import Accuracies, mean_and_deviation, paired_difference
 from tables import RESULTS, Row, read, spread, table, write
 from torch import nn
@@ -33,9 +34,7 @@ from sparse_zero import SparseConfig, sparsify
 from sparse_zero.zero import device_name
 
 GRANULARITIES = (1, 8, 16, 32, 64)
-LEARNING_RATE = 3e-3
-"""What noise_quality.py chose for sparse runs."""
-SENTENCES = 1000
+SENTENCES = TUNING_SIZE
 COST, ACCURACY = RESULTS / "granularity.json", RESULTS / "granularity.jsonl"
 
 # ---- cost
@@ -106,44 +105,72 @@ def measure_cost(arguments: argparse.Namespace) -> list[Row]:
 # ---- accuracy
 
 
-def planned_runs() -> list[tuple[int, Run]]:
-    """Seed by seed, so that paired differences become complete early."""
-    epochs = EPOCHS[SENTENCES]
-    return [
-        (g, Run("sparse", "none", None, LEARNING_RATE, SENTENCES, epochs, seed, "test"))
+Done = dict[tuple[int, str], Row]
+
+
+def tuning_runs() -> list[Run]:
+    return [run for run in learning_rate_runs() if run.method == "sparse"]
+
+
+def planned_runs(done: Done) -> list[tuple[int, Run]]:
+    """Those that choose each granularity's learning rate, and those that it settles, seed by seed, so that paired
+    differences become complete early."""
+    tuning = [(g, run) for run in tuning_runs() for g in GRANULARITIES]
+    rates = {}
+    for g in GRANULARITIES:
+        if winner := best(tuning_runs(), {key: row for (granularity, key), row in done.items() if granularity == g}):
+            rates[g] = winner.learning_rate
+    return tuning + [
+        (g, Run("sparse", "none", None, rate, SENTENCES, EPOCHS[SENTENCES], seed, "test"))
         for seed in SEEDS
-        for g in GRANULARITIES
+        for g, rate in rates.items()
     ]
 
 
-def finished_runs(path: Path) -> dict[tuple[int, str], Row]:
+def finished_runs(path: Path) -> Done:
     return {(row["granularity"], key_of(row)): row for row in read_lines(path)}
+
+
+def missing_runs(path: Path) -> list[tuple[int, Run]]:
+    done = finished_runs(path)
+    return [(granularity, run) for granularity, run in planned_runs(done) if (granularity, run.key) not in done]
 
 
 def add_missing_runs(path: Path, device: str) -> None:
     torch.set_num_threads(1)
-    for granularity, run in planned_runs():
-        if (granularity, run.key) in finished_runs(path):
-            continue
-        row = {"granularity": granularity} | train_and_measure(run, device, granularity)
-        append_row(path, row)
-        print(
-            f"{time.strftime('%H:%M:%S')} g {granularity:>2} seed {run.seed} {row['trainable']:,} scalars "
-            f"{row['accuracy']:.4f} loss {row['loss']:.4f} {row['cpu_seconds']:.0f} s of CPU",
-            flush=True,
-        )
+    while missing := missing_runs(path):
+        for granularity, run in missing:
+            held = claim(Path(f"{path}-{granularity}"), run)
+            if held is None:
+                continue
+            with held:
+                if (granularity, run.key) not in finished_runs(path):
+                    _add_run(path, granularity, run, device)
+            break
+        else:
+            time.sleep(5)  # another call works on all of them; what it finds may settle the next
 
 
-def accuracies(path: Path) -> tuple[dict[int, Accuracies], dict[int, int]]:
-    """Test accuracies by granularity and seed, and how many scalars trained."""
+def _add_run(path: Path, granularity: int, run: Run, device: str) -> None:
+    row = {"granularity": granularity} | train_and_measure(run, device, granularity)
+    append_row(path, row)
+    print(
+        f"{time.strftime('%H:%M:%S')} g {granularity:>2} seed {run.seed} rate {run.learning_rate:g} {run.split} "
+        f"{row['trainable']:,} scalars {row['accuracy']:.4f} loss {row['loss']:.4f} {row['cpu_seconds']:.0f} s of CPU",
+        flush=True,
+    )
+
+
+def accuracies(path: Path) -> tuple[dict[int, Accuracies], dict[int, Row]]:
+    """Test accuracies by granularity and seed, and a row of each granularity."""
     done = finished_runs(path)
     found: dict[int, Accuracies] = {}
-    trainable = {}
-    for granularity, run in planned_runs():
-        if row := done.get((granularity, run.key)):
+    rows = {}
+    for granularity, run in planned_runs(done):
+        if run.split == "test" and (row := done.get((granularity, run.key))):
             found.setdefault(granularity, {})[run.seed] = row["accuracy"]
-            trainable[granularity] = row["trainable"]
-    return found, trainable
+            rows[granularity] = row
+    return found, rows
 
 
 # ---- page and plot
@@ -178,7 +205,7 @@ def _cost_section(result: Row) -> str:
 
 
 def _accuracy_section(path: Path) -> str:
-    found, trainable = accuracies(path)
+    found, examples = accuracies(path)
     rows = []
     for granularity, scores in found.items():
         mean, deviation = mean_and_deviation(scores.values())
@@ -186,19 +213,20 @@ def _accuracy_section(path: Path) -> str:
         rows.append(
             [
                 str(granularity),
-                f"{trainable[granularity]:,}",
+                f"{examples[granularity]['trainable']:,}",
+                f"{examples[granularity]['learning_rate']:g}",
                 str(len(scores)),
                 f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"),
                 "" if error is None or granularity == 1 else f"{100 * difference:+.1f} ± {100 * error:.1f}",
             ]
         )
-    missing = len(planned_runs()) - sum(map(len, found.values()))
+    missing = len(GRANULARITIES) * len(SEEDS) - sum(map(len, found.values()))
     return "\n\n".join(
         [
             "## Accuracy",
             f"Rotten Tomatoes, MiniLM-L6, {SENTENCES:,} training and 1,000 test sentences; percent, mean ± standard "
             "deviation over the seeds; paired difference to g = 1, mean ± standard error.",
-            table(["g", "trainable", "seeds", "accuracy", "- g = 1"], rows),
+            table(["g", "trainable", "rate", "seeds", "accuracy", "- g = 1"], rows),
             *([f"{missing} runs are missing."] if missing else []),
         ]
     )

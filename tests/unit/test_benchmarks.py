@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -278,22 +277,31 @@ def test_scaling_over_density_and_its_page(tmp_path):
 # ---- strips
 
 
-def test_accuracy_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+def test_accuracy_goes_on_with_what_is_missing_at_the_best_rate_of_each(tmp_path, monkeypatch):
     cache, met = tmp_path / "runs.jsonl", []
+    good = {1: 3e-3, 8: 3e-3, 16: 1e-2, 32: 1e-2, 64: 1e-3}
 
     def measured(run, device, strip):
-        if len(met) == 3:
+        if len(met) in (3, 17):
+            met.append(None)
             raise KeyboardInterrupt
-        met.append((strip, run.seed))
-        return {**vars(run), "trainable": 8, "accuracy": random.random(), "loss": 0.5, "cpu_seconds": 1.0}
+        met.append((strip, run.split, run.learning_rate, run.seed))
+        accuracy = 0.5 + 0.2 * (run.learning_rate == good[strip]) + 0.01 * run.seed
+        return {**vars(run), "trainable": 8, "accuracy": accuracy, "loss": 0.5, "cpu_seconds": 1.0}
 
     monkeypatch.setattr(granularity, "train_and_measure", measured)
-    with pytest.raises(KeyboardInterrupt):
-        granularity.add_missing_runs(cache, "cpu")
-    assert met == [(1, 0), (8, 0), (16, 0)]
-    met.clear()
-    with pytest.raises(KeyboardInterrupt):
-        granularity.add_missing_runs(cache, "cpu")
-    assert met == [(32, 0), (64, 0), (1, 1)]
-    found, _ = granularity.accuracies(cache)
-    assert {strip: list(scores) for strip, scores in found.items()} == {1: [0, 1], 8: [0], 16: [0], 32: [0], 64: [0]}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            granularity.add_missing_runs(cache, "cpu")
+    granularity.add_missing_runs(cache, "cpu")
+    runs = [run for run in met if run]
+    assert len(runs) == len(set(runs)) == 5 * 3 + 5 * 5
+    assert {run[1] for run in runs[:15]} == {"validation"}
+    tested = [run for run in runs if run[1] == "test"]
+    assert tested[:5] == [(strip, "test", rate, 0) for strip, rate in good.items()]
+    assert {(strip, rate) for strip, _, rate, _ in tested} == set(good.items())
+    found, examples = granularity.accuracies(cache)
+    assert {strip: list(scores) for strip, scores in found.items()} == {strip: [0, 1, 2, 3, 4] for strip in good}
+    assert found[16][3] == pytest.approx(0.73)
+    assert {strip: row["learning_rate"] for strip, row in examples.items()} == good
+    assert "0.003" in granularity._accuracy_section(cache)
