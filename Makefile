@@ -14,7 +14,8 @@ demo: $(SETUP)
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS) tests/unit
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed tests/cluster
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ Where a model's forward needs values (some mixtures of experts route by them), t
 arXiv 2205.05198, equation 2) stands in, which counts what a model trained whole keeps.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.targets import Target
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = "not known: the model's forward cannot be counted"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ def activations(
     try:
         counter.run(torch.zeros(rows, tokens, dtype=torch.int64, device="meta"))
     except Exception:  # whatever a model's own code makes of a batch without values
+        logger.debug("activations are estimated", exc_info=True)
         return _by_formula(model, rows, tokens, loss)
     finally:
         for hook in hooks:
@@ -73,7 +79,7 @@ def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Ac
     config, width = model.config.get_text_config(), model.dtype.itemsize
     sizes = [getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")]
     if None in sizes:
-        return Activations((), 0, 0, loss, "not known: the model's forward cannot be counted")
+        return Activations((), 0, 0, loss, UNKNOWN)
     hidden, heads, count = sizes
     scores = 5 * heads * tokens / hidden if config._attn_implementation == "eager" else 0
     layer = round(tokens * rows * hidden * (34 + scores) * width / 2)
@@ -89,14 +95,15 @@ def _train_only(model: PreTrainedModel, targets: Iterable[Target], whole: set[st
     for target in targets:
         for module, name in target.owners:
             if name == "weight" and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-                hooks.append(module.register_forward_hook(_lead_to_delta))
+                hooks.append(module.register_forward_hook(_lead_to_delta, with_kwargs=True))
             else:
                 target.parameter.requires_grad_(True)
     return hooks
 
 
-def _lead_to_delta(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    return _KeepsInputs.apply(output, inputs[0], torch.zeros(1, device="meta", requires_grad=True))
+def _lead_to_delta(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    (inputs,) = (*args, *kwargs.values())
+    return _KeepsInputs.apply(output, inputs, torch.zeros(1, device="meta", requires_grad=True))
 
 
 class _KeepsInputs(torch.autograd.Function):

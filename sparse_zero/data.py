@@ -28,6 +28,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from sparse_zero import encoding
 from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.loading import check_max_length
 from sparse_zero.package import resolve
 from sparse_zero.recipe import Columns, DataSection, Task
 
@@ -188,12 +189,6 @@ def prepare(
         return Prepared(*encoded, collator, None, max_length)
     packed = [_map(split, encoding.pack_batch, batch_size=10_000, max_length=max_length) for split in encoded]
     return Prepared(*packed, encoding.PackedCollator(tokenizer.pad_token_id), None, max_length)
-
-
-def check_max_length(tokens: int, model_limit: int | None) -> None:
-    """Raises UserError: more tokens than the model takes; None where its configuration does not say."""
-    if model_limit is not None and tokens > model_limit:
-        raise UserError(f"data.max_length: {tokens} tokens, but the model takes {model_limit} at most")
 
 
 def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_limit: int | None) -> int | None:

@@ -14,7 +14,7 @@ from sparse_zero import sampled_cpu
 from sparse_zero.selection import ACCELERATOR_CHUNK, SHARED_CHUNK
 
 BYTES_PER_POSITION = 64
-"""What `flat_positions` takes for a moment, at most."""
+"""What `flat_positions` takes for a moment, at most; beside it, 32 or so for each row of the blocks that hold them."""
 
 
 class Pattern(NamedTuple):
@@ -32,7 +32,7 @@ class Pattern(NamedTuple):
         blocks = rows // granularity
         cells = cells.contiguous()
         if operators := sampled_cpu.loaded(cells):
-            return cls(*operators.pattern(cells, blocks, columns), granularity)
+            return cls(*operators.pattern.default(cells, blocks, columns), granularity)
         dtype = torch.int32 if blocks * columns < 2**31 else torch.int64
         # Up to blocks * columns, so that the last block ends too
         edges = torch.arange(0, blocks * columns + 1, columns, dtype=dtype, device=cells.device)

@@ -11,12 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparse_zero.activations import Activations, activations
+from sparse_zero.activations import UNKNOWN, Activations, activations
 from sparse_zero.arguments import check_training, default_of
-from sparse_zero.data import check_max_length
 from sparse_zero.draws import decide
 from sparse_zero.errors import UserError
-from sparse_zero.loading import load_config, max_positions, model_without_values
+from sparse_zero.loading import check_max_length, load_config, max_positions, model_without_values
 from sparse_zero.plan import Holding, Sizes, Zero, is_offloaded, passing, states, traffic
 from sparse_zero.recipe import Recipe
 from sparse_zero.targets import all_targets, find_whole, parameters_of
@@ -25,7 +24,8 @@ RESERVED = 0.08
 """Of an accelerator's memory, for its context and libraries, NCCL's buffers and fragmentation: an assumption."""
 
 WRITING_BYTES = 16
-"""For each selected scalar of the weight that is being written: its position in 8 bytes and in 4, its value in 4."""
+"""For each selected scalar of the weight that is being written: its position in 8 bytes and in 4, its value in 4. The
+operators of sampled_cpu.py take less."""
 
 MOST_RANKS = 2**20
 
@@ -119,9 +119,9 @@ def read(recipe: Recipe) -> Run:
     if tokens is None:
         raise UserError(f"data.max_length: the configuration of {section.name} has no limit: give the tokens")
     check_max_length(tokens, limit)
-    if config.get_text_config().pad_token_id is None:
-        # A classifier asks for it, to find the last token; a run takes the tokenizer's
-        config.get_text_config().pad_token_id = model.config.pad_token_id = 0
+    if section.task == "sequence-classification" and getattr(model.config, "pad_token_id", None) is None:
+        # It is asked for to find the last token; a run takes the tokenizer's
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = 0
     training = recipe.training
     checkpointed = bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
     counts = {draw.name: draw.count for draw in draws}
@@ -138,9 +138,10 @@ def read(recipe: Recipe) -> Run:
     passes = 1
     if recipe.rpn is not None:
         passes = recipe.rpn.clean + (recipe.rpn.passes if recipe.rpn.noise != "none" else 0)
+    kept = activations(model, [targets[name] for name in counts], whole, micro_batch, tokens)
     return Run(
         sizes,
-        activations(model, [targets[name] for name in counts], whole, micro_batch, tokens),
+        kept,
         _hidden_size(config),
         deepspeed.get("zero_optimization", {}),
         checkpointed,
@@ -151,7 +152,7 @@ def read(recipe: Recipe) -> Run:
         sum(sizes.base) * dtype.itemsize,
         recipe.sparse.selection.startswith("magnitude"),
         recipe.sparse.transient_mib * 2**20 + WRITING_BYTES * max(counts.values(), default=0),
-        tuple(_notes(recipe, deepspeed, model)),
+        (*_notes(recipe, deepspeed, model), *([f"activations are {UNKNOWN}"] if kept.formula == UNKNOWN else [])),
     )
 
 
@@ -184,7 +185,7 @@ def _deepspeed(recipe: Recipe) -> dict[str, Any]:
         if not isinstance(given.get(key, {}), Mapping):
             raise UserError(f"training.deepspeed: {key}: {given[key]!r}: must have keys of its own")
     stage = given.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"training.deepspeed: zero_optimization.stage: {stage!r}: must be 0, 1, 2 or 3")
     return dict(given)
 

@@ -81,9 +81,14 @@ class Lookup:
 
 def kept_input(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """What a product's backward needs of its input: under autocast, what it was made to before it was used."""
-    if inputs.is_floating_point() and inputs.element_size() > output.element_size():
-        return inputs.detach().to(output.dtype)
-    return inputs
+    if not inputs.is_floating_point() or inputs.element_size() <= output.element_size():
+        return inputs
+    # On the tensor itself: several layers of one input keep one copy
+    state, kept = getattr(inputs, "_sparse_zero_kept", (None, None))
+    if state != (inputs._version, output.dtype):
+        state, kept = (inputs._version, output.dtype), inputs.detach().to(output.dtype)
+        inputs._sparse_zero_kept = state, kept
+    return kept
 
 
 class SampledUse(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 That covers every reader, at the price of a dense gradient of what is shown for a moment. A `Piece` knows which rows of
 the weight it shows, and with it three kinds of readers cost less:
-- a view of whole rows, such as one expert of many, has the gradient of those rows alone;
+- a view of whole rows, such as one expert of many, has the gradient of those rows alone (but where it is a view of a
+  converted copy: that copy's);
 - a conversion to another dtype still shows the same rows;
 - a product or a lookup yields the gradient at the selected positions (`products`), and never a dense one.
 """

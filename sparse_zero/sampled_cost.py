@@ -22,6 +22,9 @@ GATHER_TILE = 32
 LINE = 256
 """Bytes that one step of its loop reads of each: more take registers that other programs could use."""
 
+MOST_ROWS = 64
+"""Of a strip, whose sums with those of 16 others stay in registers."""
+
 CACHED_BYTES = 16 * 2**20
 """Of the copied columns at a time: less than half of an A100's (40 MiB) or H100's (50 MiB) L2 cache, of which half is
 near to a processor. Not taken from the device, so that the order of the sums is the same on every one."""
@@ -64,10 +67,6 @@ class Pieces:
         room = min(transient_bytes // (copied * dtype.itemsize), CACHED_BYTES // (gathered * dtype.itemsize))
         block = min(LINE // dtype.itemsize, max(16, 1 << room.bit_length() >> 1))
         return cls(max(block, min(room // block, math.ceil(N / block)) * block), block)
-
-
-MOST_ROWS = 64
-"""Of a strip, whose sums with those of 16 others stay in registers."""
 
 
 def strips_per_tile(strips: int, blocks: int, granularity: int) -> int:

@@ -70,29 +70,14 @@ class Sizes(NamedTuple):
         return cls(tokens, groups, min(threads, half // ((C + rows) * tokens)))
 
 
-_loaded = False
-
-
-def loaded(*tensors: torch.Tensor | None) -> Any:
-    """torch.ops.sparse_zero, if a gradient has brought it in and these tensors are on a CPU, else None.
-
-    What it has beside the gradient gives the same bits as torch does, in a fraction of the time; nobody waits for a
-    compiler for that.
-    """
-    here = _loaded and all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
-    return torch.ops.sparse_zero if here else None
-
-
 @functools.cache
 def operator() -> Callable[..., torch.Tensor] | None:
     """None where it cannot be built, for instance without a compiler; the log says why.
 
     Its arguments are: rows (N, R), columns (N, C), what a Pattern holds, what Sizes hold, the dtype of the sums.
     """
-    global _loaded
     try:
         _load()
-        _loaded = True
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
             "no sampled gradient, but dense products, which take longer: its operator cannot be built (%s). It takes "
@@ -102,6 +87,16 @@ def operator() -> Callable[..., torch.Tensor] | None:
         logger.debug("", exc_info=error)
         return None
     return torch.ops.sparse_zero.sampled_product.default
+
+
+def loaded(tensor: torch.Tensor) -> Any | None:
+    """torch.ops.sparse_zero, if a gradient has brought it in and the tensor is on a CPU.
+
+    What it has beside the gradient gives the same bits as torch does, in a fraction of the time; nobody waits for a
+    compiler for that.
+    """
+    here = tensor.device.type == "cpu" and operator.cache_info().currsize > 0 and operator() is not None
+    return torch.ops.sparse_zero if here else None
 
 
 def _load() -> None:

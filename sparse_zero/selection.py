@@ -80,9 +80,14 @@ class Draw:
         return self.rule != STORED
 
     @property
+    def has_slices(self) -> bool:
+        """Whether some of the positions can be drawn without those before them."""
+        return self.rule == STRATIFIED and not self.whole_rows
+
+    @property
     def in_whole_rows(self) -> int:
         """How many of the positions are those of whole rows."""
-        return len(self.whole_rows) * self.shape[-1]
+        return len(self.whole_rows) * self.shape[-1] if self.whole_rows else 0
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Returns: int64 (count,). Raises ValueError for the rule "stored", which cannot be drawn again."""
@@ -107,13 +112,15 @@ class Draw:
         Yields: int64, sorted. Raises ValueError as `positions` does. A rule without slices walks over all.
         """
         stop = self.strip_count if stop is None else stop
-        if self.rule == STRATIFIED and not self.whole_rows:
+        if self.has_slices:
             for first, last in _cuts(start, stop, _chunk_size(device)):
                 grid = self.numel // self.granularity
                 yield positions(self.seed, self.name, grid, self.strip_count, first, last, device)
             return
         first = 0
         for chunk in self.chunks(device):
+            if first >= stop:
+                return
             yield chunk[max(0, start - first) : max(0, stop - first)]
             first += chunk.numel()
 
@@ -129,8 +136,7 @@ class Draw:
 
     def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Positions [start, stop) of stratified-v1, at the cost of their number."""
-        assert self.rule == STRATIFIED, self.rule
-        assert not self.whole_rows
+        assert self.has_slices, self
         if self.granularity > 1:
             return strips(self.seed, self.name, self.shape, self.count, self.granularity, start, stop, device)
         return positions(self.seed, self.name, self.numel, self.count, start, stop, device)

@@ -74,7 +74,7 @@ class SparseWeight:
         self.passes_plain = False
         """Whether readers get the parameter as it is: in the forward of a module that has its own rule."""
         weight = self.weight
-        self.shape = full_shape(weight)
+        self.shape = full_shape(weight) or torch.Size([1])
         assert draw.count > 0, f"{draw.name}: a delta of length 0 breaks ZeRO stage 3"
         # Under ZeRO the delta follows the weight's dtype, and the float32 original lives in the optimizer's partition.
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
@@ -211,7 +211,7 @@ class SparseWeight:
         # A stage-3 copy is written again in each gather, always with the values that the graph already saw, so
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         whole = (weight.data if is_partitioned(weight) else weight.detach()).view(-1)
-        operators = sampled_cpu.loaded(whole)
+        operators = sampled_cpu.loaded(whole) if self._is_plain(factor) else None
         scalars_of_cell = self.draw.granularity if operators else 1
         start = 0
         for cells in self._cell_chunks() if operators else self._flat_chunks():
@@ -222,11 +222,17 @@ class SparseWeight:
                 if factor is not None:
                     change = change * (factor[piece] if isinstance(factor, torch.Tensor) else factor)
             if operators:
-                operators.write_deltas(whole, values, change, cells, self.shape[-1], self.draw.granularity)
+                operators.write_deltas.default(whole, values, change, cells, self.shape[-1], self.draw.granularity)
             else:
                 values = values if change is None else _sum(values, change).to(weight.dtype)
                 whole.index_copy_(0, cells, values)
             start = piece.stop
+
+    def _is_plain(self, factor: torch.Tensor | float | None) -> bool:
+        """Whether `write` has dtypes to do with that the operator takes."""
+        taken = {self.weight.dtype, torch.float32}
+        given = {self.delta.dtype, factor.dtype if isinstance(factor, torch.Tensor) else torch.float32}
+        return given <= taken and self.base.dtype == self.weight.dtype
 
     @property
     def is_written(self) -> bool:
@@ -330,9 +336,11 @@ class SparseWeight:
     def patterns(self, first: int, rows: int, each: int) -> Iterator[Pattern]:
         """Of some rows of the weight as a matrix, `each` at a time, as matrices of their own."""
         g, columns = self.draw.granularity, self.shape[-1]
+        whole = None if self.regenerates and self.draw.has_slices else self.strips()
         for start in range(first, first + rows, each):
             span = self.span(start, each)
-            cells = self.strips(span.start // g, span.stop // g) - start // g * columns
+            some = slice(span.start // g, span.stop // g)
+            cells = (self.strips(some.start, some.stop) if whole is None else whole[some]) - start // g * columns
             yield Pattern.of_cells(cells, each, columns, g)
 
     def remove(self) -> None:

@@ -15,7 +15,10 @@ from sparse_zero.package import resolve
 
 # `datasets` reads these when it is imported. The workers of pytest-xdist share the cache of the session.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several workers that wait for each other on the same cores take many times as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 

@@ -14,11 +14,24 @@ from sparse_zero.pattern import Pattern
 def path(request, monkeypatch) -> str:
     """The way that is taken from here on."""
     if request.param == "operators":
-        assert sampled_cpu.operator() is not None
-        assert sampled_cpu.loaded() is not None
+        assert operators() is not None
     else:
-        monkeypatch.setattr(sampled_cpu, "_loaded", False)
+        monkeypatch.setattr(sampled_cpu, "loaded", lambda _: None)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """As many as share out the larger weights, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def operators():
+    assert sampled_cpu.operator() is not None
+    return sampled_cpu.loaded(torch.empty(0))
 
 
 def draw(count: int, of: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -98,11 +111,6 @@ def test_the_weight_is_the_original_plus_the_delta(path, dtype, settings, indice
             weight.enabled = True
 
 
-def operators():
-    assert sampled_cpu.operator() is not None
-    return sampled_cpu.loaded()
-
-
 WEIGHT, CELLS = torch.zeros(24), torch.tensor([1, 4])
 
 
@@ -137,7 +145,22 @@ def test_cells_outside_the_grid_have_no_pattern(cells):
 
 
 def test_nothing_is_built_to_write_deltas(monkeypatch):
-    monkeypatch.setattr(sampled_cpu, "_loaded", False)
-    monkeypatch.setattr(sampled_cpu, "operator", lambda: pytest.fail("built"))
+    sampled_cpu.operator.cache_clear()
+    monkeypatch.setattr(sampled_cpu, "_load", lambda: pytest.fail("built"))
     model = sparsify(nn.Sequential(nn.Linear(8, 8)), SparseConfig(density=0.5, targets="all"))
     model(torch.ones(1, 8)).sum().backward()
+    assert sampled_cpu.loaded(torch.empty(0)) is None
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "delta_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float64)], ids=str
+)
+def test_dtypes_that_the_operator_does_not_take_are_written_by_torch(weight_dtype, delta_dtype):
+    assert operators() is not None
+    model = sparsify(nn.Sequential(nn.Linear(8, 8)).to(weight_dtype), SparseConfig(density=0.5, targets="all-linear"))
+    (weight,) = model.sparsity.weights.values()
+    before, flat = weight.weight.detach().clone().flatten(), weight.flat_positions()
+    weight.delta.data = torch.randn(weight.delta.shape).to(delta_dtype)
+    weight.write()
+    expected = (before[flat].double() + weight.delta.detach().double()).to(weight_dtype)
+    assert torch.equal(weight.weight.detach().flatten()[flat], expected)

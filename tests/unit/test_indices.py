@@ -62,17 +62,25 @@ def test_regenerated_indices_train_alike(settings):
         assert torch.equal(weight.flat_positions(), other.flat_positions())
 
 
-@pytest.mark.parametrize("granularity", [1, 4])
-def test_experts_that_are_read_one_by_one_draw_their_own_strips(monkeypatch, granularity):
+@pytest.mark.parametrize(
+    ("settings", "together"),
+    [({}, False), ({"granularity": 4}, False), ({"selection": "bernoulli"}, True)],
+    ids=str,
+)
+def test_experts_draw_their_own_strips(monkeypatch, settings, together):
+    """A rule without slices draws them once for all that are used together."""
+
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.experts = nn.Parameter(torch.randn(16, 8, 12))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if together:
+                return torch.bmm(x.expand(16, 5, 12), self.experts.mT).square().sum()
             return sum((x @ expert.T).square().sum() for expert in self.experts)
 
-    config = SparseConfig(density=0.5, targets="all", indices="regenerated", granularity=granularity)
+    config = SparseConfig(density=0.5, targets="all", indices="regenerated", **settings)
     model = sparsify(Experts(), config)
     model(torch.randn(5, 12)).backward()  # finds where each one begins
     (weight,) = model.sparsity.weights.values()

@@ -152,6 +152,7 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
         (["--ranks", "2", "training.deepspeed={zero_optimization: true}"], "zero_optimization: True"),
         (["--ranks", "2", "training.deepspeed={bf16: true}"], "bf16: True"),
         (["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 4}}"], "stage: 4: must be 0, 1, 2 or 3"),
+        (["--ranks", "2", "training.deepspeed={zero_optimization: {stage: true}}"], "stage: True: must be"),
         (
             ["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 2, overlap_comm: auto}}"],
             "zero_optimization.overlap_comm",
@@ -179,6 +180,8 @@ def test_what_cannot_be_planned_is_one_line(
         ({"hidden_size": 30, "num_attention_heads": 4}, "The hidden size (30)"),
         ({"intermediate_size": -5}, "cannot be built"),
         ({"num_attention_heads": 0}, "model.name"),
+        ({"hidden_act": "none-such"}, "none-such"),
+        ({"pad_token_id": 10**6}, "cannot be built"),
     ],
     ids=str,
 )
