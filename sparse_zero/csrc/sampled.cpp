@@ -12,51 +12,100 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 namespace {
 
-constexpr int64_t LINE_BYTES = 64;  // of the cache; also of a vector, which the compiler cuts where it must
-constexpr int64_t SIDE = 16;        // tokens of a block that is turned over in the nearest cache
-constexpr int64_t ROWS_AT_A_TIME = 256;
-constexpr int64_t STRIPS_OF_THREAD = 8192;  // at least, where a thread has little to do for each
 #ifdef __AVX512F__
+constexpr int64_t VECTOR_BYTES = 64;
 constexpr int ROWS = 4;  // of a strip whose sums stay in registers together
 #else
+constexpr int64_t VECTOR_BYTES = 32;  // the compiler cuts what is wider than the CPU has it
 constexpr int ROWS = 1;
 #endif
+constexpr int64_t QUAD = 4;   // columns whose sums are found together
+constexpr int64_t SIDE = 16;  // tokens are turned over by as many: a multiple of the lanes of any vector
+constexpr int64_t ROWS_AT_A_TIME = 256;
+constexpr int64_t STRIPS_OF_THREAD = 8192;  // at least, where a thread has little to do for each
 
 template <typename scalar_t, int64_t lanes>
 struct Vector {
   typedef scalar_t type __attribute__((vector_size(lanes * sizeof(scalar_t)), aligned(sizeof(scalar_t)), may_alias));
 };
 
+template <typename scalar_t>
+struct Lanes {
+  static constexpr int64_t count = VECTOR_BYTES / sizeof(scalar_t);
+  using vector = typename Vector<scalar_t, count>::type;
+  using index = std::conditional_t<sizeof(scalar_t) == 4, int32_t, int64_t>;
+};
+
+// Of lanes that are counted in twos of `step`: the first of each from a and the second from b where !second, that is
+// a0 b0 a2 b2 ... for step 1; and a1 b1 a3 b3 ... where second
+template <int64_t step, bool second, typename scalar_t, int64_t... lane>
+inline auto interleaved(typename Lanes<scalar_t>::vector a, typename Lanes<scalar_t>::vector b,
+                        std::integer_sequence<int64_t, lane...>) {
+  constexpr int64_t count = Lanes<scalar_t>::count, shift = second ? step : 0;
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, ((lane & step) ? count + lane - step + shift : lane + shift)...);
+#else
+  using index = typename Lanes<scalar_t>::index;
+  typedef index mask __attribute__((vector_size(VECTOR_BYTES)));
+  return __builtin_shuffle(a, b, mask{static_cast<index>((lane & step) ? count + lane - step + shift : lane + shift)...});
+#endif
+}
+
+template <int64_t step, bool second, typename scalar_t>
+inline auto interleaved(typename Lanes<scalar_t>::vector a, typename Lanes<scalar_t>::vector b) {
+  return interleaved<step, second, scalar_t>(a, b, std::make_integer_sequence<int64_t, Lanes<scalar_t>::count>());
+}
+
+// A square of as many vectors as these have lanes
+template <typename scalar_t, int64_t step = 1>
+inline void transpose(typename Lanes<scalar_t>::vector* square) {
+  if constexpr (step < Lanes<scalar_t>::count) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < Lanes<scalar_t>::count; ++i) {
+      if (i & step) continue;
+      const auto a = square[i], b = square[i + step];
+      square[i] = interleaved<step, false, scalar_t>(a, b);
+      square[i + step] = interleaved<step, true, scalar_t>(a, b);
+    }
+    transpose<scalar_t, step * 2>(square);
+  }
+}
+
 int64_t rounded_up(int64_t tokens) { return (tokens + SIDE - 1) / SIDE * SIDE; }
 
 // turned[(feature - first) * width + token] = x_NX[start + token][feature], with zeros from `tokens` to `width`
 template <typename sum_t, typename scalar_t>
 void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t first, int64_t last, sum_t* turned) {
-  constexpr int64_t LINE = LINE_BYTES / sizeof(scalar_t);
+  constexpr int64_t COUNT = Lanes<sum_t>::count;
+  using Line = typename Lanes<sum_t>::vector;
   const int64_t by_token = x_NX.stride(0), by_feature = x_NX.stride(1), width = rounded_up(tokens);
   const scalar_t* x = x_NX.const_data_ptr<scalar_t>() + start * by_token;
-  const auto turn_block = [=](int64_t token, int64_t feature) {
-    const int64_t some_tokens = std::min(SIDE, tokens - token), some_features = std::min(LINE, last - feature);
+  const auto turn_square = [=](int64_t token, int64_t feature) {
+    const int64_t some_tokens = std::min(COUNT, tokens - token), some_features = std::min(COUNT, last - feature);
     const scalar_t* source = x + token * by_token + feature * by_feature;
     sum_t* target = turned + (feature - first) * width + token;
-    if (some_tokens == SIDE && some_features == LINE && by_feature == 1) {
-      sum_t block[LINE][SIDE];
-      for (int64_t t = 0; t < SIDE; ++t)
-        for (int64_t f = 0; f < LINE; ++f) block[f][t] = static_cast<sum_t>(source[t * by_token + f]);
-      for (int64_t f = 0; f < LINE; ++f)
-        for (int64_t t = 0; t < SIDE; ++t) target[f * width + t] = block[f][t];
+    if (some_tokens == COUNT && some_features == COUNT && by_feature == 1) {
+      Line square[COUNT];
+      for (int64_t t = 0; t < COUNT; ++t) {
+        sum_t line[COUNT];
+        for (int64_t f = 0; f < COUNT; ++f) line[f] = static_cast<sum_t>(source[t * by_token + f]);
+        square[t] = *reinterpret_cast<const Line*>(line);
+      }
+      transpose<sum_t>(square);
+      for (int64_t f = 0; f < COUNT; ++f) *reinterpret_cast<Line*>(target + f * width) = square[f];
       return;
     }
     for (int64_t f = 0; f < some_features; ++f)
-      for (int64_t t = 0; t < SIDE; ++t)
+      for (int64_t t = 0; t < COUNT; ++t)
         target[f * width + t] =
             t < some_tokens ? static_cast<sum_t>(source[t * by_token + f * by_feature]) : sum_t(0);
   };
-  for (int64_t token = 0; token < width; token += SIDE)
-    for (int64_t feature = first; feature < last; feature += LINE) turn_block(token, feature);
+  for (int64_t token = 0; token < width; token += COUNT)
+    for (int64_t feature = first; feature < last; feature += COUNT) turn_square(token, feature);
 }
 
 template <typename sum_t>
@@ -66,35 +115,38 @@ void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t fi
   });
 }
 
-// sums[i * stride + j] += rows[i] . columns[j], over `width` tokens
-template <typename sum_t, int SOME_ROWS, int COLUMNS>
-inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t width, sum_t* sums, int64_t stride) {
-  constexpr int64_t LANES = LINE_BYTES / sizeof(sum_t), QUARTER = 4;
-  using Line = typename Vector<sum_t, LANES>::type;
-  using Quarter = typename Vector<sum_t, QUARTER>::type;
-  Line totals[SOME_ROWS][COLUMNS] = {};
-  for (int64_t token = 0; token < width; token += LANES) {
-    Line column[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j) column[j] = *reinterpret_cast<const Line*>(columns[j] + token);
+// sums[i * stride + j] += rows[i] . columns[j], over `width` tokens, for `some` of QUAD columns
+template <typename sum_t, int SOME_ROWS>
+inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t some, int64_t width, sum_t* sums,
+                     int64_t stride) {
+  constexpr int64_t COUNT = Lanes<sum_t>::count;
+  using Line = typename Lanes<sum_t>::vector;
+  using Quad = typename Vector<sum_t, QUAD>::type;
+  Line totals[SOME_ROWS][QUAD] = {};
+  for (int64_t token = 0; token < width; token += COUNT) {
+    Line column[QUAD];
+    for (int j = 0; j < QUAD; ++j) column[j] = *reinterpret_cast<const Line*>(columns[j] + token);
     for (int i = 0; i < SOME_ROWS; ++i) {
       const Line row = *reinterpret_cast<const Line*>(rows + i * width + token);
-      for (int j = 0; j < COLUMNS; ++j) totals[i][j] += row * column[j];
+      for (int j = 0; j < QUAD; ++j) totals[i][j] += row * column[j];
     }
   }
-  // The sum over lanes of all columns together: one by one it takes longer than the products
+  // The sums over lanes of four columns together: one by one they take longer than the products
   for (int i = 0; i < SOME_ROWS; ++i) {
-    sum_t lanes[COLUMNS][LANES], quarters[COLUMNS][QUARTER], whole[COLUMNS];
-    for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<Line*>(lanes[j]) = totals[i][j];
-    for (int j = 0; j < COLUMNS; ++j) {
-      Quarter sum = *reinterpret_cast<const Quarter*>(lanes[j]);
-      for (int64_t lane = QUARTER; lane < LANES; lane += QUARTER)
-        sum += *reinterpret_cast<const Quarter*>(lanes[j] + lane);
-      *reinterpret_cast<Quarter*>(quarters[j]) = sum;
+    const Line* const each = totals[i];
+    const Line first = interleaved<1, false, sum_t>(each[0], each[1]) + interleaved<1, true, sum_t>(each[0], each[1]);
+    const Line last = interleaved<1, false, sum_t>(each[2], each[3]) + interleaved<1, true, sum_t>(each[2], each[3]);
+    const Line both = interleaved<2, false, sum_t>(first, last) + interleaved<2, true, sum_t>(first, last);
+    sum_t lanes[COUNT];
+    *reinterpret_cast<Line*>(lanes) = both;
+    Quad sum = *reinterpret_cast<const Quad*>(lanes);
+    for (int64_t lane = QUAD; lane < COUNT; lane += QUAD) sum += *reinterpret_cast<const Quad*>(lanes + lane);
+    sum_t* const target = sums + i * stride;
+    if (some == QUAD) {
+      *reinterpret_cast<Quad*>(target) += sum;
+      continue;
     }
-    for (int j = 0; j < COLUMNS; ++j) whole[j] = quarters[j][0];
-    for (int lane = 1; lane < QUARTER; ++lane)
-      for (int j = 0; j < COLUMNS; ++j) whole[j] += quarters[j][lane];
-    for (int j = 0; j < COLUMNS; ++j) sums[i * stride + j] += whole[j];
+    for (int64_t j = 0; j < some; ++j) target[j] += sum[j];
   }
 }
 
@@ -102,16 +154,11 @@ inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t wid
 template <typename sum_t, int SOME_ROWS>
 void add_strips(const sum_t* rows, const sum_t* columns, const int32_t* strips, int64_t count, int64_t width,
                 sum_t* sums) {
-  for (int64_t strip = 0; strip < count; strip += 4) {
-    const int64_t some = std::min<int64_t>(4, count - strip);
-    const sum_t* chosen[4];
-    for (int64_t j = 0; j < some; ++j) chosen[j] = columns + strips[strip + j] * width;
-    switch (some) {
-      case 4: add_dots<sum_t, SOME_ROWS, 4>(rows, chosen, width, sums + strip, count); break;
-      case 3: add_dots<sum_t, SOME_ROWS, 3>(rows, chosen, width, sums + strip, count); break;
-      case 2: add_dots<sum_t, SOME_ROWS, 2>(rows, chosen, width, sums + strip, count); break;
-      default: add_dots<sum_t, SOME_ROWS, 1>(rows, chosen, width, sums + strip, count);
-    }
+  for (int64_t strip = 0; strip < count; strip += QUAD) {
+    const int64_t some = std::min<int64_t>(QUAD, count - strip);
+    const sum_t* chosen[QUAD];
+    for (int64_t j = 0; j < QUAD; ++j) chosen[j] = columns + strips[strip + std::min(j, some - 1)] * width;
+    add_dots<sum_t, SOME_ROWS>(rows, chosen, some, width, sums + strip, count);
   }
 }
 
