@@ -83,6 +83,8 @@ def kept_input(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """What a product's backward needs of its input: under autocast, what it was made to before it was used."""
     if not inputs.is_floating_point() or inputs.element_size() <= output.element_size():
         return inputs
+    if inputs.is_leaf:  # an optimizer may change it unseen
+        return inputs.detach().to(output.dtype)
     # On the tensor itself: several layers of one input keep one copy
     state, kept = getattr(inputs, "_sparse_zero_kept", (None, None))
     if state != (inputs._version, output.dtype):

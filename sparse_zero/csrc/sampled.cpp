@@ -23,7 +23,7 @@ constexpr int ROWS = 4;  // of a strip whose sums stay in registers together
 constexpr int64_t VECTOR_BYTES = 32;  // the compiler cuts what is wider than the CPU has it
 constexpr int ROWS = 1;
 #endif
-constexpr int64_t QUAD = 4;   // columns whose sums are found together
+constexpr int64_t QUAD = 4;  // columns whose sums are found together
 constexpr int64_t SIDE = 16;  // tokens are turned over by as many: a multiple of the lanes of any vector
 constexpr int64_t ROWS_AT_A_TIME = 256;
 constexpr int64_t STRIPS_OF_THREAD = 8192;  // at least, where a thread has little to do for each
@@ -51,7 +51,8 @@ inline auto interleaved(typename Lanes<scalar_t>::vector a, typename Lanes<scala
 #else
   using index = typename Lanes<scalar_t>::index;
   typedef index mask __attribute__((vector_size(VECTOR_BYTES)));
-  return __builtin_shuffle(a, b, mask{static_cast<index>((lane & step) ? count + lane - step + shift : lane + shift)...});
+  return __builtin_shuffle(
+      a, b, mask{static_cast<index>((lane & step) ? count + lane - step + shift : lane + shift)...});
 #endif
 }
 
@@ -304,7 +305,8 @@ void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* c
       });
       return;
     }
-    for_blocks<index_t>(cells, weight.numel() / (g * columns), columns, [=](int64_t block, int64_t first, int64_t last) {
+    const int64_t blocks = weight.numel() / (g * columns);
+    for_blocks<index_t>(cells, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
       int64_t scalar = first * g;
       for (int64_t row = block * (g - 1); row < block * (g - 1) + g; ++row)
         for (int64_t strip = first; strip < last; ++strip) values[row * columns + all[strip]] = value(scalar++);
