@@ -83,7 +83,7 @@ def measure_indices(R: int, C: int, density: float, granularity: int, arguments:
     weight, base, delta = torch.zeros(R, C), torch.zeros(draw.count), torch.ones(draw.count)
 
     def write(cells: torch.Tensor) -> None:
-        sampled_cpu.loaded().write_deltas(weight, base, delta, cells, C, granularity)
+        sampled_cpu.loaded(weight).write_deltas(weight, base, delta, cells, C, granularity)
 
     once = pattern(stored)
     calls = {

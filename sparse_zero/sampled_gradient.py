@@ -23,7 +23,7 @@ from sparse_zero.sampled_cost import kernel_is_cheaper
 TRANSIENT_BYTES = 64 * 2**20
 """The default of SparseConfig.transient_mib."""
 
-TURNED, DOT = 38, 3.0
+TURNED, DOT = 31, 2.7
 """Costs of the sampled way, in multiples of a multiplication of the dense product in float32: a scalar of the inputs
 that is turned over, and a multiplication of its own. `python benchmarks/gradient.py` measures them."""
 
