@@ -14,7 +14,7 @@ from sparse_zero import sampled_cpu
 from sparse_zero.selection import ACCELERATOR_CHUNK, SHARED_CHUNK
 
 BYTES_PER_POSITION = 64
-"""What `flat_positions` takes for a moment, at most; beside it, 32 or so for each row of the blocks that hold them."""
+"""What `flat_positions` takes for a moment, at most, beside a few for each block of rows."""
 
 
 class Pattern(NamedTuple):
@@ -57,33 +57,17 @@ class Pattern(NamedTuple):
 
     def flat_positions(self, columns: int, piece: slice) -> torch.Tensor:
         """Returns: int64, indices into the flattened matrix of the scalars in `piece` of n."""
-        g, size, device = self.granularity, piece.stop - piece.start, self.block_starts.device
-        blocks = self._blocks_of(piece)
-        starts = self.block_starts[blocks.start : blocks.stop + 1].long()
-        rows = torch.arange(blocks.start * g * columns, blocks.stop * g * columns, columns, device=device)
-        # Where each row's scalars begin, and where the last one's end
-        edges = starts * g
-        if g > 1:
-            edges = torch.addcmul(edges[:-1, None], torch.arange(g, device=device), starts.diff()[:, None])
-            edges = torch.cat([edges.view(-1), starts[-1:] * g])
-        inside = edges.clamp(piece.start, piece.stop).diff()
-        # output_size spares the accelerator a wait
-        positions = torch.repeat_interleave(rows, inside, output_size=size)
+        starts, g, size = self.block_starts.long(), self.granularity, piece.stop - piece.start
+        inside = (starts * g).clamp_(piece.start, piece.stop).diff()
         if g == 1:
-            return positions.add_(self.strip_columns[piece])
-        # From a scalar to its strip: all rows of a block have the same ones
-        steps = starts[:-1].repeat_interleave(g, output_size=rows.numel()) - edges[:-1]
-        strips = torch.repeat_interleave(steps, inside, output_size=size)
-        strips += torch.arange(piece.start, piece.stop, device=device)
-        return positions.add_(self.strip_columns[strips])
-
-    def _blocks_of(self, piece: slice) -> slice:
-        """Those that hold the scalars in `piece`. An accelerator would have to be waited for: there, all blocks."""
-        if self.block_starts.device.type != "cpu":
-            return slice(0, self.blocks)
-        g = self.granularity
-        first = int(torch.searchsorted(self.block_starts, piece.start // g, right=True)) - 1
-        return slice(first, int(torch.searchsorted(self.block_starts, -(-piece.stop // g))))
+            rows = torch.arange(0, self.blocks * columns, columns, dtype=torch.int64, device=starts.device)
+            # output_size spares the accelerator a wait
+            return torch.repeat_interleave(rows, inside, output_size=size).add_(self.strip_columns[piece])
+        block = torch.repeat_interleave(inside, output_size=size)
+        first, width = starts[block], starts.diff()[block]
+        place = torch.arange(piece.start, piece.stop, device=starts.device).sub_(first * g)
+        row = block.mul_(g).add_(torch.div(place, width, rounding_mode="trunc"))
+        return row.mul_(columns).add_(self.strip_columns[place.remainder_(width).add_(first)])
 
 
 def pieces(count: int, size: int) -> list[slice]:
