@@ -43,7 +43,7 @@ def measure(
     R: int, C: int, density: float, granularity: int, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> dict:
     N, draw = arguments.tokens, draw_of(R, C, density, granularity)
-    pattern = Pattern.of_cells(strips_of(draw), R, C, granularity)
+    pattern = Pattern(strips_of(draw), R, C, granularity)
     rows, columns = torch.randn(N, R), torch.randn(N, C)
     x, y = rows.to(dtype), columns.to(dtype)
     calls = {way: lambda way=way: _WAYS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in _WAYS}
@@ -78,7 +78,7 @@ def measure_indices(R: int, C: int, density: float, granularity: int, arguments:
     rows, columns = torch.randn(arguments.tokens, R), torch.randn(arguments.tokens, C)
 
     def pattern(cells: torch.Tensor) -> Pattern:
-        return Pattern.of_cells(cells, R, C, granularity)
+        return Pattern(cells, R, C, granularity)
 
     weight, base, delta = torch.zeros(R, C), torch.zeros(draw.count), torch.ones(draw.count)
 

@@ -14,6 +14,7 @@ the other way took less time. At the end stand the constants of sampled_cost.py 
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,16 +24,19 @@ import torch
 
 from sparse_zero import sampled_cost, selection
 from sparse_zero.pattern import Pattern
-from sparse_zero.sampled_cost import Pieces, Speeds, is_cheaper
+from sparse_zero.sampled_cost import Pieces, Speeds, is_cheaper, strips_per_tile
 from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES
 
 DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 GRANULARITY = 16
+AHEAD_CLOCKS = 4_000_000
+"""Of the device, about two milliseconds: so much ahead is the host."""
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """On the device, from its first kernel to its last."""
+    """On the device, from its first kernel to its last, which wait until all are launched."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(AHEAD_CLOCKS)
     start.record()
     function()
     stop.record()
@@ -51,11 +55,10 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return {name: statistics.median(each) for name, each in taken.items()}
 
 
-def strip_pattern(R: int, C: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = selection.strips(0, "weight", (R, C), n, GRANULARITY, device=device)
-    first = flat[flat // C % GRANULARITY == 0]
-    edges = torch.arange(R // GRANULARITY + 1, device=device)
-    return torch.searchsorted(first // (C * GRANULARITY), edges).int(), (first % C).int()
+def drawn(R: int, C: int, n: int, device: torch.device, granularity: int = 1) -> Pattern:
+    """As a model keeps it."""
+    cells = selection.positions(0, "weight", R * C // granularity, n // granularity, device=device)
+    return Pattern(cells.int(), R, C, granularity)
 
 
 def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: torch.device, rounds: int) -> dict:
@@ -64,12 +67,12 @@ def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: tor
     n = max(1, round(density * R * C / GRANULARITY)) * GRANULARITY
     rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
     wide_rows, wide_columns = rows.float(), columns.float()
-    pattern = Pattern.of_cells(selection.positions(0, "weight", R * C, n, device=device), R, C)
-    zeros = torch.sparse_csr_tensor(*pattern[:2], torch.zeros(pattern.count, device=device), (R, C))
-    strips = strip_pattern(R, C, n, device)
+    pattern, strips = drawn(R, C, n, device), drawn(R, C, n, device, GRANULARITY)
+    places = pattern.block_starts, pattern.strip_columns
+    zeros = torch.sparse_csr_tensor(*places, torch.zeros(pattern.count, device=device), (R, C))
     ways = {
-        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern[:2], TRANSIENT_BYTES),
-        "strips": lambda: sampled_triton.strips(rows, columns, *strips, GRANULARITY, TRANSIENT_BYTES),
+        "sampled": lambda: sampled_triton.sampled(rows, columns, pattern, TRANSIENT_BYTES),
+        "strips": lambda: sampled_triton.strips(rows, columns, strips, TRANSIENT_BYTES),
         "dense": lambda: _WAYS["dense"](rows, columns, pattern, dtype, TRANSIENT_BYTES),
         "cusparse": lambda: torch.sparse.sampled_addmm(zeros, wide_rows.t(), wide_columns, beta=0.0).values(),
     }
@@ -121,23 +124,24 @@ def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str
     square = torch.randn(2 * N, 2 * N, device=device, dtype=dtype)
     room, nothing = torch.empty(2**30, dtype=torch.uint8, device=device), torch.empty(1, device=device)
     rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
-    pattern = Pattern.of_cells(selection.positions(0, "weight", R * C, n, device=device), R, C)
-    strips = strip_pattern(R, C, n, device)
-    last = torch.empty(C, Pieces.of(N, R + C, C, dtype, TRANSIENT_BYTES).width, dtype=dtype, device=device)
+    pattern, strips = drawn(R, C, n, device), drawn(R, C, n, device, GRANULARITY)
+    last = torch.empty(C, Pieces.of(N, R + C, dtype, TRANSIENT_BYTES, cached=C).width, dtype=dtype, device=device)
     piece = columns[: last.shape[1]]
     block = sampled_cost.LINE // dtype.itemsize
     copied = room.numel() // 2
     ways = {
         "product": lambda: square @ square,
         "copy": lambda: room[:copied].copy_(room[copied:]),
-        "tokens_last": lambda: sampled_triton._tokens_last(piece, last, block),
+        "tokens_last": lambda: sampled_triton._tokens_last((piece,), last, block),
         "launches": lambda: [nothing.zero_() for _ in range(100)],
-        "sampled": lambda: sampled_triton.sampled(rows, columns, *pattern[:2], TRANSIENT_BYTES),
-        "strips": lambda: sampled_triton.strips(rows, columns, *strips, GRANULARITY, TRANSIENT_BYTES),
+        "sampled": lambda: sampled_triton.sampled(rows, columns, pattern, TRANSIENT_BYTES),
+        "strips": lambda: sampled_triton.strips(rows, columns, strips, TRANSIENT_BYTES),
     }
     taken = medians(ways, rounds)
     pieces = N / last.shape[1]
     gathered = N * dtype.itemsize * (n + R + n / sampled_cost.GATHER_TILE)
+    tiles = math.ceil(n / R / strips_per_tile(n // GRANULARITY, R // GRANULARITY, GRANULARITY))
+    by_strips = N * dtype.itemsize * (n // GRANULARITY + R * tiles)
     return {
         "DENSE_SHARE": 2 * (2 * N) ** 3 / taken["product"] / speeds.flops(dtype),
         "MEMORY_SHARE": 2 * copied / taken["copy"] / (speeds.memory / sampled_cost.MEMORY_SHARE),
@@ -146,7 +150,7 @@ def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str
         / taken["tokens_last"]
         / (speeds.memory / sampled_cost.MEMORY_SHARE),
         "CACHE_BYTES": gathered / (taken["sampled"] - 2 * pieces * taken["tokens_last"]) / clocks,
-        "STRIPS_SHARE at least": 2 * n * N / (taken["strips"] - pieces * taken["tokens_last"]) / speeds.half,
+        "STRIPS_SHARE": by_strips / (taken["strips"] - pieces * taken["tokens_last"]) / speeds.cache,
         "LAUNCH_SECONDS": taken["launches"] / 100,
     }
 

@@ -1,13 +1,13 @@
 """Time of a training step: ours, the frozen model's own forward and backward, and every peer, in turns in one process.
 
     python benchmarks/step_time.py --suite cpu       120M, both sorts of targets, float32 and bfloat16: README's table
-    python benchmarks/step_time.py --suite gpu       1B and 7B shapes, bfloat16, sequences of 2,048 tokens
+    python benchmarks/step_time.py --suite gpu       1B and 7B shapes, bfloat16, 4 and 2 sequences of 2,048 tokens
     python benchmarks/step_time.py --suite cpu --plot          no runs: page and plot again from the JSON
     python benchmarks/step_time.py --targets value-output --dtypes float32 --methods frozen sparse lora
 
 The suites leave step_time_cpu.json (or _gpu), a page and a plot in benchmarks/results; a setting that is in the file
 is not run again. All methods of methods.py train as many scalars as a LoRA of the rank that comes nearest to
---density, on one sequence that stays the same, so that a loss that falls tells that the method trains. The order is
+--density, on sequences that stay the same, so that a loss that falls tells that the method trains. The order is
 drawn anew in each round; ratios are taken within a round. MFU is `methods.flops_of_step` against what the device can
 do.
 Where one process cannot hold all of them, --together 2 takes the peers two at a time, each time beside the floor and
@@ -46,6 +46,7 @@ SUITES = {
     "cpu": {"models": ["llama-120m"], "targets": list(TARGETS), "dtypes": ["float32", "bfloat16"]},
     "gpu": {"models": ["llama-1b", "llama-7b"], "targets": list(TARGETS), "dtypes": ["bfloat16"]},
 }
+SEQUENCES = {"llama-1b": 4, "llama-7b": 2}
 GOALS = {"frozen": {"value-output": 1.05, "all-linear": 1.10}, "lora": 0.97, "peft-sparta": 0.70, "shira": 0.85}
 """Of `sparse`, against each. Those against peers are meant of all linear layers."""
 
@@ -60,6 +61,7 @@ class Setting:
     of: str
     rounds: int
     device: str
+    sequences: int = 1
 
     def __str__(self) -> str:
         return f"{self.model}, {self.targets}, {self.dtype}"
@@ -68,9 +70,8 @@ class Setting:
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     for model, dtype, targets in itertools.product(arguments.models, arguments.dtypes, arguments.targets):
         tokens = arguments.tokens or (2048 if model in SUITES["gpu"]["models"] else 1024)
-        yield Setting(
-            model, targets, dtype, tokens, arguments.density, arguments.of, arguments.rounds, arguments.device
-        )
+        how = arguments.density, arguments.of, arguments.rounds, arguments.device
+        yield Setting(model, targets, dtype, tokens, *how, arguments.sequences or SEQUENCES.get(model, 1))
 
 
 def groups(methods: list[str], together: int | None) -> Iterator[list[str]]:
@@ -100,8 +101,9 @@ def measure(setting: Setting, methods: list[str], together: int | None = None) -
                     rows[name][f"{own}_over"] = ratio(seconds[own], times)
     for name, row in rows.items():
         median = statistics.median(row["seconds"])
-        flops = flops_of_step(config, setting.tokens, weight_gradients=name == "full")
-        row |= {"tokens_per_second": setting.tokens / median, "mfu": flops / median / peak}
+        flops = setting.sequences * flops_of_step(config, setting.tokens, weight_gradients=name == "full")
+        tokens = setting.sequences * setting.tokens
+        row |= {"tokens_per_second": tokens / median, "mfu": flops / median / peak}
     return {
         "setting": asdict(setting),
         "machine": device_name(),
@@ -121,7 +123,8 @@ def _measure_together(
     config = llama_config(setting.model)
     base = llama(config, getattr(torch, setting.dtype), setting.device)
     budget = Budget.of(base, TARGETS[setting.targets], setting.density, setting.of == "model")
-    ids = torch.randint(config.vocab_size, (1, setting.tokens), generator=torch.Generator().manual_seed(1))
+    size = setting.sequences, setting.tokens
+    ids = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(1))
     ids = ids.to(setting.device)
     steps, facts = {}, {}
     for name in names:
@@ -164,7 +167,7 @@ def _section(result: Row) -> str:
     header = ["method", "trainable", "s / step", "tokens/s", "MFU", "/ frozen", *(f"{own} / it" for own in OURS)]
     lines = [
         f"## {setting}",
-        f"{result['machine']}, torch {result['torch']}, one sequence of {setting.tokens:,} tokens, "
+        f"{result['machine']}, torch {result['torch']}, {setting.sequences} x {setting.tokens:,} tokens, "
         f"{setting.density:.2%} of the {setting.of}, {setting.rounds} rounds; medians [quartiles] of ratios within a "
         "round. "
         f"MFU of {result['peak_flops'] / 1e12:.2f} TFLOP/s ({result['peak_flops_from']}).",
@@ -226,6 +229,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--of", choices=["targets", "model"], default="targets", help="what --density is a part of")
     parser.add_argument("--tokens", type=int, help="left out: 2,048 for llama-1b and llama-7b, else 1,024")
+    parser.add_argument("--sequences", type=int, help="of a step; left out: 4 for llama-1b, 2 for llama-7b, else 1")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--together", type=int, help="peers that are in memory at the same time; left out: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -245,7 +249,7 @@ def main() -> None:
         return
     results = read(arguments.json) if arguments.json else []
     for setting in settings(arguments):
-        if any(result["setting"] == asdict(setting) for result in results):
+        if any(Setting(**result["setting"]) == setting for result in results):
             continue
         results.append(measure(setting, arguments.methods, arguments.together))
         print(_section(results[-1]), flush=True)

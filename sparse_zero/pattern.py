@@ -5,8 +5,9 @@ blocks of rows and C columns, whose cells are the strips: one index for each is 
 n scalars row by row, as a (g, strips) matrix.
 """
 
+import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -17,57 +18,77 @@ BYTES_PER_POSITION = 64
 """What `flat_positions` takes for a moment, at most, beside a few for each block of rows."""
 
 
-class Pattern(NamedTuple):
-    """The strips of a matrix by blocks of rows; with g = 1 its rows and columns in CSR."""
+@dataclass(eq=False)
+class Pattern:
+    """The strips of a matrix, told by their cells; on demand by blocks of rows, which for g = 1 is CSR."""
 
-    block_starts: torch.Tensor
-    """int32 (R / g + 1,), where the strips of each block begin."""
-    strip_columns: torch.Tensor
-    """int32 (n / g,), sorted in each block."""
+    cells: torch.Tensor
+    """(n / g,), sorted indices into the flattened grid, int32 or int64."""
+    rows: int
+    columns: int
     granularity: int = 1
 
-    @classmethod
-    def of_cells(cls, cells: torch.Tensor, rows: int, columns: int, granularity: int = 1) -> "Pattern":
-        """Args: cells: (n / g,), sorted indices into the flattened grid; rows, columns: of the matrix."""
-        blocks = rows // granularity
-        cells = cells.contiguous()
-        if operators := sampled_cpu.loaded(cells):
-            return cls(*operators.pattern.default(cells, blocks, columns), granularity)
-        dtype = torch.int32 if blocks * columns < 2**31 else torch.int64
-        # Up to blocks * columns, so that the last block ends too
-        edges = torch.arange(0, blocks * columns + 1, columns, dtype=dtype, device=cells.device)
-        starts = torch.searchsorted(cells.to(dtype), edges, out_int32=True)
-        strip_columns = torch.empty(cells.numel(), dtype=torch.int32, device=cells.device)
-        torch.remainder(cells, columns, out=strip_columns)
-        return cls(starts, strip_columns, granularity)
+    def __post_init__(self) -> None:
+        self.cells = self.cells.contiguous()
 
     @property
     def blocks(self) -> int:
-        return self.block_starts.numel() - 1
+        return self.rows // self.granularity
 
     @property
     def count(self) -> int:
         """n"""
-        return self.strip_columns.numel() * self.granularity
+        return self.cells.numel() * self.granularity
 
-    def flat_chunks(self, columns: int) -> Iterator[torch.Tensor]:
+    @property
+    def block_starts(self) -> torch.Tensor:
+        """int32 (R / g + 1,), where the strips of each block begin."""
+        return self._by_blocks[0] if self._by_blocks else self._searched_starts
+
+    @property
+    def strip_columns(self) -> torch.Tensor:
+        """int32 (n / g,), sorted in each block."""
+        if self._by_blocks:
+            return self._by_blocks[1]
+        result = torch.empty(self.cells.numel(), dtype=torch.int32, device=self.cells.device)
+        return torch.remainder(self.cells, self.columns, out=result)
+
+    @property
+    def by_blocks(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(block_starts, strip_columns, granularity)"""
+        return self.block_starts, self.strip_columns, self.granularity
+
+    @functools.cached_property
+    def _by_blocks(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Both at once, from the operator that a CPU has for it."""
+        operators = sampled_cpu.loaded(self.cells)
+        return operators.pattern.default(self.cells, self.blocks, self.columns) if operators else None
+
+    @functools.cached_property
+    def _searched_starts(self) -> torch.Tensor:
+        end = self.blocks * self.columns
+        dtype = torch.int32 if end < 2**31 else torch.int64
+        # Up to the end, so that the last block ends too
+        edges = torch.arange(0, end + 1, self.columns, dtype=dtype, device=self.cells.device)
+        return torch.searchsorted(self.cells.to(dtype), edges, out_int32=True)
+
+    def flat_chunks(self) -> Iterator[torch.Tensor]:
         """Indices into the flattened matrix, int64, in the order of the scalars, some at a time."""
-        for piece in pieces(self.count, _chunk(self.block_starts.device)):
-            yield self.flat_positions(columns, piece)
+        for piece in pieces(self.count, _chunk(self.cells.device)):
+            yield self.flat_positions(piece)
 
-    def flat_positions(self, columns: int, piece: slice) -> torch.Tensor:
+    def flat_positions(self, piece: slice) -> torch.Tensor:
         """Returns: int64, indices into the flattened matrix of the scalars in `piece` of n."""
+        if self.granularity == 1:
+            return self.cells[piece].long()
         starts, g, size = self.block_starts.long(), self.granularity, piece.stop - piece.start
         inside = (starts * g).clamp_(piece.start, piece.stop).diff()
-        if g == 1:
-            rows = torch.arange(0, self.blocks * columns, columns, dtype=torch.int64, device=starts.device)
-            # output_size spares the accelerator a wait
-            return torch.repeat_interleave(rows, inside, output_size=size).add_(self.strip_columns[piece])
+        # output_size spares the accelerator a wait
         block = torch.repeat_interleave(inside, output_size=size)
         first, width = starts[block], starts.diff()[block]
         place = torch.arange(piece.start, piece.stop, device=starts.device).sub_(first * g)
         row = block.mul_(g).add_(torch.div(place, width, rounding_mode="trunc"))
-        return row.mul_(columns).add_(self.strip_columns[place.remainder_(width).add_(first)])
+        return row.mul_(self.columns).add_(self.cells[place.remainder_(width).add_(first)] % self.columns)
 
 
 def pieces(count: int, size: int) -> list[slice]:

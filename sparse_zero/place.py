@@ -89,4 +89,4 @@ class Place:
         """Returns: int64 (n,), the selected positions in its flattened rows."""
         if self.rows == self.weight.shape[:-1].numel():
             return self.weight.flat_positions()
-        return torch.cat([*self.pattern().flat_chunks(self.shape[-1])])
+        return torch.cat([*self.pattern().flat_chunks()])

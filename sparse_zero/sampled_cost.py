@@ -19,15 +19,25 @@ import torch
 GATHER_TILE = 32
 """Positions of one program of the sampled kernel."""
 
-LINE = 256
+LINE = 128
 """Bytes that one step of its loop reads of each: more take registers that other programs could use."""
+
+LEAST_ROWS = 16
+"""The tensor cores' tile: strips of fewer rows are padded to it."""
+
+PROGRAMS = 512
+"""Four for each multiprocessor of an H100."""
+
+STRIPS_LINES = 4096
+"""Bytes of rows that a step of the strips' loop reads."""
 
 MOST_ROWS = 64
 """Of a strip, whose sums with those of 16 others stay in registers."""
 
 CACHED_BYTES = 16 * 2**20
-"""Of the copied columns at a time: less than half of an A100's (40 MiB) or H100's (50 MiB) L2 cache, of which half is
-near to a processor. Not taken from the device, so that the order of the sums is the same on every one."""
+"""Of the copied columns at a time, which the sampled kernel reads over and over: less than half of an A100's (40 MiB)
+or H100's (50 MiB) L2 cache, of which half is near to a processor. Not taken from the device, so that the order of the
+sums is the same on every one. Strips read each column a few times only, and gain more from longer pieces."""
 
 MATRIX_FLOPS = {(8, 0): 2048, (8, 6): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
 """Dense bfloat16 or float16 FLOPs per clock and multiprocessor from this compute capability on, from NVIDIA's
@@ -39,15 +49,21 @@ VECTOR_FLOPS = {(8, 0): 128, (8, 6): 256}
 TF32_RATE = 0.5
 """TF32 over bfloat16 (A100: 156 of 312 TFLOP/s)."""
 
-CACHE_BYTES = 24
-"""Per clock and multiprocessor out of L2: half of the 5,120 that the A100 whitepaper gives for its 108 together. Not
-yet measured with these kernels."""
+CACHE_BYTES = 30
+"""Per clock and multiprocessor out of L2, as the sampled kernel reads it on an H100."""
 
-DENSE_SHARE, STRIPS_SHARE, MEMORY_SHARE = 0.75, 0.25, 0.85
-"""What is reached of the peaks: by a large dense product; by the small tiles of strips; of the memory's bandwidth."""
+DENSE_SHARE, STRIPS_SHARE, MEMORY_SHARE = 0.72, 0.6, 0.85
+"""What is reached, measured on an H100: by a large dense product, of the peak; by strips, of what the sampled kernel
+reads; of the memory's bandwidth."""
 
-LAUNCH_SECONDS = 5e-6
-"""From one kernel to the next."""
+EXACT_SHARE = 0.25
+"""Of the peak without tensor cores, by strips in float32. Not measured."""
+
+LAUNCH_SECONDS = 4e-6
+"""From the beginning of a small kernel to that of the next."""
+
+STEP_SECONDS = 0.3e-6
+"""Of the strips' loop, whose steps wait for memory one after another."""
 
 SECTOR = 32
 """Bytes: the least that a GPU reads."""
@@ -62,18 +78,23 @@ class Pieces:
     block: int
 
     @classmethod
-    def of(cls, N: int, copied: int, gathered: int, dtype: torch.dtype, transient_bytes: int) -> "Pieces":
-        """Args: copied: columns of the matrices that are copied; gathered: those that ought to stay in the cache."""
-        room = min(transient_bytes // (copied * dtype.itemsize), CACHED_BYTES // (gathered * dtype.itemsize))
+    def of(cls, N: int, copied: int, dtype: torch.dtype, transient_bytes: int, cached: int = 0) -> "Pieces":
+        """Args: copied: columns of the matrices that are copied; cached: those that ought to stay in the cache."""
+        room = transient_bytes // (copied * dtype.itemsize)
+        if cached:
+            room = min(room, CACHED_BYTES // (cached * dtype.itemsize))
         block = min(LINE // dtype.itemsize, max(16, 1 << room.bit_length() >> 1))
         return cls(max(block, min(room // block, math.ceil(N / block)) * block), block)
 
 
 def strips_per_tile(strips: int, blocks: int, granularity: int) -> int:
-    """Strips of one program: about half of what a block of rows holds, so that there are programs enough, and at most
-    1,024 sums, so that they stay in registers."""
+    """Strips of one program: what a block of rows holds, but so few that there are programs enough to fill a device,
+    and at most 1,024 sums, so that they stay in registers."""
     mean = math.ceil(strips / blocks)
-    return max(16, min(64, 1024 // granularity, (1 << (mean - 1).bit_length()) // 2))
+    tile = max(16, min(64, 1024 // granularity, 1 << (mean - 1).bit_length()))
+    while tile > 16 and blocks * math.ceil(mean / tile) < PROGRAMS:
+        tile //= 2
+    return tile
 
 
 def kernel_is_cheaper(
@@ -81,16 +102,37 @@ def kernel_is_cheaper(
 ) -> bool:
     """Whether sampled_triton can compute n positions, and is expected to be faster than the dense product."""
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
-    if rows_NR.device.type != "cuda" or torch.version.hip or dtype.itemsize > 4 or not _has_triton():
+    if not has_kernels(rows_NR) or dtype.itemsize > 4:
         return False
-    properties = torch.cuda.get_device_properties(rows_NR.device)
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    return is_cheaper(N, R, C, n, dtype, properties, transient_bytes, granularity)
+    return _is_cheaper_on(rows_NR.device, N, R, C, n, dtype, transient_bytes, granularity, _allows_tf32())
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether Triton's kernels can run where the tensor is."""
+    return tensor.device.type == "cuda" and not torch.version.hip and _has_triton()
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _is_cheaper_on(
+    device: torch.device,
+    N: int,
+    R: int,
+    C: int,
+    n: int,
+    dtype: torch.dtype,
+    transient_bytes: int,
+    granularity: int,
+    allows_tf32: bool,
+) -> bool:
+    """Remembered: the driver takes a millisecond to tell a device's clock rates."""
+    properties = torch.cuda.get_device_properties(device)
+    return is_cheaper(N, R, C, n, dtype, properties, transient_bytes, granularity)
 
 
 def is_cheaper(
@@ -148,16 +190,16 @@ def _allows_tf32() -> bool:
 
 
 def dense_seconds(N: int, R: int, C: int, n: int, dtype: torch.dtype, device: Speeds, transient_bytes: int) -> float:
-    """The product, written, and read at the positions, whose indices into it take about 40 bytes each."""
-    chunks = math.ceil(R * C * dtype.itemsize / transient_bytes)
+    """The product, written, and read at the positions."""
     whole = R * C * dtype.itemsize
-    moved = whole + min(whole, n * SECTOR) + 40 * n
-    return 2 * N * R * C / (device.flops(dtype) * DENSE_SHARE) + moved / device.memory + 6 * chunks * LAUNCH_SECONDS
+    chunks = math.ceil(2 * whole / transient_bytes)
+    moved = whole + min(whole, n * SECTOR) + 8 * n
+    return 2 * N * R * C / (device.flops(dtype) * DENSE_SHARE) + moved / device.memory + 3 * chunks * LAUNCH_SECONDS
 
 
 def sampled_seconds(N: int, R: int, C: int, n: int, dtype: torch.dtype, device: Speeds, transient_bytes: int) -> float:
     """The copies, and a gather of columns for each position and of rows for each tile and each change of row."""
-    launches = 3 * math.ceil(N / Pieces.of(N, R + C, C, dtype, transient_bytes).width)
+    launches = 2 * math.ceil(N / Pieces.of(N, R + C, dtype, transient_bytes, cached=C).width)
     copied = 2 * N * (R + C) * dtype.itemsize
     gathered = N * dtype.itemsize * (n + min(n, R + n / GATHER_TILE))
     return copied / device.memory + gathered / device.cache + launches * LAUNCH_SECONDS
@@ -168,12 +210,16 @@ def strips_seconds(
 ) -> float:
     """The copy; then what the tiles read, or what they compute if that takes longer."""
     blocks, strips = R // granularity, n // granularity
-    launches = 2 * math.ceil(N / Pieces.of(N, C, C, dtype, transient_bytes).width)
+    launches = 2 * math.ceil(N / Pieces.of(N, C, dtype, transient_bytes).width)
     copied = 2 * N * C * dtype.itemsize
     tiles = math.ceil(strips / blocks / strips_per_tile(strips, blocks, granularity))
     sectors = max(1, SECTOR / (granularity * dtype.itemsize))
     gathered = N * dtype.itemsize * (strips + R * tiles * sectors)
-    # The kernel keeps float32 exact
-    flops = device.single if dtype == torch.float32 else device.half
-    computed = 2 * n * N / (flops * STRIPS_SHARE)
-    return copied / device.memory + max(gathered / device.cache, computed) + launches * LAUNCH_SECONDS
+    seconds = max(gathered / (device.cache * STRIPS_SHARE), strips_steps(N, granularity, dtype) * STEP_SECONDS)
+    if dtype == torch.float32:  # which the kernel keeps exact
+        seconds = max(seconds, 2 * n * N / (device.single * EXACT_SHARE))
+    return copied / device.memory + seconds + launches * LAUNCH_SECONDS
+
+
+def strips_steps(N: int, granularity: int, dtype: torch.dtype) -> float:
+    return N * max(LEAST_ROWS, granularity) * dtype.itemsize / STRIPS_LINES

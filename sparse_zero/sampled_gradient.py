@@ -11,17 +11,20 @@ within the processor's cache. The least of the dense way is one token and one bl
 where the bound leaves no room for the sampled way (sampled_cpu.Sizes), or its operator cannot be built.
 """
 
-import itertools
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from sparse_zero import sampled_cpu
 from sparse_zero.pattern import BYTES_PER_POSITION, Pattern, pieces
-from sparse_zero.sampled_cost import kernel_is_cheaper
+from sparse_zero.sampled_cost import has_kernels, kernel_is_cheaper
 
 TRANSIENT_BYTES = 64 * 2**20
 """The default of SparseConfig.transient_mib."""
+
+ALIGNED_ROWS = 64
 
 TURNED, DOT = 31, 2.7
 """Costs of the sampled way, in multiples of a multiplication of the dense product in float32: a scalar of the inputs
@@ -63,9 +66,8 @@ def _on_accelerator(
     if kernel_is_cheaper(rows_NR, columns_NC, pattern.count, pattern.granularity, transient_bytes):
         from sparse_zero import sampled_triton
 
-        if pattern.granularity == 1:
-            return sampled_triton.sampled(rows_NR, columns_NC, *pattern[:2], transient_bytes)
-        return sampled_triton.strips(rows_NR, columns_NC, *pattern, transient_bytes)
+        kernel = sampled_triton.sampled if pattern.granularity == 1 else sampled_triton.strips
+        return kernel(rows_NR, columns_NC, pattern, transient_bytes)
     # Tensor cores sum half precision in float32
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
     return _dense(rows_NR, columns_NC, pattern, dtype, transient_bytes)
@@ -78,7 +80,7 @@ def _sampled(
     sizes = sampled_cpu.Sizes.of(N, C, pattern, dtype, transient_bytes, torch.get_num_threads())
     if sizes is None or not (product := sampled_cpu.operator()):
         return _dense(rows_NR, columns_NC, pattern, dtype, transient_bytes)
-    return product(rows_NR, columns_NC, *pattern, *sizes, dtype)
+    return product(rows_NR, columns_NC, *pattern.by_blocks, *sizes, dtype)
 
 
 def _dense(
@@ -87,30 +89,52 @@ def _dense(
     """Dense products of some rows of the weight at a time, each read at its positions and dropped."""
     (N, R), C, g = rows_NR.shape, columns_NC.shape[1], pattern.granularity
     block_rows = g * _at_most(transient_bytes // 2 // (g * C * dtype.itemsize), pattern.blocks)
+    if block_rows < R:
+        # Tensor cores take an operand that begins at a multiple of 16 bytes: half as long as others
+        whole = math.lcm(g, ALIGNED_ROWS)
+        block_rows = block_rows // whole * whole or block_rows
     tokens = N
     if not (_is_ready(rows_NR, dtype) and _is_ready(columns_NC, dtype)):
         tokens = _at_most(transient_bytes // 4 // ((block_rows + C) * dtype.itemsize), N)
         if tokens < N and dtype.itemsize < 4:
             # Each piece would round the sum of all before it
             return _dense(rows_NR, columns_NC, pattern, torch.float32, transient_bytes)
-    reads = max(1, transient_bytes // 4 // BYTES_PER_POSITION)
-    result = rows_NR.new_empty(pattern.count, dtype=dtype)
+    result = rows_NR.new_empty(pattern.count, dtype=torch.promote_types(dtype, torch.float32))
     chunks = pieces(R, block_rows)
-    # One wait for the accelerator per weight, and only for weights larger than the bound.
-    starts = [0, pattern.count]
-    if len(chunks) > 1:
-        edges = [0, *(chunk.stop // g for chunk in chunks)]
-        starts = [start * g for start in pattern.block_starts[edges].tolist()]
-    for chunk, (start, stop) in zip(chunks, itertools.pairwise(starts), strict=True):
+    read = _reader(pattern, chunks, transient_bytes // 4)
+    for number, chunk in enumerate(chunks):
         product = rows_NR.new_empty(chunk.stop - chunk.start, C, dtype=dtype)
         for piece in pieces(N, tokens):
             rows, columns = rows_NR[piece, chunk].to(dtype), columns_NC[piece].to(dtype)
             product.addmm_(rows.t(), columns, beta=float(piece.start > 0))
-        for piece in pieces(stop - start, reads):
-            places = slice(start + piece.start, start + piece.stop)
-            inside = pattern.flat_positions(C, places).sub_(chunk.start * C)
-            torch.index_select(product.view(-1), 0, inside, out=result[places])
+        read(number, product, result)
     return result
+
+
+def _reader(
+    pattern: Pattern, chunks: list[slice], transient_bytes: int
+) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
+    """What reads the positions of one of the chunks of rows, of which the dense product is given, into the result."""
+    if len(chunks) == pattern.granularity == 1:
+        return lambda number, product, result: result.copy_(product.view(-1).index_select(0, pattern.cells))
+    if has_kernels(pattern.cells):
+        from sparse_zero import sampled_triton
+
+        return lambda number, product, result: sampled_triton.read(product, chunks[number].start, pattern, result)
+    C, g, starts = pattern.columns, pattern.granularity, [0, pattern.count]
+    # One wait for an accelerator per weight, and only for weights larger than the bound
+    if len(chunks) > 1:
+        edges = [0, *(chunk.stop // g for chunk in chunks)]
+        starts = [start * g for start in pattern.block_starts[edges].tolist()]
+
+    def read(number: int, product: torch.Tensor, result: torch.Tensor) -> None:
+        first, last = starts[number : number + 2]
+        for piece in pieces(last - first, max(1, transient_bytes // BYTES_PER_POSITION)):
+            places = slice(first + piece.start, first + piece.stop)
+            inside = pattern.flat_positions(places) - chunks[number].start * C
+            result[places] = product.view(-1).index_select(0, inside)
+
+    return read
 
 
 _WAYS = {"sampled": _sampled, "dense": _dense}
@@ -140,7 +164,7 @@ def embedding_product(
     Args: ids_N: rows that were looked up, not negative; padding_idx: a row without a gradient.
     Returns: (n,), float32 or wider.
     """
-    starts, strip_columns, g = pattern
+    starts, strip_columns, g = pattern.by_blocks
     dtype = torch.promote_types(grad_NC.dtype, torch.float32)
     result = torch.zeros(pattern.count, dtype=dtype, device=grad_NC.device)
     frequency = torch.bincount(ids_N) if by_frequency else None

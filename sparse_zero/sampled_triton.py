@@ -22,146 +22,185 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_zero.sampled_cost import GATHER_TILE, Pieces, strips_per_tile
+from sparse_zero.pattern import Pattern
+from sparse_zero.sampled_cost import GATHER_TILE, LEAST_ROWS, STRIPS_LINES, Pieces, strips_per_tile
 
-LEAST_ROWS = 16
-"""The tensor cores' tile: strips of fewer rows are padded to it."""
+CELLS = 256
+"""Of one program that reads or writes a matrix at its positions."""
 
 
-def sampled(
-    rows_NR: torch.Tensor,
-    columns_NC: torch.Tensor,
-    row_starts: torch.Tensor,
-    column_index: torch.Tensor,
-    transient_bytes: int,
-) -> torch.Tensor:
-    """(rows^T @ columns) at the positions of a CSR pattern.
+def sampled(rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, transient_bytes: int) -> torch.Tensor:
+    """(rows^T @ columns) at single positions.
 
     Args:
         rows_NR, columns_NC: bfloat16, float16 or float32, of any strides.
-        row_starts: int32 (R + 1,), where each row's positions begin; column_index: int32 (n,), sorted in each row.
         transient_bytes: bound on what is allocated beside the result; 16 tokens are always copied at once.
     Returns: float32 (n,).
     """
-    (N, R), C, n = rows_NR.shape, columns_NC.shape[1], column_index.numel()
+    (N, R), C, n = rows_NR.shape, columns_NC.shape[1], pattern.count
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
-    result = rows_NR.new_zeros(n, dtype=torch.float32)
-    if n == 0:
-        return result
-    pieces = Pieces.of(N, R + C, C, dtype, transient_bytes)
+    if n == 0 or N == 0:
+        return rows_NR.new_zeros(n, dtype=torch.float32)
+    result = rows_NR.new_empty(n, dtype=torch.float32)
+    pieces = Pieces.of(N, R + C, dtype, transient_bytes, cached=C)
     with torch.cuda.device_of(rows_NR):
-        rows_last = rows_NR.new_empty(R, pieces.width, dtype=dtype)
-        columns_last = columns_NC.new_empty(C, pieces.width, dtype=dtype)
+        last = rows_NR.new_empty(R + C, pieces.width, dtype=dtype)
         for tokens in _slices(N, pieces.width):
-            _tokens_last(rows_NR[tokens], rows_last, pieces.block)
-            _tokens_last(columns_NC[tokens], columns_last, pieces.block)
+            _tokens_last((rows_NR[tokens], columns_NC[tokens]), last, pieces.block)
             _sampled_kernel[(triton.cdiv(n, GATHER_TILE),)](
-                rows_last, columns_last, row_starts, column_index, result, n, R, R.bit_length(), pieces.width,
-                POSITIONS=GATHER_TILE, TOKENS=pieces.block,
+                last, pattern.cells, result, n, R, C, pieces.width,
+                POSITIONS=GATHER_TILE, TOKENS=pieces.block, FIRST=tokens.start == 0,
             )  # fmt: skip
     return result
 
 
-def strips(
-    rows_NR: torch.Tensor,
-    columns_NC: torch.Tensor,
-    block_starts: torch.Tensor,
-    strip_columns: torch.Tensor,
-    granularity: int,
-    transient_bytes: int,
-) -> torch.Tensor:
-    """(rows^T @ columns) at strips of `granularity` rows of one column, in the order of selection.strips.
+def strips(rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, transient_bytes: int) -> torch.Tensor:
+    """(rows^T @ columns) at strips.
 
-    Args:
-        rows_NR, columns_NC, transient_bytes: as in `sampled`; granularity divides R.
-        block_starts: int32 (R / granularity + 1,), where the strips of each block of rows begin.
-        strip_columns: int32 (n / granularity,), sorted in each block.
+    Args: as of `sampled`.
     Returns: float32 (n,): for each block of rows a (granularity, strips) matrix, row-major.
     """
-    (N, R), C, count = rows_NR.shape, columns_NC.shape[1], strip_columns.numel()
-    blocks = block_starts.numel() - 1
-    assert blocks * granularity == R, (R, blocks, granularity)
+    (N, _), C, count = rows_NR.shape, columns_NC.shape[1], pattern.cells.numel()
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
-    result = rows_NR.new_zeros(count * granularity, dtype=torch.float32)
-    if count == 0:
-        return result
-    pieces = Pieces.of(N, C, C, dtype, transient_bytes)
-    tile = strips_per_tile(count, blocks, granularity)
+    if count == 0 or N == 0:
+        return rows_NR.new_zeros(pattern.count, dtype=torch.float32)
+    result = rows_NR.new_empty(pattern.count, dtype=torch.float32)
+    pieces = Pieces.of(N, C, dtype, transient_bytes)
+    tile = strips_per_tile(count, pattern.blocks, pattern.granularity)
+    padded = max(LEAST_ROWS, triton.next_power_of_2(pattern.granularity))
     # Blocks with more strips than the mean go round again: nobody waits to ask how many there are
-    grid = (blocks, triton.cdiv(triton.cdiv(count, blocks), tile))
+    grid = (pattern.blocks, triton.cdiv(triton.cdiv(count, pattern.blocks), tile))
     with torch.cuda.device_of(rows_NR):
-        columns_last = columns_NC.new_empty(C, pieces.width, dtype=dtype)
+        last = columns_NC.new_empty(C, pieces.width, dtype=dtype)
         for tokens in _slices(N, pieces.width):
             rows = rows_NR[tokens]
-            _tokens_last(columns_NC[tokens], columns_last, pieces.block)
+            _tokens_last((columns_NC[tokens],), last, pieces.block)
             _strips_kernel[grid](
-                rows, columns_last, block_starts, strip_columns, result, rows.shape[0], *rows.stride(), pieces.width,
-                ROWS=granularity, PADDED=max(LEAST_ROWS, triton.next_power_of_2(granularity)), STRIPS=tile,
-                TOKENS=min(64, pieces.block),
+                rows, last, pattern.block_starts, pattern.cells, result,
+                rows.shape[0], C, *rows.stride(), pieces.width,
+                ROWS=pattern.granularity, PADDED=padded, STRIPS=tile, FIRST=tokens.start == 0,
+                **strips_launch(tile, padded, pieces.width, dtype),
             )  # fmt: skip
     return result
+
+
+def strips_launch(tile: int, padded: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """TOKENS of a step, a power of two that divides `width`, and how a program runs.
+
+    Few warps and long steps are fastest on an H100 (sequences of 2,048 and 8,192, matrices from 2048 x 2048 to
+    11008 x 4096): half as long as 4 warps with steps of 64 tokens.
+    """
+    tokens = min(STRIPS_LINES // (padded * dtype.itemsize), width & -width)
+    return {"TOKENS": max(16, tokens), "num_warps": max(1, min(4, tile * padded // 256)), "num_stages": 3}
+
+
+def read(some_rows: torch.Tensor, first_row: int, pattern: Pattern, result: torch.Tensor) -> None:
+    """result = a matrix at those of its positions that are in these rows, whole blocks of them; others are left alone.
+
+    Args: some_rows: contiguous (rows, C); result: (n,).
+    """
+    g, C = pattern.granularity, pattern.columns
+    some = first_row // g * C, (first_row + some_rows.shape[0]) // g * C
+    if pattern.count:
+        with torch.cuda.device_of(result):
+            _read_kernel[(triton.cdiv(pattern.cells.numel(), CELLS),)](
+                some_rows, result, pattern.cells, _starts(pattern), pattern.cells.numel(), C, *some, g, CELLS=CELLS
+            )
+
+
+def write_deltas(
+    matrix: torch.Tensor,
+    base: torch.Tensor,
+    change: torch.Tensor | None,
+    pattern: Pattern,
+) -> None:
+    """matrix = base + change at its positions, or base; with torch's bits.
+
+    Args: matrix: contiguous, at most 32 bits wide; base: (n,), in its dtype; change: (n,), in its dtype or float32.
+    """
+    if strips := pattern.cells.numel():
+        with torch.cuda.device_of(matrix):
+            _write_kernel[(triton.cdiv(strips, CELLS),)](
+                matrix, base, change, pattern.cells, _starts(pattern), strips, pattern.columns, pattern.granularity,
+                CELLS=CELLS,
+            )  # fmt: skip
+        # So that graphs from before see that it has changed
+        torch.autograd.graph.increment_version(matrix)
+
+
+def _starts(pattern: Pattern) -> torch.Tensor | None:
+    """Scalars of single positions are where their cells are."""
+    return None if pattern.granularity == 1 else pattern.block_starts
 
 
 def _slices(N: int, width: int) -> Iterator[slice]:
     return (slice(start, start + width) for start in range(0, N, width))
 
 
-def _tokens_last(x_NX: torch.Tensor, out_XW: torch.Tensor, block: int) -> None:
-    """out[:, :N] = x^T, and zeros behind it, so that readers need no mask."""
-    (N, X), width = x_NX.shape, out_XW.shape[1]
-    grid = (triton.cdiv(X, 64), width // block)
-    _tokens_last_kernel[grid](x_NX, out_XW, N, X, *x_NX.stride(), width, TOKENS=block, FEATURES=64)
+def _tokens_last(matrices: tuple[torch.Tensor, ...], out_XW: torch.Tensor, block: int) -> None:
+    """out[:, :N] = x^T of one or two matrices, one below the other, and zeros behind it, so that readers need no
+    mask."""
+    first, second = matrices[0], matrices[-1]
+    (N, X), width = first.shape, out_XW.shape[1]
+    tiles = triton.cdiv(X, 64)
+    grid = (tiles + (triton.cdiv(second.shape[1], 64) if len(matrices) == 2 else 0), width // block)
+    _tokens_last_kernel[grid](
+        first, second, out_XW, out_XW[X:], tiles, N, X, second.shape[1], *first.stride(), *second.stride(), width,
+        TOKENS=block, FEATURES=64,
+    )  # fmt: skip
 
 
 @triton.jit
 def _tokens_last_kernel(
-    x, out, N, X, stride_N, stride_X, width, TOKENS: tl.constexpr, FEATURES: tl.constexpr
+    first, second, out, below, tiles, N, X, Y, stride_N, stride_X, stride_M, stride_Y, width,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(0)
+    if tile < tiles:
+        _turn_over(first, out, tile, N, X, stride_N, stride_X, width, TOKENS, FEATURES)
+    else:
+        _turn_over(second, below, tile - tiles, N, Y, stride_M, stride_Y, width, TOKENS, FEATURES)
+
+
+@triton.jit
+def _turn_over(x, out, tile, N, X, stride_N, stride_X, width, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
     # 64 bits: N * R passes 2**31 with long sequences and a large vocabulary
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    feature = tl.program_id(0).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
+    feature = tile.to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
     known = (feature < X)[None, :] & (token < N)[:, None]
-    tile = tl.load(x + token[:, None] * stride_N + feature[None, :] * stride_X, mask=known, other=0.0)
+    values = tl.load(x + token[:, None] * stride_N + feature[None, :] * stride_X, mask=known, other=0.0)
     place = out + feature[:, None] * width + token[None, :]
-    tl.store(place, tl.trans(tile).to(out.dtype.element_ty), mask=(feature < X)[:, None])
+    tl.store(place, tl.trans(values).to(out.dtype.element_ty), mask=(feature < X)[:, None])
 
 
 @triton.jit
 def _sampled_kernel(
-    rows, columns, row_starts, column_index, result, n, R, row_bits, width,
-    POSITIONS: tl.constexpr, TOKENS: tl.constexpr,
+    last, cells, result, n, R, C, width, POSITIONS: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr
 ):  # fmt: skip
     """Neighbouring positions, whatever their rows are: a row that holds all of them is no worse than another."""
     position = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     inside = position < n
-    position = tl.where(inside, position, 0)
-
-    # The last row that begins at or before the position, so one that holds some. row_starts stays in L1.
-    row = tl.full((POSITIONS,), 0, tl.int32)
-    beyond = row + R
-    for _ in range(row_bits):
-        middle = row + (beyond - row) // 2
-        begun = tl.load(row_starts + middle) <= position
-        row = tl.where(begun, middle, row)
-        beyond = tl.where(begun, beyond, middle)
-
-    column = tl.load(column_index + position)
-    row_at = rows + row.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
-    column_at = columns + column.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
+    cell = tl.load(cells + position, mask=inside, other=0)
+    row = cell // C
+    column = cell - row * C + R
+    row_at = last + row.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
+    column_at = last + column.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
     sums = tl.full((POSITIONS, TOKENS), 0.0, tl.float32)
     for start in range(0, width, TOKENS):
         # Neighbours share their row, which L1 serves; columns come again only to another program
         a = tl.load(row_at + start)
         b = tl.load(column_at + start, cache_modifier=".cg")
         sums += a.to(tl.float32) * b.to(tl.float32)
-    place = result + position
-    tl.store(place, tl.load(place, mask=inside) + tl.sum(sums, axis=1), mask=inside)
+    total = tl.sum(sums, axis=1)
+    if not FIRST:
+        total += tl.load(result + position, mask=inside)
+    tl.store(result + position, total, mask=inside)
 
 
 @triton.jit
 def _strips_kernel(
-    rows, columns, block_starts, strip_columns, result, N, stride_N, stride_R, width,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, STRIPS: tl.constexpr, TOKENS: tl.constexpr,
+    rows, last, block_starts, cells, result, N, C, stride_N, stride_R, width,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, STRIPS: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Some of the strips of one block of rows: (STRIPS, N) gathered columns times (N, ROWS)."""
     block = tl.program_id(0).to(tl.int64)
@@ -172,8 +211,8 @@ def _strips_kernel(
     for start in range(first + tl.program_id(1) * STRIPS, stop, tl.num_programs(1) * STRIPS):
         strip = start + tl.arange(0, STRIPS)
         inside = strip < stop
-        column = tl.load(strip_columns + strip, mask=inside, other=0)
-        column_at = columns + column.to(tl.int64)[:, None] * width
+        column = tl.load(cells + strip, mask=inside, other=0).to(tl.int64) - block * C
+        column_at = last + tl.where(inside, column, 0)[:, None] * width
         sums = tl.full((STRIPS, PADDED), 0.0, tl.float32)
         for begin in range(0, width, TOKENS):
             token = begin + tl.arange(0, TOKENS)
@@ -183,4 +222,49 @@ def _strips_kernel(
         # 32 bits within a block of rows spare registers
         place = result + first.to(tl.int64) * ROWS + (member[None, :] * (stop - first) + (strip - first)[:, None])
         mask = inside[:, None] & real
-        tl.store(place, tl.load(place, mask=mask) + sums, mask=mask)
+        if not FIRST:
+            sums += tl.load(place, mask=mask)
+        tl.store(place, sums, mask=mask)
+
+
+@triton.jit
+def _read_kernel(matrix, result, cells, block_starts, count, C, begin, end, ROWS, CELLS: tl.constexpr):
+    """The cells from `begin` on and before `end`, of a matrix that begins with the former's block of rows."""
+    strip = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    cell = tl.load(cells + strip, mask=strip < count, other=-1).to(tl.int64)
+    inside = (cell >= begin) & (cell < end)
+    block = (cell - begin) // C
+    column = cell - begin - block * C
+    first, width = _block_of(block_starts, cell // C, strip, inside)
+    for member in range(ROWS):
+        value = tl.load(matrix + (block * ROWS + member) * C + column, mask=inside)
+        place = result + first * ROWS + member * width + strip - first
+        tl.store(place, value.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write_kernel(matrix, base, change, cells, block_starts, count, C, ROWS, CELLS: tl.constexpr):
+    strip = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    inside = strip < count
+    cell = tl.load(cells + strip, mask=inside, other=0).to(tl.int64)
+    block = cell // C
+    first, width = _block_of(block_starts, block, strip, inside)
+    for member in range(ROWS):
+        place = first * ROWS + member * width + strip - first
+        value = tl.load(base + place, mask=inside)
+        if change is not None:
+            value = value.to(tl.float32) + tl.load(change + place, mask=inside).to(tl.float32)
+        tl.store(
+            matrix + (block * ROWS + member) * C + cell - block * C, value.to(matrix.dtype.element_ty), mask=inside
+        )
+
+
+@triton.jit
+def _block_of(block_starts, block, strip, inside):
+    """Where the strips of each strip's block begin, and how many there are; of single positions: itself, whose scalar
+    is where it is."""
+    first, width = strip, strip
+    if block_starts is not None:
+        first = tl.load(block_starts + block, mask=inside, other=0).to(tl.int64)
+        width = tl.load(block_starts + block + 1, mask=inside, other=0).to(tl.int64) - first
+    return first, width

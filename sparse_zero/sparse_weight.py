@@ -9,7 +9,7 @@ parameter keeps its name and its place in the state dict. Beside a `weight` stan
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from sparse_zero import sampled_cpu
 from sparse_zero.config import SparseConfig
 from sparse_zero.pattern import Pattern
 from sparse_zero.read_gradient import readable
+from sparse_zero.sampled_cost import has_kernels
 from sparse_zero.selection import Draw, in_chunks, stream_key
 from sparse_zero.targets import Target
 from sparse_zero.zero import full_shape, gathered, is_partitioned, is_whole
@@ -87,6 +88,7 @@ class SparseWeight:
         self._reading: torch.Tensor | None = None
         self._edges: dict[int, int] = {}
         """Where the scalars of some rows begin."""
+        self._pattern: Pattern | None = None
         self._written: tuple | None = None
         self._copy_written: tuple | None = None
 
@@ -141,13 +143,22 @@ class SparseWeight:
 
     @property
     def pattern(self) -> Pattern:
-        """The selected positions in the parameter as a matrix. Made anew each time, of the strips."""
-        return Pattern.of_cells(self.strips(), self.shape[:-1].numel(), self.shape[-1], self.draw.granularity)
+        """The selected positions in the parameter as a matrix."""
+        strips = self.strips()
+        if self._pattern is not None and self._pattern.cells is strips:
+            return self._pattern
+        pattern = Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.draw.granularity)
+        # On an accelerator it holds beside the strips where blocks begin, which takes several launches to find; on a
+        # CPU as much again as the strips
+        if self._has("strips") and has_kernels(strips):
+            self._pattern = pattern
+        return pattern
 
     def strips(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Returns: strips [start, stop) in the narrowest dtype, as Draw.strip_chunks has them."""
         if self._has("strips"):
-            return self._beside("strips")[start:stop]
+            strips = self._beside("strips")
+            return strips if start == 0 and stop is None else strips[start:stop]
         if not self.regenerates:
             self._put_beside("strips", self._drawn(0, self.draw.strip_count))
             return self.strips(start, stop)
@@ -184,7 +195,7 @@ class SparseWeight:
     def _flat_chunks(self) -> Iterator[torch.Tensor]:
         """`flat_positions`, some at a time."""
         if self.draw.granularity > 1:
-            yield from self.pattern.flat_chunks(self.shape[-1])
+            yield from self.pattern.flat_chunks()
         elif self.regenerates:
             yield from self.draw.chunks(self.base.device)
         else:
@@ -211,25 +222,40 @@ class SparseWeight:
         # A stage-3 copy is written again in each gather, always with the values that the graph already saw, so
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         whole = (weight.data if is_partitioned(weight) else weight.detach()).view(-1)
-        operators = sampled_cpu.loaded(whole) if self._is_plain(factor) else None
-        scalars_of_cell = self.draw.granularity if operators else 1
+        writes_cells = self._cell_writer(whole) if self._is_plain(factor) else None
+        scalars_of_cell = self.draw.granularity if writes_cells else 1
         start = 0
-        for cells in self._cell_chunks() if operators else self._flat_chunks():
+        for cells in self._cell_chunks() if writes_cells else self._flat_chunks():
             piece = slice(start, start + cells.numel() * scalars_of_cell)
             values, change = self.base[piece], None
             if self.enabled:
                 change = self.delta.detach()[piece]
                 if factor is not None:
                     change = change * (factor[piece] if isinstance(factor, torch.Tensor) else factor)
-            if operators:
-                operators.write_deltas.default(whole, values, change, cells, self.shape[-1], self.draw.granularity)
+            if writes_cells:
+                writes_cells(whole, values, change, cells)
             else:
                 values = values if change is None else _sum(values, change).to(weight.dtype)
                 whole.index_copy_(0, cells, values)
             start = piece.stop
 
+    def _cell_writer(self, whole: torch.Tensor) -> Callable[..., None] | None:
+        """What writes base + change at the scalars of cells in one go, where the weight is."""
+        columns, g = self.shape[-1], self.draw.granularity
+        if operators := sampled_cpu.loaded(whole):
+            return lambda *tensors: operators.write_deltas.default(*tensors, columns, g)
+        if not has_kernels(whole) or whole.element_size() > 4:
+            return None
+        from sparse_zero.sampled_triton import write_deltas
+
+        def write(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor | None, cells: torch.Tensor) -> None:
+            pattern = Pattern(cells, matrix.numel() // columns, columns) if g == 1 else self.pattern
+            write_deltas(matrix, base, change, pattern)
+
+        return write
+
     def _is_plain(self, factor: torch.Tensor | float | None) -> bool:
-        """Whether `write` has dtypes to do with that the operator takes."""
+        """Whether `write` has dtypes to do with that operator and kernel take."""
         taken = {self.weight.dtype, torch.float32}
         given = {self.delta.dtype, factor.dtype if isinstance(factor, torch.Tensor) else torch.float32}
         return given <= taken and self.base.dtype == self.weight.dtype
@@ -288,7 +314,7 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         # No two objects may hold one weak reference to a storage
-        return self.__dict__ | {"_copy_written": None}
+        return self.__dict__ | {"_copy_written": None, "_pattern": None}
 
     def read(self) -> torch.Tensor:
         """The parameter as its module and other readers see it."""
@@ -341,7 +367,7 @@ class SparseWeight:
             span = self.span(start, each)
             some = slice(span.start // g, span.stop // g)
             cells = (self.strips(some.start, some.stop) if whole is None else whole[some]) - start // g * columns
-            yield Pattern.of_cells(cells, each, columns, g)
+            yield Pattern(cells, each, columns, g)
 
     def remove(self) -> None:
         """Take the delta and its buffers off the module; the weight stays as it is."""

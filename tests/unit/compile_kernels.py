@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
@@ -24,40 +25,52 @@ from sparse_zero.sampled_cost import GATHER_TILE, LINE
 CAPABILITIES = (80, 90)
 STRIPS = [(8, 32), (16, 32), (16, 64), (64, 16)]
 """Granularity, and strips of a tile."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INSTRUCTIONS = {"tensor cores": r"HG?MMA", "loads of 16 bytes": r"LDG\S*\.128|LDGSTS\S*\.128"}
 
 
 def variants() -> list[tuple]:
-    """(name, kernel, types of its pointers, arguments that are known when it is compiled)"""
+    """(name, kernel, types of its pointers, arguments that are known when it is compiled, options of the launch)"""
     listed = []
+
+    def add(name: str, kernel: triton.JITFunction, pointers: dict, constants: dict, **options: int) -> None:
+        listed.append((name, kernel, pointers, constants, options))
+
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         pointer, tokens = f"*{dtype}", LINE // size
-        operands = {"rows": pointer, "columns": pointer, "result": "*fp32"}
-        pattern = dict.fromkeys(("row_starts", "column_index", "block_starts", "strip_columns"), "*i32")
-        constants = {"TOKENS": tokens, "FEATURES": 64, "stride_X": 1}
-        listed.append(
-            (f"tokens_last {dtype}", sampled_triton._tokens_last_kernel, {"x": pointer, "out": pointer}, constants)
-        )
-        constants = {"POSITIONS": GATHER_TILE, "TOKENS": tokens}
-        listed.append((f"sampled {dtype}", sampled_triton._sampled_kernel, operands | pattern, constants))
+        operands = dict.fromkeys(("first", "second", "out", "below"), pointer)
+        constants = {"TOKENS": tokens, "FEATURES": 64, "stride_X": 1, "stride_Y": 1}
+        add(f"tokens_last {dtype}", sampled_triton._tokens_last_kernel, operands, constants)
+        operands = {"last": pointer, "result": "*fp32", "cells": "*i32"}
+        constants = {"POSITIONS": GATHER_TILE, "TOKENS": tokens, "FIRST": True}
+        add(f"sampled {dtype}", sampled_triton._sampled_kernel, operands, constants)
+        operands = {"matrix": pointer, "base": pointer, "change": "*fp32", "result": "*fp32", "cells": "*i32"}
+        for rows in (1, 16):
+            constants = {"CELLS": sampled_triton.CELLS, "ROWS": rows}
+            known = {"block_starts": "*i32"} if rows > 1 else {}
+            constants |= {} if known else {"block_starts": None}
+            for name, kernel in (("read", sampled_triton._read_kernel), ("write", sampled_triton._write_kernel)):
+                add(f"{name} {dtype} {rows}", kernel, operands | known, constants)
     for dtype, (granularity, tile) in itertools.product(("bf16", "fp16", "fp32"), STRIPS):
-        operands = {"rows": f"*{dtype}", "columns": f"*{dtype}", "result": "*fp32"}
+        operands = {"rows": f"*{dtype}", "last": f"*{dtype}", "result": "*fp32"}
+        operands |= {"block_starts": "*i32", "cells": "*i32"}
         padded = max(sampled_triton.LEAST_ROWS, granularity)
-        constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "TOKENS": 64, "stride_R": 1}
-        name = f"strips {dtype} {granularity} x {tile}"
-        listed.append((name, sampled_triton._strips_kernel, operands | pattern, constants))
+        launch = sampled_triton.strips_launch(tile, padded, 2048, DTYPES[dtype])
+        constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "stride_R": 1, "FIRST": True}
+        constants["TOKENS"] = launch.pop("TOKENS")
+        add(f"strips {dtype} {granularity} x {tile}", sampled_triton._strips_kernel, operands, constants, **launch)
     return listed
 
 
-def resources(kernel: triton.JITFunction, pointers: dict[str, str], constants: dict, capability: int) -> dict:
+def resources(kernel: triton.JITFunction, pointers: dict, constants: dict, options: dict, capability: int) -> dict:
     """With what Triton's launcher would have found out: all sizes and strides are multiples of 16, but n is not."""
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
-        if signature[name] != "constexpr" and name not in ("n", "row_bits"):
+        if signature[name] != "constexpr" and name not in ("n", "count", "tiles"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])

@@ -48,7 +48,7 @@ def test_a_pattern_of_cells(path, rows, columns, granularity, count, dtype, apar
     blocks = rows // granularity
     cells = draw(count, blocks * columns, dtype)
     given = cells.repeat_interleave(2)[::2] if apart else cells
-    pattern = Pattern.of_cells(given, rows, columns, granularity)
+    pattern = Pattern(given, rows, columns, granularity)
     inside = torch.bincount(cells // columns, minlength=blocks)
     assert pattern.block_starts.tolist() == [0, *inside.cumsum(0).tolist()]
     assert torch.equal(pattern.strip_columns.long(), cells.long() % columns)
@@ -59,7 +59,7 @@ def test_cells_beyond_two_billion(path):
     """Blocks x columns that no int32 holds."""
     rows, columns = 2**17, 2**15
     cells = torch.tensor([0, 2**31 - 1, 2**31, rows * columns - 1])
-    pattern = Pattern.of_cells(cells, rows, columns)
+    pattern = Pattern(cells, rows, columns)
     assert pattern.strip_columns.tolist() == [0, columns - 1, 0, columns - 1]
     assert pattern.block_starts[[0, 1, 2**16 - 1, 2**16, 2**16 + 1, rows - 1, rows]].tolist() == [0, 1, 1, 2, 3, 3, 4]
 

@@ -102,15 +102,17 @@ def test_no_kernel_is_chosen_on_the_cpu():
 
 
 def test_pieces_hold_no_more_tokens_than_there_are_or_fit():
-    assert Pieces.of(1000, 64, 32, torch.bfloat16, BOUND).width == 1024
-    assert Pieces.of(10**6, 2**14, 2**13, torch.bfloat16, BOUND).width == 1024
-    assert Pieces.of(10**6, 2**14, 2**13, torch.bfloat16, 2**20).width == 32
-    assert Pieces.of(10**6, 2**14, 2**13, torch.bfloat16, 1) == Pieces(16, 16)
-    assert Pieces.of(0, 64, 32, torch.float32, BOUND) == Pieces(64, 64)
+    assert Pieces.of(1000, 64, torch.bfloat16, BOUND, cached=32).width == 1024
+    assert Pieces.of(10**6, 2**14, torch.bfloat16, BOUND, cached=2**13).width == 1024
+    assert Pieces.of(10**6, 2**14, torch.bfloat16, BOUND).width == 2048
+    assert Pieces.of(10**6, 2**14, torch.bfloat16, 2**20, cached=2**13).width == 32
+    assert Pieces.of(10**6, 2**14, torch.bfloat16, 1) == Pieces(16, 16)
+    assert Pieces.of(0, 64, torch.float32, BOUND) == Pieces(32, 32)
 
 
 def test_tiles_of_strips_keep_their_sums_in_registers():
-    assert [strips_per_tile(256 * each, 256, 16) for each in (1, 41, 400)] == [16, 32, 64]
+    assert [strips_per_tile(256 * each, 256, 16) for each in (1, 41, 82, 400)] == [16, 32, 64, 64]
+    assert [strips_per_tile(blocks * 41, blocks, 16) for blocks in (64, 128, 256, 512)] == [16, 16, 32, 64]
     assert strips_per_tile(256 * 400, 256, 64) == 16
 
 
@@ -129,15 +131,15 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 
 def test_kernels_compile_and_do_not_spill(compiled):
     assert {name.split()[0] for name in compiled} == {"sm_80", "sm_90"}
-    assert {name.split()[1] for name in compiled} == {"tokens_last", "sampled", "strips"}
+    assert {name.split()[1] for name in compiled} == {"tokens_last", "sampled", "strips", "read", "write"}
     for name, takes in compiled.items():
         assert takes["stack"] <= 8, (name, takes)
         assert takes["registers"] <= 128, (name, takes)
-        # Two programs fit into the 99 KiB of the smallest devices
-        assert takes["shared"] <= 48 * 1024, (name, takes)
+        # Two programs fit into the 99 KiB of the smallest devices, or the 227 of the others
+        assert takes["shared"] <= (48 if "sm_80" in name else 113) * 1024, (name, takes)
 
 
 def test_strips_of_half_precision_use_tensor_cores_and_all_read_whole_lines(compiled):
     for name, takes in compiled.items():
         assert (takes["tensor cores"] > 0) == ("strips" in name and "fp32" not in name), (name, takes)
-        assert takes["loads of 16 bytes"] > 0, (name, takes)
+        assert (takes["loads of 16 bytes"] > 0) == (name.split()[1] not in ("read", "write")), (name, takes)

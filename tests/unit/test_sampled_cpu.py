@@ -22,7 +22,7 @@ R, C, N = 48, 40, 700
 @pytest.fixture
 def pattern() -> Pattern:
     torch.manual_seed(0)
-    return Pattern.of_cells(torch.randperm(R * C)[:200].sort().values, R, C)
+    return Pattern(torch.randperm(R * C)[:200].sort().values, R, C)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def unbuilt(monkeypatch, tmp_path):
 
 
 def reference(rows: torch.Tensor, columns: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    flat = torch.cat([*pattern.flat_chunks(columns.shape[1])])
+    flat = torch.cat([*pattern.flat_chunks()])
     return (rows.double().t() @ columns.double()).flatten()[flat]
 
 
@@ -54,22 +54,22 @@ def reference(rows: torch.Tensor, columns: torch.Tensor, pattern: Pattern) -> to
 def test_rows_beyond_those_turned_over_together(rows, granularity, threads):
     torch.manual_seed(0)
     cells = torch.randperm(rows // granularity * C)[: 9 * max(1, 60 // granularity)].sort().values
-    pattern = Pattern.of_cells(cells, rows, C, granularity)
+    pattern = Pattern(cells, rows, C, granularity)
     operands = torch.randn(150, rows), torch.randn(150, C)
-    result = sampled_cpu.operator()(*operands, *pattern, 64, 3, threads, torch.float32)
+    result = sampled_cpu.operator()(*operands, *pattern.by_blocks, 64, 3, threads, torch.float32)
     torch.testing.assert_close(result.double(), reference(*operands, pattern), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(16, 1), (16, 8), (64, 3), (64, 8), (1024, 1)])
 def test_the_threads_do_not_change_a_bit(sizes):
     torch.manual_seed(0)
-    pattern = Pattern.of_cells(torch.randperm(120 * 60)[:4100].sort().values, 120, 60)
+    pattern = Pattern(torch.randperm(120 * 60)[:4100].sort().values, 120, 60)
     operands = torch.randn(N, 120), torch.randn(N, 60)
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 65):
             torch.set_num_threads(threads)
-            found.append(sampled_cpu.operator()(*operands, *pattern, *sizes, threads, torch.float32))
+            found.append(sampled_cpu.operator()(*operands, *pattern.by_blocks, *sizes, threads, torch.float32))
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found[0].double(), reference(*operands, pattern), rtol=1e-5, atol=1e-4)
@@ -91,12 +91,12 @@ def test_the_threads_do_not_change_a_bit(sizes):
 )
 def test_what_does_not_fit_is_refused(pattern, operands, change, words):
     with pytest.raises(RuntimeError, match=words):
-        sampled_cpu.operator()(*change(*operands, pattern), 64, 1, 1, torch.float32)
+        sampled_cpu.operator()(*change(*operands, pattern.by_blocks), 64, 1, 1, torch.float32)
 
 
 def test_tokens_are_whole_blocks(pattern, operands):
     with pytest.raises(RuntimeError, match="nothing to sum"):
-        sampled_cpu.operator()(*operands, *pattern, SIDE + 1, 1, 1, torch.float32)
+        sampled_cpu.operator()(*operands, *pattern.by_blocks, SIDE + 1, 1, 1, torch.float32)
 
 
 def test_the_constants_are_those_of_the_source():
@@ -117,7 +117,7 @@ def test_sizes(pattern):
     assert sizes(10_000, MIB, threads=64, C=1000) == (TOKENS, MOST_GROUPS, 1)
     assert sizes(10_000, 2 * 4 * 600, C=1) is None
     assert sizes(10_000, 2 * 4 * 257 * SIDE, C=1) == (SIDE, MOST_GROUPS, 1)
-    many = Pattern(torch.zeros(1), torch.zeros(MIB // 4))
+    many = Pattern(torch.zeros(MIB // 4), 1, C)
     assert Sizes.of(10_000, C, many, torch.float32, 4 * MIB, 1).groups == 2
     assert Sizes.of(10_000, C, many, torch.float64, 4 * MIB, 1).groups == 1
 
@@ -152,9 +152,10 @@ import torch
 from sparse_zero import sampled_cpu
 from sparse_zero.pattern import Pattern
 product = sampled_cpu.operator()
-pattern = Pattern.of_cells(torch.tensor([1, 5, 6]), 8, 8, 4)
+pattern = Pattern(torch.tensor([1, 5, 6]), 8, 8, 4)
 rows, columns = torch.ones(20, 8), torch.full((20, 8), 2.0)
-print(torch.backends.cpu.get_cpu_capability(), product(rows, columns, *pattern, 16, 2, 2, torch.float32).tolist())
+result = product(rows, columns, *pattern.by_blocks, 16, 2, 2, torch.float32)
+print(torch.backends.cpu.get_cpu_capability(), result.tolist())
 """
 
 

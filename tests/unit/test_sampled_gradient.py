@@ -52,7 +52,7 @@ def assert_product(
     transient_bytes: int = 64 * MIB,
 ) -> None:
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    pattern = Pattern.of_cells(cells, R, C, granularity)
+    pattern = Pattern(cells, R, C, granularity)
     dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
     if way == "sampled" and transient_bytes >= ROOM:
         assert sampled_cpu.Sizes.of(N, C, pattern, dtype, transient_bytes, 1), "this would be the dense way"
@@ -120,7 +120,7 @@ def test_pieces_of_half_precision_are_not_rounded_one_after_the_other():
     rows, columns = (x.t().contiguous().t().bfloat16()[::2] for x in operands(8192, 8, 8))
     rows, columns = (torch.stack([x, x], dim=-1)[..., 0] for x in (rows.abs(), columns.abs()))
     cells = draw(8, 8, 1.0, 1)
-    pattern = Pattern.of_cells(cells, 8, 8)
+    pattern = Pattern(cells, 8, 8)
     result = _WAYS["dense"](rows, columns, pattern, torch.bfloat16, 4096)
     expected = (rows.double().t() @ columns.double()).flatten()
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
@@ -163,7 +163,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 def test_transient_memory_is_within_the_bound(way, granularity, density, layout, dtype):
     N, R, C, bound = 3000, 256, 320, MIB // 2
     rows, columns = map(layout, operands(N, R, C, dtype))
-    pattern = Pattern.of_cells(draw(R, C, density, granularity), R, C, granularity)
+    pattern = Pattern(draw(R, C, density, granularity), R, C, granularity)
     before = torch.get_num_threads()
     torch.set_num_threads(3)  # each has a copy of a piece
     try:
@@ -183,7 +183,7 @@ def test_transient_memory_is_within_the_bound(way, granularity, density, layout,
 )
 def test_transient_memory_of_an_embedding(words, settings, density, granularity, dtype):
     rows, C, bound = 64, 320, MIB // 2
-    pattern = Pattern.of_cells(draw(rows, C, density, granularity), rows, C, granularity)
+    pattern = Pattern(draw(rows, C, density, granularity), rows, C, granularity)
     ids, grad = torch.randint(words, (5000,)), torch.randn(5000, C).to(dtype)
     peak = peak_of_transient(lambda: embedding_product(ids, grad, pattern, bound, **settings))
     assert bound // 8 < peak <= bound
@@ -205,7 +205,7 @@ def test_embedding_equals_the_dense_gradient_gathered(N, granularity, dtype):
         dense = torch.zeros(R, C, dtype=torch.float64).index_add_(0, ids, grad.double() * factor[:, None])
         expected = dense.flatten()[places(cells, R, C, granularity)]
         for bound in (64 * MIB, 2000, 1):
-            pattern = Pattern.of_cells(cells, R, C, granularity)
+            pattern = Pattern(cells, R, C, granularity)
             result = embedding_product(ids, grad, pattern, bound, **settings)
             torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -213,7 +213,7 @@ def test_embedding_equals_the_dense_gradient_gathered(N, granularity, dtype):
 @pytest.mark.parametrize("granularity", [1, 4])
 def test_an_empty_batch_gives_zeros(granularity):
     for dtype in (torch.float32, torch.bfloat16):
-        pattern = Pattern.of_cells(draw(8, 8, 0.2, granularity), 8, 8, granularity)
+        pattern = Pattern(draw(8, 8, 0.2, granularity), 8, 8, granularity)
         result = sampled_product(*operands(0, 8, 8, dtype), pattern)
         assert torch.equal(result, torch.zeros(pattern.count))
 
@@ -225,8 +225,8 @@ def test_gradcheck(monkeypatch, way, granularity, density):
     """Against finite differences of a linear layer of which some weights vary."""
     monkeypatch.setattr(sampled_gradient, "cheaper_way", lambda *_: way)
     R, C = 8, 12
-    pattern = Pattern.of_cells(draw(R, C, density, granularity), R, C, granularity)
-    flat, frozen = torch.cat([*pattern.flat_chunks(C)]), torch.randn(R, C, dtype=torch.float64)
+    pattern = Pattern(draw(R, C, density, granularity), R, C, granularity)
+    flat, frozen = torch.cat([*pattern.flat_chunks()]), torch.randn(R, C, dtype=torch.float64)
 
     class Linear(torch.autograd.Function):
         @staticmethod
@@ -249,7 +249,7 @@ def test_gradcheck(monkeypatch, way, granularity, density):
 @pytest.mark.parametrize("granularity", [1, 2, 4])
 def test_a_pattern_gives_its_positions_back(R, C, density, granularity):
     cells = draw(R, C, density, granularity)
-    pattern = Pattern.of_cells(cells, R, C, granularity)
+    pattern = Pattern(cells, R, C, granularity)
     mask = torch.zeros(R // granularity, C)
     mask.view(-1)[cells] = 1
     expected = mask.to_sparse_csr()
@@ -257,27 +257,27 @@ def test_a_pattern_gives_its_positions_back(R, C, density, granularity):
     assert pattern.block_starts.tolist() == expected.crow_indices().tolist()
     assert pattern.strip_columns.tolist() == expected.col_indices().tolist()
     flat = places(cells, R, C, granularity)
-    assert torch.equal(torch.cat([*pattern.flat_chunks(C)]), flat)
+    assert torch.equal(torch.cat([*pattern.flat_chunks()]), flat)
     for start, stop in [(0, 1), (flat.numel() // 3, flat.numel()), (flat.numel() // 2, flat.numel() // 2 + 1)]:
-        assert torch.equal(pattern.flat_positions(C, slice(start, stop)), flat[start:stop])
+        assert torch.equal(pattern.flat_positions(slice(start, stop)), flat[start:stop])
 
 
 def test_a_pattern_is_made_in_pieces(monkeypatch):
     cells = draw(12, 31, 0.5, 2)
-    whole = Pattern.of_cells(cells, 12, 31, 2)
-    flat = torch.cat([*whole.flat_chunks(31)])
+    whole = Pattern(cells, 12, 31, 2)
+    flat = torch.cat([*whole.flat_chunks()])
     monkeypatch.setattr("sparse_zero.pattern.SHARED_CHUNK", 7)
-    cut = Pattern.of_cells(cells, 12, 31, 2)
-    assert all(torch.equal(a, b) for a, b in zip(cut[:2], whole[:2], strict=True))
-    assert len([*cut.flat_chunks(31)]) > 20
-    assert torch.equal(torch.cat([*cut.flat_chunks(31)]), flat)
+    cut = Pattern(cells, 12, 31, 2)
+    assert all(torch.equal(a, b) for a, b in zip(cut.by_blocks[:2], whole.by_blocks[:2], strict=True))
+    assert len([*cut.flat_chunks()]) > 20
+    assert torch.equal(torch.cat([*cut.flat_chunks()]), flat)
 
 
 def test_a_pattern_holds_what_selection_draws():
     count = 33 * 8
     flat = strips(3, "w", (64, 50), count, 8)
     cells = torch.unique(flat // 50 // 8 * 50 + flat % 50)
-    assert torch.equal(torch.cat([*Pattern.of_cells(cells, 64, 50, 8).flat_chunks(50)]), flat)
+    assert torch.equal(torch.cat([*Pattern(cells, 64, 50, 8).flat_chunks()]), flat)
 
 
 def test_few_positions_are_sampled_and_many_are_read_from_the_dense_product():
