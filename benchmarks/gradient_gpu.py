@@ -2,8 +2,10 @@
 
     python benchmarks/gradient_gpu.py
     python benchmarks/gradient_gpu.py --tokens 4096 --shapes 4096x4096 --dtype float16 --json gradient_gpu.json
+    python benchmarks/gradient_gpu.py --plot         no runs: page and plot again from the JSON
 
-Rounds in which all take turns; milliseconds, medians.
+Leaves gradient_gpu.json, a page and a plot in benchmarks/results. Rounds in which all take turns; medians of what the
+device takes.
     sampled    sampled_triton.sampled, at single positions
     strips     sampled_triton.strips, as many positions in strips of 16
     dense      sampled_gradient's product in chunks, read at the positions
@@ -13,20 +15,22 @@ the other way took less time. At the end stand the constants of sampled_cost.py 
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from tables import RESULTS, Row, read, table, write
 
 from sparse_zero import sampled_cost, selection
 from sparse_zero.pattern import Pattern
 from sparse_zero.sampled_cost import Pieces, Speeds, is_cheaper, strips_per_tile
 from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES
 
+TAKEN = ("sampled", "strips", "dense", "cusparse")
 DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 GRANULARITY = 16
 AHEAD_CLOCKS = 4_000_000
@@ -61,7 +65,7 @@ def drawn(R: int, C: int, n: int, device: torch.device, granularity: int = 1) ->
     return Pattern(cells.int(), R, C, granularity)
 
 
-def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: torch.device, rounds: int) -> dict:
+def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: torch.device, rounds: int) -> Row:
     from sparse_zero import sampled_triton
 
     n = max(1, round(density * R * C / GRANULARITY)) * GRANULARITY
@@ -102,14 +106,56 @@ def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: tor
     }
 
 
-def line(result: dict) -> str:
+HEADER = ["tokens", "shape", "density", *TAKEN, "chosen", "of strips"]
+
+
+def cells(result: Row) -> list[str]:
     taken = result["seconds"]
-    cells = [f"{1e3 * taken[way]:>9.3f}" for way in ("sampled", "strips", "dense", "cusparse")]
+    listed = [f"{result['tokens']:,}", "x".join(map(str, result["shape"])), f"{result['density']:.2%}"]
+    listed += [f"{1e3 * taken[way]:.3f}" for way in TAKEN]
     for way in ("sampled", "strips"):
         wrong = result["cheaper"][way] != (taken[way] < taken["dense"])
-        cells.append(f"{way if result['cheaper'][way] else 'dense':>8}{'!' if wrong else ' '}")
-    shape = "x".join(map(str, result["shape"]))
-    return f"{result['tokens']:>7} {shape:>12} {result['density']:>8.2%} " + " ".join(cells)
+        listed.append((way if result["cheaper"][way] else "dense") + "!" * wrong)
+    return listed
+
+
+def page(runs: list[Row]) -> str:
+    return "\n\n".join(["# Time of a gradient on a GPU", *map(_section, runs)])
+
+
+def _section(run: Row) -> str:
+    measured = [
+        [name, f"{value:.3g}", f"{getattr(sampled_cost, name.split()[0]):.3g}"]
+        for name, value in run["constants"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"## {run['device']}, {run['dtype']}",
+            f"torch {run['torch']}; milliseconds, medians of {run['rounds']} rounds. An exclamation mark where "
+            "the way that is not chosen takes less time.",
+            table(HEADER, [cells(result) for result in run["cases"]]),
+            table(["constant", "here", "sampled_cost.py"], measured),
+        ]
+    )
+
+
+def plot(runs: list[Row], figure: Any) -> None:
+    """Over the dense product: a panel for each shape and number of tokens of the first run."""
+    cases = runs[0]["cases"]
+    kinds = list(dict.fromkeys((tuple(case["shape"]), case["tokens"]) for case in cases))
+    columns = min(3, len(kinds))
+    figure.set_size_inches(4 * columns, 3 * -(-len(kinds) // columns))
+    panels = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False).flat
+    for panel, (shape, tokens) in zip(panels, kinds, strict=False):
+        here = [case for case in cases if (tuple(case["shape"]), case["tokens"]) == (shape, tokens)]
+        for way in ("sampled", "strips"):
+            ratios = [case["seconds"][way] / case["seconds"]["dense"] for case in here]
+            panel.loglog([case["density"] for case in here], ratios, marker=".", label=way)
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_title(f"{shape[0]} x {shape[1]}, {tokens:,} tokens", fontsize="medium")
+    panel.legend()
+    figure.supxlabel("density")
+    figure.supylabel("time / dense product")
 
 
 def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
@@ -162,29 +208,30 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS / "gradient_gpu.json")
+    parser.add_argument("--plot", action="store_true", help="no runs: page and plot of the results that are kept")
     arguments = parser.parse_args()
+    if arguments.plot:
+        write(arguments.json, read(arguments.json), page, plot)
+        return
     if not torch.cuda.is_available():
         print("no GPU", file=sys.stderr)
         sys.exit(1)
     device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
     name = torch.cuda.get_device_name(device)
-    print(f"{name}, {arguments.dtype}, torch {torch.__version__}; milliseconds")
-    print(f"{'tokens':>7} {'shape':>12} {'density':>8}   sampled    strips     dense  cusparse    chosen")
     results = []
     for shape in arguments.shapes:
         R, C = map(int, shape.split("x"))
         for N in arguments.tokens:
             for density in arguments.densities:
                 results.append(case(N, R, C, density, dtype, device, arguments.rounds))
-                print(line(results[-1]), flush=True)
-    print("\nconstant                     here      sampled_cost.py")
-    measured = constants(dtype, device, arguments.rounds)
-    for constant, value in measured.items():
-        print(f"{constant:<28} {value:<9.3g} {getattr(sampled_cost, constant.split()[0]):.3g}")
-    if arguments.json:
-        written = {"device": name, "dtype": arguments.dtype, "cases": results, "constants": measured}
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+                print(" ".join(text.rjust(11) for text in cells(results[-1])), flush=True)
+    run = {"device": name, "dtype": arguments.dtype, "torch": torch.__version__, "rounds": arguments.rounds}
+    run |= {"cases": results, "constants": constants(dtype, device, arguments.rounds)}
+    same = {"device": name, "dtype": arguments.dtype}
+    others = [other for other in read(arguments.json) if not same.items() <= other.items()]
+    write(arguments.json, [*others, run], page, plot)
+    print(_section(run).split("\n\n")[-1])
 
 
 if __name__ == "__main__":

@@ -84,7 +84,11 @@ class Pieces:
         if cached:
             room = min(room, CACHED_BYTES // (cached * dtype.itemsize))
         block = min(LINE // dtype.itemsize, max(16, 1 << room.bit_length() >> 1))
-        return cls(max(block, min(room // block, math.ceil(N / block)) * block), block)
+        most = max(block, min(room // block, math.ceil(N / block)) * block)
+        # As many tokens in each, so that the last one is not mostly filled up
+        each = N / max(1, math.ceil(N / most))
+        evenly = math.ceil(each / (4 * block)) * 4 * block  # longer steps for strips
+        return cls(evenly if 0 < evenly <= most else max(block, math.ceil(each / block) * block), block)
 
 
 def strips_per_tile(strips: int, blocks: int, granularity: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from families import VOCABULARY, tiny
 from torch import nn
 
-from sparse_zero import sampled_gradient
+from sparse_zero import sampled_cost, sampled_gradient
 from sparse_zero.config import SparseConfig
 from sparse_zero.model import sparsify
 
@@ -49,7 +49,11 @@ def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dt
     base + delta."""
     monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *_: way == "kernel")
     settings = {"density": 0.1, "targets": "all-linear"} | KINDS[kind]
-    base = tiny(family, "causal-lm").to("cuda", dtype)
+    if family == "qwen2_moe":
+        settings["exclude_modules"] = ["shared_expert_gate"]  # of one row
+    # Grouped products of half precision take rows of whole 16 bytes
+    experts = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32} if family == "qwen2_moe" else {}
+    base = tiny(family, "causal-lm", hidden_size=32, **experts).to("cuda", dtype)
     model = sparsify(copy.deepcopy(base), SparseConfig(**settings))
     weights = model.sparsity.weights
     with torch.no_grad():
@@ -101,8 +105,10 @@ def test_a_rank_is_not_asked_for_its_clock_rates_twice(monkeypatch):
     """The driver takes a millisecond to tell, and a step has hundreds of gradients."""
     asked, tell = [], torch.cuda.get_device_properties
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or tell(device))
+    sampled_cost._is_cheaper_on.cache_clear()
     layer = sparsify(nn.Sequential(nn.Linear(256, 320)).cuda(), SparseConfig(density=0.1, targets="all-linear"))
     x = torch.randn(33, 256, device="cuda")
     for _ in range(5):
         layer(x).sum().backward()
-    assert len(asked) <= 1
+    # Others ask too, by a number
+    assert len([device for device in asked if isinstance(device, torch.device)]) == 1

@@ -105,6 +105,10 @@ def test_pieces_hold_no_more_tokens_than_there_are_or_fit():
     assert Pieces.of(1000, 64, torch.bfloat16, BOUND, cached=32).width == 1024
     assert Pieces.of(10**6, 2**14, torch.bfloat16, BOUND, cached=2**13).width == 1024
     assert Pieces.of(10**6, 2**14, torch.bfloat16, BOUND).width == 2048
+    # Two halves, and not 1,792 with a rest of 256
+    assert Pieces.of(2048, 18432, torch.bfloat16, BOUND, cached=4096).width == 1024
+    assert Pieces.of(2049, 18432, torch.bfloat16, BOUND).width == 1280
+    assert Pieces.of(100, 64, torch.bfloat16, BOUND).width == 128
     assert Pieces.of(10**6, 2**14, torch.bfloat16, 2**20, cached=2**13).width == 32
     assert Pieces.of(10**6, 2**14, torch.bfloat16, 1) == Pieces(16, 16)
     assert Pieces.of(0, 64, torch.float32, BOUND) == Pieces(32, 32)
