@@ -64,7 +64,7 @@ class Setting:
     sequences: int = 1
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.targets}, {self.dtype}"
+        return f"{self.model}, {self.targets}, {self.dtype}, {100 * self.density:g}%"
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
@@ -203,7 +203,9 @@ def plot(results: list[Row], figure: Any) -> None:
     columns = min(2, len(results))
     lines = -(-len(results) // columns)
     figure.set_size_inches(5.5 * columns, 3.2 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel in panels[len(results) :]:
+        panel.axis("off")
     for panel, result in zip(panels, results, strict=False):
         names = list(reversed(result["methods"]))
         figures = [result["methods"][name]["over_frozen"] for name in names]

@@ -21,6 +21,7 @@ NUMBERS = 8
 
 CUT = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
 """So that stage 3 keeps nothing of so small a model whole."""
+HOST = {"device": "cpu"}
 STAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "0": (0, {}),
     "1": (1, {}),
@@ -29,6 +30,16 @@ STAGES: dict[str, tuple[int, dict[str, Any]]] = {
     "3": (3, {}),
     "3-cut": (3, CUT),
     "3-recomputed": (3, CUT),
+    "2-strips": (2, {}),
+    "2-regenerated": (2, {}),
+    "3-regenerated-strips": (3, CUT),
+    "2-offload": (2, {"offload_optimizer": HOST}),
+    "3-offload": (3, CUT | {"offload_optimizer": HOST, "offload_param": HOST}),
+}
+SELECTION: dict[str, dict[str, Any]] = {
+    "2-strips": {"granularity": 4},
+    "2-regenerated": {"indices": "regenerated"},
+    "3-regenerated-strips": {"granularity": 4, "indices": "regenerated"},
 }
 TRAFFIC_WITHIN = {"3-recomputed": 0.1}
 """A block's last parameter is still there when its backward begins. Of the others the traffic is exact."""
@@ -50,7 +61,7 @@ def recipes(bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPat
         training = {"deepspeed": "zero.json", "bf16": dtype == "bfloat16", "max_steps": 4, "eval_on_start": False}
         training |= {"gradient_accumulation_steps": MICRO_BATCHES, "per_device_train_batch_size": 2}
         training |= {"activation_checkpointing": way == "3-recomputed"}
-        sparse = {"density": 0.05, "targets": "all-linear"}
+        sparse = {"density": 0.05, "targets": "all-linear"} | SELECTION.get(way, {})
         base = bases["causal-lm"]
         recipe = directory / "run.yaml"
         written[name] = write_recipe(recipe, base, "causal-lm", data, sparse=sparse, training=training)
