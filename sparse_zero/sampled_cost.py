@@ -25,8 +25,8 @@ LINE = 128
 LEAST_ROWS = 16
 """The tensor cores' tile: strips of fewer rows are padded to it."""
 
-PROGRAMS = 512
-"""Four for each multiprocessor of an H100."""
+PROGRAMS = 384
+"""About three for each multiprocessor of an H100."""
 
 STRIPS_LINES = 4096
 """Bytes of rows that a step of the strips' loop reads."""
@@ -92,12 +92,14 @@ class Pieces:
 
 
 def strips_per_tile(strips: int, blocks: int, granularity: int) -> int:
-    """Strips of one program: what a block of rows holds, but so few that there are programs enough to fill a device,
-    and at most 1,024 sums, so that they stay in registers."""
-    mean = math.ceil(strips / blocks)
-    tile = max(16, min(64, 1024 // granularity, 1 << (mean - 1).bit_length()))
-    while tile > 16 and blocks * math.ceil(mean / tile) < PROGRAMS:
-        tile //= 2
+    """Strips of one program: as many of a block of rows as fill their tiles as well as those of 16 do, but so few that
+    there are programs enough to fill a device, and at most 1,024 sums, so that they stay in registers."""
+    mean, tile = math.ceil(strips / blocks), 16
+    for larger in (32, 64):
+        tiles = math.ceil(mean / larger)
+        fills = tiles * larger <= math.ceil(mean / 16) * 16
+        if fills and blocks * tiles >= PROGRAMS and larger * granularity <= 1024:
+            tile = larger
     return tile
 
 

@@ -115,9 +115,9 @@ def test_pieces_hold_no_more_tokens_than_there_are_or_fit():
 
 
 def test_tiles_of_strips_keep_their_sums_in_registers():
-    assert [strips_per_tile(256 * each, 256, 16) for each in (1, 41, 82, 400)] == [16, 32, 64, 64]
-    assert [strips_per_tile(blocks * 41, blocks, 16) for blocks in (64, 128, 256, 512)] == [16, 16, 32, 64]
-    assert strips_per_tile(256 * 400, 256, 64) == 16
+    assert [strips_per_tile(512 * each, 512, 16) for each in (1, 20, 41, 82, 123)] == [16, 32, 16, 32, 64]
+    assert [strips_per_tile(blocks * 123, blocks, 16) for blocks in (64, 96, 192, 512)] == [16, 32, 64, 64]
+    assert strips_per_tile(512 * 400, 512, 64) == 16
 
 
 @pytest.fixture(scope="module")
