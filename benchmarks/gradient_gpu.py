@@ -34,11 +34,11 @@ TAKEN = ("sampled", "strips", "dense", "cusparse")
 DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 GRANULARITY = 16
 AHEAD_CLOCKS = 4_000_000
-"""Of the device, about two milliseconds: so much ahead is the host."""
+"""Of the device, about two milliseconds, for which its first kernel waits."""
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """On the device, from its first kernel to its last, which wait until all are launched."""
+    """On the device, from its first kernel to its last, with the host ahead of it."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(AHEAD_CLOCKS)
     start.record()
@@ -145,7 +145,9 @@ def plot(runs: list[Row], figure: Any) -> None:
     kinds = list(dict.fromkeys((tuple(case["shape"]), case["tokens"]) for case in cases))
     columns = min(3, len(kinds))
     figure.set_size_inches(4 * columns, 3 * -(-len(kinds) // columns))
-    panels = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False).flat
+    panels = list(figure.subplots(-(-len(kinds) // columns), columns, squeeze=False).flat)
+    for panel in panels[len(kinds) :]:
+        panel.axis("off")
     for panel, (shape, tokens) in zip(panels, kinds, strict=False):
         here = [case for case in cases if (tuple(case["shape"]), case["tokens"]) == (shape, tokens)]
         for way in ("sampled", "strips"):
@@ -208,9 +210,11 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, default=RESULTS / "gradient_gpu.json")
+    parser.add_argument("--json", type=Path, help="left out: benchmarks/results, if no case is left out")
     parser.add_argument("--plot", action="store_true", help="no runs: page and plot of the results that are kept")
     arguments = parser.parse_args()
+    is_whole = all(getattr(arguments, name) == parser.get_default(name) for name in ("tokens", "shapes", "densities"))
+    arguments.json = arguments.json or (RESULTS / "gradient_gpu.json" if is_whole else None)
     if arguments.plot:
         write(arguments.json, read(arguments.json), page, plot)
         return
@@ -229,8 +233,9 @@ def main() -> None:
     run = {"device": name, "dtype": arguments.dtype, "torch": torch.__version__, "rounds": arguments.rounds}
     run |= {"cases": results, "constants": constants(dtype, device, arguments.rounds)}
     same = {"device": name, "dtype": arguments.dtype}
-    others = [other for other in read(arguments.json) if not same.items() <= other.items()]
-    write(arguments.json, [*others, run], page, plot)
+    if arguments.json:
+        others = [other for other in read(arguments.json) if not same.items() <= other.items()]
+        write(arguments.json, [*others, run], page, plot)
     print(_section(run).split("\n\n")[-1])
 
 

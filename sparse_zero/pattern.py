@@ -10,17 +10,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_zero import sampled_cpu
+from sparse_zero.sampled_cost import has_kernels
 from sparse_zero.selection import ACCELERATOR_CHUNK, SHARED_CHUNK
 
 BYTES_PER_POSITION = 64
 """What `flat_positions` takes for a moment, at most, beside a few for each block of rows."""
 
 
+_STARTS = WeakTensorKeyDictionary()
+"""(blocks, columns, where the blocks begin) of cells on an accelerator, while these live: to find them takes a few
+launches, and beside the cells of a weight they are small."""
+
+
 @dataclass(eq=False)
 class Pattern:
-    """The strips of a matrix, told by their cells; on demand by blocks of rows, which for g = 1 is CSR."""
+    """The strips of a matrix, told by their cells; on demand by blocks of rows, which for g = 1 is CSR, and on a CPU
+    takes as much again."""
 
     cells: torch.Tensor
     """(n / g,), sorted indices into the flattened grid, int32 or int64."""
@@ -66,6 +74,14 @@ class Pattern:
 
     @functools.cached_property
     def _searched_starts(self) -> torch.Tensor:
+        if not has_kernels(self.cells):
+            return self._search()
+        kept = _STARTS.get(self.cells)
+        if kept is None or kept[:2] != (self.blocks, self.columns):
+            kept = _STARTS[self.cells] = (self.blocks, self.columns, self._search())
+        return kept[2]
+
+    def _search(self) -> torch.Tensor:
         end = self.blocks * self.columns
         dtype = torch.int32 if end < 2**31 else torch.int64
         # Up to the end, so that the last block ends too

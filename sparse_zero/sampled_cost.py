@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ LEAST_ROWS = 16
 PROGRAMS = 384
 """About three for each multiprocessor of an H100."""
 
-STRIPS_LINES = 4096
+STEP_BYTES = 4096
 """Bytes of rows that a step of the strips' loop reads."""
 
 MOST_ROWS = 64
@@ -50,17 +51,18 @@ TF32_RATE = 0.5
 """TF32 over bfloat16 (A100: 156 of 312 TFLOP/s)."""
 
 CACHE_BYTES = 30
-"""Per clock and multiprocessor out of L2, as the sampled kernel reads it on an H100."""
+"""Per clock and multiprocessor out of L2, as the sampled kernel reads it on an H100 (an H200: 36)."""
 
 DENSE_SHARE, STRIPS_SHARE, MEMORY_SHARE = 0.72, 0.6, 0.85
-"""What is reached, measured on an H100: by a large dense product, of the peak; by strips, of what the sampled kernel
-reads; of the memory's bandwidth."""
+"""What is reached on an H100: by a large dense product, of the peak; by strips, of what the sampled kernel reads; of
+the memory's bandwidth. These and what follows are fitted to whole gradients (matrices from 512 x 2048 to 11008 x 4096,
+2,048 and 8,192 tokens); benchmarks/results/gradient_gpu.md has the choices that are wrong on an H200."""
 
 EXACT_SHARE = 0.25
 """Of the peak without tensor cores, by strips in float32. Not measured."""
 
 LAUNCH_SECONDS = 4e-6
-"""From the beginning of a small kernel to that of the next."""
+"""What a kernel takes beyond its bytes."""
 
 STEP_SECONDS = 0.3e-6
 """Of the strips' loop, whose steps wait for memory one after another."""
@@ -111,12 +113,14 @@ def kernel_is_cheaper(
     if not has_kernels(rows_NR) or dtype.itemsize > 4:
         return False
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    return _is_cheaper_on(rows_NR.device, N, R, C, n, dtype, transient_bytes, granularity, _allows_tf32())
+    return is_cheaper(N, R, C, n, dtype, _properties(rows_NR.device), transient_bytes, granularity)
 
 
 def has_kernels(tensor: torch.Tensor) -> bool:
     """Whether Triton's kernels can run where the tensor is."""
-    return tensor.device.type == "cuda" and not torch.version.hip and _has_triton()
+    if tensor.device.type != "cuda" or torch.version.hip or not _has_triton():
+        return False
+    return _properties(tensor.device).major >= 8
 
 
 @functools.cache
@@ -125,20 +129,11 @@ def _has_triton() -> bool:
 
 
 @functools.cache
-def _is_cheaper_on(
-    device: torch.device,
-    N: int,
-    R: int,
-    C: int,
-    n: int,
-    dtype: torch.dtype,
-    transient_bytes: int,
-    granularity: int,
-    allows_tf32: bool,
-) -> bool:
+def _properties(device: torch.device) -> SimpleNamespace:
     """Remembered: the driver takes a millisecond to tell a device's clock rates."""
-    properties = torch.cuda.get_device_properties(device)
-    return is_cheaper(N, R, C, n, dtype, properties, transient_bytes, granularity)
+    found = torch.cuda.get_device_properties(device)
+    names = ("major", "minor", "multi_processor_count", "clock_rate", "memory_clock_rate", "memory_bus_width")
+    return SimpleNamespace(**{name: getattr(found, name) for name in names if hasattr(found, name)})
 
 
 def is_cheaper(
@@ -199,7 +194,7 @@ def dense_seconds(N: int, R: int, C: int, n: int, dtype: torch.dtype, device: Sp
     """The product, written, and read at the positions."""
     whole = R * C * dtype.itemsize
     chunks = math.ceil(2 * whole / transient_bytes)
-    moved = whole + min(whole, n * SECTOR) + 8 * n
+    moved = whole + min(whole, n * SECTOR) + 4 * n * (1 + chunks)  # every chunk looks for its positions
     return 2 * N * R * C / (device.flops(dtype) * DENSE_SHARE) + moved / device.memory + 3 * chunks * LAUNCH_SECONDS
 
 
@@ -221,11 +216,11 @@ def strips_seconds(
     tiles = math.ceil(strips / blocks / strips_per_tile(strips, blocks, granularity))
     sectors = max(1, SECTOR / (granularity * dtype.itemsize))
     gathered = N * dtype.itemsize * (strips + R * tiles * sectors)
-    seconds = max(gathered / (device.cache * STRIPS_SHARE), strips_steps(N, granularity, dtype) * STEP_SECONDS)
+    seconds = max(gathered / (device.cache * STRIPS_SHARE), _strips_steps(N, granularity, dtype) * STEP_SECONDS)
     if dtype == torch.float32:  # which the kernel keeps exact
         seconds = max(seconds, 2 * n * N / (device.single * EXACT_SHARE))
     return copied / device.memory + seconds + launches * LAUNCH_SECONDS
 
 
-def strips_steps(N: int, granularity: int, dtype: torch.dtype) -> float:
-    return N * max(LEAST_ROWS, granularity) * dtype.itemsize / STRIPS_LINES
+def _strips_steps(N: int, granularity: int, dtype: torch.dtype) -> float:
+    return N * max(LEAST_ROWS, granularity) * dtype.itemsize / STEP_BYTES

@@ -90,7 +90,7 @@ def _dense(
     (N, R), C, g = rows_NR.shape, columns_NC.shape[1], pattern.granularity
     block_rows = g * _at_most(transient_bytes // 2 // (g * C * dtype.itemsize), pattern.blocks)
     if block_rows < R:
-        # Tensor cores take an operand that begins at a multiple of 16 bytes: half as long as others
+        # Tensor cores read an operand that begins at a multiple of 16 bytes in half the time of another
         whole = math.lcm(g, ALIGNED_ROWS)
         block_rows = block_rows // whole * whole or block_rows
     tokens = N
@@ -105,8 +105,8 @@ def _dense(
     for number, chunk in enumerate(chunks):
         product = rows_NR.new_empty(chunk.stop - chunk.start, C, dtype=dtype)
         for piece in pieces(N, tokens):
-            rows, columns = rows_NR[piece, chunk].to(dtype), columns_NC[piece].to(dtype)
-            product.addmm_(rows.t(), columns, beta=float(piece.start > 0))
+            beta = float(piece.start > 0)
+            product.addmm_(rows_NR[piece, chunk].to(dtype).t(), columns_NC[piece].to(dtype), beta=beta)
         read(number, product, result)
     return result
 
@@ -116,7 +116,12 @@ def _reader(
 ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
     """What reads the positions of one of the chunks of rows, of which the dense product is given, into the result."""
     if len(chunks) == pattern.granularity == 1:
-        return lambda number, product, result: result.copy_(product.view(-1).index_select(0, pattern.cells))
+
+        def read_cells(number: int, product: torch.Tensor, result: torch.Tensor) -> None:
+            for piece in pieces(pattern.count, max(1, transient_bytes // product.element_size())):
+                result[piece] = product.view(-1).index_select(0, pattern.cells[piece])
+
+        return read_cells
     if has_kernels(pattern.cells):
         from sparse_zero import sampled_triton
 

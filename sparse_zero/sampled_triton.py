@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from sparse_zero.pattern import Pattern
-from sparse_zero.sampled_cost import GATHER_TILE, LEAST_ROWS, STRIPS_LINES, Pieces, strips_per_tile
+from sparse_zero.sampled_cost import GATHER_TILE, LEAST_ROWS, STEP_BYTES, Pieces, strips_per_tile
 
 CELLS = 256
 """Of one program that reads or writes a matrix at its positions."""
@@ -38,6 +38,7 @@ def sampled(rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, t
     Returns: float32 (n,).
     """
     (N, R), C, n = rows_NR.shape, columns_NC.shape[1], pattern.count
+    assert (pattern.rows, pattern.columns) == (R, C), (pattern.rows, pattern.columns, R, C)
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
     if n == 0 or N == 0:
         return rows_NR.new_zeros(n, dtype=torch.float32)
@@ -60,7 +61,8 @@ def strips(rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, tr
     Args: as of `sampled`.
     Returns: float32 (n,): for each block of rows a (granularity, strips) matrix, row-major.
     """
-    (N, _), C, count = rows_NR.shape, columns_NC.shape[1], pattern.cells.numel()
+    (N, R), C, count = rows_NR.shape, columns_NC.shape[1], pattern.cells.numel()
+    assert (pattern.rows, pattern.columns) == (R, C), (pattern.rows, pattern.columns, R, C)
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
     if count == 0 or N == 0:
         return rows_NR.new_zeros(pattern.count, dtype=torch.float32)
@@ -90,7 +92,7 @@ def strips_launch(tile: int, padded: int, width: int, dtype: torch.dtype) -> dic
     Few warps and long steps are fastest on an H100 (sequences of 2,048 and 8,192, matrices from 2048 x 2048 to
     11008 x 4096): half as long as 4 warps with steps of 64 tokens.
     """
-    tokens = min(STRIPS_LINES // (padded * dtype.itemsize), width & -width)
+    tokens = min(STEP_BYTES // (padded * dtype.itemsize), width & -width)
     return {"TOKENS": max(16, tokens), "num_warps": max(1, min(4, tile * padded // 256)), "num_stages": 3}
 
 
@@ -100,6 +102,12 @@ def read(some_rows: torch.Tensor, first_row: int, pattern: Pattern, result: torc
     Args: some_rows: contiguous (rows, C); result: (n,).
     """
     g, C = pattern.granularity, pattern.columns
+    assert (some_rows.shape[1], result.numel()) == (C, pattern.count), (
+        some_rows.shape,
+        result.shape,
+        C,
+        pattern.count,
+    )
     some = first_row // g * C, (first_row + some_rows.shape[0]) // g * C
     if pattern.count:
         with torch.cuda.device_of(result):
@@ -108,16 +116,13 @@ def read(some_rows: torch.Tensor, first_row: int, pattern: Pattern, result: torc
             )
 
 
-def write_deltas(
-    matrix: torch.Tensor,
-    base: torch.Tensor,
-    change: torch.Tensor | None,
-    pattern: Pattern,
-) -> None:
+def write_deltas(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor | None, pattern: Pattern) -> None:
     """matrix = base + change at its positions, or base; with torch's bits.
 
     Args: matrix: contiguous, at most 32 bits wide; base: (n,), in its dtype; change: (n,), in its dtype or float32.
     """
+    assert matrix.numel() == pattern.rows * pattern.columns, (matrix.numel(), pattern.rows, pattern.columns)
+    assert all(each.numel() == pattern.count for each in (base, change) if each is not None), (base, change)
     if strips := pattern.cells.numel():
         with torch.cuda.device_of(matrix):
             _write_kernel[(triton.cdiv(strips, CELLS),)](

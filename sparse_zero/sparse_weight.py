@@ -88,7 +88,6 @@ class SparseWeight:
         self._reading: torch.Tensor | None = None
         self._edges: dict[int, int] = {}
         """Where the scalars of some rows begin."""
-        self._pattern: Pattern | None = None
         self._written: tuple | None = None
         self._copy_written: tuple | None = None
 
@@ -144,15 +143,10 @@ class SparseWeight:
     @property
     def pattern(self) -> Pattern:
         """The selected positions in the parameter as a matrix."""
-        strips = self.strips()
-        if self._pattern is not None and self._pattern.cells is strips:
-            return self._pattern
-        pattern = Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.draw.granularity)
-        # On an accelerator it holds beside the strips where blocks begin, which takes several launches to find; on a
-        # CPU as much again as the strips
-        if self._has("strips") and has_kernels(strips):
-            self._pattern = pattern
-        return pattern
+        return self._pattern_of(self.strips())
+
+    def _pattern_of(self, strips: torch.Tensor) -> Pattern:
+        return Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.draw.granularity)
 
     def strips(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Returns: strips [start, stop) in the narrowest dtype, as Draw.strip_chunks has them."""
@@ -248,11 +242,7 @@ class SparseWeight:
             return None
         from sparse_zero.sampled_triton import write_deltas
 
-        def write(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor | None, cells: torch.Tensor) -> None:
-            pattern = Pattern(cells, matrix.numel() // columns, columns) if g == 1 else self.pattern
-            write_deltas(matrix, base, change, pattern)
-
-        return write
+        return lambda matrix, base, change, cells: write_deltas(matrix, base, change, self._pattern_of(cells))
 
     def _is_plain(self, factor: torch.Tensor | float | None) -> bool:
         """Whether `write` has dtypes to do with that operator and kernel take."""
@@ -314,7 +304,7 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         # No two objects may hold one weak reference to a storage
-        return self.__dict__ | {"_copy_written": None, "_pattern": None}
+        return self.__dict__ | {"_copy_written": None}
 
     def read(self) -> torch.Tensor:
         """The parameter as its module and other readers see it."""

@@ -42,7 +42,7 @@ def variants() -> list[tuple]:
         constants = {"TOKENS": tokens, "FEATURES": 64, "stride_X": 1, "stride_Y": 1}
         add(f"tokens_last {dtype}", sampled_triton._tokens_last_kernel, operands, constants)
         operands = {"last": pointer, "result": "*fp32", "cells": "*i32"}
-        constants = {"POSITIONS": GATHER_TILE, "TOKENS": tokens, "FIRST": True}
+        constants = {"POSITIONS": GATHER_TILE, "TOKENS": tokens, "FIRST": False}
         add(f"sampled {dtype}", sampled_triton._sampled_kernel, operands, constants)
         operands = {"matrix": pointer, "base": pointer, "change": "*fp32", "result": "*fp32", "cells": "*i32"}
         for rows in (1, 16):
@@ -56,7 +56,7 @@ def variants() -> list[tuple]:
         operands |= {"block_starts": "*i32", "cells": "*i32"}
         padded = max(sampled_triton.LEAST_ROWS, granularity)
         launch = sampled_triton.strips_launch(tile, padded, 2048, DTYPES[dtype])
-        constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "stride_R": 1, "FIRST": True}
+        constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "stride_R": 1, "FIRST": False}
         constants["TOKENS"] = launch.pop("TOKENS")
         add(f"strips {dtype} {granularity} x {tile}", sampled_triton._strips_kernel, operands, constants, **launch)
     return listed

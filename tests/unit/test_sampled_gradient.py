@@ -1,9 +1,11 @@
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from peak_bytes import peak_bytes
 
+from sparse_zero import pattern as pattern_module
 from sparse_zero import sampled_cpu, sampled_gradient
 from sparse_zero.pattern import Pattern
 from sparse_zero.sampled_gradient import _WAYS, cheaper_way, embedding_product, sampled_product
@@ -159,9 +161,10 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed, strided])
 @pytest.mark.parametrize("density", [0.02, 1.0])
+@pytest.mark.parametrize("C", [320, 256], ids=["in chunks", "at once"])
 @pytest.mark.parametrize(("way", "granularity"), WAYS)
-def test_transient_memory_is_within_the_bound(way, granularity, density, layout, dtype):
-    N, R, C, bound = 3000, 256, 320, MIB // 2
+def test_transient_memory_is_within_the_bound(way, granularity, C, density, layout, dtype):
+    N, R, bound = 3000, 256, MIB // 2
     rows, columns = map(layout, operands(N, R, C, dtype))
     pattern = Pattern(draw(R, C, density, granularity), R, C, granularity)
     before = torch.get_num_threads()
@@ -271,6 +274,37 @@ def test_a_pattern_is_made_in_pieces(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(cut.by_blocks[:2], whole.by_blocks[:2], strict=True))
     assert len([*cut.flat_chunks()]) > 20
     assert torch.equal(torch.cat([*cut.flat_chunks()]), flat)
+
+
+def test_an_accelerator_searches_for_blocks_once_and_forgets_with_the_cells(monkeypatch):
+    monkeypatch.setattr(pattern_module, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr(pattern_module.sampled_cpu, "loaded", lambda tensor: None)
+    searched, search = [], torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda *a, **k: searched.append(a) or search(*a, **k))
+    cells, before = draw(12, 31, 0.5, 2), len(pattern_module._STARTS)
+    starts = Pattern(cells, 12, 31, 2).block_starts
+    assert Pattern(cells, 12, 31, 2).block_starts is starts
+    assert len(searched) == 1
+    # The same cells of another grid
+    assert Pattern(cells, 62, 6).block_starts.numel() == 63
+    assert len(searched) == 2
+    assert len(pattern_module._STARTS) == before + 1
+    searched.clear()
+    del cells
+    gc.collect()
+    assert len(pattern_module._STARTS) == before
+
+
+def test_chunks_of_a_dense_product_begin_where_tensor_cores_like_it(monkeypatch):
+    rows, columns = operands(5, 1000, 16)
+    cells, seen = draw(1000, 16, 0.1), []
+    reader = sampled_gradient._reader
+    monkeypatch.setattr(sampled_gradient, "_reader", lambda p, chunks, b: seen.extend(chunks) or reader(p, chunks, b))
+    assert_product("dense", rows, columns, cells, transient_bytes=2 * 4 * 16 * 300)
+    assert [chunk.start for chunk in seen] == [0, 256, 512, 768]
+    seen.clear()
+    assert_product("dense", rows, columns, draw(1000, 16, 0.1, 5), 5, transient_bytes=2 * 4 * 16 * 700)
+    assert [chunk.start for chunk in seen] == [0, 640]
 
 
 def test_a_pattern_holds_what_selection_draws():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_zero import sampled_gradient, selection
+from sparse_zero import SparseConfig, sampled_gradient, selection, sparse_weight, sparsify
 from sparse_zero.pattern import Pattern
 
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
@@ -305,6 +305,50 @@ def test_deltas_are_written_with_torchs_bits(dtype, cells_dtype, granularity):
             assert not torch.equal(written, matrix)
             # Graphs from before see that it has changed
             assert written._version > version
+
+
+@pytest.mark.parametrize("indices", ["stored", "regenerated"])
+@pytest.mark.parametrize("granularity", [1, 8])
+def test_a_weight_is_written_by_the_kernel_and_drawn_once(monkeypatch, granularity, indices):
+    monkeypatch.setattr(sparse_weight, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr(sparse_weight.sampled_cpu, "loaded", lambda tensor: None)
+    config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity, indices=indices)
+    model = sparsify(torch.nn.Sequential(torch.nn.Linear(20, 16)).to(DEVICE), config)
+    (weight,) = model.sparsity.weights.values()
+    weight.delta.data.normal_()
+    expected = weight.weight.detach().clone().view(-1)
+    expected[weight.flat_positions()] += weight.delta.detach()
+    drawn, draw_strips, written, write = [], type(weight)._drawn, [], sampled_triton.write_deltas
+    monkeypatch.setattr(type(weight), "_drawn", lambda *a: drawn.append(a) or draw_strips(*a))
+    monkeypatch.setattr(sampled_triton, "write_deltas", lambda *a: written.append(a) or write(*a))
+    weight.write()
+    assert torch.equal(weight.weight.detach().view(-1), expected)
+    assert len(written) == 1
+    # Single positions that are regenerated come in pieces of their own
+    assert len(drawn) == (indices == "regenerated" and granularity > 1)
+
+
+def test_a_cell_beyond_32_bits_is_read():
+    columns = 2**16
+    cells = torch.tensor([5, 2**31 - 1, 2**31 + 3, 2**31 + columns + 1], device=DEVICE)
+    result = torch.zeros(4, device=DEVICE)
+    row = torch.arange(columns, dtype=torch.float32, device=DEVICE)[None]
+    sampled_triton.read(row, 2**15, Pattern(cells, 2**15 + 2, columns), result)
+    assert result.tolist() == [0, 0, 3, 0]
+
+
+def test_what_does_not_fit_is_refused():
+    rows, columns = operands(5, 16, 20)
+    cells = torch.tensor([3, 7], device=DEVICE)
+    for kernel in (sampled_triton.sampled, sampled_triton.strips):
+        with pytest.raises(AssertionError):
+            kernel(rows, columns, Pattern(cells, 20, 16), BOUND)
+    with pytest.raises(AssertionError):
+        sampled_triton.read(rows, 0, Pattern(cells, 16, 16), torch.zeros(3, device=DEVICE))
+    for matrix, base, change in ((320, 1, 2), (320, 2, 1), (319, 2, 2)):
+        sizes = (torch.zeros(size, device=DEVICE) for size in (matrix, base, change))
+        with pytest.raises(AssertionError):
+            sampled_triton.write_deltas(*sizes, Pattern(cells, 16, 20))
 
 
 def test_a_cell_beyond_32_bits_is_written():
