@@ -25,6 +25,7 @@ TRANSIENT_BYTES = 64 * 2**20
 """The default of SparseConfig.transient_mib."""
 
 ALIGNED_ROWS = 64
+"""What the rows of a chunk of the dense product are a multiple of, where they are not all."""
 
 TURNED, DOT = 31, 2.7
 """Costs of the sampled way, in multiples of a multiplication of the dense product in float32: a scalar of the inputs
