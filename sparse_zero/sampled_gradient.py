@@ -117,12 +117,8 @@ def _reader(
 ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
     """What reads the positions of one of the chunks of rows, of which the dense product is given, into the result."""
     if len(chunks) == pattern.granularity == 1:
-
-        def read_cells(number: int, product: torch.Tensor, result: torch.Tensor) -> None:
-            for piece in pieces(pattern.count, max(1, transient_bytes // product.element_size())):
-                result[piece] = product.view(-1).index_select(0, pattern.cells[piece])
-
-        return read_cells
+        # At most as much again as the product
+        return lambda number, product, result: result.copy_(product.view(-1).index_select(0, pattern.cells))
     if has_kernels(pattern.cells):
         from sparse_zero import sampled_triton
 

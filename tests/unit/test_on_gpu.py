@@ -78,6 +78,7 @@ def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dt
         torch.testing.assert_close(found, expected * (1 if factor is None else factor), rtol=0, atol=tolerance * scale)
     kernel = "strips" if "granularity" in settings else "sampled"
     assert (kernel in chosen) == (way == "kernel")
+    assert ("read" in chosen) == (way == "dense" and "granularity" in settings)
     assert "write_deltas" in chosen
 
 

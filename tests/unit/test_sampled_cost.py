@@ -101,6 +101,19 @@ def test_no_kernel_is_chosen_on_the_cpu():
     assert not kernel_is_cheaper(torch.empty(4096, 64), torch.empty(4096, 64), 1, 1, BOUND)
 
 
+def test_a_device_is_asked_once(monkeypatch):
+    """The driver takes a millisecond to tell, and a step has hundreds of gradients."""
+    device, asked = torch.device("cuda", 7), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or H100)
+    sampled_cost._properties.cache_clear()
+    try:
+        for _ in range(2):
+            assert Speeds.of(sampled_cost._properties(device)) == Speeds.of(H100)
+    finally:
+        sampled_cost._properties.cache_clear()
+    assert asked == [device]
+
+
 def test_pieces_hold_no_more_tokens_than_there_are_or_fit():
     assert Pieces.of(1000, 64, torch.bfloat16, BOUND, cached=32).width == 1024
     assert Pieces.of(10**6, 2**14, torch.bfloat16, BOUND, cached=2**13).width == 1024
