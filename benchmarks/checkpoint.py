@@ -27,10 +27,10 @@ from allocations import peak_of
 from methods import llama, llama_config
 
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
-from sparse_zero.arguments import TrainingArguments
-from sparse_zero.checkpoint import Checkpoint
-from sparse_zero.stopping import StopRequest
-from sparse_zero.zero import device_name
+from sparse_zero.checkpoint.directory import Checkpoint
+from sparse_zero.ranks.stop_signals import StopRequest
+from sparse_zero.recipe.training import TrainingArguments
+from sparse_zero.zero.parameters import device_name
 
 MEETINGS = 500
 
@@ -38,7 +38,7 @@ EXPORT = """
 import json, sys
 sys.path.insert(0, sys.argv[3])
 from allocations import peak_of
-from sparse_zero.export import export
+from sparse_zero.checkpoint.export import export
 print(json.dumps({"extra": peak_of(lambda: export(sys.argv[1], sys.argv[2]))[1]}))
 """
 

@@ -26,8 +26,9 @@ from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from turns import in_turns, ratio
 
-from sparse_zero import SparseConfig, read_gradient, sparsify
-from sparse_zero.zero import device_name
+from sparse_zero import SparseConfig, sparsify
+from sparse_zero.model import readers
+from sparse_zero.zero.parameters import device_name
 
 Step = Callable[[torch.Tensor], None]
 METHODS = ("frozen", "sparse", "dense")
@@ -83,7 +84,7 @@ def steps(arguments: argparse.Namespace, implementation: str) -> dict[str, Step]
     model = mixture(arguments, implementation)
     return {
         "sparse": trained(copy.deepcopy(model), arguments, contextlib.nullcontext()),
-        "dense": trained(copy.deepcopy(model), arguments, mock.patch.dict(read_gradient.RULES, clear=True)),
+        "dense": trained(copy.deepcopy(model), arguments, mock.patch.dict(readers.RULES, clear=True)),
         "frozen": frozen(model),
     }
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from turns import in_turns, ratio
 
-from sparse_zero import sampled_cpu
-from sparse_zero.pattern import Pattern
-from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES, cheaper_way
-from sparse_zero.selection import STRATIFIED, Draw
-from sparse_zero.zero import device_name
+from sparse_zero.gradient import cpu
+from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.sampled import _WAYS, TRANSIENT_BYTES, cheaper_way
+from sparse_zero.selection.rules import STRATIFIED, Draw
+from sparse_zero.zero.parameters import device_name
 
 
 def medians(calls: dict[str, Callable[[], object]], floor: str, rounds: int) -> dict[str, float]:
@@ -83,7 +83,7 @@ def measure_indices(R: int, C: int, density: float, granularity: int, arguments:
     weight, base, delta = torch.zeros(R, C), torch.zeros(draw.count), torch.ones(draw.count)
 
     def write(cells: torch.Tensor) -> None:
-        sampled_cpu.loaded(weight).write_deltas(weight, base, delta, cells, C, granularity)
+        cpu.loaded(weight).write_deltas(weight, base, delta, cells, C, granularity)
 
     once = pattern(stored)
     calls = {
@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
     cases = [(R, C, d, g) for R, C in sizes for g in arguments.granularities for d in arguments.densities]
-    assert sampled_cpu.operator(), "there is nothing to measure but dense products"
+    assert cpu.operator(), "there is nothing to measure but dense products"
     print(f"{device_name()}, {arguments.tokens} tokens, {arguments.rounds} rounds; 1 = the dense product in float32")
     head = f"{'weight':<12} {'g':>3} {'density':>8}"
     print(f"{head} {'dtype':<9} {'sampled':>8} {'dense':>8}   chosen   best")

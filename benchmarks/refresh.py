@@ -31,8 +31,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from turns import in_turns
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.sparse_weight import SparseWeight
-from sparse_zero.zero import device_name, fit_buckets
+from sparse_zero.model.weight import SparseWeight
+from sparse_zero.zero.parameters import device_name, fit_buckets
 
 ZERO = {
     "0": {"stage": 0},

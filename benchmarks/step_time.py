@@ -40,7 +40,7 @@ from methods import (
 from tables import RESULTS, Row, read, spread, table, write
 from turns import in_turns, peak_flops, ratio
 
-from sparse_zero.zero import device_name
+from sparse_zero.zero.parameters import device_name
 
 SUITES = {
     "cpu": {"models": ["llama-120m"], "targets": list(TARGETS), "dtypes": ["float32", "bfloat16"]},

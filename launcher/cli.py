@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from launcher import report
-from launcher.sbatch_options import split_words
+from launcher.jobs.sbatch_options import split_words
+from sparse_zero.checkpoint.resumption import settle_resume
 from sparse_zero.errors import UserError
-from sparse_zero.resumption import settle_resume
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 from launcher import report
-from launcher.command import Command
+from launcher.ways.command import Command
 from sparse_zero.errors import UserError, refuse_to_overwrite
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Start the ranks of a recipe and wait for them, or print the command that would."""
-    from launcher import supervise, ways
-    from launcher.command import TRAINING_MODULE
-    from sparse_zero.recipe import load_recipe
+    from launcher import supervise
+    from launcher.ways import choice
+    from launcher.ways.command import TRAINING_MODULE
+    from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.resume not in (None, "auto") and not Path(arguments.resume).is_dir():
@@ -27,10 +28,10 @@ def train(arguments: argparse.Namespace) -> int:
     ]
     words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
     if arguments.dry_run:
-        _show(ways.ranks_command(recipe, words), arguments.json)
+        _show(choice.ranks_command(recipe, words), arguments.json)
         return 0
 
-    from launcher import preflight
+    from launcher.ways import preflight
 
     preflight.check(recipe)
     results = Path(str(recipe.training["output_dir"])) / "results.json"
@@ -57,8 +58,8 @@ def _show(command: Command, as_json: bool) -> None:
 
 def submit(arguments: argparse.Namespace) -> int:
     """Submit a run as a job of Slurm, or print the script that would be."""
-    from launcher import submit
-    from sparse_zero.recipe import load_recipe
+    from launcher.jobs import submit
+    from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, "launch.launcher=slurm"])
     job = submit.plan(recipe, arguments.recipe, arguments.overrides, arguments.sbatch_options, arguments.merge)
@@ -70,7 +71,7 @@ def submit(arguments: argparse.Namespace) -> int:
             print(f"{job.text}\n{job.command.shell()}")
         return 0
 
-    from launcher import preflight
+    from launcher.ways import preflight
 
     preflight.check(recipe)
     submission = submit.submit(job)
@@ -88,13 +89,13 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measure an adapter on a recipe's evaluation examples."""
-    from sparse_zero.recipe import load_recipe
+    from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     adapter = _adapter_directory(arguments.adapter)
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.evaluate import evaluate
+        from sparse_zero.training.evaluate import evaluate
 
         metrics = evaluate(recipe, adapter)
     if arguments.json:
@@ -110,7 +111,7 @@ def merge(arguments: argparse.Namespace) -> int:
     refuse_to_overwrite(Path(arguments.out))
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.adapter import write_merged
+        from sparse_zero.adapters.save_and_load import write_merged
 
         facts = write_merged(adapter, Path(arguments.out), arguments.scale)
     if arguments.json:
@@ -129,7 +130,7 @@ def export(arguments: argparse.Namespace) -> int:
     refuse_to_overwrite(Path(arguments.out))
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.export import export
+        from sparse_zero.checkpoint.export import export
 
         facts = export(checkpoint, Path(arguments.out))
     if arguments.json:
@@ -143,7 +144,7 @@ def convert(arguments: argparse.Namespace) -> int:
     """Write an adapter, or a fine-tuned model's changes, in another format."""
     source = _adapter_directory(arguments.adapter)
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.exchange.convert import convert
+        from sparse_zero.adapters.exchange.convert import convert
 
         facts = convert(source, Path(arguments.out), arguments.to, arguments.base, arguments.max_density)
     if arguments.json:
@@ -159,7 +160,7 @@ def combine(arguments: argparse.Namespace) -> int:
     adapters = [_adapter_directory(name) for name in arguments.adapters]
     refuse_to_overwrite(Path(arguments.out))
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.combine import combine_adapters
+        from sparse_zero.adapters.combine import combine_adapters
 
         combined = combine_adapters(
             adapters,
@@ -186,7 +187,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     """Say what an adapter holds."""
     adapter = _adapter_directory(arguments.adapter)
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.inspect import describe
+        from sparse_zero.adapters.inspection import describe
 
         facts = describe(adapter, arguments.base)
     if arguments.json:
@@ -198,9 +199,9 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Examine what a run needs before it is started."""
-    from launcher import links
-    from launcher.doctor import examine
-    from sparse_zero.recipe import load_recipe
+    from launcher.doctor import links
+    from launcher.doctor.examination import examine
+    from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
     diagnosis = examine(recipe, arguments.recipe, arguments.overrides, with_ranks=not arguments.no_ranks)
@@ -214,18 +215,18 @@ def doctor(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     """Say what each rank of a run will hold and send, without loading a weight."""
     from launcher.plan_report import print_plan
-    from sparse_zero.cards import card_bytes
-    from sparse_zero.recipe import load_recipe
+    from sparse_zero.planning.gpu_memory import card_bytes
+    from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     memory = None if arguments.gpu_memory is None else card_bytes(arguments.gpu_memory)
     bandwidth = None if arguments.bandwidth is None else arguments.bandwidth * 1e9
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero import planning
+        from sparse_zero.planning import from_recipe
 
-        planning.check_ranks(arguments.ranks, arguments.nodes, bandwidth)
-        facts = planning.plan(planning.read(recipe), arguments.ranks, arguments.nodes, memory, bandwidth)
+        from_recipe.check_ranks(arguments.ranks, arguments.nodes, bandwidth)
+        facts = from_recipe.plan(from_recipe.read(recipe), arguments.ranks, arguments.nodes, memory, bandwidth)
     if arguments.json:
         report.print_json(facts)
     else:
@@ -243,7 +244,7 @@ def _adapter_directory(name: str) -> Path:
 
 def _settle_accelerator() -> None:
     """Spares the user DeepSpeed's warning that it has detected no GPU."""
-    from launcher.devices import count_accelerators
+    from launcher.ways.devices import count_accelerators
 
     if count_accelerators() == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -271,7 +272,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 def keys(arguments: argparse.Namespace) -> int:
     """Print what a recipe can hold."""
     from launcher.recipe_keys import describe
-    from sparse_zero.recipe import Recipe
+    from sparse_zero.recipe.recipe import Recipe
 
     if arguments.json and arguments.key:
         raise UserError("--json prints the schema of whole recipes: leave KEY out")

@@ -9,7 +9,7 @@ KNOWN, GUESSED = "exact", "estimate"
 
 
 def print_plan(title: str, plan: Mapping[str, Any]) -> None:
-    """Args: plan: what sparse_zero.planning.plan returns."""
+    """Args: plan: what sparse_zero.planning.from_recipe.plan returns."""
     print_facts(title, _run(plan))
     print()
     print_rows([_row(stage) for stage in plan["stages"]])
@@ -19,7 +19,7 @@ def print_plan(title: str, plan: Mapping[str, Any]) -> None:
     if shown["sends"]:
         print(f"\nstage {shown['stage']}, each rank sends in a step")
         print_rows([_sending(each) for each in shown["sends"]])
-    print(f"\n{_verdict(plan)}")
+    print(f"\n{_conclusion(plan)}")
     print_notes(plan["notes"])
 
 
@@ -81,7 +81,7 @@ def _shown(plan: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(stage for stage in stages if stage["stage"] == wanted)
 
 
-def _verdict(plan: Mapping[str, Any]) -> str:
+def _conclusion(plan: Mapping[str, Any]) -> str:
     if plan["gpu_bytes"] is None:
         return "give --gpu-memory to see which stages fit"
     room = f"{_size(plan['room_bytes'])} of {_size(plan['gpu_bytes'])}, the rest being reserved"

@@ -18,16 +18,16 @@ from typing import NamedTuple, TextIO
 
 import psutil
 
-import launcher.command
-from launcher.command import Command
+import launcher.ways.command
+from launcher.ways.command import Command
 from sparse_zero.errors import UserError
-from sparse_zero.roll_call import RollCall
-from sparse_zero.stopping import STOPPED
+from sparse_zero.ranks.stop_signals import STOPPED
+from sparse_zero.ranks.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0
 """From the first signal to the last."""
-VERDICT_SECONDS = 15.0
+OUTCOME_SECONDS = 15.0
 """How long ranks may take to end that have been told to end at once."""
 LAUNCHER_SECONDS = 10.0
 """How long a launcher may take to see that its ranks have ended; DeepSpeed's looks once in a second."""
@@ -46,13 +46,13 @@ class Ending(NamedTuple):
 
 
 def run(
-    command: Command, roll: RollCall, stdout: TextIO | None = None, grace_seconds: float = GRACE_SECONDS
+    command: Command, watchdog: Watchdog, stdout: TextIO | None = None, grace_seconds: float = GRACE_SECONDS
 ) -> Ending:
     """Run `command` to its end, and end all its processes when this one gets SIGINT, SIGTERM or SIGHUP.
 
-    The ranks of all hosts hear of the first signal through `roll`, or as SIGTERM where they have not come to it yet;
-    after `grace_seconds`, or at a second signal, whatever is left is killed. SIGUSR1, the warning that a scheduler
-    gives, is passed on likewise, and nothing is killed for it. When the roll has a verdict, the ranks end by
+    The ranks of all hosts hear of the first signal through `watchdog`, or as SIGTERM where they have not joined it
+    yet; after `grace_seconds`, or at a second signal, whatever is left is killed. SIGUSR1, a scheduler's warning, is
+    passed on likewise, and nothing is killed for it. When the watchdog has an outcome, the ranks end by
     themselves, and the launcher that does not see it is killed.
 
     Takes every descendant of this process for its own: call it from the command line only.
@@ -62,25 +62,25 @@ def run(
         # In a session of its own it does not see the terminal's Ctrl-C, which ends each Python with a traceback.
         process = _start(command, stdout)
         warned: set[psutil.Process] = set()
-        while process.poll() is None and not received and roll.verdict is None:
+        while process.poll() is None and not received and watchdog.outcome is None:
             time.sleep(POLL_SECONDS)
             if warnings:
-                roll.ask_to_stop()
-                _warn(warned, roll)
+                watchdog.ask_to_stop()
+                _warn(warned, watchdog)
         if received:
-            roll.ask_to_stop()
-        orphans = [] if received or roll.verdict else _ranks(_descendants())
-        patience = VERDICT_SECONDS if roll.verdict else grace_seconds
-        _end_descendants(received, roll, patience)
+            watchdog.ask_to_stop()
+        orphans = [] if received or watchdog.outcome else _ranks(_descendants())
+        patience = OUTCOME_SECONDS if watchdog.outcome else grace_seconds
+        _end_descendants(received, watchdog, patience)
     status = exit_status(process.wait())
-    verdict = roll.conclude()
+    outcome = watchdog.conclude()
     if status == STOPPED:
         return Ending(status, stopped=True)
     if received:
         return Ending(128 + received[0], stopped=True)
-    if verdict is not None:
+    if outcome is not None:
         # A launcher may have a status of its own for a rank that a signal has ended.
-        return Ending(status if status > 128 else verdict.status, stopped=not verdict.is_error, is_explained=True)
+        return Ending(status if status > 128 else outcome.status, stopped=not outcome.is_error, is_explained=True)
     # DeepSpeed's runner reports success when the launcher below it was killed.
     return Ending(1 if orphans and status == 0 else status, stopped=False)
 
@@ -102,45 +102,45 @@ def exit_status(returncode: int) -> int:
     return 128 + 256 - returncode if 192 <= returncode < 255 else returncode
 
 
-def _end_descendants(received: list[int], roll: RollCall, patience_seconds: float) -> None:
+def _end_descendants(received: list[int], watchdog: Watchdog, patience_seconds: float) -> None:
     deadline = time.monotonic() + patience_seconds
     told: set[psutil.Process] = set()
     # One that has not seen the failure yet is about to; one that has started no rank yet need not.
-    launchers_deadline = time.monotonic() + LAUNCHER_SECONDS if roll.verdict else 0.0
+    launchers_deadline = time.monotonic() + LAUNCHER_SECONDS if watchdog.outcome else 0.0
     while alive := _descendants():
         now = time.monotonic()
         ranks = _ranks(alive)
         if len(received) > 1 or now > deadline:
-            roll.end("killed")
+            watchdog.end("killed")
             for process in alive:
                 _send(process, signal.SIGKILL)
         # The launchers are spared while there are ranks: they would cut the ranks' time to save their work. Then they
         # are given time to see with what status the ranks have ended.
         elif ranks:
-            for process in set(_strangers(ranks, roll)) - told:
+            for process in set(_strangers(ranks, watchdog)) - told:
                 _send(process, signal.SIGTERM)
                 told.add(process)
-        elif not roll.is_anybody_there and now > launchers_deadline:
+        elif not watchdog.is_anybody_there and now > launchers_deadline:
             for process in set(alive) - told:
                 # A launcher that waits for a lost host would try to clean up there.
-                _send(process, signal.SIGKILL if roll.verdict else signal.SIGTERM)
+                _send(process, signal.SIGKILL if watchdog.outcome else signal.SIGTERM)
                 told.add(process)
-        if ranks or roll.is_anybody_there:
+        if ranks or watchdog.is_anybody_there:
             launchers_deadline = now + LAUNCHER_SECONDS
         time.sleep(POLL_SECONDS)
 
 
-def _warn(warned: set[psutil.Process], roll: RollCall) -> None:
+def _warn(warned: set[psutil.Process], watchdog: Watchdog) -> None:
     """Pass SIGUSR1 on to each rank once, as soon as the rank has a handler for it: without one it would die."""
-    for process in set(_strangers(_ranks(_descendants()), roll)) - warned:
+    for process in set(_strangers(_ranks(_descendants()), watchdog)) - warned:
         if _handles(process, signal.SIGUSR1):
             _send(process, signal.SIGUSR1)
             warned.add(process)
 
 
-def _strangers(ranks: Iterable[psutil.Process], roll: RollCall) -> list[psutil.Process]:
-    """Those of `ranks` that have not come to the roll call, where they would have heard what is asked of them."""
-    members = roll.pids(socket.gethostname())
+def _strangers(ranks: Iterable[psutil.Process], watchdog: Watchdog) -> list[psutil.Process]:
+    """Those of `ranks` that have not come to the watchdog, where they would have heard what is asked of them."""
+    members = watchdog.pids(socket.gethostname())
     return [rank for rank in ranks if rank.pid not in members]
 
 
@@ -158,7 +158,7 @@ def _ranks(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     ranks = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline()[1:4] == ["-u", "-m", launcher.command.TRAINING_MODULE]:
+            if process.cmdline()[1:4] == ["-u", "-m", launcher.ways.command.TRAINING_MODULE]:
                 ranks[process] = process.ppid()
     pids = {rank.pid for rank in ranks}
     return [rank for rank, parent in ranks.items() if parent not in pids]

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.recipe import Recipe
+from sparse_zero.recipe.recipe import Recipe
 
 
 def all_keys(schema: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -57,7 +57,7 @@ MOST_ROWS = 30
 
 
 def print_description(title: str, facts: Mapping[str, Any]) -> None:
-    """What `sparse_zero.inspect.describe` found."""
+    """What `sparse_zero.adapters.inspection.describe` found."""
     tables = ("kinds", "layers", "tensors", "histogram", "largest", "notes")
     print_facts(
         title, {name: fact for name, fact in facts.items() if name not in tables and fact not in (None, {}, [])}
@@ -97,7 +97,10 @@ def print_histogram(bars: Sequence[Mapping[str, Any]], width: int = 40) -> None:
 
 
 def print_diagnosis(findings: Sequence[Any], links: Sequence[Mapping[str, Any]]) -> None:
-    """What `sparse-zero doctor` found, what is wrong last. Args: findings: launcher.findings.Finding; links: rows."""
+    """What `sparse-zero doctor` found, what is wrong last.
+
+    Args: findings: launcher.doctor.findings.Finding; links: rows.
+    """
     _print_findings([finding for finding in findings if finding.severity == "ok"])
     if links:
         print()

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from launcher import processes, ways
+from launcher import processes
 from launcher.processes import Ending
-from sparse_zero.errors import UserError
-from sparse_zero.membership import announce
-from sparse_zero.recipe import Recipe
-from sparse_zero.roll_call import RollCall
-from sparse_zero.stopping import STOPPED
+from launcher.ways import choice
+from sparse_zero.ranks.stop_signals import STOPPED
+from sparse_zero.ranks.watchdog import Watchdog
+from sparse_zero.ranks.watchdog_client import announce
+from sparse_zero.recipe.recipe import Recipe
 
 _FINAL = (0, 2, STOPPED)
 """Exit statuses that another start would not change."""
@@ -23,7 +23,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> E
 
     Raises UserError: the ranks cannot be started.
     """
-    names = hosts = ways.host_names(recipe)
+    names = hosts = choice.host_names(recipe)
     for restart in range(1, recipe.launch.max_restarts + 2):
         ending = _attempt(recipe, words, hosts, stdout)
         if ending.stopped or ending.status in _FINAL or restart > recipe.launch.max_restarts:
@@ -39,16 +39,16 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> E
 
 def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> Ending:
     launch = recipe.launch
-    roll = RollCall(announce, launch.silence_seconds, ways.watching_address(recipe, hosts))
+    watchdog = Watchdog(announce, launch.silence_seconds, choice.watching_address(recipe, hosts))
     try:
-        command = ways.ranks_command(recipe, words, str(roll.address), hosts)
+        command = choice.ranks_command(recipe, words, str(watchdog.address), hosts)
         command.write_files()
         # A job of srun's own may wait in the queue for days.
         if hosts or launch.launcher != "slurm":
-            roll.expect(command.world_size, launch.rendezvous_seconds)
-        return processes.run(command, roll, stdout, launch.grace_seconds)
+            watchdog.expect(command.world_size, launch.rendezvous_seconds)
+        return processes.run(command, watchdog, stdout, launch.grace_seconds)
     finally:
-        roll.close()
+        watchdog.close()
 
 
 def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -57,7 +57,7 @@ def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str]:
         return []
     # Slurm lets go of a step's resources a moment after its last process.
     time.sleep(1)
-    problems = ways.unreachable(recipe, names)
+    problems = choice.unreachable(recipe, names)
     left = [name for name in names if name not in problems]
     fewest = recipe.launch.min_nodes or len(names)
     if len(left) >= fewest:
@@ -70,7 +70,7 @@ def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str]:
 
 def _resumed(words: Sequence[str], output: Path) -> list[str]:
     """The same, going on from the run's newest checkpoint; where it has none, from what it was told to go on from."""
-    from sparse_zero.checkpoint import MANIFEST_NAME, numbered
+    from sparse_zero.checkpoint.directory import MANIFEST_NAME, numbered
 
     if not any((checkpoint / MANIFEST_NAME).is_file() for checkpoint in numbered(output)):
         return list(words)
@@ -79,12 +79,3 @@ def _resumed(words: Sequence[str], output: Path) -> list[str]:
 
 def _say(message: str) -> None:
     print(f"sparse-zero: {message}", file=sys.stderr, flush=True)
-
-
-def check_hosts(recipe: Recipe) -> None:
-    """Raises UserError: a host of the hostfile that ranks cannot be started on."""
-    names = ways.host_names(recipe) if recipe.launch.hostfile else []
-    problems = ways.unreachable(recipe, names)
-    if problems:
-        lost = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-        raise UserError(f"launch.hostfile: {len(problems)} of {len(names)} hosts cannot be reached: {lost}")

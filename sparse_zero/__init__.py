@@ -2,28 +2,28 @@
 
     from sparse_zero import SparseConfig, sparsify, SparseTrainer
 
-Names are loaded when first used, so that `sparse_zero.recipe` and the command line do not wait for torch.
+Names are loaded when first used, so that `sparse_zero.recipe.recipe` and the command line do not wait for torch.
 """
 
 import importlib
 
 _HOME = {
-    "SparseConfig": "sparse_zero.config",
+    "SparseConfig": "sparse_zero.selection.config",
     "UserError": "sparse_zero.errors",
-    "sparsify": "sparse_zero.model",
-    "merge_and_unload": "sparse_zero.model",
-    "unload": "sparse_zero.model",
-    "disable_adapter": "sparse_zero.model",
-    "set_scale": "sparse_zero.model",
-    "combine_adapters": "sparse_zero.combine",
-    "save_adapter": "sparse_zero.adapter",
-    "load_adapter": "sparse_zero.adapter",
-    "adapter_names": "sparse_zero.switching",
-    "set_adapter": "sparse_zero.switching",
-    "delete_adapter": "sparse_zero.switching",
-    "merge_adapter": "sparse_zero.switching",
-    "unmerge_adapter": "sparse_zero.switching",
-    "SparseTrainer": "sparse_zero.trainer",
+    "sparsify": "sparse_zero.model.sparsify",
+    "merge_and_unload": "sparse_zero.model.sparsify",
+    "unload": "sparse_zero.model.sparsify",
+    "disable_adapter": "sparse_zero.model.sparsify",
+    "set_scale": "sparse_zero.model.sparsify",
+    "combine_adapters": "sparse_zero.adapters.combine",
+    "save_adapter": "sparse_zero.adapters.save_and_load",
+    "load_adapter": "sparse_zero.adapters.save_and_load",
+    "adapter_names": "sparse_zero.adapters.switching",
+    "set_adapter": "sparse_zero.adapters.switching",
+    "delete_adapter": "sparse_zero.adapters.switching",
+    "merge_adapter": "sparse_zero.adapters.switching",
+    "unmerge_adapter": "sparse_zero.adapters.switching",
+    "SparseTrainer": "sparse_zero.training.trainer",
 }
 
 __all__ = list(_HOME)

@@ -17,14 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparse_zero.checkpoint.resumption import settle_resume
 from sparse_zero.errors import UserError
-from sparse_zero.membership import Membership, announce, join_launcher
-from sparse_zero.placement import Placement, alone, find_placement
-from sparse_zero.rank_log import open_rank_log
-from sparse_zero.recipe import Recipe, load_recipe
-from sparse_zero.resumption import settle_resume
-from sparse_zero.stopping import STOPPED, Stopped, StopRequest
-from sparse_zero.verdict import Member
+from sparse_zero.ranks.failures import Member
+from sparse_zero.ranks.placement import Placement, alone, find_placement
+from sparse_zero.ranks.rank_log import open_rank_log
+from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
+from sparse_zero.ranks.watchdog_client import WatchdogClient, announce, join_launcher
+from sparse_zero.recipe.recipe import Recipe, load_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +66,7 @@ class Rank:
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
         self._placement: Placement | None = None
-        self._membership: Membership | None = None
+        self._client: WatchdogClient | None = None
         self._log: Path | None = None
         # A log will take the place of the descriptors 1 and 2.
         self._console = os.dup(2)
@@ -79,7 +79,7 @@ class Rank:
             self._placement = alone()
         if self._placement is not None:
             self._join(self._placement, recipe)
-        from sparse_zero import run
+        from sparse_zero.training import run
 
         run.keep_quiet(main=self._is_first_of_host)
         run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=self._stop)
@@ -94,15 +94,15 @@ class Rank:
             self._log = open_rank_log(directory, placement.rank, placement.world_size)
         me = Member(placement.rank, socket.gethostname(), os.getpid(), str(self._log) if self._log else None)
         settings: dict[str, Any] = {"silence_seconds": launch.silence_seconds, "console": self._console}
-        self._membership = join_launcher(placement, me, self._stop, **settings)
+        self._client = join_launcher(placement, me, self._stop, **settings)
 
-        from sparse_zero import joining
+        from sparse_zero.ranks import rendezvous
 
-        store = joining.open_store(placement, launch.rendezvous_seconds)
-        is_watched = self._membership is not None
+        store = rendezvous.open_store(placement, launch.rendezvous_seconds)
+        is_watched = self._client is not None
         if not is_watched and placement.world_size > 1:
-            self._membership = joining.join_rank_zero(store, placement, me, self._stop, announce, **settings)
-        joining.meet(
+            self._client = rendezvous.join_rank_zero(store, placement, me, self._stop, announce, **settings)
+        rendezvous.meet(
             store,
             placement,
             use_cpu=bool(training.get("use_cpu")),
@@ -122,8 +122,8 @@ class Rank:
 
     def refuse(self, message: str) -> int:
         """End all ranks with an error of the user's, which one of them says."""
-        if self._membership is not None:
-            self._membership.report(message, status=2)
+        if self._client is not None:
+            self._client.report(message, status=2)
         elif self._is_first_of_host:
             # Every rank of a host meets the same error.
             os.write(self._console, f"sparse-zero: error: {message}\n".encode())
@@ -131,13 +131,13 @@ class Rank:
 
     def fail(self, error: Exception) -> int:
         """End all ranks with this rank's exception, unless it is an echo of something else."""
-        if self._membership is None:
+        if self._client is None:
             raise error
         text = traceback.format_exc()
         if self._log:
             with self._log.open("a") as log:
                 log.write(text)
-        self._membership.report(f"{type(error).__name__}: {error}", text, status=1)
+        self._client.report(f"{type(error).__name__}: {error}", text, status=1)
         return 1
 
     def stopped(self, stopped: Stopped) -> int:
@@ -148,10 +148,10 @@ class Rank:
         return STOPPED
 
     def _leave(self, status: int) -> None:
-        from sparse_zero import run
+        from sparse_zero.training import run
 
-        if self._membership is not None:
-            self._membership.leave(status)
+        if self._client is not None:
+            self._client.leave(status)
         run.leave()
 
 

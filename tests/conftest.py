@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_zero.data.package import resolve
 from sparse_zero.errors import UserError
-from sparse_zero.package import resolve
 
 # `datasets` reads these when it is imported. The workers of pytest-xdist share the cache of the session.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")

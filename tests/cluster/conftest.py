@@ -10,8 +10,8 @@ from lab import SYSTEM_PATH, Hosts, need
 from lab_slurm import Slurm
 from workload import RANKS, Workload, losses
 
-from sparse_zero import sampled_cpu
-from sparse_zero.operators import remove_abandoned_locks
+from sparse_zero.gradient import cpu
+from sparse_zero.ranks.extension_locks import remove_abandoned_locks
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """n1, n2 and n3, connected."""
     need("hosts")
-    sampled_cpu.operator()  # built before anything is timed
+    cpu.operator()  # built before anything is timed
     hosts = Hosts(tmp_path_factory.mktemp("lab"), ["n1", "n2", "n3"], environment())
     yield hosts
     hosts.close()

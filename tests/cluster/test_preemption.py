@@ -90,7 +90,7 @@ def test_each_task_of_an_array_is_a_run(slurm: Slurm, workload: Workload, tmp_pa
     # The template is for a project's folder with its environment in .venv.
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "sweep.txt").write_text("training.learning_rate=0.01\ntraining.learning_rate=0.02 training.seed=3\n")
-    script = Path(__file__).parents[2] / "slurm" / "array.sbatch"
+    script = Path(__file__).parents[2] / "configs" / "array.sbatch"
     words = [workload.recipe, "sweep.txt", "training.max_steps=3", "training.save_steps=3"]
     number = slurm.submit("--array=1-2", script, *words, cwd=tmp_path)
     wait_until(lambda: not slurm.jobs(), 120, f"the array {number} has ended")

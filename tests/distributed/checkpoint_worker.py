@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 import rpn
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
-from sparse_zero.arguments import TrainingArguments
-from sparse_zero.run import noisy_objective
+from sparse_zero.recipe.training import TrainingArguments
+from sparse_zero.training.run import noisy_objective
 
 FILE_LIMIT = 8000
 """Bytes, of the 12,000 that a shard of the tiny model has."""

@@ -105,12 +105,10 @@ def _be_rank(
 def main(jobs: str, out: str) -> None:
     import deepspeed  # noqa: F401
 
-    import sparse_zero.run
-    import sparse_zero.train  # noqa: F401
-    from sparse_zero import sampled_cpu
-    from sparse_zero.operators import remove_abandoned_locks
+    from sparse_zero.gradient import cpu
+    from sparse_zero.ranks.extension_locks import remove_abandoned_locks
 
-    sampled_cpu.operator()  # built before anything is timed
+    cpu.operator()  # built before anything is timed
     if "offload" in Path(jobs).read_text():
         # Takes a minute or two where it has not been built: more than a rank may be silent.
         build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"

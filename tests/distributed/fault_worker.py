@@ -11,14 +11,16 @@ import accelerate
 from checkpoint_worker import FILE_LIMIT, limit_files
 from transformers.trainer_callback import CallbackHandler
 
-import sparse_zero.run
-from sparse_zero import checkpoint, saving, shards, train
-from sparse_zero.stopping import _SAME_REQUEST_SECONDS
-from sparse_zero.trainer import SparseTrainer
+import sparse_zero.training.run
+from sparse_zero import train
+from sparse_zero.checkpoint import directory as checkpoint
+from sparse_zero.checkpoint import saving, shards
+from sparse_zero.ranks.stop_signals import _SAME_REQUEST_SECONDS
+from sparse_zero.training.trainer import SparseTrainer
 
 CALLS: dict[str, tuple[Any, str]] = {
     "load": (shards.TensorFile, "_checked_block"),
-    "data": (sparse_zero.run, "build"),
+    "data": (sparse_zero.training.run, "build"),
     "forward": (SparseTrainer, "compute_loss"),
     "backward": (accelerate.Accelerator, "backward"),
     "step": (CallbackHandler, "on_pre_optimizer_step"),

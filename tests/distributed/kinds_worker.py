@@ -25,8 +25,8 @@ from sparse_zero import (
     unload,
     unmerge_adapter,
 )
-from sparse_zero.layers import SparseWeight
-from sparse_zero.zero import is_partitioned
+from sparse_zero.model.layers import SparseWeight
+from sparse_zero.zero.parameters import is_partitioned
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sparse_zero import (
     sparsify,
     unmerge_adapter,
 )
-from sparse_zero.zero import gathered
+from sparse_zero.zero.parameters import gathered
 
 TASK, STEPS, BATCH, LEARNING_RATE = "sequence-classification", 8, 4, 3e-2
 

@@ -9,7 +9,7 @@ from trainer_worker import build, main
 
 from rpn import RPNConfig
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
-from sparse_zero.run import noisy_objective
+from sparse_zero.training.run import noisy_objective
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:

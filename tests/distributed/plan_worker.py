@@ -10,10 +10,10 @@ import torch
 from transformers import TrainerCallback
 
 from sparse_zero import SparseTrainer, sparsify
-from sparse_zero.build import build, evaluation_settings, training_arguments
-from sparse_zero.recipe import load_recipe
-from sparse_zero.run import noisy_objective
-from sparse_zero.zero import optimizer_state_tensors
+from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.training.build import build, evaluation_settings, training_arguments
+from sparse_zero.training.run import noisy_objective
+from sparse_zero.zero.parameters import optimizer_state_tensors
 
 
 class Watch(TrainerCallback):

@@ -38,7 +38,8 @@ def run_ranks(
 ) -> Run:
     """Run a script (a Path) or a module (a str) on `count` ranks, on CPUs and over gloo.
 
-    launcher: "torchrun", "deepspeed" (its runner), or "launcher.torchrun" (ours, which keeps a rank's exit status).
+    launcher: "torchrun", "deepspeed" (its runner), or "launcher.ways.torchrun" (ours, which keeps a rank's
+    exit status).
     Raises AssertionError, with everything that was printed, where the exit status is not `status` or never comes.
     """
     __tracebackhide__ = True
@@ -78,7 +79,7 @@ def _launch(launcher: str, count: int) -> list[str]:
     if launcher == "deepspeed":
         runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
         return [*runner, "--num_gpus", str(count), "--hostfile", os.devnull, "--master_port", str(_free_port())]
-    module = {"torchrun": "torch.distributed.run", "launcher.torchrun": "launcher.torchrun"}[launcher]
+    module = {"torchrun": "torch.distributed.run", "launcher.ways.torchrun": "launcher.ways.torchrun"}[launcher]
     return [sys.executable, "-m", module, "--standalone", "--nproc-per-node", str(count)]
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.sparse_weight import SparseWeight
-from sparse_zero.zero import fit_buckets
+from sparse_zero.model.weight import SparseWeight
+from sparse_zero.zero.parameters import fit_buckets
 
 TASK, BATCH, WARM_UP = "causal-lm", 2, 3
 """Stage 3 learns in the first steps which module follows which."""

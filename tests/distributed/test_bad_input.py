@@ -64,7 +64,7 @@ def test_every_rank_ends_with_status_2_and_one_says_why(ends: dict[str, dict[str
 
 @pytest.fixture(
     scope="module",
-    params=[("launcher.torchrun", "no-such-label"), ("deepspeed", "no-such-target")],
+    params=[("launcher.ways.torchrun", "no-such-label"), ("deepspeed", "no-such-target")],
     ids=lambda param: param[0],
 )
 def launched(request: pytest.FixtureRequest, recipes: dict[str, Path]) -> Run:

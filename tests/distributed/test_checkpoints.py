@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from trainer_cases import zero_config
 
-from sparse_zero.checkpoint import Checkpoint
-from sparse_zero.export import export
+from sparse_zero.checkpoint.directory import Checkpoint
+from sparse_zero.checkpoint.export import export
 
 pytestmark = pytest.mark.distributed
 

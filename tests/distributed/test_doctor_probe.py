@@ -8,7 +8,7 @@ import sys
 import pytest
 from ranks import run_ranks
 
-from launcher import links
+from launcher.doctor import links
 
 pytestmark = pytest.mark.distributed
 
@@ -45,9 +45,11 @@ def test_doctor_measures_two_real_ranks(launcher, tmp_path, monkeypatch):
     assert all(each["bytes_per_second"] > 0 for each in (*told["ranks"]["links"], told["ranks"]["collectives"][1]))
 
 
-@pytest.mark.parametrize(("launcher", "count"), [("deepspeed", 2), ("launcher.torchrun", 1), ("launcher.torchrun", 3)])
+@pytest.mark.parametrize(
+    ("launcher", "count"), [("deepspeed", 2), ("launcher.ways.torchrun", 1), ("launcher.ways.torchrun", 3)]
+)
 def test_the_probe_of_any_launcher(launcher, count):
-    run = run_ranks(count, "sparse_zero.probe", "--cpu", launcher=launcher)
+    run = run_ranks(count, "sparse_zero.ranks.link_probe", "--cpu", launcher=launcher)
     measured = links.read(run.output, 0)
     assert sorted(measured.hosts) == list(range(count))
     assert sorted((link["from"], link["to"]) for link in measured.links) == sorted(links.pairs(count))
@@ -58,7 +60,9 @@ def test_the_probe_of_any_launcher(launcher, count):
 def test_ranks_that_nobody_joins_end_by_themselves(tmp_path):
     """One of two ranks is started: it says that it is there and whom it misses, and ends."""
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = links.Command([sys.executable, "-m", "sparse_zero.probe", "--cpu", "--seconds", "2"], environment)
+    command = links.Command(
+        [sys.executable, "-m", "sparse_zero.ranks.link_probe", "--cpu", "--seconds", "2"], environment
+    )
     measured = links.measure(command, seconds=60)
     assert measured.status == 2
     found = [finding.message for finding in links.judge(measured)]

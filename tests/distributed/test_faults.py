@@ -17,9 +17,9 @@ from test_checkpoints import SAVED, job, run_farm
 from test_checkpoints import STEPS as JOB_STEPS
 from trainer_cases import zero_config
 
-from sparse_zero.checkpoint import newest_complete
-from sparse_zero.output_lock import LOCK_NAME
-from sparse_zero.stopping import STOPPED
+from sparse_zero.checkpoint.directory import newest_complete
+from sparse_zero.checkpoint.output_lock import LOCK_NAME
+from sparse_zero.ranks.stop_signals import STOPPED
 
 pytestmark = pytest.mark.distributed
 

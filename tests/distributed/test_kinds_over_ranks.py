@@ -14,7 +14,7 @@ from trainer_cases import case, run_cases, zero_config
 from transformers import AutoModelForCausalLM
 
 from sparse_zero import SparseConfig, load_adapter, merge_and_unload, sparsify
-from sparse_zero.adapter_files import read_adapter
+from sparse_zero.adapters.files import read_adapter
 
 pytestmark = pytest.mark.distributed
 

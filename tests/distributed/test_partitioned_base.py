@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from trainer_cases import case, run_cases, zero_config
 
-from sparse_zero import selection
+from sparse_zero.selection import rules
 
 pytestmark = pytest.mark.distributed
 
@@ -70,7 +70,7 @@ def test_merging_writes_the_values_and_nothing_else(bases: dict, ranks: list, ou
         if name in tiny.head_of(TASK):
             expected[name] = values
         else:
-            expected[name].view(-1)[selection.positions(0, name, expected[name].numel(), len(values))] += values
+            expected[name].view(-1)[rules.positions(0, name, expected[name].numel(), len(values))] += values
     torch.testing.assert_close(torch.load(out / way / f"merged{rank}.pt"), expected, rtol=0, atol=0)
 
 

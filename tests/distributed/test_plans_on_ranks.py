@@ -9,9 +9,9 @@ from recipes import write_recipe
 from test_checkpoints import run_farm
 from trainer_cases import zero_config
 
-from sparse_zero.plan import states, traffic
-from sparse_zero.planning import Run, read
-from sparse_zero.recipe import load_recipe
+from sparse_zero.planning.arithmetic import states, traffic
+from sparse_zero.planning.from_recipe import Run, read
+from sparse_zero.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.distributed
 

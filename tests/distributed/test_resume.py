@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from trainer_cases import case, run_cases, zero_config
 
-from sparse_zero.export import export
+from sparse_zero.checkpoint.export import export
 
 pytestmark = pytest.mark.distributed
 

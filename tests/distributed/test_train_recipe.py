@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer_cases import zero_config
 from transformers import AutoTokenizer
 
-from sparse_zero.evaluate import evaluate
-from sparse_zero.recipe import load_recipe
+from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.training.evaluate import evaluate
 
 pytestmark = pytest.mark.distributed
 

@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedModel, TrainingArguments
 
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
-from sparse_zero.trainer import Backward, Forward
-from sparse_zero.zero import optimizer_bytes
+from sparse_zero.training.trainer import Backward, Forward
+from sparse_zero.zero.parameters import optimizer_bytes
 
 
 class WatchedTrainer(SparseTrainer):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from sparse_zero.data import load_splits, prepare
-from sparse_zero.encoding import IGNORED
-from sparse_zero.recipe import DataSection
+from sparse_zero.data.datasets import load_splits, prepare
+from sparse_zero.data.encoding import IGNORED
+from sparse_zero.recipe.recipe import DataSection
 
 TEXT = {"text": "text"}
 CLASSES = {"text": "text", "label": "label"}

@@ -3,8 +3,8 @@
 import copy
 from typing import Any
 
-from launcher.host_report import Report
-from sparse_zero.recipe import Recipe
+from launcher.doctor.host_report import Report
+from sparse_zero.recipe.recipe import Recipe
 
 H100 = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30}
 

@@ -7,9 +7,9 @@ import torch
 from families import VOCABULARY, tiny
 from torch import nn
 
-from sparse_zero import selection
-from sparse_zero.config import SparseConfig
-from sparse_zero.model import sparsify
+from sparse_zero.model.sparsify import sparsify
+from sparse_zero.selection import rules
+from sparse_zero.selection.config import SparseConfig
 
 Batch = dict[str, torch.Tensor]
 Positions = dict[str, torch.Tensor]
@@ -84,7 +84,7 @@ def drawn(model: nn.Module) -> Positions:
     """The positions that the selection draws from each selected weight."""
     seed = model.sparsity.config.seed
     return {
-        name: selection.positions(seed, name, weight.weight.numel(), weight.delta.numel())
+        name: rules.positions(seed, name, weight.weight.numel(), weight.delta.numel())
         for name, weight in model.sparsity.weights.items()
     }
 

@@ -1,0 +1,55 @@
+"""What can be known to be wrong with a run before its ranks are started, at the cost of a few milliseconds."""
+
+import json
+from pathlib import Path
+
+from launcher.ways import choice, devices
+from sparse_zero.data import package
+from sparse_zero.errors import UserError
+from sparse_zero.recipe.recipe import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raises UserError: a package that is not installed, a DeepSpeed file that is not JSON, an output directory
+    that is a file, a port that is taken, a launcher that is not installed, a host that cannot be reached.
+    """
+    for address in (recipe.model.name, recipe.model.tokenizer, recipe.data.path):
+        package.resolve(address or "")
+    choice.check_programs(recipe.launch)
+    if recipe.launch.hostfile:
+        check_hosts(recipe)
+    elif recipe.launch.launcher != "slurm":
+        _check_port(recipe.launch.master_port)
+    _check_output_directory(Path(str(recipe.training["output_dir"])))
+    if isinstance(recipe.training.get("deepspeed"), str):
+        check_json(Path(recipe.training["deepspeed"]))
+
+
+def check_hosts(recipe: Recipe) -> None:
+    """Raises UserError: a host of the hostfile that ranks cannot be started on."""
+    names = choice.host_names(recipe) if recipe.launch.hostfile else []
+    problems = choice.unreachable(recipe, names)
+    if problems:
+        lost = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise UserError(f"launch.hostfile: {len(problems)} of {len(names)} hosts cannot be reached: {lost}")
+
+
+def _check_port(port: int | str) -> None:
+    if port != "auto" and not devices.port_is_free(int(port)):
+        raise UserError(f"launch.master_port: {port} is in use on this machine; give another, or auto")
+
+
+def _check_output_directory(output: Path) -> None:
+    for path in (output, *output.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"training.output_dir: {output}: {path} is a file, not a directory")
+            return
+
+
+def check_json(path: Path) -> None:
+    """Raises UserError: `training.deepspeed` is not JSON."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"training.deepspeed: {path}: not JSON: {error}") from None

@@ -1,0 +1,175 @@
+"""The commands that start ranks on the hosts of a hostfile: DeepSpeed's runner, mpirun, or torchrun over pdsh."""
+
+import math
+import os
+import re
+import shlex
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.ways import devices
+from launcher.ways.command import Command, rank_environment, wrapped
+from launcher.ways.hostfile import Host, choose_hosts, read_hostfile
+from launcher.ways.local import deepspeed_runner, settle_port, threads_per_rank
+from sparse_zero.errors import UserError
+from sparse_zero.recipe.launch import LaunchSection
+
+PDSH = ["pdsh", "-S", "-f", "1024", "-R", "ssh"]
+_NODE_RANK = "NUMBER-OF-THIS-HOST"
+"""Stands for %n, which pdsh replaces by the number of the host, in the order of -w."""
+
+
+def hosts_of(launch: LaunchSection) -> list[Host]:
+    """The hosts that a recipe runs on, with the ranks of each as their slots.
+
+    Raises UserError: see read_hostfile and choose_hosts; fewer hosts or slots than are asked for.
+    """
+    hosts = choose_hosts(read_hostfile(launch.hostfile), launch.include, launch.exclude)
+    if launch.nodes != "auto":
+        if len(hosts) < launch.nodes:
+            raise UserError(f"launch.nodes: {launch.nodes} are asked for, {launch.hostfile} has {len(hosts)} to offer")
+        hosts = hosts[: launch.nodes]
+    if launch.processes_per_node == "auto":
+        return hosts
+    ranks = int(launch.processes_per_node)
+    for host in hosts:
+        if host.slots < ranks:
+            raise UserError(
+                f"launch.processes_per_node: {ranks} are asked for, {host.name} has {host.slots} slots in "
+                f"{launch.hostfile}"
+            )
+    return [Host(host.name, ranks, host.devices[:ranks] if host.devices else None) for host in hosts]
+
+
+def remote_command(
+    launch: LaunchSection,
+    hosts: Sequence[Host],
+    words: Sequence[str],
+    directory: Path,
+    use_cpu: bool = False,
+    watch: str | None = None,
+) -> Command:
+    """What starts `python -m words[0] words[1:]` on every slot of `hosts`. Args: directory: for the files it needs.
+
+    Raises UserError: something that this launcher cannot carry to the other hosts.
+    """
+    variables = rank_environment(launch, watch)
+    if launch.launcher == "mpi":
+        # Else only mpi4py could tell the ranks.
+        variables |= {"MASTER_ADDR": _master(launch, hosts), "MASTER_PORT": str(settle_port(launch))}
+    if use_cpu:
+        # Left to detect it, every process prints a warning that there is no GPU.
+        variables.setdefault("DS_ACCELERATOR", "cpu")
+    if launch.launcher != "deepspeed" and "PYTHONPATH" in os.environ:
+        # DeepSpeed's runner passes it on by itself.
+        variables.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
+    most = max(host.slots for host in hosts)
+    if most > 1 and (use_cpu or not devices.count_accelerators()):
+        variables.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or threads_per_rank(most))
+    build = {"deepspeed": _deepspeed, "mpi": _mpirun, "torchrun": _torchrun}[launch.launcher]
+    command = build(launch, hosts, list(words), directory, variables)
+    return replace(command, world_size=sum(host.slots for host in hosts))
+
+
+def _deepspeed(
+    launch: LaunchSection, hosts: Sequence[Host], words: list[str], directory: Path, variables: dict[str, str]
+) -> Command:
+    chosen = [f"{host.name}:{','.join(map(str, host.devices))}" if host.devices else host.name for host in hosts]
+    slots = [f"{host.name} slots={max(host.devices) + 1 if host.devices else host.slots}\n" for host in hosts]
+    if launch.multinode == "openmpi" and any(host.devices for host in hosts):
+        raise UserError("launch.include: DeepSpeed's runner chooses no devices with openmpi; choose multinode: pdsh")
+    for name, value in variables.items():
+        if re.search(r'["\\`$\n]', value):
+            raise UserError(f"launch.environment: DeepSpeed's runner cannot carry {name}={value!r} to other hosts")
+    # Its own file of this name may hold lines that stop the remote command: see _own_variables.
+    carried = _own_variables() | variables
+    argv = [
+        *deepspeed_runner(),
+        *("--hostfile", str(directory / "hostfile")),
+        *(["--include", "@".join(chosen)] if any(host.devices for host in hosts) else []),
+        *("--launcher", launch.multinode),
+        *([f"--launcher_args={shlex.join(launch.launcher_args)}"] if launch.launcher_args else []),
+        *("--master_addr", _master(launch, hosts), "--master_port", str(settle_port(launch))),
+        # One host would be taken for this machine, whatever its name.
+        "--force_multi",
+        *("--log_level", "critical"),
+        "--module",
+        *(words if launch.multinode == "openmpi" else [_for_pdsh(word) for word in words]),
+    ]
+    files = {
+        str(directory / "hostfile"): "".join(slots),
+        str(directory / "deepspeed_env"): "".join(f"{name}={value}\n" for name, value in carried.items()),
+    }
+    environment = {"DS_ENV_FILE": str((directory / "deepspeed_env").absolute())}
+    return Command(argv, environment, files)
+
+
+def _mpirun(
+    launch: LaunchSection, hosts: Sequence[Host], words: list[str], directory: Path, variables: dict[str, str]
+) -> Command:
+    argv = [
+        *("mpirun", "--quiet", "-np", str(sum(host.slots for host in hosts))),
+        *("--hostfile", str(directory / "hostfile")),
+        # Each rank would have one core to itself, and its threads would share it.
+        *("--bind-to", "none"),
+        *(word for name in variables for word in ("-x", name)),
+        *launch.launcher_args,
+        *wrapped([sys.executable, "-u", "-m", *words], launch),
+    ]
+    slots = "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+    return Command(argv, dict(variables), {str(directory / "hostfile"): slots})
+
+
+def _torchrun(
+    launch: LaunchSection, hosts: Sequence[Host], words: list[str], directory: Path, variables: dict[str, str]
+) -> Command:
+    if len({host.slots for host in hosts}) > 1:
+        raise UserError(
+            f"{launch.hostfile}: torchrun starts as many ranks on each host; give all the same slots, or "
+            "launch.processes_per_node"
+        )
+    agent = [
+        *(sys.executable, "-m", "launcher.ways.torchrun", "--nnodes", str(len(hosts))),
+        *("--node-rank", _NODE_RANK, "--nproc-per-node", str(hosts[0].slots)),
+        *("--master-addr", _master(launch, hosts), "--master-port", str(settle_port(launch))),
+        *("--rdzv-id", uuid.uuid4().hex[:8]),
+        # Else the agents wait for each other for a quarter of an hour, also when pdsh is gone.
+        *("--rdzv-conf", f"timeout={math.ceil(launch.rendezvous_seconds)}"),
+        *launch.launcher_args,
+        "-m",
+        *words,
+    ]
+    remote = ["env", *(f"{name}={value}" for name, value in variables.items()), *wrapped(agent, launch)]
+    line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(remote)}"
+    line = line.replace("%", "%%").replace(_NODE_RANK, "%n")
+    return Command([*PDSH, "-w", ",".join(host.name for host in hosts), line])
+
+
+def _master(launch: LaunchSection, hosts: Sequence[Host]) -> str:
+    return launch.master_addr or hosts[0].name
+
+
+def _for_pdsh(word: str) -> str:
+    """A word that DeepSpeed puts into a shell's command line on the other host, as it is."""
+    if re.search(r"[\s%'\"]", word):
+        raise UserError(
+            f"'{word}': DeepSpeed's runner cannot carry spaces, quotes and % to other hosts; write it into the recipe"
+        )
+    return shlex.quote(word)
+
+
+def _own_variables() -> dict[str, str]:
+    """What the user's .deepspeed_env, or DS_ENV_FILE, sets. DeepSpeed fails on its blank lines, and a comment in it
+    comments out the whole remote command.
+    """
+    variables = {}
+    for directory in (Path.home(), Path.cwd()):
+        file = directory / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+        for line in file.read_text().splitlines() if file.is_file() else []:
+            name, equals, value = line.partition("=")
+            if equals and not name.lstrip().startswith("#"):
+                variables[name.strip()] = value.strip()
+    return variables

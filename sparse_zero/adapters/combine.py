@@ -1,0 +1,208 @@
+"""Several adapters of one base model as one: a weighted sum of their deltas, with PEFT's ways to settle conflicts.
+
+The adapters may have selected different scalars: each position is handled with the values of those adapters that have
+it, and zeros of the others, as PEFT's functions do for dense matrices.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from sparse_zero.adapters.files import (
+    Adapter,
+    SelectedTensor,
+    checked_positions,
+    library_versions,
+    read_adapter,
+    row_mask,
+    write_adapter,
+)
+from sparse_zero.adapters.model_card import model_card
+from sparse_zero.errors import UserError
+from sparse_zero.model.fingerprint import differences
+from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.rules import STORED, Draw, stream_key, whole_rows
+
+CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+"""linear: the weighted sum. ties (arXiv 2306.01708): of each adapter the largest deltas are kept; at each position the
+sign with the larger sum is elected, and the deltas that have it are averaged. dare_linear, dare_ties
+(arXiv 2311.03099): deltas are dropped at random and the others scaled up, before either. magnitude_prune: the largest
+deltas of each adapter, summed."""
+
+
+def combine_adapters(
+    directories: Sequence[str | Path],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    combination_type: CombinationType = "linear",
+    density: float = 1.0,
+    seed: int = 0,
+) -> Adapter:
+    """Write the combination of several adapter directories as a new one.
+
+    Args: weights: one for each adapter; None: 1 with the ties ways, which average by themselves, else 1 / adapters.
+        density: the fraction of each adapter's deltas that are kept,
+        in all ways but linear. seed: of dare's random choice.
+    Returns: what was written. Raises UserError: adapters of different base models, tasks or tokens; damaged files;
+        weights or a density that do not fit.
+    """
+    if Path(out).resolve() in {Path(directory).resolve() for directory in directories}:
+        raise UserError(f"{out}: is one of the adapters to combine; name another directory")
+    adapters = [read_adapter(directory) for directory in directories]
+    _check_alike(adapters, [str(directory) for directory in directories])
+    combined = combine(adapters, weights, combination_type, density, seed, [str(d) for d in directories])
+    write_adapter(combined, out, model_card(combined.config))
+    return combined
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    combination_type: CombinationType = "linear",
+    density: float = 1.0,
+    seed: int = 0,
+    names: Sequence[str] = (),
+) -> Adapter:
+    """`combine_adapters` in memory. Parameters and rows trained whole are averaged, by the size of their weights."""
+    names = names or [f"adapter {i + 1}" for i in range(len(adapters))]
+    elect = "ties" in combination_type
+    if weights is None:
+        weights = [1.0 if elect else 1 / len(adapters)] * len(adapters)
+    _check_settings(adapters, weights, combination_type, density)
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
+    for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        for name in adapter.config.tensors:
+            flat, values = _scattered(adapter, name, names[i])
+            kept = _pruned(values, combination_type, density, f"{seed}/{i}/{name}")
+            parts.setdefault(name, []).append((flat, kept, weight))
+    first = adapters[0].config
+    shapes = {name: tensor.shape for adapter in adapters for name, tensor in adapter.config.tensors.items()}
+    result = Adapter(first, deltas={}, whole=_averaged([a.whole for a in adapters], weights))
+    result.rows = _averaged([adapter.rows for adapter in adapters], weights)
+    tensors = {}
+    for name, part in parts.items():
+        flat, values = _sum(part, elect)
+        if values.numel():
+            result.deltas[name] = values.to(_dtype(adapters, name))
+        if all(adapter.config.tensors.get(name) == first.tensors.get(name) for adapter in adapters):
+            # All have drawn the same: what can be drawn again need not be stored
+            tensors[name] = first.tensors[name]
+            if name in adapters[0].stored:
+                result.stored[name] = adapters[0].stored[name]
+            continue
+        rows = sorted({row for a in adapters if name in a.config.tensors for row in a.config.tensors[name].whole_rows})
+        if rows:
+            flat = torch.cat([flat, whole_rows(torch.tensor(rows), shapes[name][-1])]).sort().values
+        draw = Draw(STORED, name, tuple(shapes[name]), flat.numel(), whole_rows=tuple(rows))
+        result.stored[name] = flat
+        tensors[name] = SelectedTensor.describe(draw, flat)
+    trained = sum(t.count for t in tensors.values()) + sum(values.numel() for values in result.whole.values())
+    update = {
+        "sparse": SparseConfig(density=trained / first.total_parameters, modules_to_save=first.sparse.modules_to_save),
+        "trainable_parameters": trained,
+        "tensors": tensors,
+        "results": {},
+        "library_versions": library_versions(),
+    }
+    result.config = first.model_copy(update=update)
+    return result
+
+
+def _scattered(adapter: Adapter, name: str, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and float32 deltas of one weight, without rows trained whole."""
+    flat, draw = checked_positions(adapter, name, origin), adapter.draw(name)
+    if draw.whole_rows:
+        flat = flat[~row_mask(draw, flat)]
+    return flat, adapter.deltas[name].float() if name in adapter.deltas else torch.zeros(0)
+
+
+def _pruned(values: torch.Tensor, combination_type: CombinationType, density: float, key: str) -> torch.Tensor:
+    """The values with all but a fraction of them set to zero, by size or at random."""
+    if combination_type == "linear" or density == 1:
+        return values
+    if combination_type.startswith("dare"):
+        generator = torch.Generator().manual_seed(abs(stream_key(0, key, "dare")))
+        kept = torch.rand(values.numel(), generator=generator) < density
+        return values * kept / density
+    count = int(density * values.numel())
+    largest = values.abs().topk(count).indices
+    return torch.zeros_like(values).index_copy_(0, largest, values[largest])
+
+
+def _sum(part: list[tuple[torch.Tensor, torch.Tensor, float]], elect: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that any adapter has, and the weighted sum of what they have there.
+
+    Args: part: (positions, values, weight) of each adapter; elect: at each position only the values count that have
+        the sign of their unweighted sum, and the result is their mean.
+    """
+    flat, place = torch.cat([flat for flat, _, _ in part]).unique(return_inverse=True)
+    values = torch.cat([values for _, values, _ in part])
+    weighted = torch.cat([values * weight for _, values, weight in part])
+    if not elect:
+        return flat, torch.zeros(flat.numel()).index_add_(0, place, weighted)
+    total = torch.zeros(flat.numel()).index_add_(0, place, values)
+    agrees = values.sign() == torch.where(total >= 0, 1.0, -1.0)[place]
+    agreed = torch.zeros_like(total).index_add_(0, place, weighted * agrees)
+    voters = torch.zeros_like(total).index_add_(0, place, agrees.float())
+    return flat, agreed / voters.clamp(min=1)
+
+
+def _averaged(parts: Sequence[dict[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:
+    size = sum(map(abs, weights))
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: sum(p[name].float() * (abs(w) / size) for p, w in zip(parts, weights, strict=True)).to(
+            parts[0][name].dtype
+        )
+        for name in names
+    }
+
+
+def _dtype(adapters: Sequence[Adapter], name: str) -> torch.dtype:
+    dtypes = {adapter.deltas[name].dtype for adapter in adapters if name in adapter.deltas}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _check_settings(
+    adapters: Sequence[Adapter], weights: Sequence[float], combination_type: str, density: float
+) -> None:
+    if len(weights) != len(adapters):
+        raise UserError(f"weights: {len(weights)} for {len(adapters)} adapters; give one for each")
+    if not adapters or not all(map(math.isfinite, weights)) or not any(weights):
+        raise UserError("weights: give finite numbers that are not all zero, for at least one adapter")
+    if combination_type not in get_args(CombinationType):
+        raise UserError(f"combination_type: '{combination_type}'; known: {', '.join(get_args(CombinationType))}")
+    if not 0 < density <= 1:
+        raise UserError(
+            f"density: {density:g}; give the fraction of each adapter's deltas to keep, above 0, at most 1"
+        )
+
+
+def _check_alike(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
+    first = adapters[0]
+    for adapter, name in zip(adapters[1:], names[1:], strict=True):
+        pair = f"{names[0]} and {name}"
+        if odd := differences(first.config.base_fingerprint, adapter.config.base_fingerprint):
+            raise UserError(
+                f"{pair}: made for different base models, {first.config.base_model_name_or_path} and "
+                f"{adapter.config.base_model_name_or_path} ('{odd[0]}' differs); only adapters of one base combine"
+            )
+        for kind, one, other in (
+            ("parameters trained whole", _shapes(first.whole), _shapes(adapter.whole)),
+            ("tokens trained whole", _shapes(first.rows), _shapes(adapter.rows)),
+            ("new tokens", first.config.new_tokens, adapter.config.new_tokens),
+            ("labels", first.config.model_settings.get("id2label"), adapter.config.model_settings.get("id2label")),
+        ):
+            if one != other:
+                raise UserError(f"{pair}: they have different {kind} ({one} and {other}), which cannot be combined")
+        for entry in first.config.tensors.keys() & adapter.config.tensors.keys():
+            one, other = first.config.tensors[entry], adapter.config.tensors[entry]
+            if (one.shape, one.whole_rows) != (other.shape, other.whole_rows):
+                raise UserError(f"{pair}: '{entry}' has other shapes or rows trained whole in each")
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

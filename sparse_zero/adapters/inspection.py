@@ -1,0 +1,168 @@
+"""What `sparse-zero inspect` shows of an adapter of any format. The base model is read only where it must be."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_zero.adapters.exchange import format_of, read
+from sparse_zero.adapters.exchange.contents import Contents
+from sparse_zero.adapters.exchange.files import adapter_bytes
+from sparse_zero.data.package import resolve
+from sparse_zero.errors import UserError
+
+SMALLEST = -8
+"""The power of ten below which the histogram does not tell magnitudes apart: they vanish beside any weight."""
+
+LARGEST = 10
+"""How many of the largest changes are listed."""
+
+
+def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
+    """Facts of an adapter and of each of its tensors.
+
+    Args: base: the original of a fine-tuned model; the base model of an adapter whose positions depend on its weights.
+    Raises UserError: no known format, a file that is damaged.
+    """
+    contents = read(directory, base)
+    _add_shapes(contents)
+    tensors = list(_tensors(contents))
+    changes = {name: entry.values.float() for name, entry in contents.selected.items()}
+    size = adapter_bytes(Path(directory))
+    facts = {
+        "format": format_of(contents.format).TITLE,
+        "base_model": contents.base,
+        "revision": contents.revision,
+        "task": contents.task,
+        "dtype": contents.dtype,
+        "selection": contents.rule,
+        "trainable_parameters": contents.trained,
+        "total_parameters": contents.total,
+        "density": contents.trained / contents.total if contents.total else None,
+        "bytes": size,
+        "bytes_per_scalar": size / max(1, contents.trained),
+        "new_tokens": contents.new_tokens,
+        "norm": _norm(changes.values()),
+        "library_versions": contents.versions,
+        "results": contents.results,
+        "notes": contents.notes,
+    }
+    if contents.format == "model":
+        # The bytes of the whole model say nothing of its changes.
+        del facts["bytes"], facts["bytes_per_scalar"]
+    return facts | {
+        "kinds": _grouped(tensors, _kind),
+        "layers": _grouped(tensors, _layer),
+        "histogram": histogram(changes.values()),
+        "largest": _largest(contents),
+        "tensors": tensors,
+    }
+
+
+def _add_shapes(contents: Contents) -> None:
+    """What the directory does not tell of the base model, where that needs no download."""
+    if contents.total is not None:
+        return
+    try:
+        if contents.config is None and not (contents.base and Path(resolve(contents.base)).is_dir()):
+            return
+        architecture = contents.architecture()
+    except UserError as error:
+        contents.notes.append(f"the weights' shapes are not known ({error})")
+        return
+    contents.total = architecture.total
+    for name, entry in contents.selected.items():
+        entry.shape = entry.shape or architecture.shape(name)
+
+
+def _tensors(contents: Contents) -> Iterable[dict[str, Any]]:
+    for name, entry in contents.selected.items():
+        size = torch.Size(entry.shape).numel() if entry.shape else None
+        yield _entry(name, "selected", entry.values, entry.shape, entry.values.numel() / size if size else None)
+    for name, (_, values) in contents.rows.items():
+        yield _entry(name, "rows", values, tuple(values.shape), None)
+    for name, values in contents.whole.items():
+        yield _entry(name, "whole", values, tuple(values.shape), 1.0)
+
+
+def _entry(
+    name: str, trained: str, values: torch.Tensor, shape: tuple[int, ...] | None, density: float | None
+) -> dict[str, Any]:
+    values = values.float()
+    return {
+        "name": name,
+        "shape": list(shape) if shape else None,
+        "trained": trained,
+        "scalars": values.numel(),
+        "density": density,
+        "norm": values.norm().item(),
+        "largest": values.abs().max().item() if values.numel() else 0.0,
+        "zeros": int((values == 0).sum()),
+    }
+
+
+def _kind(name: str) -> str:
+    """The same weight of all layers has one name."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _layer(name: str) -> str:
+    """Up to the first number: `model.layers.3`; what is outside of the layers by its own name."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+    return found.group() if found else name
+
+
+def _grouped(tensors: list[dict[str, Any]], group: Any) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for tensor in tensors:
+        key = group(tensor["name"]), tensor["trained"]
+        row = rows.setdefault(
+            key, {"name": key[0], "trained": key[1], "weights": 0, "scalars": 0, "norm": 0.0, "largest": 0.0}
+        )
+        row["weights"] += 1
+        row["scalars"] += tensor["scalars"]
+        row["norm"] = (row["norm"] ** 2 + tensor["norm"] ** 2) ** 0.5
+        row["largest"] = max(row["largest"], tensor["largest"])
+    return list(rows.values())
+
+
+def histogram(changes: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
+    """How many deltas have a magnitude of [10^k, 10^(k+1)), empty ranges in between included.
+
+    Zeros come first (`from` and `to` are 0), then, as one, those below 10^SMALLEST.
+    """
+    zeros, decades = 0, Counter()
+    for values in changes:
+        magnitude = values.abs().double()
+        zeros += int((magnitude == 0).sum())
+        found, numbers = magnitude[magnitude > 0].log10().floor().long().unique(return_counts=True)
+        for decade, number in zip(found.tolist(), numbers.tolist(), strict=True):
+            decades[max(decade, SMALLEST - 1)] += number
+    bars = [{"from": 0.0, "to": 0.0, "scalars": zeros}] if zeros else []
+    for decade in range(min(decades), max(decades) + 1) if decades else ():
+        least = 0.0 if decade < SMALLEST else 10.0**decade
+        bars.append({"from": least, "to": 10.0 ** (decade + 1), "scalars": decades[decade]})
+    return bars
+
+
+def _largest(contents: Contents) -> list[dict[str, Any]]:
+    found = []
+    for name, entry in contents.selected.items():
+        top = entry.values.float().abs().topk(min(LARGEST, entry.values.numel())).indices
+        for place in top.tolist():
+            index = entry.indices[place]
+            if entry.values[place] == 0:
+                continue
+            if index.dim() == 0 and entry.shape:
+                position = [int(x) for x in torch.unravel_index(index.long(), entry.shape)]
+            else:
+                position = index.reshape(-1).tolist()
+            found.append({"name": name, "position": position, "delta": entry.values[place].item()})
+    return sorted(found, key=lambda change: -abs(change["delta"]))[:LARGEST]
+
+
+def _norm(changes: Iterable[torch.Tensor]) -> float:
+    return sum(values.norm().item() ** 2 for values in changes) ** 0.5

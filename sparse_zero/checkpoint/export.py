@@ -1,0 +1,213 @@
+"""A checkpoint's shards as an adapter: no GPU, no base model, and no more memory than one tensor.
+
+All that knows both the checkpoint's format and the adapter's stands here. Beside the trained values an adapter needs
+its description, which every manifest holds, and what training never changes and nothing can draw again: stored
+positions, and what rows that are trained whole held before. A checkpoint has a file of these where there are any.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_zero.adapters.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    POSITIONS_NAME,
+    ROWS,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    row_mask,
+)
+from sparse_zero.adapters.model_card import model_card
+from sparse_zero.adapters.save_and_load import describe_config
+from sparse_zero.checkpoint.directory import FIXED_NAME, Checkpoint, newest_complete
+from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_tensors
+from sparse_zero.errors import UserError
+from sparse_zero.model.sparsify import sparsity_of, unwrap
+from sparse_zero.model.weight import SparseWeight
+from sparse_zero.selection.rules import STORED, Draw
+from sparse_zero.zero.partitions import VALUE
+from sparse_zero.zero.resharding import offsets, plan_reads
+
+_CHUNK_SCALARS = 2**20
+_POSITIONS, _BASE = "positions.", "base."
+
+
+def describe_adapter(model: nn.Module) -> dict[str, Any]:
+    """What adapter_config.json says of a sparse model; it goes into every checkpoint."""
+    sparsity = sparsity_of(model)
+    return describe_config(unwrap(model), sparsity, _LazyPositions(sparsity.weights)).model_dump(mode="json")
+
+
+class _LazyPositions(Mapping[str, torch.Tensor]):
+    """The positions of one weight at a time: all together may be larger than a shard."""
+
+    def __init__(self, weights: Mapping[str, SparseWeight]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name].flat_positions()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def fixed_entries(model: nn.Module) -> list[Entry]:
+    """The tensors of a checkpoint that training does not change: empty for what can all be drawn again."""
+    entries = []
+    for name, weight in sparsity_of(model).weights.items():
+        if weight.draw.rule == STORED:
+            entries.append(
+                Entry(_POSITIONS + name, _index_dtype(weight.draw), (weight.draw.count,), _positions(weight))
+            )
+        if weight.draw.whole_rows:
+            entries.append(Entry(_BASE + name, weight.base.dtype, (weight.draw.in_whole_rows,), _base_rows(weight)))
+    return entries
+
+
+def _positions(weight: SparseWeight) -> Iterator[torch.Tensor]:
+    yield weight.flat_positions()
+
+
+def _base_rows(weight: SparseWeight) -> Iterator[torch.Tensor]:
+    yield weight.base[row_mask(weight.draw, weight.flat_positions())]
+
+
+def _index_dtype(draw: Draw) -> torch.dtype:
+    return torch.int32 if draw.numel < 2**31 else torch.int64
+
+
+def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the adapter of a checkpoint, or of the newest complete one of a run's directory.
+
+    Returns: facts for the user. Raises UserError: no complete checkpoint, a damaged one (the message names the file),
+    `out` cannot be written.
+    """
+    started = time.perf_counter()
+    found, out = _find(Path(checkpoint)), Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; an adapter is a directory")
+    with _Saved(found) as saved:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            files = _write(saved, out)
+        except OSError as error:
+            raise UserError(f"{out}: the adapter cannot be written ({error.strerror})") from None
+    return {
+        "checkpoint": str(found.directory),
+        "step": found.step,
+        "adapter": str(out),
+        "shards": len(found.manifest.shards),
+        "trainable_parameters": sum(found.manifest.sizes().values()),
+        "bytes": sum(record.bytes for record in files.values()),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _find(path: Path) -> Checkpoint:
+    found, problems = newest_complete(path)
+    if found is not None:
+        return found
+    if problems:
+        raise UserError(problems[0])
+    return Checkpoint(path)
+
+
+def _write(saved: "_Saved", out: Path) -> dict[str, FileRecord]:
+    """Each file aside first; the config last, so that nothing opens by mistake."""
+    files = {}
+    for name, entries in ((WEIGHTS_NAME, saved.weights()), (POSITIONS_NAME, saved.positions())):
+        if entries:
+            aside = out / f"{name}.tmp"
+            files[name] = write_tensors(aside, entries, {"format": "pt"})
+            aside.replace(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    config = saved.config.model_copy(update={"files": {name: record.xxh3_128 for name, record in files.items()}})
+    (out / CARD_NAME).write_text(model_card(config))
+    aside = out / f"{CONFIG_NAME}.tmp"
+    aside.write_text(config.model_dump_json(indent=2) + "\n")
+    aside.replace(out / CONFIG_NAME)
+    return files
+
+
+class _Saved:
+    """What a checkpoint holds, as the tensors of an adapter, read when they are written."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._manifest = checkpoint, checkpoint.manifest
+        self.config = AdapterConfig.model_validate(self._manifest.adapter)
+        self._sizes = self._manifest.sizes()
+        self._begins = offsets(self._sizes)
+        self._open: tuple[str, TensorFile] | None = None
+
+    def __enter__(self) -> "_Saved":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open is not None:
+            self._open[1].close()
+
+    def weights(self) -> list[Entry]:
+        entries = []
+        for parameter in self._manifest.parameters:
+            name, dtype, shape = parameter.name, getattr(torch, parameter.dtype), tuple(parameter.shape)
+            selected = self.config.tensors.get(name)
+            draw = selected.draw(name) if selected else None
+            if draw is None or not draw.whole_rows:
+                entries.append(Entry(name, dtype, shape, self._values(name)))
+                continue
+            if others := draw.count - draw.in_whole_rows:
+                entries.append(Entry(name, dtype, (others,), self._outside_rows(name, dtype)))
+            rows = (len(draw.whole_rows), draw.shape[-1])
+            entries.append(Entry(name + ROWS, dtype, rows, self._rows(name, dtype)))
+        return entries
+
+    def positions(self) -> list[Entry]:
+        entries = []
+        for name, selected in self.config.tensors.items():
+            if selected.rule == STORED:
+                dtype = _index_dtype(selected.draw(name))
+                entries.append(Entry(name, dtype, (selected.count,), self._fixed(_POSITIONS + name)))
+        return entries
+
+    def _outside_rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        yield torch.cat(list(self._values(name)))[~self._row_mask(name)]
+
+    def _rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        # Rounded as the trained parameter is, before the addition: what save_adapter sees.
+        values = torch.cat(list(self._values(name)))[self._row_mask(name)].to(dtype)
+        base = torch.cat(list(self._fixed(_BASE + name)))
+        yield base.to(torch.promote_types(base.dtype, dtype)) + values
+
+    def _row_mask(self, name: str) -> torch.Tensor:
+        draw = self.config.tensors[name].draw(name)
+        stored = draw.rule == STORED
+        flat = torch.cat(list(self._fixed(_POSITIONS + name))).long() if stored else draw.positions()
+        return row_mask(draw, flat)
+
+    def _fixed(self, name: str) -> Iterator[torch.Tensor]:
+        yield self._file(FIXED_NAME, self._manifest.files[FIXED_NAME]).tensor(name)
+
+    def _values(self, name: str) -> Iterator[torch.Tensor]:
+        """float32 values of a parameter, in pieces, from whichever shards hold them."""
+        begin = self._begins[name]
+        for read in plan_reads([(begin, begin + self._sizes[name])], [s.spans for s in self._manifest.shards]):
+            shard = self._manifest.shards[read.shard]
+            for start in range(read.at, read.at + read.count, _CHUNK_SCALARS):
+                piece = torch.empty(min(_CHUNK_SCALARS, read.at + read.count - start))
+                self._file(shard.name, shard.file).copy(VALUE, start, piece)
+                yield piece
+
+    def _file(self, name: str, record: FileRecord) -> TensorFile:
+        if self._open is None or self._open[0] != name:
+            self.__exit__()
+            self._open = name, TensorFile(self._checkpoint.directory / name, record)
+        return self._open[1]

@@ -1,0 +1,190 @@
+"""What a forward keeps for its backward, counted on the meta device: a run of shapes, in which no value is computed.
+
+A frozen weight does not need its input for backward, so a sparse model keeps less than the same model trained whole.
+Where a model's forward needs values (some mixtures of experts route by them), the formula of Korthikanti et al. (2022,
+arXiv 2205.05198, equation 2) stands in, which counts what a model trained whole keeps.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from sparse_zero.selection.targets import Target
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = "not known: the model's forward cannot be counted"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, of one micro-batch."""
+
+    layers: tuple[int, ...]
+    """What each block keeps that gradient checkpointing can recompute."""
+    inputs: int
+    """Of these blocks: what checkpointing keeps instead."""
+    outside: int
+    """What the rest keeps, but for the loss."""
+    loss: int
+    """Of a language model's logits in float32: their log-softmax, its gradient and the gradient of the logits."""
+    formula: str
+
+    def peak(self, checkpointed: bool) -> int:
+        """The most that is there at once. The loss's part is gone before the first block is recomputed."""
+        if checkpointed:
+            return self.outside + self.inputs + max(self.loss, max(self.layers, default=0))
+        return self.outside + sum(self.layers) + self.loss
+
+
+LOSS_BYTES = 3 * 4
+"""Of each logit."""
+
+
+def activations(
+    model: PreTrainedModel, targets: Iterable[Target], whole: Iterable[str], rows: int, tokens: int
+) -> Activations:
+    """What a training step of a micro-batch of `rows` sequences of `tokens` tokens keeps.
+
+    Args: model: on the meta device, with its attention implementation and dtype; requires_grad of its parameters is
+        changed; targets: those that will be sparse; whole: names of the parameters trained whole.
+    """
+    head = model.get_output_embeddings()
+    loss = LOSS_BYTES * rows * tokens * (head.weight.shape[0] if head is not None else 0)
+    hooks = _train_only(model, targets, set(whole))
+    counter = _Counter(model)
+    try:
+        counter.run(torch.zeros(rows, tokens, dtype=torch.int64, device="meta"))
+    except Exception:  # whatever a model's own code makes of a batch without values
+        logger.debug("activations are estimated", exc_info=True)
+        return _by_formula(model, rows, tokens, loss)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers = tuple(counter.kept.get(name, 0) for name in counter.layers)
+    return Activations(layers, sum(counter.inputs), counter.kept.get("", 0), loss, "counted on the meta device")
+
+
+def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Activations:
+    """s b h (34 + 5 a s / h) bytes for each layer in half precision; fused attention drops the second term."""
+    config, width = model.config.get_text_config(), model.dtype.itemsize
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")]
+    if None in sizes:
+        return Activations((), 0, 0, loss, UNKNOWN)
+    hidden, heads, count = sizes
+    scores = 5 * heads * tokens / hidden if config._attn_implementation == "eager" else 0
+    layer = round(tokens * rows * hidden * (34 + scores) * width / 2)
+    formula = "s * b * h * (34 + 5 * a * s / h) for each layer (Korthikanti et al. 2022); fused attention: 34"
+    return Activations((layer,) * count, count * tokens * rows * hidden * width, 0, loss, formula)
+
+
+def _train_only(model: PreTrainedModel, targets: Iterable[Target], whole: set[str]) -> list[Any]:
+    """Let gradients flow as in a sparse model. Returns: hooks to remove."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in whole)
+    hooks = []
+    for target in targets:
+        for module, name in target.owners:
+            if name == "weight" and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+                hooks.append(module.register_forward_hook(_lead_to_delta, with_kwargs=True))
+            else:
+                target.parameter.requires_grad_(True)
+    return hooks
+
+
+def _lead_to_delta(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    (inputs,) = (*args, *kwargs.values())
+    return _KeepsInputs.apply(output, inputs, torch.zeros(1, device="meta", requires_grad=True))
+
+
+class _KeepsInputs(torch.autograd.Function):
+    """Keeps what layers._SampledGradient keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, inputs: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inputs)
+        return output.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        return gradient, None, None
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its output, and a float32 number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        return ctx.saved_tensors[:3]
+
+
+class _Counter(TorchFunctionMode):
+    """Counts each storage that autograd keeps, where it was kept first; parameters and buffers are there anyway."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.kept: dict[str, int] = {}
+        self.inputs: list[int] = []
+        self._now = ""
+        self._seen: dict[int, Any] = {_key(t): t for t in (*model.parameters(), *model.buffers())}
+
+    def run(self, ids: torch.Tensor) -> None:
+        hooks = []
+        for name in self.layers:
+            layer = self.model.get_submodule(name)
+            hooks += [
+                layer.register_forward_pre_hook(lambda _, inputs, name=name: self._enter(name, inputs)),
+                layer.register_forward_hook(lambda *_: self._leave()),
+            ]
+        self.model.train()
+        try:
+            with self, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+                self.model(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # On the meta device torch would choose the kernel that keeps every score
+        if func is functional.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        # transformers asks whether a batch is unpacked, and unpadded
+        if func is torch.Tensor.__bool__:
+            return True
+        return func(*args, **(kwargs or {}))
+
+    def _enter(self, name: str, inputs: tuple) -> None:
+        self._now = name
+        tensors = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
+        self.inputs.append(tensors[0].nbytes if tensors else 0)
+
+    def _leave(self) -> None:
+        self._now = ""
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = _key(tensor)
+        if key not in self._seen:
+            self._seen[key] = tensor
+            self.kept[self._now] = self.kept.get(self._now, 0) + tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

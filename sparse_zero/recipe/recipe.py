@@ -1,0 +1,241 @@
+"""A run's recipe: YAML with the sections model, data, sparse, rpn, training and launch. Imports no torch.
+
+recipe = load_recipe("configs/demo.yaml", ["training.learning_rate=1e-3"])
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rpn.config import RPNConfig
+from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.recipe import shipped
+from sparse_zero.recipe.launch import LaunchSection
+from sparse_zero.selection.config import SparseConfig
+
+Task = Literal["sequence-classification", "causal-lm"]
+Example = Literal["text", "pair", "prompt-completion", "messages"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The base model and what it is trained for."""
+
+    name: str
+    """A hub id, a local directory, or package://PACKAGE/PATH (a directory that an installed package ships)."""
+    task: Task = "sequence-classification"
+    revision: str | None = None
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, if not from `name`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """None: bfloat16 when `training.bf16` is set, else float32."""
+    attn_implementation: str | None = None
+    new_tokens: list[str] = []
+    """Tokens to add to the tokenizer; their embeddings are trained whole."""
+    trust_remote_code: bool = False
+
+
+class Columns(Section):
+    """The column that holds each part of an example."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+
+
+class DataSection(Section):
+    """The examples: `path`, `name`, `data_files` and `revision` are datasets.load_dataset's own."""
+
+    path: str
+    """A dataset's hub id or directory, a .csv/.json/.jsonl/.parquet file, or package://PACKAGE/PATH of such a file."""
+    name: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    revision: str | None = None
+    columns: Columns
+    filter: dict[str, Any] = {}
+    """Keep the rows whose column equals the value, or one of the values of a list."""
+    train_split: str = "train"
+    eval_split: str | None = None
+    """None: the evaluation examples are held out from the training split."""
+    train_size: int | float | None = Field(None, gt=0)
+    eval_size: int | float | None = Field(None, gt=0)
+    """Examples (an integer), or a fraction of what is there (a float below 1). None: all, or a tenth if held out."""
+    split_seed: int = Field(0, ge=0)
+    max_length: int | None = Field(None, gt=0)
+    """Tokens at which an example is cut. None: the model's own limit."""
+    packing: bool = False
+    """Causal language models: several examples in one sequence of max_length, each attending to itself only."""
+
+    @property
+    def example(self) -> Example:
+        """The kind of example that `columns` describes."""
+        if self.columns.messages:
+            return "messages"
+        if self.columns.prompt:
+            return "prompt-completion"
+        return "pair" if self.columns.text_pair else "text"
+
+
+class Recipe(Section):
+    """A whole run. `training` holds transformers.TrainingArguments' own names, which are checked by that class, and
+    `async_save`: write checkpoints in the background."""
+
+    model: ModelSection
+    data: DataSection
+    sparse: SparseConfig = SparseConfig()
+    rpn: RPNConfig | None = None
+    training: dict[str, Any] = {}
+    launch: LaunchSection = LaunchSection()
+
+    @model_validator(mode="after")
+    def _columns_fit_the_task(self) -> "Recipe":
+        columns = self.data.columns
+        if self.model.task == "sequence-classification":
+            if not (columns.text and columns.label):
+                raise ValueError("data.columns: sequence classification needs the columns `text` and `label`")
+        elif bool(columns.prompt) != bool(columns.completion):
+            raise ValueError("data.columns: `prompt` and `completion` go together")
+        elif sum(map(bool, (columns.text, columns.prompt, columns.messages))) != 1:
+            raise ValueError("data.columns: a causal LM needs one of `text`, `prompt` + `completion`, `messages`")
+        if self.data.packing and self.model.task != "causal-lm":
+            raise ValueError("data.packing: only causal language models can be packed")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides, whose values are YAML.
+
+    Args: path: of a file, or the name of one that ships with the package, where there is no such file.
+
+    `training.output_dir` defaults to runs/NAME, with NAME the recipe's file name or `training.run_name`.
+    `training.deepspeed`, when it names a file, is looked up beside the recipe, in the working directory, then
+    among the shipped ones.
+
+    Raises UserError: no such file, not YAML, an unknown key (with the nearest known one), a value out of range.
+    """
+    path = find_recipe(path)
+    raw = _read_yaml(path)
+    for override in overrides or []:
+        _apply_override(raw, override)
+    try:
+        # A section whose keys are all commented out reads as null
+        recipe = Recipe.model_validate({key: value for key, value in raw.items() if value is not None})
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from None
+    training = dict(recipe.training)
+    name = training.setdefault("run_name", path.stem)
+    training.setdefault("output_dir", str(Path("runs") / str(name)))
+    if isinstance(training.get("deepspeed"), str):
+        training["deepspeed"] = str(_find_deepspeed_config(training["deepspeed"], path))
+    return recipe.model_copy(update={"training": training})
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file itself where there is one, else the shipped recipe of that name, else `path` unchanged."""
+    path = Path(path)
+    return path if path.exists() else shipped.find(path) or path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+    return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without two surprises of YAML 1.1: 1e-3 is a number although it has no dot, and 12:00:00 is a time
+    limit, not a number of base 60.
+    """
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9]*)?$"))
+for _first in "-+0123456789":
+    # Before SafeLoader's own, since the first that matches wins.
+    _Loader.yaml_implicit_resolvers[_first].insert(0, _BASE_60)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *parents, leaf = key.strip().split(".")
+    if not (equals and leaf and all(parents)):
+        raise UserError(f"override '{override}': write section.key=value, as in training.learning_rate=1e-3")
+    node = raw
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"override '{override}': {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': '{value}' is not YAML") from None
+
+
+def explain(error: ValidationError, schema: type[BaseModel] = Recipe) -> str:
+    """The first complaint of a validation in one line: the key, what is wrong with it, and the nearest known key."""
+    first, *others = error.errors()
+    *parents, last = map(str, first["loc"]) if first["loc"] else ("",)
+    section, keys = _follow(schema, [*parents, last])
+    if first["type"] == "extra_forbidden":
+        place = f"in section '{'.'.join(parents)}'" if parents else "at the top level"
+        hint = did_you_mean(last, section.model_fields) or f"; known: {', '.join(section.model_fields)}"
+        return f"unknown key '{last}' {place}{hint}"
+    alternatives = [
+        other["msg"].removeprefix("Input should be ")
+        for other in others
+        if other["msg"].startswith("Input should be ") and _follow(schema, [*map(str, other["loc"])])[1] == keys
+    ]
+    message = " or ".join([first["msg"].removeprefix("Value error, "), *alternatives])
+    if first["type"] == "missing":
+        return f"{'.'.join([*keys, last] if last not in keys else keys)} is missing"
+    given = first.get("input")
+    shown = f", not {given!r}" if isinstance(given, str | int | float) else ""
+    return f"{'.'.join(keys)}: {message[0].lower()}{message[1:]}{shown}" if keys else message
+
+
+def _follow(schema: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], list[str]]:
+    """The innermost section of a validation error's location, and its keys without pydantic's tags for unions."""
+    keys: list[str] = []
+    for part in location:
+        if part not in schema.model_fields:
+            break
+        keys.append(part)
+        annotation = schema.model_fields[part].annotation
+        sections = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not sections:
+            break
+        schema = sections[0]
+    return schema, keys
+
+
+def _find_deepspeed_config(name: str, recipe: Path) -> Path:
+    for candidate in (recipe.parent / name, Path(name), shipped.find(name)):
+        if candidate is not None and candidate.is_file():
+            return candidate
+    known = sorted({file.name for where in (recipe.parent, shipped.directory()) for file in where.glob("*.json")})
+    hint = did_you_mean(name, known) or (f"; there are {', '.join(known)}" if known else "")
+    raise UserError(
+        f"{recipe}: training.deepspeed: no file '{name}' beside the recipe, in the working directory or "
+        f"among those that sparse-zero ships{hint}"
+    )

@@ -1,0 +1,108 @@
+"""From the sections of a recipe to the objects that a Trainer takes."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_zero.data.datasets import Prepared, load_splits, prepare
+from sparse_zero.data.encoding import check_packing
+from sparse_zero.data.metrics import classification_metrics, language_model_metrics, token_losses
+from sparse_zero.data.models import add_tokens, load_config, load_model, load_tokenizer, make_room, max_positions
+from sparse_zero.errors import UserError
+from sparse_zero.recipe.recipe import Recipe
+from sparse_zero.recipe.training import TrainingArguments, check_training
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `training` section, with our defaults: evaluate before training, log to TensorBoard.
+
+    Must come after the process group and before the model: it tells from_pretrained to partition the weights as they
+    are loaded (ZeRO stage 3).
+
+    Raises UserError: an unknown name, a value that TrainingArguments refuses.
+    """
+    check_training(recipe.training)
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    settings = {
+        "report_to": "tensorboard",
+        "eval_on_start": True,
+        "use_cpu": devices == 0,
+        # Every rank draws the same positions: there is nothing to broadcast
+        "ddp_broadcast_buffers": False,
+    }
+    settings |= recipe.training
+    for key in ("eval_strategy", "logging_strategy", "save_strategy"):
+        if settings.get(key) is False:
+            settings[key] = "no"  # YAML 1.1 reads no as false
+    try:
+        arguments = TrainingArguments(**settings)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
+    if arguments.deepspeed and torch.distributed.is_initialized():
+        # On CPU Accelerate starts torch's process group without DeepSpeed's knowledge, and from_pretrained at stage 3
+        # would take this for the only rank.
+        deepspeed.init_distributed(verbose=False)
+    return arguments
+
+
+def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, Prepared, PreTrainedModel]:
+    """The tokenizer, the tokenised examples and the base model. Collective: the first rank of each host prepares the
+    data, the others read what it cached.
+
+    Raises UserError: see `load_splits`, `prepare` and `load_model`.
+    """
+    section = recipe.model
+    origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    # A tokenizer of its own is not of the model's revision
+    tokenizer = load_tokenizer(
+        section.tokenizer or section.name, **origin | ({"revision": None} if section.tokenizer else {})
+    )
+    add_tokens(tokenizer, section.new_tokens)
+    limit = max_positions(load_config(section.name, **origin))
+    with arguments.main_process_first(desc="data"):
+        prepared = prepare(recipe.data, section.task, tokenizer, *load_splits(recipe.data), limit)
+    settings: dict[str, Any] = {}
+    if prepared.id2label is not None:
+        settings["id2label"] = prepared.id2label
+        settings["label2id"] = {label: index for index, label in prepared.id2label.items()}
+        settings["pad_token_id"] = tokenizer.pad_token_id
+    model = load_model(
+        section.name,
+        section.task,
+        dtype=section.dtype or ("bfloat16" if arguments.bf16 and arguments.deepspeed else "float32"),
+        settings=settings,
+        attn_implementation=section.attn_implementation,
+        **origin,
+    )
+    if section.new_tokens:
+        make_room(model, tokenizer)
+    if recipe.data.packing:
+        rows = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
+        check_packing(model.config._attn_implementation, rows)
+    return tokenizer, prepared, model
+
+
+def evaluation_settings(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The Trainer's arguments that say on what, and with which metrics, a recipe is evaluated."""
+    shared = {
+        "eval_dataset": prepared.evaluation,
+        "data_collator": prepared.collator,
+        "processing_class": tokenizer,
+    }
+    if recipe.model.task == "sequence-classification":
+        return shared | {"compute_metrics": classification_metrics}
+    return shared | {"compute_metrics": language_model_metrics, "preprocess_logits_for_metrics": token_losses}
+
+
+def evaluation_figures(metrics: dict[str, float]) -> dict[str, float]:
+    """What Trainer.evaluate measured of the model, without its `eval_` and without its timings.
+
+    The loss is the mean over all examples, or over all tokens of a language model, whatever the number of ranks; the
+    Trainer's own is a mean of the batches' means.
+    """
+    figures = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    figures["loss"] = figures.get("token_loss", figures.get("example_loss"))
+    names = ("accuracy", "f1", "matthews_correlation", "perplexity", "loss")
+    return {name: figures[name] for name in names if figures.get(name) is not None}

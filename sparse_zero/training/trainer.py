@@ -1,0 +1,88 @@
+"""transformers.Trainer for sparse models: it saves adapters, and takes an objective of several passes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from sparse_zero.adapters.save_and_load import save_adapter
+from sparse_zero.model.sparsify import sparsity_of
+from sparse_zero.training.checkpointed_trainer import CheckpointedTrainer
+from sparse_zero.training.curves import RunCurves
+from sparse_zero.training.progress import JobProgress
+from sparse_zero.zero.parameters import fit_buckets
+
+Forward = Callable[[], torch.Tensor]
+Backward = Callable[[torch.Tensor, bool], None]
+Objective = Callable[[Forward, Backward, int, int], torch.Tensor]
+"""objective(forward, backward, step, micro_step) runs forward() and backward(loss, last) for each of its passes, and
+returns the loss to report. `last` is True for the final pass only: gradients are synchronised there."""
+
+
+class SparseTrainer(CheckpointedTrainer):
+    """A Trainer whose models are adapters: the frozen base is never written."""
+
+    def __init__(self, model: nn.Module, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        sparsity_of(model)
+        # GPT-2 and its like divide their loss by num_items_in_batch, but transformers does not know it of these names.
+        if type(model).__name__.endswith("LMHeadModel") and getattr(model, "loss_type", None) is None:
+            model.loss_type = "ForCausalLM"
+        super().__init__(model, *args, **kwargs)
+        if self.is_deepspeed_enabled:
+            fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, model)
+        self.objective = objective
+        self._micro_step = 0
+        # Nearly every forward takes **kwargs, but only the causal loss divides by num_items_in_batch. For the others
+        # the Trainer would still multiply by the number of ranks, in the gradient too.
+        if not self._loss_shifts_labels:
+            self.model_accepts_loss_kwargs = False
+        self._progress_shown = JobProgress()
+        self._replace_callback(ProgressCallback, self._progress_shown)
+        self._replace_callback(PrinterCallback, self._progress_shown)
+        if "tensorboard" in self.args.report_to:
+            self._replace_callback(TensorBoardCallback, RunCurves(lambda: self._writer.run))
+
+    def _replace_callback(self, stock: type[TrainerCallback], ours: TrainerCallback) -> None:
+        """In the place of the Trainer's own; a notebook's stays."""
+        callbacks = self.callback_handler.callbacks
+        index = next((index for index, callback in enumerate(callbacks) if type(callback) is stock), None)
+        if index is not None:
+            callbacks[index] = ours
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        self._progress_shown.count(inputs)
+        if self.objective is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scale = 1 if normalised else self.current_gradient_accumulation_steps
+        synchronise = self.accelerator.sync_gradients
+
+        def forward() -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return loss / scale
+
+        def backward(loss: torch.Tensor, last: bool) -> None:
+            self.accelerator.gradient_state._set_sync_gradients(synchronise and last)
+            # As in Trainer.training_step: the loss is divided already
+            kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+            self.accelerator.backward(loss, **kwargs)
+
+        loss = self.objective(forward, backward, self.state.global_step, self._micro_step)
+        self._micro_step = 0 if synchronise else self._micro_step + 1
+        return loss.detach()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter. Every rank must call it."""
+        output_dir = output_dir or self.args.output_dir
+        save_adapter(self.model, output_dir, is_main_process=self.args.should_save)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Adapter save", revision=self.args.hub_revision)

@@ -1,0 +1,88 @@
+"""Compiles the kernels of sampled_triton for GPUs that need not be there, as a launch would.
+
+    python tests/unit/compile_kernels.py
+
+Prints as JSON, for each kernel and device, what the machine code takes: registers of a thread, bytes of stack (spilled
+registers), bytes of shared memory, and how often some instructions occur.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_zero.gradient import triton_kernels
+from sparse_zero.gradient.cost import GATHER_TILE, LINE
+
+CAPABILITIES = (80, 90)
+STRIPS = [(8, 32), (16, 32), (16, 64), (64, 16)]
+"""Granularity, and strips of a tile."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INSTRUCTIONS = {"tensor cores": r"HG?MMA", "loads of 16 bytes": r"LDG\S*\.128|LDGSTS\S*\.128"}
+
+
+def variants() -> list[tuple]:
+    """(name, kernel, types of its pointers, arguments that are known when it is compiled, options of the launch)"""
+    listed = []
+
+    def add(name: str, kernel: triton.JITFunction, pointers: dict, constants: dict, **options: int) -> None:
+        listed.append((name, kernel, pointers, constants, options))
+
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        pointer, tokens = f"*{dtype}", LINE // size
+        operands = dict.fromkeys(("first", "second", "out", "below"), pointer)
+        constants = {"TOKENS": tokens, "FEATURES": 64, "stride_X": 1, "stride_Y": 1}
+        add(f"tokens_last {dtype}", triton_kernels._tokens_last_kernel, operands, constants)
+        operands = {"last": pointer, "result": "*fp32", "cells": "*i32"}
+        constants = {"POSITIONS": GATHER_TILE, "TOKENS": tokens, "FIRST": False}
+        add(f"sampled {dtype}", triton_kernels._sampled_kernel, operands, constants)
+        operands = {"matrix": pointer, "base": pointer, "change": "*fp32", "result": "*fp32", "cells": "*i32"}
+        for rows in (1, 16):
+            constants = {"CELLS": triton_kernels.CELLS, "ROWS": rows}
+            known = {"block_starts": "*i32"} if rows > 1 else {}
+            constants |= {} if known else {"block_starts": None}
+            for name, kernel in (("read", triton_kernels._read_kernel), ("write", triton_kernels._write_kernel)):
+                add(f"{name} {dtype} {rows}", kernel, operands | known, constants)
+    for dtype, (granularity, tile) in itertools.product(("bf16", "fp16", "fp32"), STRIPS):
+        operands = {"rows": f"*{dtype}", "last": f"*{dtype}", "result": "*fp32"}
+        operands |= {"block_starts": "*i32", "cells": "*i32"}
+        padded = max(triton_kernels.LEAST_ROWS, granularity)
+        launch = triton_kernels.strips_launch(tile, padded, 2048, DTYPES[dtype])
+        constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "stride_R": 1, "FIRST": False}
+        constants["TOKENS"] = launch.pop("TOKENS")
+        add(f"strips {dtype} {granularity} x {tile}", triton_kernels._strips_kernel, operands, constants, **launch)
+    return listed
+
+
+def resources(kernel: triton.JITFunction, pointers: dict, constants: dict, options: dict, capability: int) -> dict:
+    """With what Triton's launcher would have found out: all sizes and strides are multiples of 16, but n is not."""
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
+        if signature[name] != "constexpr" and name not in ("n", "count", "tiles"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    counts = {name: len(re.findall(rf"\b(?:{pattern})", code)) for name, pattern in INSTRUCTIONS.items()}
+    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared, **counts}
+
+
+if __name__ == "__main__":
+    every = {f"sm_{c} {name}": resources(*variant, c) for c in CAPABILITIES for name, *variant in variants()}
+    print(json.dumps(every, indent=1))

@@ -1,0 +1,116 @@
+"""What a GPU does, where there is one: whole models against the CPU, and against their own dense gradients."""
+
+import copy
+
+import pytest
+import torch
+from families import VOCABULARY, tiny
+from torch import nn
+
+from sparse_zero.gradient import cost, pattern, sampled
+from sparse_zero.model.sparsify import sparsify
+from sparse_zero.selection.config import SparseConfig
+
+sampled_triton = pytest.importorskip("sparse_zero.gradient.triton_kernels", exc_type=ImportError)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+KINDS = {
+    "single": {},
+    "regenerated": {"indices": "regenerated"},
+    "strips": {"granularity": 8},
+    "regenerated strips": {"granularity": 8, "indices": "regenerated"},
+    "embeddings": {"targets": "all"},
+    "dropout": {"dropout": 0.5},
+}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    tokens = torch.randint(3, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(5)).cuda()
+    return {"input_ids": tokens, "labels": tokens}
+
+
+@pytest.fixture
+def chosen(monkeypatch) -> list[str]:
+    """The kernels that ran."""
+    ran = []
+    for name in ("sampled", "strips", "read", "write_deltas"):
+        kernel = getattr(sampled_triton, name)
+        monkeypatch.setattr(sampled_triton, name, lambda *a, name=name, kernel=kernel: ran.append(name) or kernel(*a))
+    return ran
+
+
+@pytest.mark.parametrize("way", ["kernel", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
+def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dtype, way):
+    """The deltas' gradients against those of a dense model that holds the same weights, and the next weights against
+    base + delta."""
+    monkeypatch.setattr(sampled, "kernel_is_cheaper", lambda *_: way == "kernel")
+    settings = {"density": 0.1, "targets": "all-linear"} | KINDS[kind]
+    if family == "qwen2_moe":
+        settings["exclude_modules"] = ["shared_expert_gate"]  # of one row
+    # Grouped products of half precision take rows of whole 16 bytes
+    experts = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32} if family == "qwen2_moe" else {}
+    base = tiny(family, "causal-lm", hidden_size=32, **experts).to("cuda", dtype)
+    model = sparsify(copy.deepcopy(base), SparseConfig(**settings))
+    weights = model.sparsity.weights
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.delta.normal_(std=0.02)
+    model(**batch()).loss.backward()
+    dense = copy.deepcopy(base).requires_grad_(True)
+    for name, weight in weights.items():
+        expected, flat = base.get_parameter(name).detach().clone().view(-1), weight.flat_positions()
+        factor = weight.factor(weight.dropping)
+        change = weight.delta.detach() * (1 if factor is None else factor)
+        expected[flat] = (expected[flat].float() + change).to(dtype)
+        assert torch.equal(weight.weight.detach().view(-1), expected), name
+        dense.get_parameter(name).data.copy_(weight.weight)
+    dense(**batch()).loss.backward()
+    for name, weight in weights.items():
+        factor = weight.factor(weight.dropping)
+        expected = dense.get_parameter(name).grad.flatten()[weight.flat_positions()].float()
+        found = weight.delta.grad
+        scale = dense.get_parameter(name).grad.abs().max().item()
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found, expected * (1 if factor is None else factor), rtol=0, atol=tolerance * scale)
+    kernel = "strips" if "granularity" in settings else "sampled"
+    assert (kernel in chosen) == (way == "kernel")
+    assert ("read" in chosen) == (way == "dense" and "granularity" in settings)
+    assert "write_deltas" in chosen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection_is_that_of_the_cpu(kind):
+    config = SparseConfig(**{"density": 0.1, "targets": "all-linear"} | KINDS[kind])
+    base = tiny("llama", "causal-lm")
+    on_cpu, on_gpu = sparsify(copy.deepcopy(base), config), sparsify(base.cuda(), config)
+    for name, weight in on_cpu.sparsity.weights.items():
+        assert torch.equal(weight.flat_positions(), on_gpu.sparsity.weights[name].flat_positions().cpu())
+
+
+def test_a_model_that_moves_takes_its_positions_along():
+    model = sparsify(tiny("llama", "causal-lm"), SparseConfig(density=0.1, granularity=8))
+    places = {name: weight.flat_positions() for name, weight in model.sparsity.weights.items()}
+    for device in ("cuda", "cpu", "cuda"):
+        model.to(device)
+        assert model(**{k: v.to(device) for k, v in batch().items()}).loss.isfinite()
+        for name, weight in model.sparsity.weights.items():
+            assert weight.pattern.block_starts.device.type == device
+            assert torch.equal(torch.cat([*weight.pattern.flat_chunks()]).cpu(), places[name])
+    # What was found of the positions goes when these go
+    assert len(pattern._STARTS) <= len(places)
+
+
+def test_a_rank_is_not_asked_for_its_clock_rates_twice(monkeypatch):
+    """The driver takes a millisecond to tell, and a step has hundreds of gradients."""
+    asked, tell = [], torch.cuda.get_device_properties
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or tell(device))
+    cost._properties.cache_clear()
+    layer = sparsify(nn.Sequential(nn.Linear(256, 320)).cuda(), SparseConfig(density=0.1, targets="all-linear"))
+    for tokens in range(1, 6):
+        layer(torch.randn(tokens, 256, device="cuda")).sum().backward()
+    # Others ask too, by a number
+    assert len([device for device in asked if isinstance(device, torch.device)]) == 1

@@ -1,0 +1,324 @@
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from peak_bytes import peak_bytes
+
+from sparse_zero.gradient import cpu, sampled
+from sparse_zero.gradient import pattern as pattern_module
+from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.sampled import _WAYS, cheaper_way, embedding_product, sampled_product
+from sparse_zero.selection.rules import strips
+
+WAYS = [("sampled", 1), ("sampled", 4), ("sampled", 2), ("dense", 1), ("dense", 4)]
+"""Each way, and the granularities that it takes."""
+
+MIB = 2**20
+
+ROOM = 80_000
+"""Bytes with which the sampled way has room for all matrices here that are given a bound."""
+
+
+def draw(rows: int, columns: int, density: float, granularity: int = 1) -> torch.Tensor:
+    """Sorted cells of a matrix's grid, at least one, as many as the density says: of any blocks."""
+    grid = rows // granularity * columns
+    return torch.randperm(grid)[: max(1, round(density * grid))].sort().values
+
+
+def places(cells: torch.Tensor, rows: int, columns: int, granularity: int) -> torch.Tensor:
+    """The scalars of these strips by their definition: block by block, row by row, column by column."""
+    blocks, chosen = cells // columns, cells % columns
+    flat = []
+    for block in range(rows // granularity):
+        for row in range(block * granularity, (block + 1) * granularity):
+            flat += [row * columns + column for column in chosen[blocks == block].tolist()]
+    return torch.tensor(flat)
+
+
+def operands(N: int, R: int, C: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(N, R).to(dtype), torch.randn(N, C).to(dtype)
+
+
+def reference(rows_NR: torch.Tensor, columns_NC: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """The dense product in float64, gathered."""
+    return (rows_NR.double().t() @ columns_NC.double()).flatten()[flat]
+
+
+def assert_product(
+    way: str,
+    rows_NR: torch.Tensor,
+    columns_NC: torch.Tensor,
+    cells: torch.Tensor,
+    granularity: int = 1,
+    transient_bytes: int = 64 * MIB,
+) -> None:
+    (N, R), C = rows_NR.shape, columns_NC.shape[1]
+    pattern = Pattern(cells, R, C, granularity)
+    dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
+    if way == "sampled" and transient_bytes >= ROOM:
+        assert cpu.Sizes.of(N, C, pattern.count, pattern.granularity, dtype, transient_bytes, 1), (
+            "this would be the dense way"
+        )
+        assert cpu.operator()
+    result = _WAYS[way](rows_NR, columns_NC, pattern, dtype, transient_bytes)
+    assert result.dtype == dtype
+    expected = reference(rows_NR, columns_NC, places(cells, R, C, granularity))
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6 * max(1.0, N**0.5))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 1.0])
+@pytest.mark.parametrize(
+    ("N", "R", "C"), [(1, 4, 1), (5, 4, 40), (5, 40, 1), (33, 16, 29), (300, 64, 96), (129, 200, 7)]
+)
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_equals_the_dense_product_gathered(way, granularity, N, R, C, density):
+    assert_product(way, *operands(N, R, C), draw(R, C, density, granularity), granularity)
+
+
+@pytest.mark.parametrize(
+    ("rows_dtype", "columns_dtype"),
+    [
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+)
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_sums_in_float32_or_better(way, granularity, rows_dtype, columns_dtype):
+    # Half precision operands are exact in float32, so the float64 reference is met as closely as by float32 ones.
+    rows, columns = operands(300, 24, 40)
+    assert_product(way, rows.to(rows_dtype), columns.to(columns_dtype), draw(24, 40, 0.1, granularity), granularity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
+        lambda x: x[:1].expand_as(x),
+        lambda x: x[:, :1].expand_as(x),
+        lambda x: x.new_ones(()).expand_as(x),
+    ],
+    ids=["transposed", "strided", "one-row", "one-column", "scalar"],
+)
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_operands_of_any_strides(way, granularity, layout, dtype):
+    rows, columns = operands(140, 20, 30, dtype)
+    cells = draw(20, 30, 0.2, granularity)
+    for bound in (64 * MIB, ROOM, 5000):
+        assert_product(way, layout(rows), columns, cells, granularity, bound)
+        assert_product(way, rows, layout(columns), cells, granularity, bound)
+
+
+def test_pieces_of_half_precision_are_not_rounded_one_after_the_other():
+    """As an accelerator takes the dense way: in half precision, with float32 sums within a product."""
+    rows, columns = (x.t().contiguous().t().bfloat16()[::2] for x in operands(8192, 8, 8))
+    rows, columns = (torch.stack([x, x], dim=-1)[..., 0] for x in (rows.abs(), columns.abs()))
+    cells = draw(8, 8, 1.0, 1)
+    pattern = Pattern(cells, 8, 8)
+    result = _WAYS["dense"](rows, columns, pattern, torch.bfloat16, 4096)
+    expected = (rows.double().t() @ columns.double()).flatten()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+@pytest.mark.parametrize("used", [[0], [11], [2, 3, 7]])
+def test_blocks_without_strips(way, granularity, used):
+    cells = torch.cat([block * 40 + torch.arange(0, 40, 3) for block in used])
+    for bound in (64 * MIB, ROOM, 3000):
+        assert_product(way, *operands(9, 12 * granularity, 40), cells, granularity, bound)
+
+
+@pytest.mark.parametrize("bound", [1, 1000, 4000, 16_000, ROOM, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_any_bound_gives_the_same(way, granularity, dtype, bound):
+    for density in (0.05, 1.0):
+        assert_product(way, *operands(77, 24, 30, dtype), draw(24, 30, density, granularity), granularity, bound)
+
+
+def peak_of_transient(function: Callable[[], torch.Tensor]) -> int:
+    """The most bytes that a function held at once beside its result."""
+    size = function().untyped_storage().nbytes()
+    return peak_bytes(function) - size
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.t().contiguous().t()
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed, strided])
+@pytest.mark.parametrize("density", [0.02, 1.0])
+@pytest.mark.parametrize("C", [320, 256], ids=["in chunks", "at once"])
+@pytest.mark.parametrize(("way", "granularity"), WAYS)
+def test_transient_memory_is_within_the_bound(way, granularity, C, density, layout, dtype):
+    N, R, bound = 3000, 256, MIB // 2
+    rows, columns = map(layout, operands(N, R, C, dtype))
+    pattern = Pattern(draw(R, C, density, granularity), R, C, granularity)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)  # each has a copy of a piece
+    try:
+        peak = peak_of_transient(lambda: _WAYS[way](rows, columns, pattern, torch.float32, bound))
+    finally:
+        torch.set_num_threads(before)
+    # Cast or copied as a whole the inputs alone would exceed it
+    assert 0 < peak <= bound
+    assert 4 * bound < N * (R + C) * 4
+
+
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("words", "settings"), [(1, {}), (64, {}), (64, {"padding_idx": 3}), (64, {"by_frequency": True})], ids=str
+)
+def test_transient_memory_of_an_embedding(words, settings, density, granularity, dtype):
+    rows, C, bound = 64, 320, MIB // 2
+    pattern = Pattern(draw(rows, C, density, granularity), rows, C, granularity)
+    ids, grad = torch.randint(words, (5000,)), torch.randn(5000, C).to(dtype)
+    peak = peak_of_transient(lambda: embedding_product(ids, grad, pattern, bound, **settings))
+    assert bound // 8 < peak <= bound
+    assert 2 * bound < grad.numel() * grad.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("N", [0, 1, 200])
+def test_embedding_equals_the_dense_gradient_gathered(N, granularity, dtype):
+    R, C = 24, 10
+    cells = draw(R, C, 0.3, granularity)
+    ids, grad = torch.randint(R, (N,)), torch.randn(N, C).to(dtype)
+    for settings in ({}, {"padding_idx": 5}, {"by_frequency": True}, {"padding_idx": 0, "by_frequency": True}):
+        factor = torch.ones(N, dtype=torch.float64)
+        if settings.get("by_frequency"):
+            factor = 1 / (ids[:, None] == ids).sum(1).double()
+        factor[ids == settings.get("padding_idx", -1)] = 0
+        dense = torch.zeros(R, C, dtype=torch.float64).index_add_(0, ids, grad.double() * factor[:, None])
+        expected = dense.flatten()[places(cells, R, C, granularity)]
+        for bound in (64 * MIB, 2000, 1):
+            pattern = Pattern(cells, R, C, granularity)
+            result = embedding_product(ids, grad, pattern, bound, **settings)
+            torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_an_empty_batch_gives_zeros(granularity):
+    for dtype in (torch.float32, torch.bfloat16):
+        pattern = Pattern(draw(8, 8, 0.2, granularity), 8, 8, granularity)
+        result = sampled_product(*operands(0, 8, 8, dtype), pattern)
+        assert torch.equal(result, torch.zeros(pattern.count))
+
+
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("density", [0.03, 0.9])
+@pytest.mark.parametrize("way", ["sampled", "dense"])
+def test_gradcheck(monkeypatch, way, granularity, density):
+    """Against finite differences of a linear layer of which some weights vary."""
+    monkeypatch.setattr(sampled, "cheaper_way", lambda *_: way)
+    R, C = 8, 12
+    pattern = Pattern(draw(R, C, density, granularity), R, C, granularity)
+    flat, frozen = torch.cat([*pattern.flat_chunks()]), torch.randn(R, C, dtype=torch.float64)
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, delta):
+            weight = frozen.flatten().index_add(0, flat, delta).view(R, C)
+            ctx.save_for_backward(x, weight)
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad @ weight, sampled_product(grad, x, pattern)
+
+    inputs = (torch.randn(5, C, dtype=torch.float64), torch.randn(pattern.count, dtype=torch.float64))
+    assert torch.autograd.gradcheck(Linear.apply, tuple(x.requires_grad_() for x in inputs))
+
+
+@pytest.mark.parametrize(("R", "C"), [(4, 1), (4, 9), (12, 1), (12, 31)])
+@pytest.mark.parametrize("density", [1e-9, 0.3, 1.0])
+@pytest.mark.parametrize("granularity", [1, 2, 4])
+def test_a_pattern_gives_its_positions_back(R, C, density, granularity):
+    cells = draw(R, C, density, granularity)
+    pattern = Pattern(cells, R, C, granularity)
+    mask = torch.zeros(R // granularity, C)
+    mask.view(-1)[cells] = 1
+    expected = mask.to_sparse_csr()
+    assert pattern.block_starts.dtype == pattern.strip_columns.dtype == torch.int32
+    assert pattern.block_starts.tolist() == expected.crow_indices().tolist()
+    assert pattern.strip_columns.tolist() == expected.col_indices().tolist()
+    flat = places(cells, R, C, granularity)
+    assert torch.equal(torch.cat([*pattern.flat_chunks()]), flat)
+    for start, stop in [(0, 1), (flat.numel() // 3, flat.numel()), (flat.numel() // 2, flat.numel() // 2 + 1)]:
+        assert torch.equal(pattern.flat_positions(slice(start, stop)), flat[start:stop])
+
+
+def test_a_pattern_is_made_in_pieces(monkeypatch):
+    cells = draw(12, 31, 0.5, 2)
+    whole = Pattern(cells, 12, 31, 2)
+    flat = torch.cat([*whole.flat_chunks()])
+    monkeypatch.setattr("sparse_zero.gradient.pattern.SHARED_CHUNK", 7)
+    cut = Pattern(cells, 12, 31, 2)
+    assert all(torch.equal(a, b) for a, b in zip(cut.by_blocks[:2], whole.by_blocks[:2], strict=True))
+    assert len([*cut.flat_chunks()]) > 20
+    assert torch.equal(torch.cat([*cut.flat_chunks()]), flat)
+
+
+def test_an_accelerator_searches_for_blocks_once_and_forgets_with_the_cells(monkeypatch):
+    monkeypatch.setattr(pattern_module, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr(pattern_module.cpu, "loaded", lambda tensor: None)
+    searched, search = [], torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda *a, **k: searched.append(a) or search(*a, **k))
+    cells, before = draw(12, 31, 0.5, 2), len(pattern_module._STARTS)
+    starts = Pattern(cells, 12, 31, 2).block_starts
+    assert Pattern(cells, 12, 31, 2).block_starts is starts
+    assert len(searched) == 1
+    # The same cells of another grid
+    assert Pattern(cells, 62, 6).block_starts.numel() == 63
+    assert len(searched) == 2
+    assert len(pattern_module._STARTS) == before + 1
+    searched.clear()
+    del cells
+    gc.collect()
+    assert len(pattern_module._STARTS) == before
+
+
+def test_chunks_of_a_dense_product_begin_where_tensor_cores_like_it(monkeypatch):
+    rows, columns = operands(5, 1000, 16)
+    cells, seen = draw(1000, 16, 0.1), []
+    reader = sampled._reader
+    monkeypatch.setattr(sampled, "_reader", lambda p, chunks, b: seen.extend(chunks) or reader(p, chunks, b))
+    assert_product("dense", rows, columns, cells, transient_bytes=2 * 4 * 16 * 300)
+    assert [chunk.start for chunk in seen] == [0, 256, 512, 768]
+    seen.clear()
+    assert_product("dense", rows, columns, draw(1000, 16, 0.1, 5), 5, transient_bytes=2 * 4 * 16 * 700)
+    assert [chunk.start for chunk in seen] == [0, 640]
+
+
+def test_a_pattern_holds_what_selection_draws():
+    count = 33 * 8
+    flat = strips(3, "w", (64, 50), count, 8)
+    cells = torch.unique(flat // 50 // 8 * 50 + flat % 50)
+    assert torch.equal(torch.cat([*Pattern(cells, 64, 50, 8).flat_chunks()]), flat)
+
+
+def test_few_positions_are_sampled_and_many_are_read_from_the_dense_product():
+    N, size = 1024, 2048
+    assert cheaper_way(N, size, size, size * size // 100) == "sampled"
+    assert cheaper_way(N, size, size, size * size // 2) == "dense"
+    # What is turned over is not worth it where a weight is small
+    assert cheaper_way(N, 32, 32, 10) == "dense"

@@ -1,0 +1,378 @@
+"""The kernels against dense products: on a GPU where there is one, else under Triton's interpreter."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_zero import SparseConfig, sparsify
+from sparse_zero.gradient import sampled as sampled_gradient
+from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.model import weight as sparse_weight
+from sparse_zero.selection import rules
+
+if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from sparse_zero.gradient import triton_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUND = sampled_gradient.TRANSIENT_BYTES
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LAYOUTS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "strided": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
+    "backwards-padded": lambda x: torch.cat([x + 1, x], dim=1)[:, x.shape[1] :],
+    "one-row": lambda x: x[:1].expand_as(x),
+    "one-column": lambda x: x[:, :1].expand_as(x),
+    "scalar": lambda x: x.new_ones(()).expand_as(x),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """For these tests alone, and not where the kernels can run."""
+    torch.manual_seed(0)
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    own = [(triton_kernels, name) for name, value in vars(triton_kernels).items() if isinstance(value, JITFunction)]
+    for module, name in [*own, (tl, "sum")]:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            monkeypatch.setattr(module, name, triton.jit(getattr(module, name).fn))
+
+    def widened(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    # The interpreter keeps bfloat16 as integers, and multiplies these
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *r: dot(self, widened(a), widened(b), *r))
+
+    def narrowed(self: InterpreterBuilder, x: TensorHandle, to: tl.dtype) -> TensorHandle:
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return narrow(self, x, to)
+        bits = x.data.view("uint32")
+        return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16"), tl.bfloat16)
+
+    # Nor does it round to bfloat16 as a GPU does: it cuts off
+    narrow = InterpreterBuilder.create_fp_trunc
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", narrowed)
+
+
+def operands(N: int, R: int, C: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(N, R).to(DEVICE, dtype), torch.randn(N, C).to(DEVICE, dtype)
+
+
+def draw(R: int, C: int, density: float) -> torch.Tensor:
+    """Sorted positions in a flattened (R, C) matrix, at least one."""
+    return torch.randperm(R * C)[: max(1, round(density * R * C))].sort().values.to(DEVICE)
+
+
+def draw_strips(R: int, C: int, granularity: int, count: int) -> tuple[torch.Tensor, Pattern]:
+    """stratified-v1's positions, and their pattern."""
+    flat = rules.strips(3, "weight", (R, C), count * granularity, granularity)
+    return flat.to(DEVICE), strip_pattern(flat, R, C, granularity)
+
+
+def strip_pattern(flat: torch.Tensor, R: int, C: int, granularity: int) -> Pattern:
+    """By the first rows of the strips, block by block."""
+    first = flat[flat // C % granularity == 0]
+    return Pattern((first // (C * granularity) * C + first % C).int().to(DEVICE), R, C, granularity)
+
+
+def assert_close(result: torch.Tensor, rows_NR: torch.Tensor, columns_NC: torch.Tensor, flat: torch.Tensor) -> None:
+    """Half precision operands are exact in float32, so the float64 reference is met as closely as by float32 ones."""
+    reference = (rows_NR.double().t() @ columns_NC.double()).flatten()[flat]
+    assert result.dtype == torch.float32
+    scale = max(1.0, rows_NR.shape[0] ** 0.5)
+    torch.testing.assert_close(result.double(), reference, rtol=1e-5, atol=2e-6 * scale)
+
+
+def assert_sampled(rows_NR, columns_NC, flat, bound=BOUND) -> torch.Tensor:
+    pattern = Pattern(flat, rows_NR.shape[1], columns_NC.shape[1])
+    result = triton_kernels.sampled(rows_NR, columns_NC, pattern, bound)
+    assert_close(result, rows_NR, columns_NC, flat)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [1e-9, 0.03, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("N", "R", "C"), [(1, 1, 1), (5, 1, 40), (5, 40, 1), (127, 17, 29), (129, 16, 16), (300, 9, 33)]
+)
+def test_sampled_equals_the_dense_product(N, R, C, density, dtype):
+    assert_sampled(*operands(N, R, C, dtype), draw(R, C, density))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", [1, 3, 8, 16, 32, 64])
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_strips_equal_the_dense_product_in_the_order_of_the_selection(granularity, count, dtype):
+    R, C = 192, 40
+    rows, columns = operands(70, R, C, dtype)
+    flat, strips = draw_strips(R, C, granularity, count)
+    assert_close(triton_kernels.strips(rows, columns, strips, BOUND), rows, columns, flat)
+
+
+def test_strips_that_are_crowded_in_one_block_of_rows():
+    R, C, granularity = 32, 150, 8
+    flat = (8 * C + torch.arange(8)[:, None] * C + torch.arange(0, C, 2)).flatten()
+    last = (24 + torch.arange(8)) * C + 149
+    flat = torch.cat([flat, last])
+    rows, columns = operands(40, R, C)
+    strips = strip_pattern(flat, R, C, granularity)
+    assert strips.block_starts.tolist() == [0, 0, 75, 75, 76]
+    assert_close(triton_kernels.strips(rows, columns, strips, BOUND), rows, columns, flat.to(DEVICE))
+
+
+@pytest.mark.parametrize("granularity", [1, 8, 16])
+def test_what_is_not_finite_stays_where_it_belongs(granularity):
+    # Padding is multiplied too, and must be stored nowhere
+    R, C = 48, 40
+    rows, columns = operands(20, R, C)
+    flat, strips = draw_strips(R, C, granularity, 120 // granularity)
+    spoilt = int(strips.strip_columns[0])
+    columns[3, spoilt] = torch.nan
+    result = triton_kernels.strips(rows, columns, strips, BOUND)
+    assert torch.equal(result.isnan(), flat % C == spoilt)
+    flat = draw(R, C, 0.1)
+    result = triton_kernels.sampled(rows, columns, Pattern(flat, R, C), BOUND)
+    assert torch.equal(result.isnan(), flat % C == spoilt)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_operands_of_any_strides(layout):
+    rows, columns = operands(150, 32, 30)
+    flat, (strip_flat, strips) = draw(32, 30, 0.1), draw_strips(32, 30, 16, 12)
+    for a, b in ((layout(rows), columns), (rows, layout(columns))):
+        assert_sampled(a, b, flat)
+        assert_close(triton_kernels.strips(a, b, strips, BOUND), a, b, strip_flat)
+
+
+@pytest.mark.parametrize(
+    ("rows_dtype", "columns_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
+def test_operands_of_two_dtypes(rows_dtype, columns_dtype):
+    rows, columns = operands(50, 16, 20)
+    rows, columns = rows.to(rows_dtype), columns.to(columns_dtype)
+    assert_sampled(rows, columns, draw(16, 20, 0.3))
+    flat, strips = draw_strips(16, 20, 8, 9)
+    assert_close(triton_kernels.strips(rows, columns, strips, BOUND), rows, columns, flat)
+
+
+def test_nothing_to_add_or_nowhere_to_put_it():
+    rows, columns = operands(0, 16, 20)
+    flat, strips = draw_strips(16, 20, 8, 9)
+    assert torch.equal(assert_sampled(rows, columns, flat.sort().values), torch.zeros(72, device=DEVICE))
+    assert triton_kernels.strips(rows, columns, strips, BOUND).count_nonzero() == 0
+    rows, columns = operands(5, 16, 20)
+    nowhere = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    assert assert_sampled(rows, columns, nowhere).shape == (0,)
+    assert triton_kernels.strips(rows, columns, Pattern(nowhere, 16, 20, 8), BOUND).shape == (0,)
+    triton_kernels.read(columns, 0, Pattern(nowhere, 5, 20), nowhere.float())
+    triton_kernels.write_deltas(columns.view(-1), nowhere.float(), None, Pattern(nowhere, 5, 20))
+
+
+@pytest.mark.parametrize("used", [[0], [49], [7, 8, 31]])
+def test_rows_of_the_weight_without_positions(used):
+    rows, columns = operands(9, 50, 140)
+    flat = torch.cat([row * 140 + torch.arange(0, 140, 2, device=DEVICE) for row in used])
+    assert_sampled(rows, columns, flat)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 16, 40, 128, 10_000])
+def test_what_is_allocated_stays_within_the_bound(tokens, dtype):
+    N, R, C = 400, 32, 30
+    bound = tokens * (R + C) * dtype.itemsize
+    rows, columns = operands(N, R, C, dtype)
+    # No multiple of a tile: what fills up the last one must not be stored
+    flat, (strip_flat, strips) = draw(R, C, 0.105), draw_strips(R, C, 16, 12)
+    assert strips.block_starts.numel() == 3
+    pattern = Pattern(flat, R, C)
+    with AllocatedBytes() as allocated:
+        result = triton_kernels.sampled(rows, columns, pattern, bound)
+    assert_close(result, rows, columns, flat)
+    least = 16 * (R + C) * dtype.itemsize
+    assert 0 < allocated.bytes - result.nbytes <= max(bound, least)
+    with AllocatedBytes() as allocated:
+        result = triton_kernels.strips(rows, columns, strips, bound)
+    assert_close(result, rows, columns, strip_flat)
+    assert 0 < allocated.bytes - result.nbytes <= max(bound, least)
+
+
+def test_a_sum_does_not_depend_on_what_else_is_computed():
+    # So nothing is added in an order that a scheduler decides
+    rows, columns = operands(300, 24, 40, torch.bfloat16)
+    flat = draw(24, 40, 1.0)
+    whole = assert_sampled(rows, columns, flat)
+    some = draw(24, 40, 0.1)
+    assert torch.equal(assert_sampled(rows, columns, some), whole[some])
+    assert torch.equal(assert_sampled(rows, columns, flat), whole)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_beyond_32_bits(transposed):
+    """Of the last token, or of the last row of the weight; only a few pages of the memory are touched."""
+    N, R, C = 3, 16, 20
+    storage = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device=DEVICE)
+    rows = storage.as_strided((N, R), (1, 2**31 // 15 + 1) if transposed else (2**30 + 5, 1))
+    rows.copy_(torch.randn(N, R))
+    columns = operands(N, R, C, torch.bfloat16)[1]
+    assert_sampled(rows, columns, draw(R, C, 0.2))
+    flat, strips = draw_strips(R, C, 16, 5)
+    assert_close(triton_kernels.strips(rows, columns, strips, BOUND), rows, columns, flat)
+
+
+@pytest.mark.parametrize("cheaper", [True, False])
+def test_the_sampled_gradient_takes_the_cheaper_way(monkeypatch, cheaper):
+    rows, columns = operands(20, 16, 20, torch.bfloat16)
+    flat = draw(16, 20, 0.2)
+    asked, ran = [], []
+    monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *a: asked.append(a) or cheaper)
+    kernel = triton_kernels.sampled
+    monkeypatch.setattr(triton_kernels, "sampled", lambda *a: ran.append(a) or kernel(*a))
+    pattern = Pattern(flat, 16, 20)
+    # What a GPU runs: on the CPU sampled_product has other ways
+    result = sampled_gradient._on_accelerator(rows, columns, pattern, BOUND)
+    torch.testing.assert_close(
+        result.double(), (rows.double().t() @ columns.double()).flatten()[flat], rtol=1e-2, atol=1e-2
+    )
+    assert [a[2:] for a in asked] == [(64, 1, BOUND)]
+    assert [a[3] for a in ran] == [BOUND] * cheaper
+
+
+@pytest.mark.parametrize("cheaper", [True, False])
+def test_strips_take_the_cheaper_way(monkeypatch, cheaper):
+    rows, columns = operands(20, 32, 20, torch.bfloat16)
+    flat, strips = draw_strips(32, 20, 16, 6)
+    monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *a: cheaper)
+    kernel, ran = triton_kernels.strips, []
+    monkeypatch.setattr(triton_kernels, "strips", lambda *a: ran.append(a) or kernel(*a))
+    result = sampled_gradient._on_accelerator(rows, columns, strips, BOUND)
+    torch.testing.assert_close(
+        result.double(), (rows.double().t() @ columns.double()).flatten()[flat], rtol=1e-2, atol=1e-2
+    )
+    assert len(ran) == cheaper
+
+
+@pytest.mark.parametrize("granularity", [1, 3, 16])
+@pytest.mark.parametrize("room", [1, 2, 100], ids=["1 block", "2 blocks", "all"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_dense_product_is_read_chunk_by_chunk(monkeypatch, dtype, room, granularity):
+    R, C = 96, 20
+    rows, columns = operands(30, R, C, dtype)
+    cells = draw(R // granularity, C, 0.3).int()
+    pattern = Pattern(cells, R, C, granularity)
+    bound = 2 * room * granularity * C * dtype.itemsize
+    # float32 and more, so that a sum that is rounded early does not pass for a wrong one
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = sampled_gradient._dense(rows.to(wide), columns.to(wide), pattern, wide, 64 * bound)
+    monkeypatch.setattr(sampled_gradient, "has_kernels", lambda tensor: True)
+    read, asked = triton_kernels.read, []
+    monkeypatch.setattr(triton_kernels, "read", lambda *a: asked.append(a) or read(*a))
+    result = sampled_gradient._dense(rows, columns, pattern, dtype, bound)
+    assert result.dtype == wide
+    tolerance = 1e-5 if dtype.itemsize > 2 else 2e-2
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+    # Single positions in the only chunk are where their cells are
+    assert len(asked) == (-(-R // granularity // room) if room < 100 or granularity > 1 else 0)
+
+
+@pytest.mark.parametrize("granularity", [1, 3, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cells_dtype", [torch.int32, torch.int64])
+def test_deltas_are_written_with_torchs_bits(dtype, cells_dtype, granularity):
+    R, C = 96, 20
+    for count in (1, 90):
+        cells = torch.randperm(R // granularity * C)[:count].sort().values.to(DEVICE, cells_dtype)
+        flat = torch.cat([*Pattern(cells, R, C, granularity).flat_chunks()])
+        matrix, base, delta = (torch.randn(x).to(DEVICE) for x in (R * C, flat.numel(), flat.numel()))
+        matrix, base = matrix.to(dtype), base.to(dtype)
+        for change in (delta, delta.to(dtype), None):
+            written, expected = matrix.clone(), matrix.clone()
+            expected[flat] = base if change is None else (base.float() + change).to(dtype)
+            version = written._version
+            triton_kernels.write_deltas(written, base, change, Pattern(cells, R, C, granularity))
+            assert torch.equal(written, expected)
+            assert not torch.equal(written, matrix)
+            # Graphs from before see that it has changed
+            assert written._version > version
+
+
+@pytest.mark.parametrize("indices", ["stored", "regenerated"])
+@pytest.mark.parametrize("granularity", [1, 8])
+def test_a_weight_is_written_by_the_kernel_and_drawn_once(monkeypatch, granularity, indices):
+    monkeypatch.setattr(sparse_weight, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr(sparse_weight.cpu, "loaded", lambda tensor: None)
+    config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity, indices=indices)
+    model = sparsify(torch.nn.Sequential(torch.nn.Linear(20, 16)).to(DEVICE), config)
+    (weight,) = model.sparsity.weights.values()
+    weight.delta.data.normal_()
+    expected = weight.weight.detach().clone().view(-1)
+    expected[weight.flat_positions()] += weight.delta.detach()
+    drawn, draw_strips, written, write = [], type(weight)._drawn, [], triton_kernels.write_deltas
+    monkeypatch.setattr(type(weight), "_drawn", lambda *a: drawn.append(a) or draw_strips(*a))
+    monkeypatch.setattr(triton_kernels, "write_deltas", lambda *a: written.append(a) or write(*a))
+    weight.write()
+    assert torch.equal(weight.weight.detach().view(-1), expected)
+    assert len(written) == 1
+    # Single positions that are regenerated come in pieces of their own
+    assert len(drawn) == (indices == "regenerated" and granularity > 1)
+
+
+def test_a_cell_beyond_32_bits_is_read():
+    columns = 2**16
+    cells = torch.tensor([5, 2**31 - 1, 2**31 + 3, 2**31 + columns + 1], device=DEVICE)
+    result = torch.zeros(4, device=DEVICE)
+    row = torch.arange(columns, dtype=torch.float32, device=DEVICE)[None]
+    triton_kernels.read(row, 2**15, Pattern(cells, 2**15 + 2, columns), result)
+    assert result.tolist() == [0, 0, 3, 0]
+
+
+def test_what_does_not_fit_is_refused():
+    rows, columns = operands(5, 16, 20)
+    cells = torch.tensor([3, 7], device=DEVICE)
+    for kernel in (triton_kernels.sampled, triton_kernels.strips):
+        with pytest.raises(AssertionError):
+            kernel(rows, columns, Pattern(cells, 20, 16), BOUND)
+    with pytest.raises(AssertionError):
+        triton_kernels.read(rows, 0, Pattern(cells, 16, 16), torch.zeros(3, device=DEVICE))
+    for matrix, base, change in ((320, 1, 2), (320, 2, 1), (319, 2, 2)):
+        sizes = (torch.zeros(size, device=DEVICE) for size in (matrix, base, change))
+        with pytest.raises(AssertionError):
+            triton_kernels.write_deltas(*sizes, Pattern(cells, 16, 20))
+
+
+def test_a_cell_beyond_32_bits_is_written():
+    columns = 2**16
+    matrix = torch.empty(2**15 + 1, columns, dtype=torch.bfloat16, device=DEVICE).view(-1)
+    cells = torch.tensor([2**31 - 1, 2**31, 2**31 + 5], device=DEVICE)
+    base, change = torch.ones(3, dtype=torch.bfloat16, device=DEVICE), torch.arange(3.0, device=DEVICE)
+    triton_kernels.write_deltas(matrix, base, change, Pattern(cells, 2**15 + 1, columns))
+    assert matrix[cells].tolist() == [1, 2, 3]
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Of all tensors that operations return, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        held = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
+        if isinstance(output, torch.Tensor) and output.untyped_storage().data_ptr() not in held:
+            self.bytes += output.untyped_storage().nbytes()
+        return output

@@ -1,0 +1,250 @@
+"""`sparse-zero plan` without ranks: its counts and activations against a real model, its errors, its speed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from launcher.cli import main
+from sparse_zero import SparseConfig, sparsify
+from sparse_zero.planning.arithmetic import Sizes, Zero, traffic
+from sparse_zero.planning.from_recipe import device_bytes, least_ranks, plan, read
+from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.selection import rules as positions
+
+SHAPES = Path(__file__).parents[3] / "benchmarks" / "shapes"
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    tiny.save_llama(directory)
+    return directory
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path: Path) -> Path:
+    """Of a model of which there is the configuration only."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((base / "config.json").read_text())
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {{name: {tmp_path / 'model'}, task: causal-lm, attn_implementation: eager}}\n"
+        f"data: {{path: text, columns: {{text: text}}, max_length: {TOKENS}}}\n"
+        "sparse: {density: 0.05, targets: all-linear}\n"
+        "training: {per_device_train_batch_size: 3}\n"
+    )
+    return file
+
+
+def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
+    model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base)
+    sparsify(model, SparseConfig(density=0.05, targets="all-linear"))
+    sizes = read(load_recipe(recipe)).sizes
+    weights = model.sparsity.weights.values()
+    assert sorted(sizes.selected) == sorted(weight.draw.count for weight in weights)
+    assert sum(sizes.base) == model.sparsity.total_parameters
+    assert sizes.index_bytes == sum(weight.strips().nbytes for weight in weights)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[v_proj, o_proj]"])
+def test_activations_are_those_that_autograd_keeps(base: Path, recipe: Path, targets: str) -> None:
+    run = read(load_recipe(recipe, [f"sparse.targets={targets}"]))
+    counted = run.activations.peak(checkpointed=False) - run.activations.loss
+    model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base, attn_implementation="eager").train()
+    sparsify(model, load_recipe(recipe, [f"sparse.targets={targets}"]).sparse)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(3, TOKENS, dtype=torch.int64), use_cache=False)
+    assert counted == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.02)
+
+
+def test_checkpointing_keeps_less(recipe: Path) -> None:
+    kept = read(load_recipe(recipe)).activations
+    assert len(kept.layers) == 2
+    assert kept.inputs == 2 * 3 * TOKENS * 32 * 4
+    assert kept.peak(True) == kept.outside + kept.inputs + max(kept.loss, *kept.layers) < kept.peak(False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sent"),
+    [
+        (0, 1.5 * 4 * 1000),  # 2 * 3/4 of the gradients, once
+        (1, (1.5 + 0.75) * 4 * 1000),
+        (2, (5 * 1.5 + 0.75) * 4 * 1000),
+        (3, (5 * 0.75 + 5 * 0.75 * (10 + 1 + 10 + 1)) * 4 * 1000),
+    ],
+)
+def test_traffic_of_four_ranks(stage: int, sent: float) -> None:
+    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
+    zero = Zero(stage, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0)
+    assert sum(each.sent_bytes(4) for each in traffic(zero, 4, sizes, backwards=5)) == sent
+    assert traffic(zero, 1, sizes, backwards=5) == []
+
+
+def test_stage_3_does_not_send_again_what_it_still_has() -> None:
+    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
+    once = Zero(3, stage3_param_persistence_threshold=0)
+    (gathered,) = (each for each in traffic(once, 4, sizes) if each.operation == "all-gather")
+    assert gathered.payload_bytes == 4 * 11_000
+
+
+def test_the_smallest_number_of_ranks_is_the_smallest(recipe: Path) -> None:
+    run = read(load_recipe(recipe))
+    zero = run.zero_of("3")
+    room = device_bytes(run, zero, 13)
+    least = least_ranks(run, zero, room)
+    assert device_bytes(run, zero, least) <= room < device_bytes(run, zero, least - 1)
+    assert least_ranks(run, zero, device_bytes(run, zero, 10**6) - 10_000) is None
+
+
+def test_the_lowest_stage_that_fits_is_taken() -> None:
+    run = read(load_recipe(SHAPES / "plan.yaml", [f"model.name={SHAPES / 'llama-3-70b'}"]))
+    for name in ("0", "3"):
+        size = device_bytes(run, run.zero_of(name), 8)
+        planned = plan(run, 8, gpu_bytes=round(1.01 * size / 0.92))
+        assert planned["stage"] == name
+        assert plan(run, 8, gpu_bytes=round(0.5 * size))["stage"] != name
+
+
+def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws(*_: object) -> None:
+        raise AssertionError("drew positions")
+
+    for name in ("positions", "strips", "bernoulli_chunks", "by_magnitude"):
+        monkeypatch.setattr(positions, name, draws)
+    for selection in ("bernoulli", "magnitude"):
+        overrides = [f"model.name={SHAPES / 'llama-3.1-405b'}", f"sparse.selection={selection}"]
+        run = read(load_recipe(SHAPES / "plan.yaml", overrides))
+        assert sum(run.sizes.base) == 405_853_388_800
+        assert sum(run.sizes.selected) == round(0.01 * 405_853_388_800)
+    assert plan(run, 8)["adapter_bytes"] == 6 * sum(run.sizes.selected)  # of magnitude: positions too
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ranks", "0"], "--ranks 0"),
+        (["--ranks", "6", "--nodes", "4"], "4 nodes"),
+        (["--ranks", "2", "--gpu-memory", "H10"], "did you mean 'H100'?"),
+        (["--ranks", "2", "--gpu-memory", "-1"], "GiB above 0"),
+        (["--ranks", "2", "--bandwidth", "0"], "--bandwidth 0"),
+        (["--ranks", "2", "sparse.density=0.99"], "lower the density to at most"),
+        (["--ranks", "2", "sparse.targets=[nothing]"], "'nothing' matches no module"),
+        (["--ranks", "2", "training.per_device_train_batch_size=auto"], "training.per_device_train_batch_size"),
+        (["--ranks", "2", "training.per_device_train_batch_size=0"], "must be at least 1"),
+        (["--ranks", "2", "training.auto_find_batch_size=true"], "give per_device_train_batch_size"),
+        (["--ranks", "2", "model.name=nowhere/at/all"], "nowhere/at/all cannot be loaded"),
+        (["--ranks", "2", "--gpu-memory", "1e300"], "GiB above 0"),
+        (["--ranks", "2", "--gpu-memory", ""], "no such card"),
+        (["--ranks", "2", "data.max_length=100000"], "the model takes"),
+        (["--ranks", "2", "training.deepspeed=[1]"], "training.deepspeed"),
+        (["--ranks", "2", "training.deepspeed={zero_optimization: true}"], "zero_optimization: True"),
+        (["--ranks", "2", "training.deepspeed={bf16: true}"], "bf16: True"),
+        (["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 4}}"], "stage: 4: must be 0, 1, 2 or 3"),
+        (["--ranks", "2", "training.deepspeed={zero_optimization: {stage: true}}"], "stage: True: must be"),
+        (
+            ["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 2, overlap_comm: auto}}"],
+            "zero_optimization.overlap_comm",
+        ),
+        (
+            ["--ranks", "2", "training.deepspeed={zero_optimization: {stage: 2, reduce_bucket_size: null}}"],
+            "zero_optimization.reduce_bucket_size",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture, words: list, said: str
+) -> None:
+    assert main(["plan", str(recipe), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": "x"}, "hidden_size"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "The hidden size (30)"),
+        ({"intermediate_size": -5}, "cannot be built"),
+        ({"num_attention_heads": 0}, "model.name"),
+        ({"hidden_act": "none-such"}, "none-such"),
+        ({"pad_token_id": 10**6}, "cannot be built"),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_no_model_is_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture, change: dict, said: str
+) -> None:
+    file = recipe.parent / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert main(["plan", str(recipe), "--ranks", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_classifier_on_a_model_without_a_padding_token(recipe: Path) -> None:
+    file = recipe.parent / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": None}))
+    overrides = ["model.task=sequence-classification", "data.columns={text: text, label: label}"]
+    found = read(load_recipe(recipe, overrides)).activations
+    assert found.formula == "counted on the meta device"
+    assert found.peak(checkpointed=False) > 0
+
+
+def test_a_forward_that_fails_without_values_is_estimated(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("needs values")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+    assert "Korthikanti" in read(load_recipe(recipe)).activations.formula
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "offloaded"),
+    [
+        ("{stage: 1}", "1", (False, False)),
+        ("{stage: 2, offload_optimizer: {device: cpu}}", "2, offload", (True, False)),
+        ("{stage: 3, offload_optimizer: {device: none}}", "3", (False, False)),
+        ("{stage: 3, offload_optimizer: {device: cpu}}", "3, offload", (True, False)),
+        ("{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}", "3, offload", (True, True)),
+    ],
+)
+def test_the_recipes_own_stage_is_planned_as_it_is_there(
+    recipe: Path, settings: str, own: str, offloaded: tuple[bool, bool]
+) -> None:
+    run = read(load_recipe(recipe, [f"training.deepspeed={{zero_optimization: {settings}}}"]))
+    zero = run.zero_of(own)
+    assert plan(run, 2)["recipe_stage"] == own
+    assert (zero.offload_optimizer, zero.offload_param) == offloaded
+    # What another recipe would have
+    if own != "3, offload":
+        assert run.zero_of("3, offload").offload_param
+
+
+def test_the_command_prints_a_table_and_json(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["plan", str(recipe), "--ranks", "8", "--nodes", "2", "--gpu-memory", "H100", "--bandwidth", "10"]
+    assert main([*words, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in planned["stages"]] == ["0", "1", "2", "3", "2, offload", "3, offload"]
+    assert planned["stage"] == "0"
+    stage_0 = planned["stages"][0]
+    assert stage_0["seconds_per_step"] == stage_0["sent_bytes_per_step"] / 10e9
+    assert main(words) == 0
+    assert "stage 0 is the lowest that fits" in capsys.readouterr().out
