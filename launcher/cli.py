@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from launcher import report
 from launcher.jobs.sbatch_options import split_words
-from sparse_zero.checkpoint.resumption import settle_resume
+from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    words = settle_resume(sys.argv[1:] if argv is None else argv)
+    words = complete_resume_option(sys.argv[1:] if argv is None else argv)
     options, words = split_words(words) if words[:1] == ["submit"] else ({}, words)
     arguments, rest = build_parser().parse_known_args(words)
     arguments.sbatch_options = options

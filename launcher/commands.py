@@ -200,33 +200,34 @@ def inspect(arguments: argparse.Namespace) -> int:
 def doctor(arguments: argparse.Namespace) -> int:
     """Examine what a run needs before it is started."""
     from launcher.doctor import links
-    from launcher.doctor.examination import examine
+    from launcher.doctor.diagnosis import diagnose
     from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
-    diagnosis = examine(recipe, arguments.recipe, arguments.overrides, with_ranks=not arguments.no_ranks)
+    diagnosis = diagnose(recipe, arguments.recipe, arguments.overrides, with_ranks=not arguments.no_ranks)
     if arguments.json:
         report.print_json(diagnosis.to_json())
     else:
-        report.print_diagnosis(diagnosis.findings, links.rows(diagnosis.measured) if diagnosis.measured else [])
+        report.print_diagnosis(diagnosis.findings, links.table_rows(diagnosis.measured) if diagnosis.measured else [])
     return diagnosis.status
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """Say what each rank of a run will hold and send, without loading a weight."""
     from launcher.plan_report import print_plan
-    from sparse_zero.planning.gpu_memory import card_bytes
+    from sparse_zero.planning.gpu_memory import gpu_memory_bytes
     from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    memory = None if arguments.gpu_memory is None else card_bytes(arguments.gpu_memory)
+    memory = None if arguments.gpu_memory is None else gpu_memory_bytes(arguments.gpu_memory)
     bandwidth = None if arguments.bandwidth is None else arguments.bandwidth * 1e9
     _settle_accelerator()
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.planning import from_recipe
+        from sparse_zero.planning.plan import check_ranks, plan
+        from sparse_zero.planning.planned_run import read_recipe
 
-        from_recipe.check_ranks(arguments.ranks, arguments.nodes, bandwidth)
-        facts = from_recipe.plan(from_recipe.read(recipe), arguments.ranks, arguments.nodes, memory, bandwidth)
+        check_ranks(arguments.ranks, arguments.nodes, bandwidth)
+        facts = plan(read_recipe(recipe), arguments.ranks, arguments.nodes, memory, bandwidth)
     if arguments.json:
         report.print_json(facts)
     else:

@@ -1,39 +1,39 @@
-"""How `sparse-zero plan` prints: the run, a table of the stages, and all of the stage that it would take."""
+"""Output of `sparse-zero plan`: the run, a table of the ZeRO stages, and the details of one stage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.report import print_facts, print_notes, print_rows, readable
 
-KNOWN, GUESSED = "exact", "estimate"
+EXACT, ESTIMATE = "exact", "estimate"
 
 
 def print_plan(title: str, plan: Mapping[str, Any]) -> None:
-    """Args: plan: what sparse_zero.planning.from_recipe.plan returns."""
+    """Print a plan. Args: plan: the result of sparse_zero.planning.plan.plan."""
     print_facts(title, _run(plan))
     print()
     print_rows([_row(stage) for stage in plan["stages"]])
     shown = _shown(plan)
-    print(f"\nstage {shown['stage']}, each rank holds")
-    print_rows([_holding(each) for each in shown["holds"]])
+    print(f"\nstage {shown['stage']}: memory of each rank")
+    print_rows([_allocation(each) for each in shown["holds"]])
     if shown["sends"]:
-        print(f"\nstage {shown['stage']}, each rank sends in a step")
-        print_rows([_sending(each) for each in shown["sends"]])
+        print(f"\nstage {shown['stage']}: each rank sends per step")
+        print_rows([_transfer(each) for each in shown["sends"]])
     print(f"\n{_conclusion(plan)}")
     print_notes(plan["notes"])
 
 
 def _run(plan: Mapping[str, Any]) -> dict[str, str]:
-    batch = f"{plan['micro_batch']} x {plan['tokens']:,} tokens, {plan['micro_batches']} times a step"
+    batch = f"{plan['micro_batch']} x {plan['tokens']:,} tokens, {plan['micro_batches']} times per step"
     kept = plan["activation_bytes"]
     return {
         "model": f"{plan['parameters']:,} scalars of {plan['bytes_per_scalar']} bytes",
         "trained": f"{plan['trained']:,} scalars ({plan['density']:.2%}) in {plan['targets']} targets",
-        "each rank's batch": batch,
+        "batch of each rank": batch,
         "ranks": f"{plan['ranks']:,} on {plan['nodes']:,} node{'s' if plan['nodes'] > 1 else ''}",
         "activations": f"{_size(kept['without_checkpointing'])}, {_size(kept['with_checkpointing'])} with gradient "
-        f"checkpointing (estimates); logits {_size(kept['of_which_logits'])} of them",
-        "checkpoint": f"{_size(plan['checkpoint_bytes'])}, 12 bytes a scalar",
+        f"checkpointing (estimates), including {_size(kept['of_which_logits'])} for logits",
+        "checkpoint": f"{_size(plan['checkpoint_bytes'])}, 12 bytes per trained scalar",
         "adapter": _size(plan["adapter_bytes"]),
     }
 
@@ -41,29 +41,29 @@ def _run(plan: Mapping[str, Any]) -> dict[str, str]:
 def _row(stage: Mapping[str, Any]) -> dict[str, Any]:
     row = {
         "stage": stage["stage"],
-        "a rank holds": _size(stage["device_bytes"]),
-        "a node's host memory": _size(stage["host_bytes_per_node"]),
-        "a rank sends in a step": _size(stage["sent_bytes_per_step"]),
+        "memory per rank": _size(stage["device_bytes"]),
+        "host memory per node": _size(stage["host_bytes_per_node"]),
+        "sent per rank and step": _size(stage["sent_bytes_per_step"]),
     }
     if stage["seconds_per_step"] is not None:
         row["in"] = f"{stage['seconds_per_step']:.3g} s"
     if stage["fits"] is not None:
         row |= {"fits": "yes" if stage["fits"] else "no"}
-        row["least ranks"] = "none" if stage["least_ranks"] is None else f"{stage['least_ranks']:,}"
+        row["min. ranks"] = "none" if stage["least_ranks"] is None else f"{stage['least_ranks']:,}"
     return row
 
 
-def _holding(held: Mapping[str, Any]) -> dict[str, Any]:
+def _allocation(held: Mapping[str, Any]) -> dict[str, Any]:
     when = "" if held["when"] == "always" else f" in {held['when']}"
     return {
         "what": f"{held['what']}{when}{' (host)' if held['where'] == 'host' else ''}",
         "size": _size(held["bytes"]),
-        "": KNOWN if held["exact"] else GUESSED,
+        "": EXACT if held["exact"] else ESTIMATE,
         "formula": held["formula"],
     }
 
 
-def _sending(sent: Mapping[str, Any]) -> dict[str, Any]:
+def _transfer(sent: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "operation": sent["operation"],
         "of": sent["of"],
@@ -73,7 +73,9 @@ def _sending(sent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The stage to take; where no memory is given, the recipe's own; where none fits, the one that holds least."""
+    """The stage to describe: the lowest that fits; the recipe's own if no GPU memory is given; the one that needs the
+    least memory if none fits.
+    """
     stages: Sequence[Mapping[str, Any]] = plan["stages"]
     if plan["stage"] is None and plan["gpu_bytes"] is not None:
         return min(stages, key=lambda stage: stage["device_bytes"])
@@ -83,11 +85,11 @@ def _shown(plan: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _conclusion(plan: Mapping[str, Any]) -> str:
     if plan["gpu_bytes"] is None:
-        return "give --gpu-memory to see which stages fit"
-    room = f"{_size(plan['room_bytes'])} of {_size(plan['gpu_bytes'])}, the rest being reserved"
+        return "add --gpu-memory to see which stages fit"
+    available = f"{_size(plan['room_bytes'])} of {_size(plan['gpu_bytes'])} (the rest is reserved)"
     if plan["stage"] is None:
-        return f"no stage fits {room}"
-    return f"stage {plan['stage']} is the lowest that fits {room}"
+        return f"no stage fits into {available}"
+    return f"stage {plan['stage']} is the lowest that fits into {available}"
 
 
 def _size(count: int) -> str:

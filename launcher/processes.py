@@ -1,9 +1,8 @@
-"""Runs the command that starts the ranks, and leaves none of them behind.
+"""Runs the command that starts the ranks, and ensures that no rank outlives it.
 
-What stands between this process and the ranks cannot be relied on to end them. DeepSpeed's runner forwards no
-signal: it dies, and its ranks train on. torchrun puts every rank in a session of its own, out of reach of a
-signal to the process group. Therefore this process adopts what its children leave behind, and looks for ranks
-among all its descendants.
+The launchers do not reliably end their ranks. DeepSpeed's runner forwards no signal: it dies, and its ranks continue
+to train. torchrun starts every rank in a separate session, where a signal to the process group does not reach it.
+Therefore this process adopts the orphans of its children, and looks for ranks among all its descendants.
 """
 
 import contextlib
@@ -26,40 +25,48 @@ from sparse_zero.ranks.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0
-"""From the first signal to the last."""
+"""From the first signal to SIGKILL."""
 OUTCOME_SECONDS = 15.0
-"""How long ranks may take to end that have been told to end at once."""
+"""How long the ranks may take to end after the watchdog has told them to end at once."""
 LAUNCHER_SECONDS = 10.0
-"""How long a launcher may take to see that its ranks have ended; DeepSpeed's looks once in a second."""
+"""How long a launcher may take to notice that its ranks have ended. DeepSpeed's launcher polls once a second."""
 
 
-class Ending(NamedTuple):
-    """How the ranks ended."""
+class RunExit(NamedTuple):
+    """How the ranks of a run exited."""
 
     status: int
-    """The exit status of a rank; 128 + n where signal n ended it, or ended this command; STOPPED where the ranks were
-    told to end and saved what they had."""
+    """The exit status of a rank; 128 + n if signal n ended the rank or this command; STOPPED if the ranks were told to
+    stop and saved a checkpoint."""
     stopped: bool
     """Whether the run was told to stop."""
     is_explained: bool = False
-    """Whether the user has been told why."""
+    """Whether the reason has already been printed."""
 
 
 def run(
     command: Command, watchdog: Watchdog, stdout: TextIO | None = None, grace_seconds: float = GRACE_SECONDS
-) -> Ending:
-    """Run `command` to its end, and end all its processes when this one gets SIGINT, SIGTERM or SIGHUP.
+) -> RunExit:
+    """Run `command` until it ends, and end all its processes when this process gets SIGINT, SIGTERM or SIGHUP.
 
-    The ranks of all hosts hear of the first signal through `watchdog`, or as SIGTERM where they have not joined it
-    yet; after `grace_seconds`, or at a second signal, whatever is left is killed. SIGUSR1, a scheduler's warning, is
-    passed on likewise, and nothing is killed for it. When the watchdog has an outcome, the ranks end by
-    themselves, and the launcher that does not see it is killed.
+    The first signal reaches the ranks of all hosts through `watchdog`; ranks that have not joined it yet get SIGTERM.
+    After `grace_seconds`, or at a second signal, all processes that are left are killed. SIGUSR1, a scheduler's
+    warning, is passed on in the same way, but nothing is killed. If the watchdog reports a failure, the ranks end by
+    themselves, and a launcher that does not notice is killed.
 
-    Takes every descendant of this process for its own: call it from the command line only.
+    Call this function from the command line only: it treats every descendant of this process as part of the run.
+
+    Args:
+        command: starts the ranks.
+        watchdog: of this run.
+        stdout: for the output of the ranks; None: this process's own.
+        grace_seconds: how long the ranks may take to save a checkpoint and exit.
+
+    Raises UserError: the command cannot be started.
     """
     _adopt_orphans()
     with _signals() as (received, warnings):
-        # In a session of its own it does not see the terminal's Ctrl-C, which ends each Python with a traceback.
+        # A new session keeps the terminal's Ctrl-C from every Python, each of which would print a traceback.
         process = _start(command, stdout)
         warned: set[psutil.Process] = set()
         while process.poll() is None and not received and watchdog.outcome is None:
@@ -75,14 +82,14 @@ def run(
     status = exit_status(process.wait())
     outcome = watchdog.conclude()
     if status == STOPPED:
-        return Ending(status, stopped=True)
+        return RunExit(status, stopped=True)
     if received:
-        return Ending(128 + received[0], stopped=True)
+        return RunExit(128 + received[0], stopped=True)
     if outcome is not None:
-        # A launcher may have a status of its own for a rank that a signal has ended.
-        return Ending(status if status > 128 else outcome.status, stopped=not outcome.is_error, is_explained=True)
-    # DeepSpeed's runner reports success when the launcher below it was killed.
-    return Ending(1 if orphans and status == 0 else status, stopped=False)
+        # If a signal ended a rank, the launcher's status may tell which one.
+        return RunExit(status if status > 128 else outcome.status, stopped=not outcome.is_error, is_explained=True)
+    # DeepSpeed's runner exits with 0 when the launcher below it was killed.
+    return RunExit(1 if orphans and status == 0 else status, stopped=False)
 
 
 def _start(command: Command, stdout: TextIO | None) -> subprocess.Popen:
@@ -93,9 +100,9 @@ def _start(command: Command, stdout: TextIO | None) -> subprocess.Popen:
 
 
 def exit_status(returncode: int) -> int:
-    """The shell's status for a launcher's return code: 128 + n where signal n ended the launcher or a rank.
+    """The shell's exit status for a launcher's return code: 128 + n if signal n ended the launcher or a rank.
 
-    DeepSpeed's launcher gives a rank's -n to sys.exit, which leaves 256 - n. 255 is what `sys.exit(-1)` makes.
+    DeepSpeed's launcher passes a rank's -n to sys.exit, which exits with 256 - n. 255 is the status of `sys.exit(-1)`.
     """
     if returncode < 0:
         return 128 - returncode
@@ -104,8 +111,8 @@ def exit_status(returncode: int) -> int:
 
 def _end_descendants(received: list[int], watchdog: Watchdog, patience_seconds: float) -> None:
     deadline = time.monotonic() + patience_seconds
-    told: set[psutil.Process] = set()
-    # One that has not seen the failure yet is about to; one that has started no rank yet need not.
+    signalled: set[psutil.Process] = set()
+    # After a failure the launchers get time to notice it. After a signal, one that has no rank yet ends at once.
     launchers_deadline = time.monotonic() + LAUNCHER_SECONDS if watchdog.outcome else 0.0
     while alive := _descendants():
         now = time.monotonic()
@@ -114,32 +121,32 @@ def _end_descendants(received: list[int], watchdog: Watchdog, patience_seconds: 
             watchdog.end("killed")
             for process in alive:
                 _send(process, signal.SIGKILL)
-        # The launchers are spared while there are ranks: they would cut the ranks' time to save their work. Then they
-        # are given time to see with what status the ranks have ended.
+        # The launchers get no signal while there are ranks: they would kill ranks that are saving. After that they get
+        # time to read the exit status of the ranks.
         elif ranks:
-            for process in set(_strangers(ranks, watchdog)) - told:
+            for process in set(_ranks_not_joined(ranks, watchdog)) - signalled:
                 _send(process, signal.SIGTERM)
-                told.add(process)
+                signalled.add(process)
         elif not watchdog.is_anybody_there and now > launchers_deadline:
-            for process in set(alive) - told:
-                # A launcher that waits for a lost host would try to clean up there.
+            for process in set(alive) - signalled:
+                # At SIGTERM, a launcher that waits for a lost host would try to clean up on that host.
                 _send(process, signal.SIGKILL if watchdog.outcome else signal.SIGTERM)
-                told.add(process)
+                signalled.add(process)
         if ranks or watchdog.is_anybody_there:
             launchers_deadline = now + LAUNCHER_SECONDS
         time.sleep(POLL_SECONDS)
 
 
 def _warn(warned: set[psutil.Process], watchdog: Watchdog) -> None:
-    """Pass SIGUSR1 on to each rank once, as soon as the rank has a handler for it: without one it would die."""
-    for process in set(_strangers(_ranks(_descendants()), watchdog)) - warned:
+    """Pass SIGUSR1 on to each rank once, as soon as the rank has a handler for it. Without a handler it would die."""
+    for process in set(_ranks_not_joined(_ranks(_descendants()), watchdog)) - warned:
         if _handles(process, signal.SIGUSR1):
             _send(process, signal.SIGUSR1)
             warned.add(process)
 
 
-def _strangers(ranks: Iterable[psutil.Process], watchdog: Watchdog) -> list[psutil.Process]:
-    """Those of `ranks` that have not come to the watchdog, where they would have heard what is asked of them."""
+def _ranks_not_joined(ranks: Iterable[psutil.Process], watchdog: Watchdog) -> list[psutil.Process]:
+    """The ranks that have not joined the watchdog, and so have not received its messages."""
     members = watchdog.pids(socket.gethostname())
     return [rank for rank in ranks if rank.pid not in members]
 
@@ -148,13 +155,13 @@ def _handles(process: psutil.Process, signum: int) -> bool:
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:
-        return True  # not Linux, or gone
+        return True  # not Linux, or the process has ended
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (signum - 1) & 1)
 
 
 def _ranks(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those of `processes` that a launcher started as a rank, without the workers that ranks have forked."""
+    """The processes that a launcher started as ranks, without the workers that ranks have forked."""
     ranks = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -180,14 +187,15 @@ def _send(process: psutil.Process, signum: int) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[tuple[list[int], list[int]]]:
-    """Collects the signals that ask for an end, and the warnings (SIGUSR1) apart, but not those that the caller
-    ignores (nohup, a shell's `&`).
+    """Collect signals while the block runs. A signal that the caller ignores (nohup, a shell's `&`) stays ignored.
+
+    Yields: two lists that grow: the signals that end the run (SIGINT, SIGTERM, SIGHUP), and the warnings (SIGUSR1).
     """
     received: list[int] = []
     warnings: list[int] = []
-    asked = {signal.SIGINT: received, signal.SIGTERM: received, signal.SIGHUP: received, signal.SIGUSR1: warnings}
-    before = {signum: signal.getsignal(signum) for signum in asked}
-    for signum, collected in asked.items():
+    handled = {signal.SIGINT: received, signal.SIGTERM: received, signal.SIGHUP: received, signal.SIGUSR1: warnings}
+    before = {signum: signal.getsignal(signum) for signum in handled}
+    for signum, collected in handled.items():
         if before[signum] is not signal.SIG_IGN:
             signal.signal(signum, lambda number, frame, collected=collected: collected.append(number))
     try:
@@ -198,7 +206,7 @@ def _signals() -> Iterator[tuple[list[int], list[int]]]:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent dies, on Linux."""
+    """On Linux, become the parent of descendants whose own parent dies."""
     PR_SET_CHILD_SUBREAPER = 36
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

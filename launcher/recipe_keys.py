@@ -1,4 +1,4 @@
-"""`sparse-zero keys`: what a recipe can say, from the schema that reads it."""
+"""`sparse-zero keys`: describes the keys of a recipe, from the schema that validates recipes."""
 
 import shutil
 import textwrap
@@ -13,7 +13,10 @@ from sparse_zero.recipe.recipe import Recipe
 
 
 def all_keys(schema: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key with its dots, a section before what is in it."""
+    """Yields every key with its section, as in `sparse.density`, and its field. A section precedes its keys.
+
+    Args: prefix: the section, with a dot at its end.
+    """
     for name, field in schema.model_fields.items():
         yield prefix + name, field
         if section := _section(field):
@@ -21,15 +24,17 @@ def all_keys(schema: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tup
 
 
 def describe(wanted: str | None) -> str:
-    """All keys, or those of a section, or one.
+    """The text that `sparse-zero keys` prints. Args: wanted: a key or a section; None: all keys.
 
-    Raises UserError: no such key.
+    Raises UserError: there is no such key.
     """
     known = dict(all_keys())
     if wanted is not None and wanted.startswith("training."):
-        raise UserError(f"{wanted}: the keys of `training` are transformers.TrainingArguments' own, and async_save")
+        raise UserError(
+            f"{wanted}: the keys of `training` are the arguments of transformers.TrainingArguments, and async_save"
+        )
     if wanted is not None and wanted not in known:
-        raise UserError(f"{wanted}: a recipe has no such key{did_you_mean(wanted, known)}")
+        raise UserError(f"{wanted}: there is no such key in a recipe{did_you_mean(wanted, known)}")
     chosen = (name for name in known if wanted is None or name == wanted or name.startswith(f"{wanted}."))
     return "\n".join(_entry(name, known[name]) for name in chosen)
 
@@ -37,7 +42,7 @@ def describe(wanted: str | None) -> str:
 def _entry(name: str, field: FieldInfo) -> str:
     section = _section(field)
     text = field.description or (section.__doc__ if section else None) or ""
-    # What a recipe's author writes for None
+    # In YAML, None is null
     text = " ".join(text.split()).replace("None:", "null:")
     value = f"{_name(field.annotation)}{_range(field)}{_default(field)}"
     head = f"{name}{', required' * field.is_required()}" if section else f"{name}: {value}"
@@ -63,7 +68,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _name(kind: Any) -> str:
-    """As a recipe's author would say it: a literal by its values, `null` for None."""
+    """A type in the notation of a recipe: a literal as its values, None as `null`."""
     if kind is type(None):
         return "null"
     if isinstance(kind, str):

@@ -1,4 +1,4 @@
-"""How the subcommands print: tables for people, one JSON value for programs, one line for an error."""
+"""Output of the subcommands: tables for people, one JSON value for programs, one line for an error."""
 
 import contextlib
 import json
@@ -11,24 +11,24 @@ PROGRAM = "sparse-zero"
 
 
 def say_error(message: str) -> None:
-    """One line on stderr, however many lines `message` has."""
+    """Print `message` on stderr as a single line."""
     print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def only_json_on_stdout(wanted: bool) -> Iterator[None]:
-    """With `wanted`, what libraries print within this block goes to stderr."""
+    """If `wanted`, redirect what libraries print within this block to stderr."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
 
 
 def print_json(value: Any) -> None:
-    """`value` on stdout; anything that JSON has no form for as a string."""
+    """Print `value` on stdout. Types that JSON does not have become strings."""
     print(json.dumps(value, indent=2, default=str))
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """A title, then a line for each fact."""
+    """Print a title, then a line for each fact."""
     from rich.table import Table
 
     print(title)
@@ -39,7 +39,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a column for each key of the first row."""
+    """Print a table with a column for each key of the first row."""
     from rich.table import Table
 
     if not rows:
@@ -52,25 +52,25 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     _print(table)
 
 
-MOST_ROWS = 30
-"""What longer tables have is left to --json."""
+MAX_ROWS = 30
+"""Longer tables are cut here; --json prints all rows."""
 
 
 def print_description(title: str, facts: Mapping[str, Any]) -> None:
-    """What `sparse_zero.adapters.inspection.describe` found."""
+    """Print the facts that `sparse_zero.adapters.inspection.describe` returns."""
     tables = ("kinds", "layers", "tensors", "histogram", "largest", "notes")
     print_facts(
         title, {name: fact for name, fact in facts.items() if name not in tables and fact not in (None, {}, [])}
     )
-    few = len(facts["tensors"]) <= MOST_ROWS
+    few = len(facts["tensors"]) <= MAX_ROWS
     for name, heading in (("kinds", "weights of each kind"), ("layers", "layers"), ("tensors", "weights")):
         rows = facts[name]
-        # Groups of one weight each tell nothing more than the weights do.
+        # A table of groups is only useful if some group has more than one weight.
         if few if name == "tensors" else len(rows) < len(facts["tensors"]):
             print(f"\n{heading}")
-            print_rows(rows[:MOST_ROWS])
-            if len(rows) > MOST_ROWS:
-                print(f"... and {len(rows) - MOST_ROWS} more: --json lists all")
+            print_rows(rows[:MAX_ROWS])
+            if len(rows) > MAX_ROWS:
+                print(f"... and {len(rows) - MAX_ROWS} more: --json lists all")
     if not few:
         print(f"\n{len(facts['tensors'])} weights: --json lists each")
     if facts["histogram"]:
@@ -83,7 +83,10 @@ def print_description(title: str, facts: Mapping[str, Any]) -> None:
 
 
 def print_histogram(bars: Sequence[Mapping[str, Any]], width: int = 40) -> None:
-    """A line for each bar, the longest `width` characters long. Args: bars: `from`, `to`, `scalars` of each."""
+    """Print a line for each bar; the longest bar has `width` characters.
+
+    Args: bars: each with `from`, `to` (the bounds of the magnitude) and `scalars` (how many).
+    """
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -97,9 +100,9 @@ def print_histogram(bars: Sequence[Mapping[str, Any]], width: int = 40) -> None:
 
 
 def print_diagnosis(findings: Sequence[Any], links: Sequence[Mapping[str, Any]]) -> None:
-    """What `sparse-zero doctor` found, what is wrong last.
+    """Print the results of `sparse-zero doctor`: what is well, the links, then warnings and errors.
 
-    Args: findings: launcher.doctor.findings.Finding; links: rows.
+    Args: findings: of launcher.doctor.findings; links: rows of a table.
     """
     _print_findings([finding for finding in findings if finding.severity == "ok"])
     if links:
@@ -110,8 +113,8 @@ def print_diagnosis(findings: Sequence[Any], links: Sequence[Mapping[str, Any]])
         print()
         _print_findings(problems)
     counts = {name: sum(finding.severity == name for finding in findings) for name in ("error", "warning")}
-    said = [f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count]
-    print(f"\n{' and '.join(said) if said else 'nothing is wrong'}")
+    shown = [f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count]
+    print(f"\n{' and '.join(shown) if shown else 'no problems found'}")
 
 
 def _print_findings(findings: Sequence[Any]) -> None:
@@ -128,26 +131,29 @@ def _print_findings(findings: Sequence[Any]) -> None:
     for (severity, check, message, remedy), names in hosts.items():
         shown = (
             ", ".join(names)
-            if len(names) <= MOST_NAMES
-            else f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
+            if len(names) <= MAX_NAMES
+            else f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more"
         )
-        told = Text(message if remedy is None else f"{message}\n-> {remedy}")
-        table.add_row(Text(severity, style=styles[severity]), check, Text(shown), told)
+        text = Text(message if remedy is None else f"{message}\n-> {remedy}")
+        table.add_row(Text(severity, style=styles[severity]), check, Text(shown), text)
     _print(table)
 
 
-MOST_NAMES = 4
-"""Hosts that say the same; of more, a line names these and counts the rest."""
+MAX_NAMES = 4
+"""Hosts named in one line for the same finding; the others are counted."""
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """What a user must know beside the facts."""
+    """Print each note on a line."""
     for note in notes:
         print(f"note: {note}")
 
 
 def readable(name: str, value: Any) -> str:
-    """A fact as people write it: 12,345 scalars, 1.2 MiB, 0.0312, 384 x 1536."""
+    """Format a fact for people, as in 12,345 or 1.2 MiB or 0.0312 or 384 x 1536.
+
+    Args: name: an integer whose name ends in `bytes` is a number of bytes; a list whose name is `shape`, a shape.
+    """
     if name.endswith("bytes") and isinstance(value, int):
         return _readable_bytes(value)
     if isinstance(value, bool) or value is None:
@@ -171,6 +177,7 @@ def _readable_bytes(count: int) -> str:
 def _print(table) -> None:
     from rich.console import Console
 
-    # Rich would read [brackets] and :words: of a path as markup, and cut a piped table at 80 columns.
+    # Without these options Rich reads [brackets] and :words: in a path as markup, and cuts a piped table at 80
+    # columns.
     width = None if sys.stdout.isatty() else 1000
     Console(markup=False, emoji=False, highlight=False, width=width).print(table)

@@ -1,4 +1,4 @@
-"""A run from its first start to its last: its ranks watched, and started again where they may be."""
+"""Supervises a run: starts its ranks, and restarts them after a failure, up to launch.max_restarts times."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launcher import processes
-from launcher.processes import Ending
+from launcher.processes import RunExit
 from launcher.ways import choice
 from sparse_zero.ranks.stop_signals import STOPPED
 from sparse_zero.ranks.watchdog import Watchdog
@@ -15,35 +15,42 @@ from sparse_zero.ranks.watchdog_client import announce
 from sparse_zero.recipe.recipe import Recipe
 
 _FINAL = (0, 2, STOPPED)
-"""Exit statuses that another start would not change."""
+"""Exit statuses that a restart would not change."""
 
 
-def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> Ending:
-    """Start `python -m words[0] words[1:]` on all ranks of a recipe and wait for the end, restarts included.
+def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> RunExit:
+    """Start `python -m words[0] words[1:]` on all ranks of a recipe, and wait until the last attempt ends.
+
+    Args:
+        recipe: says how to start the ranks, and how often to restart them.
+        words: the module that every rank runs, and its arguments.
+        stdout: for the output of the ranks; None: this process's own.
+
+    Returns: how the last attempt exited.
 
     Raises UserError: the ranks cannot be started.
     """
     names = hosts = choice.host_names(recipe)
     for restart in range(1, recipe.launch.max_restarts + 2):
-        ending = _attempt(recipe, words, hosts, stdout)
-        if ending.stopped or ending.status in _FINAL or restart > recipe.launch.max_restarts:
+        result = _attempt(recipe, words, hosts, stdout)
+        if result.stopped or result.status in _FINAL or restart > recipe.launch.max_restarts:
             break
-        hosts = _hosts_left(recipe, names)
+        hosts = _hosts_for_restart(recipe, names)
         if names and not hosts:
             break
-        words = _resumed(words, Path(str(recipe.training["output_dir"])))
+        words = _with_resume(words, Path(str(recipe.training["output_dir"])))
         on = f" on {', '.join(hosts)}" if hosts else ""
-        _say(f"starting again{on} (restart {restart} of {recipe.launch.max_restarts})")
-    return ending
+        _print(f"restarting{on} (restart {restart} of {recipe.launch.max_restarts})")
+    return result
 
 
-def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> Ending:
+def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> RunExit:
     launch = recipe.launch
     watchdog = Watchdog(announce, launch.silence_seconds, choice.watching_address(recipe, hosts))
     try:
         command = choice.ranks_command(recipe, words, str(watchdog.address), hosts)
         command.write_files()
-        # A job of srun's own may wait in the queue for days.
+        # Outside of a Slurm job, srun may wait in the queue for days.
         if hosts or launch.launcher != "slurm":
             watchdog.expect(command.world_size, launch.rendezvous_seconds)
         return processes.run(command, watchdog, stdout, launch.grace_seconds)
@@ -51,31 +58,36 @@ def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout:
         watchdog.close()
 
 
-def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str]:
-    """Of `names`, those to start again on; none where too few answer."""
+def _hosts_for_restart(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """The hosts in `names` that can be reached; none if there are too few."""
     if not names:
         return []
-    # Slurm lets go of a step's resources a moment after its last process.
+    # Slurm frees a step's resources a moment after its last process has ended.
     time.sleep(1)
     problems = choice.unreachable(recipe, names)
-    left = [name for name in names if name not in problems]
-    fewest = recipe.launch.min_nodes or len(names)
-    if len(left) >= fewest:
-        return left
+    reachable = [name for name in names if name not in problems]
+    needed = recipe.launch.min_nodes or len(names)
+    if len(reachable) >= needed:
+        return reachable
     lost = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-    wanted = "launch.min_nodes" if recipe.launch.min_nodes else "all of them; launch.min_nodes would allow fewer"
-    _say(f"not starting again on {len(left)} of {len(names)} hosts, {fewest} are needed ({wanted}): {lost}")
+    reason = "launch.min_nodes" if recipe.launch.min_nodes else "all of them, as launch.min_nodes is not set"
+    _print(
+        f"not restarting: {len(reachable)} of {len(names)} hosts can be reached, {needed} needed ({reason}): {lost}"
+    )
     return []
 
 
-def _resumed(words: Sequence[str], output: Path) -> list[str]:
-    """The same, going on from the run's newest checkpoint; where it has none, from what it was told to go on from."""
-    from sparse_zero.checkpoint.directory import MANIFEST_NAME, numbered
+def _with_resume(words: Sequence[str], output: Path) -> list[str]:
+    """`words` with --resume=auto if the run has a complete checkpoint; else unchanged, so that the run starts as
+    before.
+    """
+    from sparse_zero.checkpoint.directory import list_checkpoints
+    from sparse_zero.checkpoint.manifest import MANIFEST_NAME
 
-    if not any((checkpoint / MANIFEST_NAME).is_file() for checkpoint in numbered(output)):
+    if not any((checkpoint / MANIFEST_NAME).is_file() for checkpoint in list_checkpoints(output)):
         return list(words)
     return [word for word in words if not word.startswith("--resume")] + ["--resume=auto"]
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     print(f"sparse-zero: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a single line and exit status 2."""
+"""The exception that the command line prints as a single line, with exit status 2."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,21 +6,21 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used. The message says what, where, and what to do instead."""
+    """An error in the user's input. The message says what is wrong, where, and what to do."""
 
 
 def refuse_to_overwrite(out: Path) -> None:
-    """Raises UserError: something is there, other than an empty directory."""
+    """Raises UserError: `out` exists and is not an empty directory."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is there already; name a new directory")
+        raise UserError(f"{out}: already exists and is not an empty directory; give another directory")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The names of `known` that look most like `name`, best first."""
+    """The names in `known` that are most similar to `name`, most similar first. Args: count: the maximum number."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or nothing where no known name is near."""
+    """The end of an error message: `"; did you mean 'x'?"`, or nothing if no name in `known` is similar."""
     found = nearest(name, known, count=1)
     return f"; did you mean '{found[0]}'?" if found else ""

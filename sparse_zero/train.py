@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparse_zero.checkpoint.resumption import settle_resume
+from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.failures import Member
 from sparse_zero.ranks.placement import Placement, alone, find_placement
@@ -57,7 +57,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="go on from a checkpoint; auto: the newest complete",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    return parser.parse_args(settle_resume(argv))
+    return parser.parse_args(complete_resume_option(argv))
 
 
 class Rank:
@@ -81,7 +81,7 @@ class Rank:
             self._join(self._placement, recipe)
         from sparse_zero.training import run
 
-        run.keep_quiet(main=self._is_first_of_host)
+        run.limit_output(is_first_of_host=self._is_first_of_host)
         run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=self._stop)
         self._leave(0)
         return 0
@@ -152,7 +152,7 @@ class Rank:
 
         if self._client is not None:
             self._client.leave(status)
-        run.leave()
+        run.destroy_process_group()
 
 
 def _facts(recipe: Recipe) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`sparse-zero doctor`: examines hosts, network, Slurm and inputs before a run.
+"""`sparse-zero doctor`: checks hosts, network, Slurm and input files before a run.
 
-Others import from `examination`, `links`.
+Others import from `diagnosis`, `links`.
 """

@@ -1,4 +1,4 @@
-"""Whether Slurm would run a recipe: its programs, the partition and its nodes, and what its controller says."""
+"""Checks that Slurm can run a recipe: its programs, the partition and its nodes, and sbatch's own test."""
 
 import getpass
 import re
@@ -11,15 +11,15 @@ from launcher.jobs import sbatch_options
 from launcher.ways import reachability
 from sparse_zero.recipe.launch import LaunchSection, SlurmOptions
 
-SECONDS = 30.0
-"""A controller that takes longer is not well."""
+TIMEOUT_SECONDS = 30.0
+"""A healthy controller answers sooner."""
 PROGRAMS = ("sbatch", "srun", "sinfo", "squeue", "scontrol")
-USABLE = ("idle", "mix", "mixed", "alloc", "allocated", "comp", "completing", "resv", "reserved")
+USABLE_STATES = ("idle", "mix", "mixed", "alloc", "allocated", "comp", "completing", "resv", "reserved")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition, as sinfo shows it."""
+    """A Slurm partition, from the output of sinfo."""
 
     name: str
     is_default: bool
@@ -27,39 +27,41 @@ class Partition:
     time_limit: int | None
     """Seconds; None: unlimited."""
     nodes: dict[str, int]
-    """How many are in each state."""
+    """The number of nodes in each state."""
     gres: str
-    """What one of its nodes has, as Slurm writes it: gpu:h100:8."""
+    """The generic resources of one node, in Slurm's notation: gpu:h100:8."""
 
     @property
     def usable_nodes(self) -> int:
-        return sum(count for state, count in self.nodes.items() if state.rstrip("*~#%$@+^!-") in USABLE)
+        return sum(count for state, count in self.nodes.items() if state.rstrip("*~#%$@+^!-") in USABLE_STATES)
 
 
-def is_there() -> bool:
+def is_installed() -> bool:
     """Whether this machine has Slurm's programs."""
     return shutil.which("sbatch") is not None
 
 
 def check(launch: LaunchSection | None) -> list[Finding]:
-    """Findings about Slurm. Args: launch: of a recipe that Slurm is to run; None: about its partitions as they are."""
+    """Check Slurm. Args: launch: of a recipe that Slurm is to run; None: only report the state of the partitions."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
-        cure = "start from a login node, or install Slurm's client (apt-get install slurm-client)"
-        return [error("slurm", f"no {', '.join(missing)} here", cure)]
-    shown = reachability.run(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%t|%G"], SECONDS)
+        remedy = "start from a login node, or install Slurm's client programs (apt-get install slurm-client)"
+        message = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed on this machine"
+        return [error("slurm", message, remedy)]
+    shown = reachability.run(["sinfo", "--noheader", "--format=%P|%a|%l|%D|%t|%G"], TIMEOUT_SECONDS)
     if shown.returncode:
-        say = warning if launch is None else error
-        last = [*shown.stderr.strip().splitlines(), "no answer"][0]
-        return [say("slurm", f"its programs are here, but sinfo fails: {last}", "see SLURM_CONF and slurmctld")]
-    partitions = read_partitions(shown.stdout)
+        report_as = warning if launch is None else error
+        first = [*shown.stderr.strip().splitlines(), "no answer"][0]
+        message = f"Slurm is installed, but sinfo fails: {first}"
+        return [report_as("slurm", message, "check SLURM_CONF, and that slurmctld runs")]
+    partitions = parse_sinfo(shown.stdout)
     if launch is None:
-        return [*describe(partitions)]
-    return [*fits(partitions, launch), *_account(launch.slurm)]
+        return [*describe_partitions(partitions)]
+    return [*check_partitions(partitions, launch), *_check_account(launch.slurm)]
 
 
-def read_partitions(text: str) -> list[Partition]:
-    """Of `sinfo --noheader --format=%P|%a|%l|%D|%t|%G`: a line for each partition, state and kind of node."""
+def parse_sinfo(text: str) -> list[Partition]:
+    """Parse `sinfo --noheader --format=%P|%a|%l|%D|%t|%G`: a line for each partition, state and kind of node."""
     partitions: dict[str, Partition] = {}
     for line in filter(str.strip, text.splitlines()):
         name, availability, limit, count, state, gres = line.strip().split("|")
@@ -75,8 +77,8 @@ def read_partitions(text: str) -> list[Partition]:
     return list(partitions.values())
 
 
-def describe(partitions: Sequence[Partition]) -> Iterator[Finding]:
-    """The partitions as they are."""
+def describe_partitions(partitions: Sequence[Partition]) -> Iterator[Finding]:
+    """The state of all partitions."""
     for each in partitions:
         states = ", ".join(f"{count} {state}" for state, count in each.nodes.items())
         name = f"partition {each.name}{' (default)' if each.is_default else ''}"
@@ -85,60 +87,62 @@ def describe(partitions: Sequence[Partition]) -> Iterator[Finding]:
             yield ok("slurm", f"{name}: {states}{gres}")
         else:
             why = "" if each.is_up else " is not up"
-            yield warning("slurm", f"{name}{why}: {states}{gres}", f"see sinfo --list-reasons --partition={each.name}")
+            remedy = f"see sinfo --list-reasons --partition={each.name}"
+            yield warning("slurm", f"{name}{why}: {states}{gres}", remedy)
 
 
-def fits(partitions: Sequence[Partition], launch: LaunchSection) -> Iterator[Finding]:
-    """Whether the partition that the recipe asks for can run it."""
+def check_partitions(partitions: Sequence[Partition], launch: LaunchSection) -> Iterator[Finding]:
+    """Check that the recipe's partition, or the default one, can run it."""
     options = launch.slurm
-    asked = options.get("partition")
+    requested = options.get("partition")
     names = [each.name for each in partitions]
-    chosen = [each for each in partitions if (each.name in str(asked).split(",") if asked else each.is_default)]
+    chosen = [
+        each for each in partitions if (each.name in str(requested).split(",") if requested else each.is_default)
+    ]
     if not chosen:
-        what = f"launch.slurm.partition: there is no '{asked}'" if asked else "no partition is the default"
-        yield error("slurm", what, f"choose one of {', '.join(names)}")
+        what = f"launch.slurm.partition: there is no '{requested}'" if requested else "no partition is the default"
+        yield error("slurm", what, f"use one of {', '.join(names)}")
         return
     for each in chosen:
-        problems = [*_misfits(each, launch)]
+        problems = [*_partition_problems(each, launch)]
         yield from problems
         if not problems:
             limit = "" if each.time_limit is None else f", at most {each.time_limit / 3600:g} h"
             yield ok("slurm", f"partition {each.name} is up, {each.usable_nodes} usable nodes{limit}")
 
 
-def _misfits(partition: Partition, launch: LaunchSection) -> Iterator[Finding]:
+def _partition_problems(partition: Partition, launch: LaunchSection) -> Iterator[Finding]:
     name, total = partition.name, sum(partition.nodes.values())
     nodes = 1 if launch.nodes == "auto" else launch.nodes
     if not partition.is_up:
         yield error("slurm", f"partition {name} is not up", f"see scontrol show partition {name}")
     if nodes > total:
-        yield error("slurm", f"launch.nodes: {nodes}, but partition {name} has {total}", f"ask for {total} or fewer")
+        message = f"launch.nodes: {nodes}, but partition {name} has {total} nodes"
+        yield error("slurm", message, f"request {total} or fewer")
     elif nodes > partition.usable_nodes:
         states = ", ".join(f"{count} {state}" for state, count in partition.nodes.items())
-        cure = f"see sinfo --list-reasons --partition={name}; until they are back the job waits"
+        usable = partition.usable_nodes
         yield warning(
             "slurm",
-            f"launch.nodes: {nodes}, but of partition {name} are usable {partition.usable_nodes} ({states})",
-            cure,
+            f"launch.nodes: {nodes}, but partition {name} has only {usable} usable nodes ({states})",
+            f"see sinfo --list-reasons --partition={name}; the job waits until the other nodes are back",
         )
     limit = launch.slurm.get("time")
-    wanted_seconds = sbatch_options.seconds(str(limit or ""))
-    if wanted_seconds and partition.time_limit and wanted_seconds > partition.time_limit:
-        cure = f"ask for less (checkpoints and --resume go on), or another partition than {name}"
+    requested_seconds = sbatch_options.seconds(str(limit or ""))
+    if requested_seconds and partition.time_limit and requested_seconds > partition.time_limit:
+        remedy = f"request less time and continue with --resume, or use a partition other than {name}"
         hours = f"{partition.time_limit / 3600:g} h"
-        yield error("slurm", f"launch.slurm.time: {limit} is more than the {hours} of partition {name}", cure)
-    wanted = str(launch.slurm.get("gres") or "")
-    if wanted and not _has_gres(partition.gres, wanted):
-        there = partition.gres or "nothing of the kind"
-        yield error(
-            "slurm", f"launch.slurm.gres: {wanted}, but a node of partition {name} has {there}", "ask for less"
-        )
+        yield error("slurm", f"launch.slurm.time: {limit} is more than the {hours} of partition {name}", remedy)
+    requested = str(launch.slurm.get("gres") or "")
+    if requested and not _has_gres(partition.gres, requested):
+        message = f"launch.slurm.gres: {requested}, but a node of partition {name} has {partition.gres or 'no gres'}"
+        yield error("slurm", message, "request less, or use another partition")
 
 
-def _has_gres(there: str, wanted: str) -> bool:
-    """gpu:2 or gpu:h100:2 in what a node has, gpu:h100:8(S:0-1)."""
-    has = [re.sub(r"\(.*?\)", "", entry).split(":") for entry in there.split(",") if entry]
-    for entry in wanted.split(","):
+def _has_gres(available: str, requested: str) -> bool:
+    """Whether a node has the requested resources. Args: available: as in gpu:h100:8(S:0-1); requested: as in gpu:2."""
+    has = [re.sub(r"\(.*?\)", "", entry).split(":") for entry in available.split(",") if entry]
+    for entry in requested.split(","):
         name, *middle = entry.split(":")
         count = int(middle.pop()) if middle and middle[-1].isdigit() else 1
         fitting = [h for h in has if h[0] == name and (not middle or h[1:2] == middle)]
@@ -147,26 +151,30 @@ def _has_gres(there: str, wanted: str) -> bool:
     return True
 
 
-def _account(options: SlurmOptions) -> Iterator[Finding]:
-    """Only where Slurm keeps accounts; else any name does."""
-    asked = options.get("account")
-    if not asked or shutil.which("sacctmgr") is None:
+def _check_account(options: SlurmOptions) -> Iterator[Finding]:
+    """Checks the account if Slurm has accounting; without it Slurm accepts any name."""
+    requested = options.get("account")
+    if not requested or shutil.which("sacctmgr") is None:
         return
     shown = reachability.run(
-        ["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=account"], SECONDS
+        ["sacctmgr", "-nP", "show", "associations", f"user={getpass.getuser()}", "format=account"], TIMEOUT_SECONDS
     )
     known = sorted(set(shown.stdout.split()))
-    if shown.returncode == 0 and known and asked not in known:
-        yield error("slurm", f"launch.slurm.account: '{asked}' is not yours", f"choose one of {', '.join(known)}")
+    if shown.returncode == 0 and known and requested not in known:
+        message = f"launch.slurm.account: '{requested}' is not one of your accounts"
+        yield error("slurm", message, f"use one of {', '.join(known)}")
 
 
-def trial(script: str, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """What the controller itself says to a batch script, without queueing it."""
-    done = reachability.run(["sbatch", "--test-only"], SECONDS, script, environment)
-    # It talks on stderr in either case.
-    said = [line.partition(": ")[2] or line for line in done.stderr.strip().splitlines()]
+def check_submission(script: str, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Test a batch script with `sbatch --test-only`, which does not queue it.
+
+    Args: script: the text of the script; environment: of sbatch.
+    """
+    done = reachability.run(["sbatch", "--test-only"], TIMEOUT_SECONDS, script, environment)
+    # sbatch prints to stderr in either case.
+    lines = [line.partition(": ")[2] or line for line in done.stderr.strip().splitlines()]
     if done.returncode:
-        cure = "correct launch.slurm, launch.nodes or launch.processes_per_node"
-        yield error("slurm", f"sbatch refuses such a job: {said[-1] if said else 'no reason given'}", cure)
+        remedy = "correct launch.slurm, launch.nodes or launch.processes_per_node"
+        yield error("slurm", f"sbatch rejects the job: {lines[-1] if lines else 'no reason given'}", remedy)
     else:
-        yield ok("slurm", f"sbatch would take it: {said[-1] if said else 'yes'}")
+        yield ok("slurm", f"sbatch accepts the job{f': {lines[-1]}' if lines else ''}")

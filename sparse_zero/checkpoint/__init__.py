@@ -1,4 +1,5 @@
-"""Sharded checkpoints: written by all ranks, complete or absent, resumed on any number of ranks.
+"""Sharded checkpoints: written by all ranks, complete or absent, and resumed on any number of ranks.
 
-Others import from `directory`, `engine_state`, `export`, `output_lock`, `random_states`, `resumption`, `saving`.
+Others import from `deepspeed_state`, `directory`, `export`, `loader`, `manifest`, `output_lock`, `random_states`,
+`resume`, `writer`.
 """

@@ -1,122 +1,47 @@
-"""The checkpoint directory: complete or absent.
+"""The directory of a checkpoint, which is either complete or absent.
 
 checkpoint-100/
-    shard-00000-of-00004.safetensors    one for each rank: its scalars' float32 values and moments, its random states
-    trainer_state.json                  transformers' own: steps, log, best metric, states of callbacks
-    fixed.safetensors                   where positions cannot be drawn again: what training does not change
+    shard-00000-of-00004.safetensors    one per rank: its scalars' float32 values and moments, its random states
+    trainer_state.json                  written by transformers: steps, log, best metric, states of callbacks
+    fixed.safetensors                   only if positions cannot be drawn again: what training does not change
     manifest.json                       written last: every file with its size and checksum, and what all ranks share
 
-It is written as checkpoint-100.tmp-RUN, flushed, and renamed when all of it is there. Whatever has another name than
-checkpoint-N is no checkpoint; which one is the newest is a matter of its number, never of a clock.
+The ranks write to checkpoint-100.tmp-RUN, flush it, and rename it when it is complete. Only directories named
+checkpoint-N are checkpoints. The one with the largest N is the newest; clocks are not used.
 """
 
-import json
 import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sparse_zero.checkpoint.shards import FileRecord, check_digest, check_file, flush_directory, write_bytes
+from sparse_zero.checkpoint.manifest import read_manifest
+from sparse_zero.checkpoint.shards import check_digest, check_size, flush_directory
 from sparse_zero.errors import UserError
-from sparse_zero.zero.resharding import Span
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_NAME = "manifest.json"
 FIXED_NAME = "fixed.safetensors"
-FORMAT_VERSION = 1
 
 _NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
-_ASIDE = re.compile(r"checkpoint-\d+\.(tmp|deleted)-\w+")
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ParameterRecord(_Record):
-    name: str
-    """As in the adapter: the base model's own name."""
-    shape: list[int]
-    """(n,) of a selected weight's values; the whole shape of a parameter that is trained whole."""
-    dtype: str
-    """What the adapter holds it in; the shards are float32."""
-    steps: int
-    """Optimizer steps that it has had."""
-
-
-class ShardRecord(_Record):
-    name: str
-    file: FileRecord
-    spans: list[Span]
-    """What it holds of the vector of all parameters, in the manifest's order."""
-    running_loss: float
-    """This rank's losses since the last line of the log."""
-
-
-class Progress(_Record):
-    """Where the Trainer stood, beyond what trainer_state.json says."""
-
-    last_logged_step: int
-    finished: bool = False
-    """Training had been stopped for good, by a callback."""
-    epoch_ended: bool = False
-    """The epoch's end had been seen to, in a checkpoint at the last step of an epoch."""
-    postponed_evaluation: bool = False
-    postponed_save: bool = False
-    """What the step still owed when a signal came."""
-    forwards: int = 0
-    """Training forwards so far; they seed what is random per forward."""
-
-
-class Manifest(_Record):
-    format_version: int = FORMAT_VERSION
-    run: str
-    """Drawn when a run is started, and kept when it goes on."""
-    step: int
-    world_size: int
-    zero_stage: int
-    examples_per_step: int
-    parameters: list[ParameterRecord]
-    moments: list[str]
-    optimizer: str
-    learning_rates: list[float]
-    scheduler: dict[str, Any] | None
-    engine: dict[str, int]
-    """DeepSpeed's own counters."""
-    loss_scale: dict[str, Any] | None
-    progress: Progress
-    adapter: dict[str, Any]
-    """What adapter_config.json says of this model."""
-    shards: list[ShardRecord]
-    files: dict[str, FileRecord]
-
-    def sizes(self) -> dict[str, int]:
-        """Scalars of each parameter, in the order of the vector."""
-        sizes = {}
-        for parameter in self.parameters:
-            count = 1
-            for extent in parameter.shape:
-                count *= extent
-            sizes[parameter.name] = count
-        return sizes
+_TEMPORARY = re.compile(r"checkpoint-\d+\.(tmp|deleted)-\w+")
 
 
 class Checkpoint:
     """A complete checkpoint on disk."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Raises UserError, which names the file: no manifest, or one that is damaged; a file that is not there or not
-        as long as it was written. What the shards hold is checked as it is read.
+        """Open a checkpoint. The content of the shards is verified later, when it is read.
+
+        Raises UserError, with the name of the file: the manifest is missing or damaged, or a file is missing or does
+        not have the size that was written.
         """
         self.directory = Path(directory)
-        self.manifest = _read_manifest(self.directory)
+        self.manifest = read_manifest(self.directory)
         for shard in self.manifest.shards:
-            check_file(self.directory / shard.name, shard.file)
+            check_size(self.directory / shard.name, shard.file)
         for name, record in self.manifest.files.items():
             check_digest(self.directory / name, record)
 
@@ -125,53 +50,22 @@ class Checkpoint:
         return self.manifest.step
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    body = manifest.model_dump()  # in pydantic's JSON mode an infinite number would become null
-    text = json.dumps({"checksum": _checksum(body), **body}, indent=1)
-    write_bytes(directory / MANIFEST_NAME, [text.encode()])
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _read_manifest(directory: Path) -> Manifest:
-    path = directory / MANIFEST_NAME
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such checkpoint")
-    try:
-        body = json.loads(path.read_bytes())
-        checksum = body.pop("checksum")
-        if isinstance(body.get("format_version"), int) and body["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{path}: format {body['format_version']} is newer than this version reads")
-        if checksum != _checksum(body):
-            raise UserError(f"{path}: damaged: its checksum is not what was written")
-        return Manifest.model_validate(body)
-    except FileNotFoundError:
-        raise UserError(f"{directory}: not a complete checkpoint ({MANIFEST_NAME} is not there)") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:200]})") from None
-
-
-def checkpoint_directory(output: Path, step: int) -> Path:
+def checkpoint_path(output: Path, step: int) -> Path:
+    """The directory of a step's checkpoint. Args: output: the run's directory."""
     return output / f"checkpoint-{step}"
 
 
-def aside(directory: Path, run: str) -> Path:
-    """Where a checkpoint is written before it is complete."""
+def temporary_path(directory: Path, run: str) -> Path:
+    """The directory to which a checkpoint is written until it is complete."""
     return directory.with_name(f"{directory.name}.tmp-{run}")
 
 
 def publish(written: Path, directory: Path) -> None:
-    """Make a checkpoint visible under its name, in one step. One of that name is replaced. Raises OSError."""
+    """Give a complete checkpoint its name in one step, and replace an older one of that name. Raises OSError."""
     flush_directory(written)
     replaced = directory.with_name(f"{directory.name}.replaced")
     if directory.exists():
-        # Between the two renames the old one is still found, as checkpoint-N.replaced.
+        # Between the two renames the old checkpoint is still found, as checkpoint-N.replaced.
         shutil.rmtree(replaced, ignore_errors=True)
         directory.rename(replaced)
     written.rename(directory)
@@ -179,19 +73,19 @@ def publish(written: Path, directory: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def numbered(output: Path) -> list[Path]:
-    """Directories that are named like checkpoints, complete or not, oldest step first."""
+def list_checkpoints(output: Path) -> list[Path]:
+    """All directories in `output` that are named like a checkpoint, complete or not, in the order of their steps."""
     if not output.is_dir():
         return []
     found = [(match, path) for path in output.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    # The replaced one comes first: whoever wants the newest takes the last.
+    # checkpoint-N.replaced precedes checkpoint-N, so that the last element is the newest.
     return [path for _, path in sorted(found, key=lambda entry: (int(entry[0][1]), entry[0][2] is None))]
 
 
 def newest_complete(output: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Returns: the newest complete checkpoint of a run's output directory, and why newer ones were passed over."""
+    """Returns: the newest complete checkpoint in a run's directory, and why newer ones cannot be used."""
     problems = []
-    for path in reversed(numbered(output)):
+    for path in reversed(list_checkpoints(output)):
         try:
             return Checkpoint(path), problems
         except UserError as error:
@@ -199,12 +93,12 @@ def newest_complete(output: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def clean(output: Path) -> None:
-    """Remove what interrupted saves and deletions have left. Only the run that holds the directory may call it."""
+def remove_leftovers(output: Path) -> None:
+    """Remove what interrupted saves and deletions have left. Only the run that has locked `output` may call this."""
     if not output.is_dir():
         return
     for path in output.iterdir():
-        if _ASIDE.fullmatch(path.name):
+        if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif (match := _NAME.fullmatch(path.name)) and match[2]:
             final = path.with_name(f"checkpoint-{match[1]}")
@@ -223,17 +117,23 @@ def _is_complete(path: Path) -> bool:
 
 
 def delete_old(output: Path, keep: int | None, best: str | None) -> None:
-    """Keep the newest `keep` complete checkpoints, and the best. The newest complete one is never deleted."""
+    """Delete all but the newest complete checkpoints. The newest complete checkpoint is never deleted.
+
+    Args:
+        output: the run's directory.
+        keep: how many to keep, including the best; None or 0: all.
+        best: a checkpoint to keep at any age.
+    """
     if keep is None or keep <= 0:
         return
-    complete = [path for path in numbered(output) if _is_complete(path)]
+    complete = [path for path in list_checkpoints(output) if _is_complete(path)]
     protected = {path.name for path in complete[-1:]} | ({Path(best).name} if best else set())
     surplus = len(complete) - max(keep, len(protected))
     for path in [path for path in complete if path.name not in protected][: max(0, surplus)]:
-        doomed = path.with_name(f"{path.name}.deleted-{xxhash.xxh3_64_hexdigest(path.name.encode())}")
+        deleted = path.with_name(f"{path.name}.deleted-{xxhash.xxh3_64_hexdigest(path.name.encode())}")
         try:
-            # Renamed first: a deletion that is interrupted must not leave half a checkpoint.
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            # An interrupted deletion must not leave an incomplete checkpoint under this name.
+            path.rename(deleted)
+            shutil.rmtree(deleted)
         except OSError as error:
             logger.warning("%s: cannot be deleted (%s)", path, error.strerror)

@@ -1,8 +1,9 @@
-"""A checkpoint's shards as an adapter: no GPU, no base model, and no more memory than one tensor.
+"""Exports a checkpoint as an adapter, without a GPU, without the base model, and with the memory of one tensor.
 
-All that knows both the checkpoint's format and the adapter's stands here. Beside the trained values an adapter needs
-its description, which every manifest holds, and what training never changes and nothing can draw again: stored
-positions, and what rows that are trained whole held before. A checkpoint has a file of these where there are any.
+This module is the only one that knows both the checkpoint's and the adapter's format. In addition to the trained
+values an adapter needs its config, which every manifest contains, and data that training does not change and that
+cannot be drawn again: stored positions, and the base values of rows that are trained whole. If there is such data, the
+checkpoint has it in fixed.safetensors.
 """
 
 import time
@@ -38,13 +39,13 @@ _POSITIONS, _BASE = "positions.", "base."
 
 
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
-    """What adapter_config.json says of a sparse model; it goes into every checkpoint."""
+    """The content of adapter_config.json for a sparse model. Every checkpoint contains it."""
     sparsity = sparsity_of(model)
     return describe_config(unwrap(model), sparsity, _LazyPositions(sparsity.weights)).model_dump(mode="json")
 
 
 class _LazyPositions(Mapping[str, torch.Tensor]):
-    """The positions of one weight at a time: all together may be larger than a shard."""
+    """Computes the positions of one weight at a time: all positions together may be larger than a shard."""
 
     def __init__(self, weights: Mapping[str, SparseWeight]) -> None:
         self._weights = weights
@@ -60,7 +61,9 @@ class _LazyPositions(Mapping[str, torch.Tensor]):
 
 
 def fixed_entries(model: nn.Module) -> list[Entry]:
-    """The tensors of a checkpoint that training does not change: empty for what can all be drawn again."""
+    """The tensors of fixed.safetensors: stored positions, and the base values of rows that are trained whole. Empty if
+    there are none.
+    """
     entries = []
     for name, weight in sparsity_of(model).weights.items():
         if weight.draw.rule == STORED:
@@ -85,19 +88,24 @@ def _index_dtype(draw: Draw) -> torch.dtype:
 
 
 def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the adapter of a checkpoint, or of the newest complete one of a run's directory.
+    """Write the adapter of a checkpoint.
 
-    Returns: facts for the user. Raises UserError: no complete checkpoint, a damaged one (the message names the file),
-    `out` cannot be written.
+    Args:
+        checkpoint: a checkpoint, or a run's directory, of which the newest complete checkpoint is exported.
+        out: the adapter's directory.
+
+    Returns: facts for the user: the paths, the step, the number of shards and of trained parameters, bytes, seconds.
+
+    Raises UserError: there is no complete checkpoint, a file of it is damaged, or `out` cannot be written.
     """
     started = time.perf_counter()
     found, out = _find(Path(checkpoint)), Path(out)
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; an adapter is a directory")
-    with _Saved(found) as saved:
+        raise UserError(f"{out}: is a file; give the path of a directory")
+    with _AdapterTensors(found) as tensors:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            files = _write(saved, out)
+            files = _write(tensors, out)
         except OSError as error:
             raise UserError(f"{out}: the adapter cannot be written ({error.strerror})") from None
     return {
@@ -120,26 +128,26 @@ def _find(path: Path) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _write(saved: "_Saved", out: Path) -> dict[str, FileRecord]:
-    """Each file aside first; the config last, so that nothing opens by mistake."""
+def _write(tensors: "_AdapterTensors", out: Path) -> dict[str, FileRecord]:
+    """Write each file under a temporary name first, and the config last: an incomplete adapter does not open."""
     files = {}
-    for name, entries in ((WEIGHTS_NAME, saved.weights()), (POSITIONS_NAME, saved.positions())):
+    for name, entries in ((WEIGHTS_NAME, tensors.weights()), (POSITIONS_NAME, tensors.positions())):
         if entries:
-            aside = out / f"{name}.tmp"
-            files[name] = write_tensors(aside, entries, {"format": "pt"})
-            aside.replace(out / name)
+            temporary = out / f"{name}.tmp"
+            files[name] = write_tensors(temporary, entries, {"format": "pt"})
+            temporary.replace(out / name)
         else:
             (out / name).unlink(missing_ok=True)
-    config = saved.config.model_copy(update={"files": {name: record.xxh3_128 for name, record in files.items()}})
+    config = tensors.config.model_copy(update={"files": {name: record.xxh3_128 for name, record in files.items()}})
     (out / CARD_NAME).write_text(model_card(config))
-    aside = out / f"{CONFIG_NAME}.tmp"
-    aside.write_text(config.model_dump_json(indent=2) + "\n")
-    aside.replace(out / CONFIG_NAME)
+    temporary = out / f"{CONFIG_NAME}.tmp"
+    temporary.write_text(config.model_dump_json(indent=2) + "\n")
+    temporary.replace(out / CONFIG_NAME)
     return files
 
 
-class _Saved:
-    """What a checkpoint holds, as the tensors of an adapter, read when they are written."""
+class _AdapterTensors:
+    """The tensors of the adapter in a checkpoint. They are read when they are written."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._manifest = checkpoint, checkpoint.manifest
@@ -148,7 +156,7 @@ class _Saved:
         self._begins = offsets(self._sizes)
         self._open: tuple[str, TensorFile] | None = None
 
-    def __enter__(self) -> "_Saved":
+    def __enter__(self) -> "_AdapterTensors":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,7 +190,7 @@ class _Saved:
         yield torch.cat(list(self._values(name)))[~self._row_mask(name)]
 
     def _rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        # Rounded as the trained parameter is, before the addition: what save_adapter sees.
+        # As save_adapter does: round to the dtype of the trained parameter before the addition.
         values = torch.cat(list(self._values(name)))[self._row_mask(name)].to(dtype)
         base = torch.cat(list(self._fixed(_BASE + name)))
         yield base.to(torch.promote_types(base.dtype, dtype)) + values
@@ -197,7 +205,7 @@ class _Saved:
         yield self._file(FIXED_NAME, self._manifest.files[FIXED_NAME]).tensor(name)
 
     def _values(self, name: str) -> Iterator[torch.Tensor]:
-        """float32 values of a parameter, in pieces, from whichever shards hold them."""
+        """The float32 values of a parameter, in 1-D chunks, from the shards that contain them."""
         begin = self._begins[name]
         for read in plan_reads([(begin, begin + self._sizes[name])], [s.spans for s in self._manifest.shards]):
             shard = self._manifest.shards[read.shard]

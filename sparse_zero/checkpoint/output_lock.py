@@ -1,4 +1,4 @@
-"""One run for each output directory: a lock of the operating system, which ends with the process that holds it."""
+"""A lock on the output directory of a run. The operating system releases it when the process ends."""
 
 import contextlib
 import errno
@@ -11,24 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from sparse_zero.checkpoint.directory import clean
+from sparse_zero.checkpoint.directory import remove_leftovers
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.agreement import Ranks
 
 LOCK_NAME = ".lock"
-_PATIENCE_SECONDS = 5.0
-"""Ranks of a run that was killed a moment ago may still be ending."""
+_TIMEOUT_SECONDS = 5.0
+"""The ranks of a run that was just killed may need a moment to end."""
 
 
 @contextlib.contextmanager
 def locked(output: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold a run's output directory, and remove from it what interrupted saves have left. Collective.
+    """Lock a run's output directory for the duration of the block, and remove what interrupted saves have left. A
+    collective call; rank 0 holds the lock.
 
-    Raises UserError on every rank: another run holds it; it cannot be written to.
+    Raises UserError on every rank: another run has locked the directory, or it cannot be written to.
     """
     file = ranks.agree(lambda: _lock(output) if ranks.rank == 0 else None)
     try:
-        ranks.agree(lambda: clean(output) if ranks.rank == 0 else None)
+        ranks.agree(lambda: remove_leftovers(output) if ranks.rank == 0 else None)
         yield
     finally:
         if file is not None:
@@ -41,14 +42,14 @@ def _lock(output: Path) -> IO[str]:
         file = (output / LOCK_NAME).open("a+")
     except OSError as error:
         raise UserError(f"training.output_dir: {output}: cannot be written to ({error.strerror})") from None
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not _try(file):
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not _try_to_lock(file):
         if time.monotonic() > deadline:
             file.seek(0)
             other = _describe(file.read())
             file.close()
             raise UserError(
-                f"training.output_dir: {output} is in use by {other}; give this run another directory, or end that run"
+                f"training.output_dir: {output} is in use by {other}; use another directory, or end that run"
             )
         time.sleep(0.2)
     file.seek(0)
@@ -58,9 +59,9 @@ def _lock(output: Path) -> IO[str]:
     return file
 
 
-def _try(file: IO[str]) -> bool:
+def _try_to_lock(file: IO[str]) -> bool:
     try:
-        # lockf, not flock: a rank's forked helpers must not hold on to it.
+        # lockf, not flock: forked child processes must not keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -73,7 +74,7 @@ def _try(file: IO[str]) -> bool:
 def _describe(text: str) -> str:
     try:
         other = json.loads(text)
-        job = f" of job {other['job']}" if other["job"] else ""
+        job = f" (Slurm job {other['job']})" if other["job"] else ""
         return f"process {other['process']} on {other['host']}{job}"
     except (ValueError, KeyError, TypeError):
         return "another run"

@@ -1,4 +1,4 @@
-"""The states of all random generators of a process, as bytes: nothing in a checkpoint is a pickle."""
+"""The states of all random generators of a process, as tensors of bytes, so that a checkpoint contains no pickle."""
 
 import random
 import struct
@@ -6,9 +6,12 @@ import struct
 import numpy as np
 import torch
 
+PREFIX = "random."
+"""Precedes the names of these tensors in a shard."""
+
 
 def capture() -> dict[str, torch.Tensor]:
-    """uint8 tensors by generator: python, numpy, torch, and the accelerator that this rank computes on."""
+    """Returns: 1-D uint8 tensors by generator: python, numpy, torch, and accelerator (this rank's device)."""
     _, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     assert name == "MT19937", name
@@ -23,7 +26,7 @@ def capture() -> dict[str, torch.Tensor]:
 
 
 def restore(states: dict[str, torch.Tensor]) -> None:
-    """The reverse of `capture`. A generator that is not among `states` keeps its own state."""
+    """The reverse of `capture`. A generator that is not in `states` keeps its own state."""
     if "python" in states:
         raw = states["python"].numpy().tobytes()
         *words, gauss = struct.unpack(f"<{(len(raw) - 8) // 4}Ld", raw)

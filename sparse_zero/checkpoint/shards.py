@@ -1,6 +1,7 @@
-"""Files of tensors that are written once, in one pass, and read in pieces: safetensors with a digest of each block.
+"""Safetensors files that are written once, in one pass, and read in pieces.
 
-A digest of each block of a file, beside that of the whole, lets a rank check what it reads without reading the rest.
+Each file has a digest of the whole file and one of each block, so that a rank can verify what it reads without reading
+the rest.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from sparse_zero.errors import UserError
 
 BLOCK_BYTES = 2**20
 _STAGING_SCALARS = 2**22
-"""What is copied from an accelerator at a time."""
+"""Scalars that are copied from an accelerator at a time."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -32,25 +33,27 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class FileRecord(BaseModel):
-    """A file as it was written."""
+    """The size and the digests of a file when it was written."""
 
     model_config = ConfigDict(extra="forbid")
 
     bytes: int
     xxh3_128: str
-    """Of the whole file, as `xxhsum -H2` prints it."""
+    """The 128-bit XXH3 of the whole file, as `xxhsum -H2` prints it."""
     blocks: list[str]
-    """The 64-bit XXH3 of each `block_bytes` of it."""
+    """The 64-bit XXH3 of each block of `block_bytes`."""
     block_bytes: int = BLOCK_BYTES
 
 
 class Entry(NamedTuple):
-    """A tensor to write: `chunks` are 1-D tensors of `dtype` whose scalars, in order, fill `shape`."""
+    """A tensor to write."""
 
     name: str
     dtype: torch.dtype
+    """The dtype in the file, to which the chunks are converted."""
     shape: tuple[int, ...]
     chunks: Iterable[torch.Tensor]
+    """1-D tensors whose scalars, in order, fill `shape`."""
 
 
 class _Digest:
@@ -80,7 +83,7 @@ class _Digest:
 
 
 def write_bytes(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write and flush a file to the disk. Raises OSError."""
+    """Write a file and flush it to the disk. Raises OSError."""
     digest = _Digest()
     with path.open("wb") as file:
         for piece in pieces:
@@ -93,7 +96,7 @@ def write_bytes(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
 
 
 def write_tensors(path: Path, entries: list[Entry], metadata: Mapping[str, str]) -> FileRecord:
-    """Write a safetensors file, chunk after chunk, and flush it to the disk. Raises OSError."""
+    """Write a safetensors file chunk by chunk, and flush it to the disk. Raises OSError."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:
@@ -122,14 +125,15 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 class TensorFile:
-    """A file of `write_tensors`, read in pieces; every block that is read is checked against its digest.
+    """Reads a file of `write_tensors` in pieces, and verifies the digest of every block that it reads.
 
-    Raises UserError, here and in every method: the file is not there, cut short, or not what was written.
+    The constructor and all methods raise UserError: the file is missing, truncated, or its content has changed.
     """
 
     def __init__(self, path: Path, record: FileRecord) -> None:
         self.path, self._record = path, record
         self.bytes_read = 0
+        """Bytes that have been read from the disk."""
         self._block: tuple[int, memoryview] | None = None
         try:
             self._file = path.open("rb", buffering=0)
@@ -162,13 +166,19 @@ class TensorFile:
         return _numel(tuple(self._tensors[name]["shape"]))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Returns: the tensor, flattened."""
+        """Returns: the whole tensor, flattened to 1-D."""
         values = torch.empty(self.numel(name), dtype=_DTYPES[self._tensors[name]["dtype"]])
         self.copy(name, 0, values)
         return values
 
     def copy(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Copy out.numel() scalars of a tensor, from its scalar `start` on, into the 1-D tensor `out`."""
+        """Copy scalars of a tensor.
+
+        Args:
+            name: of the tensor.
+            start: the index of the first scalar in the flattened tensor.
+            out: (n,) on any device and of any dtype; filled with n scalars.
+        """
         entry = self._tensors[name]
         dtype = _DTYPES[entry["dtype"]]
         begin = self._data + entry["data_offsets"][0] + start * dtype.itemsize
@@ -187,7 +197,7 @@ class TensorFile:
             number, at = divmod(begin, size)
             piece = self._checked_block(number)[at : at + end - begin]
             if not piece.nbytes:
-                raise UserError(f"{self.path}: damaged: its header says more than the file holds")
+                raise UserError(f"{self.path}: damaged: its header describes more data than the file contains")
             yield piece
             begin += piece.nbytes
 
@@ -205,43 +215,43 @@ class TensorFile:
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
             if count < size:
-                raise UserError(f"{self.path}: cut short: {begin + count} bytes of {self._record.bytes}")
+                raise UserError(f"{self.path}: truncated: {begin + count} of {self._record.bytes} bytes")
             if size and xxhash.xxh3_64_hexdigest(buffer) != self._record.blocks[number]:
                 raise UserError(
-                    f"{self.path}: damaged, or of another run: bytes {begin} to {begin + size} are not what was "
-                    "written; resume from another checkpoint"
+                    f"{self.path}: damaged, or from another run: the digest of bytes {begin} to {begin + size} does "
+                    "not match; resume from another checkpoint"
                 )
             self.bytes_read += size
             self._block = number, buffer
         return self._block[1]
 
 
-def check_file(path: Path, record: FileRecord) -> None:
-    """Cheap: that the file is there and as long as it was. Raises UserError."""
+def check_size(path: Path, record: FileRecord) -> None:
+    """Check that a file exists and has its size, without reading it. Raises UserError."""
     try:
         size = path.stat().st_size
     except OSError:
-        raise UserError(f"{path}: not there") from None
+        raise UserError(f"{path}: missing") from None
     if size != record.bytes:
-        raise UserError(f"{path}: cut short or overwritten: {size} bytes, {record.bytes} were written")
+        raise UserError(f"{path}: truncated or overwritten: it has {size} bytes, but {record.bytes} were written")
 
 
 def check_digest(path: Path, record: FileRecord) -> None:
-    """Reads the whole file. Raises UserError."""
-    check_file(path, record)
+    """Check the size and the digest of a file, which is read whole. Raises UserError."""
+    check_size(path, record)
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(BLOCK_BYTES):
             digest.update(piece)
     if digest.hexdigest() != record.xxh3_128:
-        raise UserError(f"{path}: damaged, or of another run: its checksum is not what was written")
+        raise UserError(f"{path}: damaged, or from another run: its checksum does not match")
 
 
 def flush_directory(path: Path) -> None:
-    """Make the names in a directory durable, where the file system can."""
+    """Flush the entries of a directory to the disk, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # Some network file systems refuse to flush a directory, and keep its names by other means.
+        # Some network file systems cannot flush a directory, and make its entries durable in another way.
         with contextlib.suppress(OSError):
             os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""What a run will hold in memory and send between ranks, computed before it starts.
+"""Plans the memory of each rank and the traffic between ranks before a run starts.
 
-Others import from `from_recipe`, `gpu_memory`.
+Others import from `gpu_memory`, `plan`, `planned_run`.
 """

@@ -1,8 +1,8 @@
-"""What a forward keeps for its backward, counted on the meta device: a run of shapes, in which no value is computed.
+"""Counts the activations that a forward pass saves for backward, by running it on the meta device, without values.
 
-A frozen weight does not need its input for backward, so a sparse model keeps less than the same model trained whole.
-Where a model's forward needs values (some mixtures of experts route by them), the formula of Korthikanti et al. (2022,
-arXiv 2205.05198, equation 2) stands in, which counts what a model trained whole keeps.
+A frozen weight does not need its input for backward, so a sparse model saves less than a fully trained model. The
+forward pass of some models needs values (for example to route tokens to experts). For them the formula of Korthikanti
+et al. (2022, arXiv 2205.05198, equation 2) is used, which counts the activations of a fully trained model.
 """
 
 import logging
@@ -22,41 +22,49 @@ from sparse_zero.selection.targets import Target
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN = "not known: the model's forward cannot be counted"
+UNKNOWN = "unknown, because the model's forward pass does not run on the meta device"
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes, of one micro-batch."""
+    """The activations of one micro-batch, in bytes."""
 
     layers: tuple[int, ...]
-    """What each block keeps that gradient checkpointing can recompute."""
+    """Saved by each block that gradient checkpointing can recompute."""
     inputs: int
-    """Of these blocks: what checkpointing keeps instead."""
+    """The inputs of these blocks, which checkpointing saves instead."""
     outside: int
-    """What the rest keeps, but for the loss."""
+    """Saved by the rest of the model, without the loss."""
     loss: int
-    """Of a language model's logits in float32: their log-softmax, its gradient and the gradient of the logits."""
+    """In float32, the log-softmax of a language model's logits, its gradient and the gradient of the logits."""
     formula: str
+    """How the numbers were obtained."""
 
     def peak(self, checkpointed: bool) -> int:
-        """The most that is there at once. The loss's part is gone before the first block is recomputed."""
+        """The peak in bytes, with or without gradient checkpointing. The loss is freed before the first block is
+        recomputed.
+        """
         if checkpointed:
             return self.outside + self.inputs + max(self.loss, max(self.layers, default=0))
         return self.outside + sum(self.layers) + self.loss
 
 
 LOSS_BYTES = 3 * 4
-"""Of each logit."""
+"""Bytes per logit: three float32 tensors, see `Activations.loss`."""
 
 
 def activations(
     model: PreTrainedModel, targets: Iterable[Target], whole: Iterable[str], rows: int, tokens: int
 ) -> Activations:
-    """What a training step of a micro-batch of `rows` sequences of `tokens` tokens keeps.
+    """Count the activations of a training step.
 
-    Args: model: on the meta device, with its attention implementation and dtype; requires_grad of its parameters is
-        changed; targets: those that will be sparse; whole: names of the parameters trained whole.
+    Args:
+        model: on the meta device, with its attention implementation and dtype. The requires_grad of its parameters is
+            changed.
+        targets: the weights that will be sparse.
+        whole: names of the parameters that are trained whole.
+        rows: sequences of a micro-batch.
+        tokens: tokens of each sequence.
     """
     head = model.get_output_embeddings()
     loss = LOSS_BYTES * rows * tokens * (head.weight.shape[0] if head is not None else 0)
@@ -64,8 +72,8 @@ def activations(
     counter = _Counter(model)
     try:
         counter.run(torch.zeros(rows, tokens, dtype=torch.int64, device="meta"))
-    except Exception:  # whatever a model's own code makes of a batch without values
-        logger.debug("activations are estimated", exc_info=True)
+    except Exception:  # a model's own code may fail in any way without values
+        logger.debug("activations are estimated by a formula", exc_info=True)
         return _by_formula(model, rows, tokens, loss)
     finally:
         for hook in hooks:
@@ -75,7 +83,9 @@ def activations(
 
 
 def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Activations:
-    """s b h (34 + 5 a s / h) bytes for each layer in half precision; fused attention drops the second term."""
+    """s b h (34 + 5 a s / h) bytes per layer in half precision, for s tokens, b rows, h hidden size and a heads. Fused
+    attention does not save the second term.
+    """
     config, width = model.config.get_text_config(), model.dtype.itemsize
     sizes = [getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")]
     if None in sizes:
@@ -88,7 +98,7 @@ def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Ac
 
 
 def _train_only(model: PreTrainedModel, targets: Iterable[Target], whole: set[str]) -> list[Any]:
-    """Let gradients flow as in a sparse model. Returns: hooks to remove."""
+    """Require gradients for the same parameters as in a sparse model. Returns: hooks to remove afterwards."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in whole)
     hooks = []
@@ -107,7 +117,7 @@ def _lead_to_delta(module: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
 
 
 class _KeepsInputs(torch.autograd.Function):
-    """Keeps what layers._SampledGradient keeps."""
+    """Saves for backward what layers._SampledGradient saves."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, inputs: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -120,7 +130,9 @@ class _KeepsInputs(torch.autograd.Function):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what flash attention keeps: its inputs, its output, and a float32 number for each query."""
+    """Saves for backward what flash attention saves: its inputs, its output, and one float32 scalar per query and
+    head.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -134,7 +146,9 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Counter(TorchFunctionMode):
-    """Counts each storage that autograd keeps, where it was kept first; parameters and buffers are there anyway."""
+    """Counts each storage that autograd saves once, for the block that saves it first. Parameters and buffers are not
+    counted.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -162,10 +176,10 @@ class _Counter(TorchFunctionMode):
                 hook.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        # On the meta device torch would choose the kernel that keeps every score
+        # On the meta device torch chooses the kernel that saves all attention scores
         if func is functional.scaled_dot_product_attention:
             return _FusedAttention.apply(*args[:3])
-        # transformers asks whether a batch is unpacked, and unpadded
+        # transformers tests whether a batch is unpacked, and unpadded
         if func is torch.Tensor.__bool__:
             return True
         return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""From the sections of a recipe to the objects that a Trainer takes."""
+"""Builds the arguments of a Trainer from the sections of a recipe."""
 
 from typing import Any
 
@@ -16,12 +16,13 @@ from sparse_zero.recipe.training import TrainingArguments, check_training
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The recipe's `training` section, with our defaults: evaluate before training, log to TensorBoard.
+    """The TrainingArguments of a recipe's `training` section. By default a run evaluates before training and logs to
+    TensorBoard.
 
-    Must come after the process group and before the model: it tells from_pretrained to partition the weights as they
-    are loaded (ZeRO stage 3).
+    Call this after the process group is initialised and before the model is loaded: at ZeRO stage 3 it makes
+    from_pretrained partition the weights while it loads them.
 
-    Raises UserError: an unknown name, a value that TrainingArguments refuses.
+    Raises UserError: an unknown key, or a value that TrainingArguments rejects.
     """
     check_training(recipe.training)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
@@ -29,7 +30,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "report_to": "tensorboard",
         "eval_on_start": True,
         "use_cpu": devices == 0,
-        # Every rank draws the same positions: there is nothing to broadcast
+        # Every rank draws the same positions, so there is nothing to broadcast
         "ddp_broadcast_buffers": False,
     }
     settings |= recipe.training
@@ -41,21 +42,21 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
     if arguments.deepspeed and torch.distributed.is_initialized():
-        # On CPU Accelerate starts torch's process group without DeepSpeed's knowledge, and from_pretrained at stage 3
-        # would take this for the only rank.
+        # On CPU Accelerate initialises torch's process group but not DeepSpeed's, and at stage 3 from_pretrained would
+        # assume a world size of 1.
         deepspeed.init_distributed(verbose=False)
     return arguments
 
 
 def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, Prepared, PreTrainedModel]:
-    """The tokenizer, the tokenised examples and the base model. Collective: the first rank of each host prepares the
-    data, the others read what it cached.
+    """Load the tokenizer, the tokenised examples and the base model. A collective call: the first rank of each host
+    prepares the data, and the others read its cache.
 
     Raises UserError: see `load_splits`, `prepare` and `load_model`.
     """
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    # A tokenizer of its own is not of the model's revision
+    # The model's revision does not apply to a tokenizer from another repository
     tokenizer = load_tokenizer(
         section.tokenizer or section.name, **origin | ({"revision": None} if section.tokenizer else {})
     )
@@ -85,7 +86,7 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedToken
 
 
 def evaluation_settings(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The Trainer's arguments that say on what, and with which metrics, a recipe is evaluated."""
+    """The arguments of a Trainer for the evaluation of a recipe: the examples, the collator and the metrics."""
     shared = {
         "eval_dataset": prepared.evaluation,
         "data_collator": prepared.collator,
@@ -96,13 +97,13 @@ def evaluation_settings(recipe: Recipe, prepared: Prepared, tokenizer: PreTraine
     return shared | {"compute_metrics": language_model_metrics, "preprocess_logits_for_metrics": token_losses}
 
 
-def evaluation_figures(metrics: dict[str, float]) -> dict[str, float]:
-    """What Trainer.evaluate measured of the model, without its `eval_` and without its timings.
+def evaluation_results(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics of the model among the results of Trainer.evaluate, without the prefix `eval_` and without timings.
 
-    The loss is the mean over all examples, or over all tokens of a language model, whatever the number of ranks; the
-    Trainer's own is a mean of the batches' means.
+    The loss is the mean over all examples, or over all tokens of a language model, for any number of ranks. (The
+    Trainer's own eval_loss is the mean of the batches' means.)
     """
-    figures = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
-    figures["loss"] = figures.get("token_loss", figures.get("example_loss"))
+    results = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    results["loss"] = results.get("token_loss", results.get("example_loss"))
     names = ("accuracy", "f1", "matthews_correlation", "perplexity", "loss")
-    return {name: figures[name] for name in names if figures.get(name) is not None}
+    return {name: results[name] for name in names if results.get(name) is not None}

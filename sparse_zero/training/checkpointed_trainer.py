@@ -1,7 +1,7 @@
-"""transformers.Trainer with checkpoints of ours: sharded, exact, and written too when a signal asks for an end.
+"""A transformers.Trainer with sharded checkpoints, from which a run resumes exactly.
 
-What the Trainer's own resuming forgets is kept here: the losses since the last line of the log, what an epoch's last
-step still owed (its evaluation, its end), the states of callbacks, and that a run had been stopped for good.
+It also restores what the Trainer's own resume loses: the losses since the last line of the log, an evaluation or an
+epoch's end that was due in the last step, the states of callbacks, and that a callback had stopped the training.
 """
 
 import dataclasses
@@ -20,55 +20,52 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from sparse_zero.checkpoint import engine_state, random_states
-from sparse_zero.checkpoint.directory import Checkpoint, Manifest, Progress, checkpoint_directory, newest_complete
+from sparse_zero.checkpoint import deepspeed_state, random_states
+from sparse_zero.checkpoint.directory import Checkpoint, checkpoint_path, newest_complete
 from sparse_zero.checkpoint.export import describe_adapter, fixed_entries
-from sparse_zero.checkpoint.saving import CheckpointWriter, describe_parameters, load_partition, read_random_states
+from sparse_zero.checkpoint.loader import load_partition, read_random_states
+from sparse_zero.checkpoint.manifest import Manifest, Progress
+from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
 from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differences
 from sparse_zero.model.sparsify import sparsity_of, unwrap
 from sparse_zero.ranks.agreement import Ranks
-from sparse_zero.ranks.stop_signals import Stopped, StopRequest
 from sparse_zero.zero.parameters import settle, stage_of
 from sparse_zero.zero.partitions import Partition
 
 logger = logging.getLogger(__name__)
 
 
-class _EvaluationStopped(Exception):
-    """All ranks leave an evaluation at the same batch."""
-
-
 class CheckpointedTrainer(Trainer):
-    """A Trainer of a sparse model that saves, resumes and stops without losing anything."""
+    """A Trainer of a sparse model that saves complete checkpoints, and resumes from them exactly."""
 
-    def __init__(self, *args: Any, stop: StopRequest | None = None, **kwargs: Any) -> None:
-        """Args: stop: what signals ask for; None: nobody asks."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name in ("save_only_model", "push_to_hub"):
+        ignored = {"save_only_model": "checkpoints always contain the optimizer's state"}
+        ignored["push_to_hub"] = "only the adapter is pushed; checkpoints stay in training.output_dir"
+        for name, consequence in ignored.items():
             if getattr(self.args, name) and self.is_world_process_zero():
-                logger.warning("training.%s: checkpoints stay whole, and on this disk", name)
+                logger.warning("training.%s: %s", name, consequence)
         self.log_entries_before = 0
-        """Lines of the log that an earlier part of this run has written."""
-        self._stop = stop
+        """The number of log entries that were written before this run was resumed."""
         self._ranks: Ranks | None = None
         self._writer: CheckpointWriter | None = None
         self._resumed: Checkpoint | None = None
         self._random_states: dict[str, torch.Tensor] = {}
-        self._random_before_evaluation: dict[str, torch.Tensor] | None = None
         self._is_settled = True
-        self._is_stopping = False
         self._epoch_ended = False
-        self._owed = (False, False)
+        self._postponed = (False, False)
+        """Whether an evaluation and a save remained to be done in the current step when a signal arrived."""
         self._adapter: dict[str, Any] | None = None
-        self.add_callback(_Watch(self))
+        self.add_callback(_LoopCallback(self))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As Trainer.train; True resumes from the newest complete checkpoint of the output directory.
+        """As Trainer.train.
 
-        Raises UserError: no such checkpoint, a damaged one (the message names the file), one of another model.
-        Raises Stopped: a signal asked for an end, and what there was is saved.
+        Args: resume_from_checkpoint: a checkpoint; True for the newest complete checkpoint in the output directory.
+
+        Raises UserError: there is no such checkpoint, a file of it is damaged, or it is of another model.
         """
         self._ranks = self._ranks or Ranks()
         self._resumed = self._ranks.agree(lambda: self._find(resume_from_checkpoint))
@@ -77,27 +74,24 @@ class CheckpointedTrainer(Trainer):
         self._writer = CheckpointWriter(self._ranks, Path(self.args.output_dir), run, self.args.save_total_limit)
         evaluates_on_start = self.args.eval_on_start
         if self._resumed is not None:
-            # It was done when the run began; once more would count for early stopping.
+            # The run has already done it; a second time would count for early stopping.
             self.args.eval_on_start = False
         directory = str(self._resumed.directory) if self._resumed else None
         try:
             return super().train(directory, *args, **kwargs)
-        except _EvaluationStopped:
-            # Before the first step
-            raise self._stopped(None) from None
         finally:
             self.args.eval_on_start = evaluates_on_start
 
-    def _find(self, wanted: str | Path | bool | None) -> Checkpoint | None:
-        if wanted is None or wanted is False:
+    def _find(self, requested: str | Path | bool | None) -> Checkpoint | None:
+        if requested is None or requested is False:
             return None
-        if wanted is not True:
-            return Checkpoint(wanted)
+        if requested is not True:
+            return Checkpoint(requested)
         found, problems = newest_complete(Path(self.args.output_dir))
         for problem in problems:
-            logger.warning("passed over: %s", problem)
+            logger.warning("skipped: %s", problem)
         if found is None:
-            raise UserError(f"{self.args.output_dir}: holds no complete checkpoint to resume from")
+            raise UserError(f"{self.args.output_dir}: contains no complete checkpoint to resume from")
         return found
 
     # Saving
@@ -113,12 +107,15 @@ class CheckpointedTrainer(Trainer):
 
     def _report_failure(self, error: UserError) -> None:
         if self.is_world_process_zero():
-            logger.error("%s; training goes on", error)
+            logger.error("%s; training continues", error)
 
     def _write(self, in_background: bool = False, states: dict[str, torch.Tensor] | None = None) -> Path:
-        """Collective. Raises UserError on every rank where one could not write."""
-        directory = checkpoint_directory(self._writer.output, self.state.global_step)
-        self._finish_last()
+        """Save a checkpoint. A collective call. Raises UserError on every rank if a rank could not write.
+
+        Args: states: random states to save; None: the current ones.
+        """
+        directory = checkpoint_path(self._writer.output, self.state.global_step)
+        self._finish_last_save()
         if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(directory)
         self._writer.best = self.state.best_model_checkpoint
@@ -134,8 +131,8 @@ class CheckpointedTrainer(Trainer):
             optimizer=type(partition.optimizer).__name__,
             learning_rates=partition.learning_rates(),
             scheduler=self._scheduler_state(),
-            engine=engine_state.counters(self.deepspeed),
-            loss_scale=engine_state.loss_scale(self.deepspeed, self.accelerator.scaler),
+            engine=deepspeed_state.engine_counters(self.deepspeed),
+            loss_scale=deepspeed_state.loss_scale(self.deepspeed, self.accelerator.scaler),
             progress=self._progress(),
             adapter=self._adapter_description() if self.is_world_process_zero() else {},
             shards=[],
@@ -152,8 +149,8 @@ class CheckpointedTrainer(Trainer):
         )
         return directory
 
-    def _finish_last(self) -> None:
-        """Collective. Make the last save visible, should it still be on its way; a failure is reported."""
+    def _finish_last_save(self) -> None:
+        """Publish the last save, if it is not finished yet, and report a failure. A collective call."""
         try:
             self._writer.finish()
         except UserError as error:
@@ -162,7 +159,7 @@ class CheckpointedTrainer(Trainer):
             self._report_failure(error)
 
     def _progress(self) -> Progress:
-        evaluation, save = self._owed
+        evaluation, save = self._postponed
         return Progress(
             last_logged_step=self._globalstep_last_logged,
             finished=self.control.should_training_stop and self.state.global_step < self.state.max_steps,
@@ -188,7 +185,7 @@ class CheckpointedTrainer(Trainer):
             return json.loads(json.dumps(state))
         except TypeError as error:
             raise UserError(
-                f"training.lr_scheduler_type: no checkpoint can hold the scheduler's state: {error}"
+                f"training.lr_scheduler_type: the scheduler's state cannot be saved in a checkpoint: {error}"
             ) from None
 
     def _adapter_description(self) -> dict[str, Any]:
@@ -206,7 +203,7 @@ class CheckpointedTrainer(Trainer):
         if self.deepspeed is not None:
             optimizer = self.deepspeed.optimizer
         else:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # out of Accelerate's wrapper
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
         return Partition(self._trained_parameters(), optimizer)
 
     # Resuming
@@ -236,16 +233,16 @@ class CheckpointedTrainer(Trainer):
         here = self.get_total_train_batch_size(self.args)
         if here != manifest.examples_per_step and not self.args.ignore_data_skip:
             raise UserError(
-                f"{checkpoint.directory}: its steps were of {manifest.examples_per_step} examples, here they are of "
-                f"{here}; choose training.per_device_train_batch_size and gradient_accumulation_steps so that they "
-                f"and the {self._ranks.count} ranks multiply to {manifest.examples_per_step}"
+                f"{checkpoint.directory}: was saved with {manifest.examples_per_step} examples per step, but this run "
+                f"has {here}; set training.per_device_train_batch_size and training.gradient_accumulation_steps so "
+                f"that their product with the {self._ranks.count} ranks is {manifest.examples_per_step}"
             )
         self._ranks.agree(lambda: self._check_selection(checkpoint))
         load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
         if manifest.scheduler is not None and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(manifest.scheduler)
-        engine_state.restore_counters(self.deepspeed, manifest.engine)
-        engine_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
+        deepspeed_state.restore_engine_counters(self.deepspeed, manifest.engine)
+        deepspeed_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
         sparsity = sparsity_of(self.model)
         sparsity.clock.forwards = manifest.progress.forwards
         for weight in sparsity.weights.values():
@@ -259,22 +256,25 @@ class CheckpointedTrainer(Trainer):
         for key in ("tensors", "modules_to_save"):
             if saved.get(key) != here[key]:
                 raise UserError(
-                    f"{checkpoint.directory}: of another selection ({key} differ): resume with the `sparse` section "
-                    "that the run was started with"
+                    f"{checkpoint.directory}: has another selection ({key} differ): resume with the `sparse` section "
+                    "with which the run was started"
                 )
-        if odd := differences(saved.get("base_fingerprint", {}), here["base_fingerprint"]):
-            raise UserError(f"{checkpoint.directory}: of a base model with other weights: '{odd[0]}' differs")
+        if different := differences(saved.get("base_fingerprint", {}), here["base_fingerprint"]):
+            raise UserError(
+                f"{checkpoint.directory}: was saved with a base model whose weights differ in '{different[0]}': "
+                "resume with the base model with which the run was started"
+            )
 
     def _random_states_of(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         if checkpoint.manifest.world_size == self._ranks.count:
             return read_random_states(checkpoint, self._ranks.rank)
-        # Of other ranks no state would fit: streams of their own, the same in each resumption.
+        # With another number of ranks the saved states do not fit: each rank gets a new seed, the same at each resume.
         generator = torch.Generator().manual_seed(self.args.seed + checkpoint.step)
         seeds = torch.randint(2**62, (self._ranks.count,), generator=generator)
         return {"torch": torch.Generator().manual_seed(int(seeds[self._ranks.rank])).get_state()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing yet: what is saved goes into the optimizer's partitions, which `_prepare_for_training` makes."""
+        """Does nothing: `_prepare_for_training` loads the checkpoint, after it has created the partitions."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         random_states.restore(self._random_states)
@@ -304,7 +304,7 @@ class CheckpointedTrainer(Trainer):
         super()._run_epoch(**epoch)
 
     def _settle(self, model: Any, epoch: int, trial: Any, ignore_keys_for_eval: Any, start_time: float) -> None:
-        """After resuming, do what the step of the checkpoint still owed when it was saved."""
+        """After a resume, do what remained to be done in the checkpoint's step when it was saved."""
         if self._is_settled:
             return
         self._is_settled = True
@@ -337,69 +337,35 @@ class CheckpointedTrainer(Trainer):
         mean = math.fsum(losses) / len(losses)
         self._tr_loss += losses[self._ranks.rank] if len(losses) == self._ranks.count else mean
         self._globalstep_last_logged = progress.last_logged_step
-        # What an earlier part of the run has seen is logged here, but is not in this part's mean.
+        # These losses are logged now, but train_loss is the mean since the resume.
         self._total_loss_scalar = -mean
-
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        if self._is_stopping:
-            evaluate, save = self.control.should_evaluate, self.control.should_save
-            self.control.should_evaluate = self.control.should_save = False
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-            self._owed = (evaluate, evaluate and save)
-            raise self._stopped(self._write())
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-        except _EvaluationStopped:
-            self._owed = (True, self.control.should_save)
-            raise self._stopped(self._write(states=self._random_before_evaluation)) from None
-
-    def _stopped(self, saved: Path | None) -> Stopped:
-        if saved is None and self._resumed is not None:
-            saved = self._resumed.directory
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        self.is_in_train = False
-        return Stopped(self.state.global_step, str(saved) if saved is not None else None)
-
-    def _meet(self) -> None:
-        """Once per step: has a signal asked some rank for an end, and is the last save on every rank's disk?"""
-        if self._stop is None and not self._writer.has_pending:
-            return
-        asked, writing = self._ranks.any(self._stop is not None and self._stop.is_raised, self._writer.is_writing)
-        if self._writer.has_pending and not writing:
-            self._finish_last()
-        self._is_stopping = asked
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer.evaluate. Raises Stopped: a signal asked for an end after training; what was trained is saved."""
-        self._random_before_evaluation = random_states.capture()
-        try:
-            return super().evaluate(*args, **kwargs)
-        except _EvaluationStopped:
-            if self.is_in_train or self._writer is None:
-                raise
-            directory = checkpoint_directory(self._writer.output, self.state.global_step)
-            # The best model, once loaded, is not what the optimizer's state belongs to.
-            if not directory.exists() and not self.args.load_best_model_at_end:
-                self._write()
-            raise self._stopped(directory if directory.exists() else None) from None
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         self._settle(self.model_wrapped, int(self.state.epoch or 0), trial, None, start_time)
-        self._finish_last()
+        self._finish_last_save()
         return super()._finalize_training(trial, num_train_samples, start_time)
 
+    def _end_step(self) -> None:
+        self._exchange_flags()
 
-class _Watch(TrainerCallback):
-    """Tells the trainer where its loop stands."""
+    def _exchange_flags(self, *flags: bool) -> list[bool]:
+        """Whether a rank has raised each flag. Also publishes the last background save once all ranks have written it.
+
+        A collective call: one small message per step, and none if there is neither a flag nor a pending save.
+        """
+        if not flags and not self._writer.has_pending:
+            return []
+        *raised, is_writing = self._ranks.any(*flags, self._writer.is_writing)
+        if self._writer.has_pending and not is_writing:
+            self._finish_last_save()
+        return raised
+
+
+class _LoopCallback(TrainerCallback):
+    """Tells the trainer where its loop is."""
 
     def __init__(self, trainer: CheckpointedTrainer) -> None:
         self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = self._trainer
-        trainer._meet()
-        if trainer._is_stopping:
-            raise trainer._stopped(None)
 
     def on_epoch_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer._epoch_ended = False
@@ -408,13 +374,4 @@ class _Watch(TrainerCallback):
         self._trainer._epoch_ended = True
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer._owed = (False, False)
-        self._trainer._meet()
-
-    def on_prediction_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer._stop is None:
-            return
-        trainer._ranks = trainer._ranks or Ranks()
-        if trainer._ranks.any(trainer._stop.is_raised)[0]:
-            raise _EvaluationStopped
+        self._trainer._end_step()

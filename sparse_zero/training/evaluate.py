@@ -1,23 +1,29 @@
-"""Evaluate an adapter on a recipe's held-out examples, in one process."""
+"""Evaluates an adapter on a recipe's evaluation examples, in one process."""
 
 from pathlib import Path
 
 from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.save_and_load import load_adapter
 from sparse_zero.recipe.recipe import Recipe
-from sparse_zero.training.build import build, evaluation_figures, evaluation_settings, training_arguments
+from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.trainer import SparseTrainer
 
 
 def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
-    """Returns: the metrics of the recipe's task: loss and accuracy, F1, Matthews correlation, or perplexity.
+    """Evaluate an adapter on the evaluation examples of a recipe.
+
+    Args:
+        recipe: says the base model, the data and the batch size.
+        adapter: the adapter's directory.
+
+    Returns: the metrics of the recipe's task: loss; accuracy, F1 and Matthews correlation, or perplexity.
 
     Raises UserError: see `build` and `load_adapter`.
     """
     training = recipe.training | {"deepspeed": None, "report_to": "none"}
     model_section = recipe.model
     if recipe.training.get("deepspeed"):
-        # DeepSpeed trains in half precision by casting the model, where the Trainer alone would cast each operation.
+        # DeepSpeed casts the model to half precision; without DeepSpeed the Trainer would cast in each operation.
         training |= {"bf16": False, "fp16": False}
         model_section = model_section.model_copy(update={"dtype": read_config(adapter).dtype})
     recipe = recipe.model_copy(update={"training": training, "model": model_section})
@@ -25,4 +31,4 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
     tokenizer, prepared, model = build(recipe, arguments)
     load_adapter(model, adapter)
     trainer = SparseTrainer(model, arguments, **evaluation_settings(recipe, prepared, tokenizer))
-    return evaluation_figures(trainer.evaluate())
+    return evaluation_results(trainer.evaluate())

@@ -1,7 +1,7 @@
-"""What a run tells while it trains: one bar for the whole job on a terminal, and a readable line wherever it logs.
+"""The progress of a run: one bar for the whole job on a terminal, and a readable line at each logging step.
 
-All of it comes from rank 0. What the other ranks do is reckoned from rank 0's own batches: nothing is sent, and no
-device is waited for.
+Only rank 0 prints. It extrapolates the throughput of all ranks from its own batches, so that nothing is sent and no
+device is synchronised.
 """
 
 import sys
@@ -19,14 +19,16 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 from sparse_zero.zero.parameters import peak_memory_bytes
 
 WINDOW_SECONDS = 30.0
-"""Rates are of the last steps that took this long."""
+"""Rates are means over the last steps that took this long together."""
 
 
 def count_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """Samples and tokens of one rank's batch, from shapes alone: no value is read, so no device is waited for.
+    """Count the samples and tokens of one rank's batch from shapes alone, so that no device is synchronised.
 
     Samples are the rows of the batch (with packing, sequences of several examples). Tokens are all positions of
-    `input_ids` or `inputs_embeds`, padding included; 0 where there is neither (images, audio).
+    `input_ids` or `inputs_embeds`, including padding; 0 if the batch has neither (images, audio).
+
+    Returns: (samples, tokens).
     """
     if torch.is_tensor(ids := inputs.get("input_ids")):
         return ids.shape[0], ids.numel()
@@ -36,42 +38,46 @@ def count_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
     return rows, 0
 
 
-class Pace:
-    """How fast a job of `ranks` ranks trains.
+class Throughput:
+    """The throughput of a job.
 
-    Its samples and tokens are this rank's, times the ranks: exact for samples (all ranks' batches have as many rows),
-    and right on average for tokens (the ranks pad to lengths of their own). A batch counts once, however many passes
-    the objective makes over it.
+    Samples and tokens are those of this rank times the number of ranks. This is exact for samples (all ranks have the
+    same batch size) and right on average for tokens (each rank pads to its own length). A batch counts once, also if
+    the objective makes several passes over it.
     """
 
     def __init__(self, ranks: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Args: ranks: the world size; clock: returns seconds."""
         self._ranks = ranks
         self._clock = clock
         self._recent: deque[tuple[float, int, int]] = deque()
-        """Seconds, samples and tokens of each step of the window; their sums:"""
+        """Seconds, samples and tokens of each step in the window. The next line has their sums."""
         self._seconds, self._samples, self._tokens = 0.0, 0, 0
         self._batches = (0, 0)
         self._steps = 0
         self._began: float | None = None
-        self._since = 0.0
+        self._step_began = 0.0
 
     def begin(self) -> None:
-        """The first step begins. What came before (an evaluation, examples that are skipped) is no training."""
+        """Call at the begin of each step. The time before the first step (an evaluation, skipped examples) does not
+        count.
+        """
         if self._began is None:
-            self._began = self._since = self._clock()
+            self._began = self._step_began = self._clock()
 
-    def leave_out(self) -> None:
-        """The time since the last step was spent on something else: an evaluation, a save."""
-        self._since = self._clock()
+    def skip_time(self) -> None:
+        """Exclude the time since the last step from the rates: it was an evaluation or a save."""
+        self._step_began = self._clock()
 
     def count(self, samples: int, tokens: int) -> None:
-        """One batch of this rank, of the step that is under way."""
+        """Count one batch of this rank in the current step."""
         self._batches = self._batches[0] + samples, self._batches[1] + tokens
 
     def end_step(self) -> None:
+        """Call at the end of each step."""
         now = self._clock()
-        step = (now - self._since, *self._batches)
-        self._since, self._batches = now, (0, 0)
+        step = (now - self._step_began, *self._batches)
+        self._step_began, self._batches = now, (0, 0)
         self._steps += 1
         self._recent.append(step)
         self._add(step, 1)
@@ -85,25 +91,25 @@ class Pace:
 
     @property
     def samples_per_second(self) -> float:
-        """Of all ranks, in the last steps; evaluations and saves take no part. 0 before the first step has ended."""
+        """Of all ranks, in the last steps, without evaluations and saves. 0 before the first step has ended."""
         return self._ranks * self._samples / self._seconds if self._seconds > 0 else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """As samples_per_second."""
+        """Like samples_per_second."""
         return self._ranks * self._tokens / self._seconds if self._seconds > 0 else 0.0
 
     @property
     def steps_per_second(self) -> float | None:
-        """Since the first step that was made here, evaluations and saves included: they will come again. None before
-        that step has ended.
+        """Since the first step of this process, including evaluations and saves, because the remaining steps have them
+        too. None before that step has ended.
         """
         if not self._steps or (elapsed := self._clock() - self._began) <= 0:
             return None
         return self._steps / elapsed
 
     def describe(self) -> list[str]:
-        """`["512 samples/s", "13.0k tokens/s"]`; nothing before the first step has ended."""
+        """The rates, as in `["512 samples/s", "13.0k tokens/s"]`. Empty before the first step has ended."""
         if not self._recent:
             return []
         rates = [f"{tqdm.format_sizeof(self.samples_per_second)} samples/s"]
@@ -112,25 +118,27 @@ class Pace:
         return rates
 
 
-def step_line(step: int, steps: int, logs: Mapping[str, Any], pace: Pace, peak_bytes: int) -> str:
+def step_line(step: int, steps: int, logs: Mapping[str, Any], throughput: Throughput, peak_bytes: int) -> str:
     """`step 120/500  loss 0.4321  lr 1.2e-03  512 samples/s  13.0k tokens/s  eta 0:03:12  peak 1.20 GiB`
 
-    Args: logs: what the Trainer logs of some steps; a figure that is not the Trainer's own follows the learning rate.
+    Args:
+        logs: the Trainer's log of the last steps. Values that others have added follow the learning rate.
+        peak_bytes: the peak memory of rank 0.
     """
     parts = [f"step {step}/{steps}", f"loss {_figure(logs['loss'])}"]
     if "learning_rate" in logs:
         parts.append(f"lr {logs['learning_rate']:.1e}")
     known = ("loss", "learning_rate", "grad_norm", "epoch", "num_input_tokens_seen", "total_flos")
     parts += [f"{key} {_figure(logs[key])}" for key in logs if key not in known and not key.startswith("train_")]
-    parts += pace.describe()
-    if rate := pace.steps_per_second:
+    parts += throughput.describe()
+    if rate := throughput.steps_per_second:
         parts.append(f"eta {timedelta(seconds=round((steps - step) / rate))}")
     return "  ".join([*parts, f"peak {gibibytes(peak_bytes)}"])
 
 
-def other_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
-    """`step 120/500  evaluation  loss 0.4302  accuracy 0.8100  in 12.3 s`, of an evaluation or of the whole training;
-    whatever else is logged, by its own names.
+def summary_line(step: int, steps: int, logs: Mapping[str, Any]) -> str:
+    """`step 120/500  evaluation  loss 0.4302  accuracy 0.8100  in 12.3 s`, for an evaluation or for the whole
+    training. Other logs appear under their own names.
     """
     parts = [f"step {step}/{steps}"]
     prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), None)
@@ -158,45 +166,45 @@ def _figure(value: Any) -> str:
 
 
 class _Bar(tqdm):
-    """A bar that asks what to say when it is drawn, and not at every step."""
+    """A bar that computes its postfix only when it is drawn, not at every step."""
 
-    def __init__(self, pace: Pace, postfix: Callable[[], str], **settings: Any) -> None:
-        self._pace, self._say = pace, postfix
+    def __init__(self, throughput: Throughput, postfix: Callable[[], str], **settings: Any) -> None:
+        self._throughput, self._get_postfix = throughput, postfix
         super().__init__(**settings)
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        # tqdm's remaining time is what it makes of this rate.
-        return super().format_dict | {"postfix": self._say(), "rate": self._pace.steps_per_second}
+        # tqdm computes the remaining time from this rate.
+        return super().format_dict | {"postfix": self._get_postfix(), "rate": self._throughput.steps_per_second}
 
 
 class JobProgress(ProgressCallback):
-    """One bar for the whole job on rank 0, and a line at each logging step and evaluation; all of it on stderr.
+    """One bar for the whole job on rank 0, and a line at each logging step and evaluation, all on stderr.
 
-    Without a terminal (a batch job's log file), or with TrainingArguments.disable_tqdm, there are the lines alone.
-    Evaluations have transformers' own bar, under the same conditions. A resumed run's bar starts at its step.
+    Without a terminal (the log file of a batch job), or with TrainingArguments.disable_tqdm, there are only the lines.
+    Under the same conditions evaluations have transformers' own bar. The bar of a resumed run starts at its step.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()
         self._clock = clock
-        self._pace: Pace | None = None
+        self._throughput: Throughput | None = None
         self._loss: float | None = None
 
     def count(self, inputs: Mapping[str, Any]) -> None:
-        """This rank's next batch."""
-        if self._pace is not None:
-            self._pace.count(*count_batch(inputs))
+        """Count this rank's next batch."""
+        if self._throughput is not None:
+            self._throughput.count(*count_batch(inputs))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self._pace, self._loss = Pace(args.world_size, self._clock), None
+        self._throughput, self._loss = Throughput(args.world_size, self._clock), None
         if _has_bars(args):
             self.training_bar = _Bar(
-                self._pace,
+                self._throughput,
                 self._postfix,
                 total=state.max_steps,
                 initial=state.global_step,
@@ -207,30 +215,30 @@ class JobProgress(ProgressCallback):
 
     def _postfix(self) -> str:
         loss = [] if self._loss is None else [f"loss {_figure(self._loss)}"]
-        return ", ".join([*loss, *self._pace.describe(), f"peak {gibibytes(peak_memory_bytes())}"])
+        return ", ".join([*loss, *self._throughput.describe(), f"peak {gibibytes(peak_memory_bytes())}"])
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if self._pace is not None:
-            self._pace.begin()
+        if self._throughput is not None:
+            self._throughput.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._pace is not None:
-            self._pace.end_step()
+        if self._throughput is not None:
+            self._throughput.end_step()
         if self.training_bar is not None:
             self.training_bar.update(state.global_step - self.training_bar.n)
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
-        if self._pace is not None:
-            self._pace.leave_out()
+        if self._throughput is not None:
+            self._throughput.skip_time()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_evaluate(args, state, control, **kwargs)
-        if self._pace is not None:
-            self._pace.leave_out()
+        if self._throughput is not None:
+            self._throughput.skip_time()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -246,21 +254,23 @@ class JobProgress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # What is measured of a model that was not trained here is its caller's to show.
+        # Without training, the caller of evaluate shows its metrics.
         if not state.is_world_process_zero or not state.max_steps:
             return
-        if "loss" in logs and self._pace is not None:
+        if "loss" in logs and self._throughput is not None:
             self._loss = logs["loss"]
-            line = step_line(state.global_step, state.max_steps, logs, self._pace, peak_memory_bytes())
+            line = step_line(state.global_step, state.max_steps, logs, self._throughput, peak_memory_bytes())
         else:
-            line = other_line(state.global_step, state.max_steps, {k: v for k, v in logs.items() if k != "total_flos"})
+            line = summary_line(
+                state.global_step, state.max_steps, {k: v for k, v in logs.items() if k != "total_flos"}
+            )
         tqdm.write(line, file=sys.stderr)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
-        self.prediction_bar = self.training_bar = self._pace = None
+        self.prediction_bar = self.training_bar = self._throughput = None
 
 
 def _has_bars(args: TrainingArguments) -> bool:

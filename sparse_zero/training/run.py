@@ -1,4 +1,4 @@
-"""What every rank runs: recipe -> data -> model -> trainer -> adapter and results."""
+"""The training run that every rank executes: recipe, data, model, trainer, adapter and results."""
 
 import contextlib
 import json
@@ -19,33 +19,33 @@ from transformers.utils import logging as transformers_logging
 import rpn
 from sparse_zero.adapters.files import adapter_bytes
 from sparse_zero.adapters.save_and_load import write_merged
-from sparse_zero.checkpoint.directory import checkpoint_directory
+from sparse_zero.checkpoint.directory import checkpoint_path
 from sparse_zero.checkpoint.output_lock import locked
-from sparse_zero.checkpoint.resumption import find_resumption, with_its_batch
+from sparse_zero.checkpoint.resume import find_resume_checkpoint, keep_batch_size
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.ranks.agreement import Ranks
 from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.training.build import build, evaluation_figures, evaluation_settings, training_arguments
-from sparse_zero.training.report import print_results
+from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
+from sparse_zero.training.results_table import print_results
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
 from sparse_zero.zero.parameters import device_name, optimizer_bytes, peak_memory_bytes, stage_of
 
 
-def keep_quiet(main: bool) -> None:
-    """One progress bar and one warning for each host, not for each rank."""
-    # DeepSpeed calls what torch has renamed; that is not the user's to correct.
+def limit_output(is_first_of_host: bool) -> None:
+    """Show progress bars and warnings once per host, not once per rank."""
+    # DeepSpeed calls functions that torch has renamed; the user cannot correct that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if not main:
+    if not is_first_of_host:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         logging.getLogger("sparse_zero").setLevel(logging.ERROR)
 
 
-def leave() -> None:
-    """Part from the other ranks: threads of the process group that outlive Python may abort the process."""
+def destroy_process_group() -> None:
+    """Destroy the process group, if there is one: its threads may abort the process if they outlive Python."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -57,23 +57,29 @@ def train(
     resume: str | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe on this rank. Returns: what OUTPUT_DIR/results.json holds.
+    """Run a recipe on this rank. A collective call.
 
-    Args: path: the recipe's file, named in the table's next command; merge: also write OUTPUT_DIR/merged; resume: see
-        find_resumption; stop: what signals ask for.
+    Args:
+        recipe: the recipe.
+        path: the recipe's file, for the next command in the printed table.
+        merge: also write OUTPUT_DIR/merged.
+        resume: see `find_resume_checkpoint`.
+        stop: set by signals.
 
-    Raises UserError for everything in the recipe, the data, the model or a checkpoint that cannot be used. Raises
-    Stopped: a signal asked for an end, and what there was is saved.
+    Returns: the content of OUTPUT_DIR/results.json.
+
+    Raises UserError: the recipe, the data, the model or a checkpoint is not valid.
+    Raises Stopped: a signal arrived, and a checkpoint has been saved.
     """
-    checkpoint = find_resumption(recipe, resume)
-    recipe = with_its_batch(recipe, checkpoint)
+    checkpoint = find_resume_checkpoint(recipe, resume)
+    recipe = keep_batch_size(recipe, checkpoint)
     arguments = training_arguments(recipe)
     ranks = Ranks()
     with locked(Path(arguments.output_dir), ranks):
         directory = checkpoint.directory if checkpoint else None
         if directory and not directory.exists():
-            # It was checkpoint-N.replaced, of a save that was cut; whoever locks the directory gives it its name back.
-            directory = checkpoint_directory(directory.parent, checkpoint.step)
+            # It was checkpoint-N.replaced, from an interrupted save. `locked` has renamed it to checkpoint-N.
+            directory = checkpoint_path(directory.parent, checkpoint.step)
         return _train(recipe, path, merge, arguments, directory, stop)
 
 
@@ -110,7 +116,7 @@ def _train(
         results["adapter_bytes"] = adapter_bytes(output / "adapter")
         results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
         if merge:
-            # At stage 3 from_pretrained would still partition the base among all ranks, and this one is alone here.
+            # At stage 3 from_pretrained would still partition the model over all ranks, but only this rank loads it.
             unset_hf_deepspeed_config()
             write_merged(output / "adapter", output / "merged")
             results["paths"]["merged"] = str(output / "merged")
@@ -120,18 +126,27 @@ def _train(
 
 
 def _with_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SparseConfig:
-    """What to train, with the recipe's new tokens among the rows trained whole."""
+    """The recipe's `sparse` section, with the new tokens added to trainable_token_indices."""
     if not recipe.model.new_tokens:
         return recipe.sparse
     new = tokenizer.convert_tokens_to_ids(recipe.model.new_tokens)
-    asked = recipe.sparse.trainable_token_indices or []
-    return recipe.sparse.model_copy(update={"trainable_token_indices": sorted({*asked, *new})})
+    given = recipe.sparse.trainable_token_indices or []
+    return recipe.sparse.model_copy(update={"trainable_token_indices": sorted({*given, *new})})
 
 
 def noisy_objective(
     model: nn.Module, config: rpn.RPNConfig | None, arguments: TrainingArguments, special_token_ids: Iterable[int] = ()
 ) -> Objective | None:
-    """A recipe's `rpn` section as a Trainer's objective; None where there is no such section."""
+    """Attach Random Position Noise to a model, and make the objective of a SparseTrainer.
+
+    Args:
+        model: gets the noise.
+        config: the recipe's `rpn` section; None: no noise.
+        arguments: of the Trainer.
+        special_token_ids: tokens that get no noise.
+
+    Returns: the objective; None if `config` is None.
+    """
     if config is None:
         return None
     handle = rpn.attach(model, config, special_token_ids=special_token_ids)
@@ -145,12 +160,12 @@ def noisy_objective(
 
 
 def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
-    """The run's figures. Collective: each rank tells its own memory."""
+    """The results of the run. A collective call, because the results contain the memory of every rank."""
     history, now = trainer.state.log_history, trainer.state.log_history[trainer.log_entries_before :]
-    before = evaluation_figures(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
-    after = evaluation_figures(metrics)
+    before = evaluation_results(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
+    after = evaluation_results(metrics)
     runtime = next(entry["train_runtime"] for entry in reversed(now) if "train_runtime" in entry)
-    # The Trainer counts evaluations during training as training; the last one came after it.
+    # The Trainer's runtime includes evaluations during training, but not the last one, which followed it.
     evaluating = sum(entry["eval_runtime"] for entry in now if "eval_runtime" in entry) - metrics["eval_runtime"]
     sparsity = trainer.model.sparsity
     return {

@@ -1,4 +1,4 @@
-"""transformers.Trainer for sparse models: it saves adapters, and takes an objective of several passes."""
+"""The Trainer for sparse models. It saves adapters, and its objective may make several passes over a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,24 +11,35 @@ from transformers.integrations import TensorBoardCallback
 
 from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.model.sparsify import sparsity_of
-from sparse_zero.training.checkpointed_trainer import CheckpointedTrainer
-from sparse_zero.training.curves import RunCurves
+from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
 from sparse_zero.training.progress import JobProgress
+from sparse_zero.training.tensorboard import ResumableTensorBoardCallback
 from sparse_zero.zero.parameters import fit_buckets
 
 Forward = Callable[[], torch.Tensor]
 Backward = Callable[[torch.Tensor, bool], None]
 Objective = Callable[[Forward, Backward, int, int], torch.Tensor]
-"""objective(forward, backward, step, micro_step) runs forward() and backward(loss, last) for each of its passes, and
-returns the loss to report. `last` is True for the final pass only: gradients are synchronised there."""
+"""objective(forward, backward, step, micro_step) calls forward() and backward(loss, last) for each of its passes, and
+returns the loss to report, a scalar tensor. `last` is True for the final pass only, in which gradients are
+synchronised."""
 
 
-class SparseTrainer(CheckpointedTrainer):
-    """A Trainer whose models are adapters: the frozen base is never written."""
+class SparseTrainer(PreemptibleTrainer):
+    """A transformers.Trainer that saves a sparse model as an adapter. The frozen base model is never written."""
 
     def __init__(self, model: nn.Module, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        """
+        Args:
+            model: a sparse model, see `sparsify`.
+            objective: replaces the single pass over each batch; see `Objective`.
+            stop: see `PreemptibleTrainer`.
+            *args, **kwargs: as in transformers.Trainer.
+
+        Raises UserError: the model is not sparse.
+        """
         sparsity_of(model)
-        # GPT-2 and its like divide their loss by num_items_in_batch, but transformers does not know it of these names.
+        # Models such as GPT-2 divide their loss by num_items_in_batch, but transformers does not recognise their
+        # names.
         if type(model).__name__.endswith("LMHeadModel") and getattr(model, "loss_type", None) is None:
             model.loss_type = "ForCausalLM"
         super().__init__(model, *args, **kwargs)
@@ -36,18 +47,18 @@ class SparseTrainer(CheckpointedTrainer):
             fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, model)
         self.objective = objective
         self._micro_step = 0
-        # Nearly every forward takes **kwargs, but only the causal loss divides by num_items_in_batch. For the others
-        # the Trainer would still multiply by the number of ranks, in the gradient too.
+        # Nearly every forward accepts **kwargs, but only the causal loss divides by num_items_in_batch. For other
+        # models the Trainer would multiply the loss, and the gradient, by the number of ranks.
         if not self._loss_shifts_labels:
             self.model_accepts_loss_kwargs = False
         self._progress_shown = JobProgress()
         self._replace_callback(ProgressCallback, self._progress_shown)
         self._replace_callback(PrinterCallback, self._progress_shown)
         if "tensorboard" in self.args.report_to:
-            self._replace_callback(TensorBoardCallback, RunCurves(lambda: self._writer.run))
+            self._replace_callback(TensorBoardCallback, ResumableTensorBoardCallback(lambda: self._writer.run))
 
     def _replace_callback(self, stock: type[TrainerCallback], ours: TrainerCallback) -> None:
-        """In the place of the Trainer's own; a notebook's stays."""
+        """Replace the Trainer's own callback. Subclasses, such as the one for notebooks, stay."""
         callbacks = self.callback_handler.callbacks
         index = next((index for index, callback in enumerate(callbacks) if type(callback) is stock), None)
         if index is not None:
@@ -72,7 +83,7 @@ class SparseTrainer(CheckpointedTrainer):
 
         def backward(loss: torch.Tensor, last: bool) -> None:
             self.accelerator.gradient_state._set_sync_gradients(synchronise and last)
-            # As in Trainer.training_step: the loss is divided already
+            # As in Trainer.training_step: forward has already divided the loss
             kwargs = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
             self.accelerator.backward(loss, **kwargs)
 
@@ -81,7 +92,10 @@ class SparseTrainer(CheckpointedTrainer):
         return loss.detach()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter. Every rank must call it."""
+        """Write the adapter. A collective call.
+
+        Args: output_dir: the adapter's directory; None: the Trainer's output directory.
+        """
         output_dir = output_dir or self.args.output_dir
         save_adapter(self.model, output_dir, is_main_process=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:

@@ -133,7 +133,7 @@ def test_the_run_starts_again_on_the_host_that_is_left(hosts: Hosts, start: Call
     hosts["n2"].unplug()
     run.wait(120)
     assert re.search(r"sparse-zero: error: n2 \(rank 1\) has not answered", run.output)
-    assert "sparse-zero: starting again on n1 (restart 1 of 2)" in run.output
+    assert "sparse-zero: restarting on n1 (restart 1 of 2)" in run.output
     assert re.search(r"resuming from .*checkpoint-\d+ \(step \d+, saved on 2 ranks\)", run.output)
     assert json.loads((output / "results.json").read_text())["world_size"] == 1
     assert max(losses(output)) == SOON
@@ -143,7 +143,7 @@ def test_the_run_starts_again_on_all_hosts_after_a_rank_died(hosts: Hosts, start
     run, output = start("mpi", "launch.max_restarts=1", f"training.max_steps={SOON}")
     kill_rank(hosts, "n2")
     run.wait(120)
-    assert "sparse-zero: starting again on n1, n2 (restart 1 of 1)" in run.output
+    assert "sparse-zero: restarting on n1, n2 (restart 1 of 1)" in run.output
     assert json.loads((output / "results.json").read_text())["world_size"] == 2
     assert max(losses(output)) == SOON
 

@@ -71,13 +71,13 @@ def test_hosts_with_something_wrong(
     # /run is each host's own.
     launch = [f"launch.hostfile={hostfile}", "training.output_dir=/run/out", "training.use_cpu=true"]
     told = ask(hosts["n1"], tmp_path, workload.recipe, *launch, status=1)
-    assert problems(told) == {("n2", "network"), ("n2", "sharing"), ("n3", "reach")}
+    assert problems(told) == {("n2", "network"), ("n2", "shared disk"), ("n3", "reachability")}
     assert ("n2", "shared memory") in problems(told, "warning")
     assert told["ranks"] is None
     said = " ".join(f"{found['message']} {found['remedy']}" for found in told["findings"])
     assert "its name n2 resolves to 127.0.1.1" in said
     assert "GLOO_SOCKET_IFNAME=eth0" in said
-    assert "does not know rank 0's host, n1" in said
+    assert "cannot resolve n1, the host of rank 0" in said
 
 
 def test_ranks_that_cannot_reach_each_other(hosts: Hosts, hostfile: Path, workload: Workload, tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_nodes_of_a_slurm_job(slurm: Slurm, workload: Workload, tmp_path: Path) 
 def test_a_job_that_slurm_would_take_or_refuse(slurm: Slurm, workload: Workload, tmp_path: Path) -> None:
     words = [workload.recipe, "launch.launcher=slurm", f"training.output_dir={tmp_path}/out", "--no-ranks"]
     told = ask(slurm.controller, tmp_path, *words, "launch.nodes=2")
-    assert any(found["message"].startswith("sbatch would take it") for found in told["findings"])
+    assert any(found["message"].startswith("sbatch accepts the job") for found in told["findings"])
     assert problems(ask(slurm.controller, tmp_path, *words, "launch.nodes=3", status=1)) == {(None, "slurm")}
     # No single option is out of range, but no node has so many cores.
     told = ask(slurm.controller, tmp_path, *words, "launch.processes_per_node=50", status=1)
-    assert any(found["message"].startswith("sbatch refuses such a job") for found in told["findings"])
+    assert any(found["message"].startswith("sbatch rejects the job") for found in told["findings"])
     assert slurm.jobs() == [], "a job was queued"

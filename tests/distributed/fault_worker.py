@@ -13,8 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 
 import sparse_zero.training.run
 from sparse_zero import train
-from sparse_zero.checkpoint import directory as checkpoint
-from sparse_zero.checkpoint import saving, shards
+from sparse_zero.checkpoint import directory, manifest, shards, writer
 from sparse_zero.ranks.stop_signals import _SAME_REQUEST_SECONDS
 from sparse_zero.training.trainer import SparseTrainer
 
@@ -26,11 +25,11 @@ CALLS: dict[str, tuple[Any, str]] = {
     "step": (CallbackHandler, "on_pre_optimizer_step"),
     "after-step": (CallbackHandler, "on_optimizer_step"),
     "evaluate": (CallbackHandler, "on_prediction_step"),
-    "save": (saving.CheckpointWriter, "save"),
-    "complete": (saving.CheckpointWriter, "_complete"),
-    "publish": (saving, "publish"),
+    "save": (writer.CheckpointWriter, "save"),
+    "complete": (writer.CheckpointWriter, "_complete"),
+    "publish": (writer, "publish"),
     "rename": (Path, "rename"),
-    "delete": (checkpoint.shutil, "rmtree"),
+    "delete": (directory.shutil, "rmtree"),
 }
 """The functions before whose n-th call on a rank it happens; `write:NAME` is in the middle of writing such a file."""
 
@@ -82,7 +81,7 @@ def break_writes(name: str, count: Callable[[], None]) -> None:
     def unbuffered(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         return original_open(self, mode, *args, **kwargs | ({"buffering": 0} if mode == "wb" else {}))
 
-    for module in (shards, checkpoint, saving):
+    for module in (shards, manifest, writer):
         module.write_bytes = write_bytes
     Path.open = unbuffered
 
@@ -125,13 +124,13 @@ ACTIONS = {
 
 
 def keep_ledger(file: str) -> None:
-    original = saving.CheckpointWriter.finish
+    original = writer.CheckpointWriter.finish
 
     def finish(self: Any) -> Path | None:
-        directory = original(self)
-        if directory is not None:
+        saved = original(self)
+        if saved is not None:
             with open(file, "a") as ledger:
-                ledger.write(f"{directory.name.partition('-')[2]}\n")
-        return directory
+                ledger.write(f"{saved.name.partition('-')[2]}\n")
+        return saved
 
-    saving.CheckpointWriter.finish = finish
+    writer.CheckpointWriter.finish = finish

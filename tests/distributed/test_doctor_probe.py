@@ -50,10 +50,10 @@ def test_doctor_measures_two_real_ranks(launcher, tmp_path, monkeypatch):
 )
 def test_the_probe_of_any_launcher(launcher, count):
     run = run_ranks(count, "sparse_zero.ranks.link_probe", "--cpu", launcher=launcher)
-    measured = links.read(run.output, 0)
+    measured = links.parse_output(run.output, 0)
     assert sorted(measured.hosts) == list(range(count))
     assert sorted((link["from"], link["to"]) for link in measured.links) == sorted(links.pairs(count))
-    assert [finding.check for finding in links.judge(measured) if finding.severity == "error"] == []
+    assert [finding.check for finding in links.check_links(measured) if finding.severity == "error"] == []
     assert run.left_over == []
 
 
@@ -65,6 +65,6 @@ def test_ranks_that_nobody_joins_end_by_themselves(tmp_path):
     )
     measured = links.measure(command, seconds=60)
     assert measured.status == 2
-    found = [finding.message for finding in links.judge(measured)]
+    found = [finding.message for finding in links.check_links(measured)]
     assert found[0].startswith("rank 1 of 2 did not start")
     assert "rank 1 of 2 did not come within 2 s" in found[1]

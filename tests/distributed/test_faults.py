@@ -210,7 +210,7 @@ def test_fewer_ranks_go_on_with_the_same_steps(runs: tuple[Path, dict]) -> None:
     out, ends = runs
     stopped, resumed = ends["moved"]
     assert (stopped["statuses"], resumed["statuses"]) == ([STOPPED] * RANKS, [0]), ends["moved"]
-    assert "steps stay 8 examples: 4 x 2 micro-batches on each of 1 ranks" in resumed["log"]
+    assert "keeping 8 examples per step: 4 x 2 micro-batches on each of 1 ranks" in resumed["log"]
     assert losses(out / "moved") == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in losses(out / "straight")]
 
 
@@ -224,7 +224,7 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(runs: tuple[Path, dict
     assert end["statuses"] == [0, 0], end
     lost = out / name / f"checkpoint-{SAVED}"
     shard = f"{lost.name}.tmp-\\w+/shard-00001-of-00002.safetensors"
-    said = re.findall(rf"{lost}: not saved: rank 1: \S+/{shard}: File too large; training goes on", end["log"])
+    said = re.findall(rf"{lost}: not saved: rank 1: \S+/{shard}: File too large; training continues", end["log"])
     assert len(said) == 1
     assert [path.name for path in (out / name).glob("checkpoint-*")] == [f"checkpoint-{JOB_STEPS}"]
 
@@ -278,10 +278,10 @@ def refused(runs: tuple[Path, dict], bases: dict, data: Path) -> tuple[Path, dic
 
 
 REFUSALS = {
-    "flipped": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: damaged, or of another run: bytes 0 to",
+    "flipped": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: damaged, or from another run: the digest of",
     "other-run": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: ",
-    "missing": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: not there",
-    "not-resumed": "training.output_dir: {run} holds checkpoint-8 of an earlier run: go on from it with --resume",
+    "missing": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: missing",
+    "not-resumed": "training.output_dir: {run} contains checkpoint-8 of an earlier run: resume it with --resume",
     "in-use": "training.output_dir: {run} is in use by process 17 on elsewhere",
     "unwritable": "training.output_dir: /proc/run/logs/rank-00000.log: cannot be written to (No such file",
 }
@@ -301,6 +301,6 @@ def test_the_newest_complete_one_is_resumed_from(refused: tuple[Path, dict], run
     out, ends = refused
     (end,) = ends["cut-short"]
     assert end["statuses"] == [0, 0], end
-    assert f"passed over: {out}/cut-short/run/checkpoint-8/shard-00001-of-00002.safetensors: cut short" in end["log"]
+    assert f"skipped: {out}/cut-short/run/checkpoint-8/shard-00001-of-00002.safetensors: truncated" in end["log"]
     assert f"resuming from {out}/cut-short/run/checkpoint-6 " in end["log"]
     assert_same(out / "cut-short", runs[0] / "short")

@@ -9,8 +9,8 @@ from recipes import write_recipe
 from test_checkpoints import run_farm
 from trainer_cases import zero_config
 
-from sparse_zero.planning.arithmetic import states, traffic
-from sparse_zero.planning.from_recipe import Run, read
+from sparse_zero.planning.memory_and_traffic import model_states, traffic
+from sparse_zero.planning.planned_run import PlannedRun, read_recipe
 from sparse_zero.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.distributed
@@ -84,15 +84,15 @@ def measured(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     }
 
 
-def planned(recipe: Path) -> tuple[Run, Any]:
-    run = read(load_recipe(recipe))
-    return run, run.zero_of(str(run.zero["stage"]))
+def planned(recipe: Path) -> tuple[PlannedRun, Any]:
+    run = read_recipe(load_recipe(recipe))
+    return run, run.zero_settings(str(run.zero["stage"]))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_each_rank_holds_what_was_planned(recipes: dict, measured: dict, name: str) -> None:
     run, zero = planned(recipes[name])
-    held = {each.what: each.bytes for each in states(zero, RANKS, run.sizes)}
+    held = {each.what: each.bytes for each in model_states(zero, RANKS, run.sizes)}
     held["optimizer"] = held.pop("master", 0) + held.pop("moments")
     for rank in measured[name]:
         for kind, size in rank["held"].items():

@@ -1,9 +1,14 @@
-"""Hosts as `sparse-zero doctor` sees them: a report in which nothing is wrong, and ways to change it."""
+"""Input of the doctor's tests: a host report without problems, output of the link probe, and ways to change them."""
 
 import copy
+import json
+from collections.abc import Iterable
 from typing import Any
 
+from launcher.doctor import links
+from launcher.doctor.findings import Finding
 from launcher.doctor.host_report import Report
+from sparse_zero.ranks.link_probe import MARK
 from sparse_zero.recipe.recipe import Recipe
 
 H100 = {"name": "NVIDIA H100", "memory_bytes": 80 * 2**30}
@@ -88,3 +93,43 @@ def recipe(training: dict[str, Any] | None = None, **launch: Any) -> Recipe:
         "launch": launch,
     }
     return Recipe.model_validate(sections)
+
+
+def problems(findings: Iterable[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.severity != "ok"]
+
+
+def only_problem(findings: Iterable[Finding]) -> Finding:
+    found = problems(findings)
+    assert len(found) == 1, found
+    assert found[0].remedy, "a problem without a remedy"
+    return found[0]
+
+
+def probe_output(*facts: dict[str, Any], prefix: str = "") -> str:
+    """The output of ranks that print `facts`. Args: prefix: added to each line by the launcher."""
+    return "".join(f"{prefix}{MARK}{json.dumps(fact)}\n" for fact in facts)
+
+
+def started(hosts: list[str]) -> list[dict[str, Any]]:
+    """What ranks print when they start. Args: hosts: of each rank."""
+    return [{"rank": rank, "world_size": len(hosts), "host": host} for rank, host in enumerate(hosts)]
+
+
+def link(first: int, second: int, rate: float = 1e9, latency: float = 5e-5, right: bool = True) -> dict[str, Any]:
+    """The measurement of a link. Args: rate: bytes per second; latency: seconds."""
+    return {
+        "link": {"from": first, "to": second, "latency_seconds": latency, "bytes_per_second": rate, "right": right}
+    }
+
+
+def all_reduce(right: bool = True) -> list[dict[str, Any]]:
+    return [
+        {"collective": "all_reduce", "bytes": size, "seconds": 1e-3, "bytes_per_second": 1e9, "right": right}
+        for size in (4, 2**24)
+    ]
+
+
+def good_measurement() -> links.LinkMeasurements:
+    """Of two ranks on two hosts."""
+    return links.parse_output(probe_output(*started(["n1", "n2"]), link(0, 1), *all_reduce()), 0)

@@ -170,7 +170,7 @@ def test_out_must_be_new(own, tmp_path, capsys):
     (tmp_path / "file").touch()
     for name in ("full", "file"):
         assert main(["convert", str(own), str(tmp_path / name), "--to", "shira"]) == 2
-        assert f"{name}: is there already" in capsys.readouterr().err
+        assert f"{name}: already exists" in capsys.readouterr().err
     assert main(["convert", str(own), str(tmp_path / "new")]) == 2
     assert "is a sparse-zero adapter already" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]

@@ -1,4 +1,4 @@
-"""The checkpoint directory in one process: complete or absent, the newest by its number, damage by its name."""
+"""The checkpoint directory in one process: complete or absent, and errors name the damaged file."""
 
 import json
 import os
@@ -10,20 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_zero.checkpoint import directory as checkpoints
+from sparse_zero.checkpoint import manifest as manifests
 from sparse_zero.checkpoint import random_states
 from sparse_zero.checkpoint.directory import (
-    MANIFEST_NAME,
     Checkpoint,
-    Manifest,
-    ParameterRecord,
-    Progress,
-    clean,
     delete_old,
+    list_checkpoints,
     newest_complete,
-    numbered,
+    remove_leftovers,
 )
-from sparse_zero.checkpoint.saving import CheckpointWriter, load_partition, read_random_states
+from sparse_zero.checkpoint.loader import load_partition, read_random_states
+from sparse_zero.checkpoint.manifest import MANIFEST_NAME, Manifest, ParameterRecord, Progress
+from sparse_zero.checkpoint.writer import CheckpointWriter
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.agreement import Ranks
 from sparse_zero.zero.partitions import Partition
@@ -32,7 +30,7 @@ SHARD = "shard-00000-of-00001.safetensors"
 
 
 class Run:
-    """Two parameters under AdamW, saved as a run would."""
+    """Two parameters under AdamW, saved as in a run."""
 
     def __init__(self, output: Path, run: str = "a", keep: int | None = None, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -90,7 +88,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path / "checkpoint-1").manifest.scheduler == {"best": float("inf")}
 
 
-def test_random_states_come_back(tmp_path: Path) -> None:
+def test_random_states_are_restored(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     drawn = torch.rand(3)
@@ -98,24 +96,24 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_the_newest_is_a_matter_of_numbers_not_of_clocks(tmp_path: Path) -> None:
+def test_the_newest_has_the_largest_number(tmp_path: Path) -> None:
     run = Run(tmp_path, keep=2)
     for step, year in ((2, 40), (10, 30), (9, 50), (11, 20)):
         run.save(step)
-        # A clock that goes backwards
+        # Clocks may go backwards
         os.utime(tmp_path / f"checkpoint-{step}", (year * 3e7, year * 3e7))
-    assert [path.name for path in numbered(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
     found, problems = newest_complete(tmp_path)
     assert (found.step, problems) == (11, [])
 
 
-def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
+def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     run = Run(tmp_path, keep=1)
     run.save(1)
     run.writer.best = str(tmp_path / "checkpoint-1")
     for step in (2, 3):
         run.save(step)
-    assert [path.name for path in numbered(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_the_only_complete_one_is_never_deleted(tmp_path: Path) -> None:
@@ -124,7 +122,7 @@ def test_the_only_complete_one_is_never_deleted(tmp_path: Path) -> None:
         run.save(step)
     (tmp_path / "checkpoint-2" / SHARD).unlink()
     delete_old(tmp_path, keep=1, best=None)
-    assert [path.name for path in numbered(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
 
 
 def damage_manifest(directory: Path) -> None:
@@ -133,18 +131,18 @@ def damage_manifest(directory: Path) -> None:
 
 
 DAMAGES = {
-    "no manifest": (lambda d: (d / MANIFEST_NAME).unlink(), "not a complete checkpoint (manifest.json is not there)"),
-    "no shard": (lambda d: (d / SHARD).unlink(), f"{SHARD}: not there"),
-    "cut shard": (lambda d: os.truncate(d / SHARD, 500), f"{SHARD}: cut short or overwritten: 500 bytes"),
-    "changed manifest": (damage_manifest, f"{MANIFEST_NAME}: damaged: its checksum is not what was written"),
+    "no manifest": (lambda d: (d / MANIFEST_NAME).unlink(), "not a complete checkpoint (manifest.json is missing)"),
+    "no shard": (lambda d: (d / SHARD).unlink(), f"{SHARD}: missing"),
+    "cut shard": (lambda d: os.truncate(d / SHARD, 500), f"{SHARD}: truncated or overwritten: it has 500 bytes"),
+    "changed manifest": (damage_manifest, f"{MANIFEST_NAME}: damaged: the checksum does not match"),
     "half a manifest": (lambda d: os.truncate(d / MANIFEST_NAME, 700), f"{MANIFEST_NAME}: damaged"),
     "empty manifest": (lambda d: (d / MANIFEST_NAME).write_text("[]"), f"{MANIFEST_NAME}: damaged"),
-    "state of another run": (lambda d: (d / "trainer_state.json").write_text("[]\n"), "trainer_state.json: damaged"),
+    "another trainer state": (lambda d: (d / "trainer_state.json").write_text("[]\n"), "trainer_state.json: damaged"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_one_is_passed_over_by_name(tmp_path: Path, name: str) -> None:
+def test_a_damaged_one_is_skipped_and_named(tmp_path: Path, name: str) -> None:
     damage, message = DAMAGES[name]
     run = Run(tmp_path)
     for step in (1, 2):
@@ -156,38 +154,40 @@ def test_a_damaged_one_is_passed_over_by_name(tmp_path: Path, name: str) -> None
     assert message in problem
 
 
-def test_a_flipped_byte_of_a_shard_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_flipped_byte_of_a_shard_is_an_error(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     shard = tmp_path / "checkpoint-1" / SHARD
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=f"{shard}: damaged, or of another run"):
+    with pytest.raises(UserError, match=f"{shard}: damaged, or from another run"):
         run.load(shard.parent)
 
 
-def test_a_newer_format_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_format_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path)
     run.save(1)
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 0)
-    with pytest.raises(UserError, match="format 1 is newer than this version reads"):
+    monkeypatch.setattr(manifests, "FORMAT_VERSION", 0)
+    with pytest.raises(UserError, match="has format 1; this version of sparse-zero reads formats up to 0"):
         Checkpoint(tmp_path / "checkpoint-1")
 
 
-def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_parameters_are_an_error(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     run.parameters["head"] = nn.Parameter(torch.zeros(2, 4))
-    with pytest.raises(UserError, match=r"of 'head' it holds \[2, 3\], this run trains \[2, 4\]"):
+    with pytest.raises(
+        UserError, match=r"'head': the checkpoint has it with shape \[2, 3\], this run has it with shape \[2, 4\]"
+    ):
         run.load(tmp_path / "checkpoint-1")
 
 
 @pytest.mark.parametrize("failing", ["written", "directory"])
-def test_a_save_over_itself_that_is_cut_leaves_one_whole(
+def test_an_interrupted_second_save_leaves_one_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    """Both renames of a checkpoint that is written again, cut before and between."""
+    """A checkpoint is saved again, and the save is interrupted before the first or the second rename."""
     run = Run(tmp_path)
     run.save(1)
     old = Checkpoint(tmp_path / "checkpoint-1").manifest
@@ -204,41 +204,41 @@ def test_a_save_over_itself_that_is_cut_leaves_one_whole(
     monkeypatch.undo()
     found, problems = newest_complete(tmp_path)
     assert (found.manifest.shards, problems) == (old.shards, [])
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert Checkpoint(tmp_path / "checkpoint-1").manifest.shards == old.shards
 
 
-def test_cleaning_takes_what_is_half_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_are_removed(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-2.tmp-0123abcd")
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-1.deleted-0123abcd")
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-1.replaced")
     (tmp_path / "checkpoint-mine").mkdir()
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-mine"]
 
 
-def test_a_directory_without_room_keeps_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path)
     run.save(1)
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device", "manifest.json")
 
-    monkeypatch.setattr("sparse_zero.checkpoint.saving.write_manifest", full)
+    monkeypatch.setattr("sparse_zero.checkpoint.writer.write_manifest", full)
     with pytest.raises(UserError, match=r"checkpoint-2: not saved: rank 0: manifest\.json: No space left on device"):
         run.save(2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_in_the_background_nothing_is_visible_until_finished(tmp_path: Path) -> None:
+def test_a_background_save_is_visible_once_it_is_finished(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1, in_background=True)
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
     run.step()
-    assert numbered(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
     assert run.writer.has_pending
     assert run.writer.finish() == tmp_path / "checkpoint-1"
     assert not run.writer.has_pending

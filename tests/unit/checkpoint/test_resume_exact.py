@@ -1,4 +1,4 @@
-"""A run that is resumed ends bit for bit as the run that was never interrupted, wherever it was cut. One process."""
+"""A run that is resumed at any step ends bit for bit as the uninterrupted run. One process."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.training.run import noisy_objective
 
 EXAMPLES = 22
-"""With batches of 4, in pairs: three steps an epoch, the last with a micro-batch of its own."""
+"""With batches of 4, in pairs: three steps per epoch, the last with a single micro-batch."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -120,8 +120,8 @@ def test_resumed_from_any_step(tmp_path: Path, name: str) -> None:
         assert_same(resumed, whole)
 
 
-def test_what_is_random_matters(tmp_path: Path) -> None:
-    """The runs above could not tell a resumed generator from any other if nothing depended on it."""
+def test_the_seed_matters(tmp_path: Path) -> None:
+    """Without this, the tests above could not detect a random generator that is not resumed."""
     runs = [train(tmp_path / str(seed), seed=seed, data_seed=0) for seed in (1, 2)]
     assert runs[0].losses[0] != runs[1].losses[0]
 
@@ -146,7 +146,7 @@ EARLY = {"metric_for_best_model": "loss", "greater_is_better": True}
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 6])
-def test_early_stopping_counts_on(tmp_path: Path, step: int) -> None:
+def test_early_stopping_keeps_its_count(tmp_path: Path, step: int) -> None:
     settings = EARLY | {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 1}
     whole = train(tmp_path / "whole", callbacks=early_stopping(), **settings)
     assert whole.trainer.state.global_step == 6
@@ -157,7 +157,7 @@ def test_early_stopping_counts_on(tmp_path: Path, step: int) -> None:
 
 
 class Raise(TrainerCallback):
-    """A signal that comes at the n-th of some event."""
+    """Raises a stop request at the n-th occurrence of an event."""
 
     def __init__(self, stop: StopRequest, event: str, number: int) -> None:
         self.stop, self.left = stop, number
@@ -176,12 +176,12 @@ STOPS = {
     "in-an-evaluation": ("on_prediction_step", 2, {"epoch": 6, "steps": 3}),
     "in-the-last-evaluation": ("on_prediction_step", 4, {"epoch": 8, "steps": 6}),
 }
-"""The event, which of its kind, and the step at which all is saved."""
+"""The event, which occurrence of it, and the step that is saved."""
 
 
 @pytest.mark.parametrize("name", STOPS)
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
-def test_a_signal_saves_and_the_rest_is_the_same(tmp_path: Path, name: str, strategy: str) -> None:
+def test_a_run_resumed_after_a_signal_has_the_same_result(tmp_path: Path, name: str, strategy: str) -> None:
     event, number, steps = STOPS[name]
     settings = {"eval_strategy": strategy, "eval_steps": 3, "save_strategy": strategy, "save_steps": 3}
     settings |= {"per_device_eval_batch_size": 2}
@@ -223,42 +223,42 @@ def test_the_adapter_of_a_checkpoint(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "batch": (lambda: {"per_device_train_batch_size": 2}, "its steps were of 4 examples, here they are of 2"),
-    "optimizer": (lambda: {"optim": "sgd"}, "was saved by AdamW, this run's optimizer is SGD"),
+    "batch": (lambda: {"per_device_train_batch_size": 2}, "was saved with 4 examples per step, but this run has 2"),
+    "optimizer": (lambda: {"optim": "sgd"}, "was saved with AdamW, but the optimizer of this run is SGD"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_run_is_refused(tmp_path: Path, name: str) -> None:
+def test_another_batch_or_optimizer_is_an_error(tmp_path: Path, name: str) -> None:
     train(tmp_path / "run", max_steps=2)
     changed, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         train(tmp_path / "other", tmp_path / "run" / "checkpoint-2", **changed())
 
 
-def test_another_selection_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_selection_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "run", max_steps=2)
     monkeypatch.setitem(globals(), "SparseConfig", functools.partial(SparseConfig, seed=1))
-    with pytest.raises(UserError, match=r"checkpoint-2: of another selection \(tensors differ\)"):
+    with pytest.raises(UserError, match=r"checkpoint-2: has another selection \(tensors differ\)"):
         train(tmp_path / "other", tmp_path / "run" / "checkpoint-2")
 
 
-def test_another_base_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_base_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "run", max_steps=2)
     other = model()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.05)
     monkeypatch.setitem(globals(), "model", lambda: other)
     with pytest.raises(
-        UserError, match=r"checkpoint-2: of a base model with other weights: '.*up_proj.weight' differs"
+        UserError, match=r"checkpoint-2: was saved with a base model whose weights differ in '.*up_proj.weight'"
     ):
         train(tmp_path / "other", tmp_path / "run" / "checkpoint-2")
 
 
-def test_a_failed_save_is_said_and_training_goes_on(
+def test_a_failed_save_is_logged_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from sparse_zero.checkpoint import saving
+    from sparse_zero.checkpoint import writer
 
     writes = []
 
@@ -269,12 +269,12 @@ def test_a_failed_save_is_said_and_training_goes_on(
             raise OSError(28, "No space left on device")
         return write(path, *rest)
 
-    write = saving.write_tensors
-    monkeypatch.setattr(saving, "write_tensors", full)
+    write = writer.write_tensors
+    monkeypatch.setattr(writer, "write_tensors", full)
     run = train(tmp_path / "run", max_steps=3)
     assert run.trainer.state.global_step == 3
     assert "checkpoint-2: not saved: rank 0: " in caplog.text
-    assert "shard-00000-of-00001.safetensors: No space left on device; training goes on" in caplog.text
+    assert "shard-00000-of-00001.safetensors: No space left on device; training continues" in caplog.text
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["adapter", "checkpoint-1", "checkpoint-3"]
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors: what any safetensors reader sees, and every way in which they can be damaged."""
+"""Files of tensors: other safetensors readers can read them, and every kind of damage is detected."""
 
 import itertools
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparse_zero.checkpoint import shards
-from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, check_digest, check_file, write_tensors
+from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, check_digest, check_size, write_tensors
 from sparse_zero.errors import UserError
 
 BLOCK = 64
@@ -18,7 +18,7 @@ BLOCK = 64
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that a small file has many of."""
+    """Makes the blocks so small that a small file has many."""
     monkeypatch.setattr(shards, "BLOCK_BYTES", BLOCK)
 
 
@@ -48,7 +48,7 @@ def test_any_reader_sees_the_tensors(written: tuple[Path, FileRecord], tensors: 
     assert record.blocks == [xxhash.xxh3_64_hexdigest(content[start : start + BLOCK]) for start in starts]
 
 
-def test_float_chunks_are_rounded_to_the_entrys_type(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_chunks_are_converted_to_the_entrys_dtype(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_tensors(tmp_path / "f", [Entry("v", torch.bfloat16, (101,), [tensors["value"]])], {})
     assert torch.equal(load_file(tmp_path / "f")["v"], tensors["half"])
 
@@ -70,7 +70,7 @@ def test_only_the_blocks_of_a_piece_are_read(written: tuple[Path, FileRecord]) -
         assert file.bytes_read < written[1].bytes / 2
 
 
-def test_every_flipped_byte_is_found_by_whoever_reads_it(written: tuple[Path, FileRecord]) -> None:
+def test_every_flipped_byte_is_found_when_it_is_read(written: tuple[Path, FileRecord]) -> None:
     path, record = written
     content = path.read_bytes()
     for position in range(len(content)):
@@ -88,10 +88,10 @@ def test_every_cut_is_found(written: tuple[Path, FileRecord]) -> None:
     content = path.read_bytes()
     for length in range(0, len(content), 7):
         path.write_bytes(content[:length])
-        with pytest.raises(UserError, match=f"{path}: cut short"):
+        with pytest.raises(UserError, match=f"{path}: truncated"):
             read_all(path, record)
-        with pytest.raises(UserError, match=f"{path}: cut short"):
-            check_file(path, record)
+        with pytest.raises(UserError, match=f"{path}: truncated"):
+            check_size(path, record)
 
 
 def read_all(path: Path, record: FileRecord) -> int:
@@ -102,7 +102,7 @@ def read_all(path: Path, record: FileRecord) -> int:
 
 
 def test_a_missing_file_is_named(tmp_path: Path, written: tuple[Path, FileRecord]) -> None:
-    for look in (check_file, check_digest, TensorFile):
+    for look in (check_size, check_digest, TensorFile):
         with pytest.raises(UserError, match=f"{tmp_path}/none: "):
             look(tmp_path / "none", written[1])
 
@@ -111,9 +111,9 @@ def test_another_file_of_the_same_length_is_found(tmp_path: Path, written: tuple
     path, record = written
     other = tmp_path / "other"
     other.write_bytes(bytes(itertools.repeat(1, record.bytes)))
-    check_file(other, record)
-    with pytest.raises(UserError, match="of another run"):
+    check_size(other, record)
+    with pytest.raises(UserError, match="from another run"):
         check_digest(other, record)
-    with pytest.raises(UserError, match="of another run"):
+    with pytest.raises(UserError, match="from another run"):
         TensorFile(other, record)
     check_digest(path, record)

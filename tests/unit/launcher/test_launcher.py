@@ -398,7 +398,7 @@ def test_readable():
 def ending(monkeypatch, status, **facts):
     """Stands for ranks that end so."""
     facts = {"stopped": False, **facts}
-    monkeypatch.setattr(processes, "run", lambda command, watchdog, stdout, grace: processes.Ending(status, **facts))
+    monkeypatch.setattr(processes, "run", lambda command, watchdog, stdout, grace: processes.RunExit(status, **facts))
 
 
 def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypatch, tmp_path):
@@ -414,7 +414,7 @@ def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypa
     def run(command, watchdog, stdout, grace_seconds):
         assert stdout is sys.stderr
         results.write_text('{"accuracy": 0.8}')
-        return processes.Ending(0, stopped=False)
+        return processes.RunExit(0, stopped=False)
 
     monkeypatch.setattr(processes, "run", run)
     assert main(["train", recipe, "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Ranks started by the real launchers, with a stand-in for the training: how they end, and that none is left."""
+"""Ranks of a stand-in for the training, started by the real launchers: how they exit, and that none is left."""
 
 import json
 import os
@@ -56,20 +56,20 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def heed_signals():
-    """A test run in a shell's background ignores SIGINT, and its children would inherit that."""
+def reset_signals():
+    """Tests in a shell's background ignore SIGINT, and their children would inherit that."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Starts `sparse-zero train` with two stand-in ranks; whatever is still there at the end is killed."""
+    """Starts `sparse-zero train` with two stand-in ranks; kills what is left at the end."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "recipe.yaml").write_text("model: {name: m}\ndata: {path: d, columns: {text: t, label: l}}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    # The machine's accelerators, should there be any, are not what is tested.
+    # Do not use the machine's accelerators.
     words = ["launch.processes_per_node=2", "training.use_cpu=true"]
     started = []
 
@@ -77,7 +77,7 @@ def start(tmp_path, monkeypatch):
         words.extend([f"launch.launcher={launcher}", f"training.run_name={role}", *options])
         command = [sys.executable, "-c", COMMAND, "train", "recipe.yaml", *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heed_signals))
+        started.append(subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=reset_signals))
         return started[-1]
 
     yield start
@@ -97,7 +97,7 @@ def ranks(process):
 
 
 def survivors():
-    """Every process that was started for the stand-in: ranks, DeepSpeed's launcher and runner, torchrun."""
+    """All processes of the stand-in: ranks, DeepSpeed's launcher and runner, torchrun."""
     found = []
     for process in psutil.process_iter(["cmdline", "status", "cwd"]):
         here = process.info["cwd"] == str(Path.cwd())
@@ -120,11 +120,11 @@ def test_exit_status(returncode, status):
 
 
 @pytest.mark.distributed
-def test_deepspeed_a_ranks_refusal_is_all_that_is_printed(start):
+def test_deepspeed_only_the_ranks_error_is_printed(start):
     status, out, err = end(start("deepspeed", "refuses"))
     assert status == 2
     assert err == "sparse-zero: error: no such column\n"
-    # Two ranks that print at once share a line, in any order of its pieces.
+    # Two ranks that print at once may share a line.
     assert out.count("progress of rank") > 0
     assert not re.sub(r"progress of rank|[0-9\s]", "", out), out
 
@@ -136,7 +136,7 @@ def test_deepspeed_sigterm_reaches_each_rank_once_and_all_end(start):
     process.terminate()
     status, _, err = end(process)
     assert (status, err) == (143, "")
-    # The launcher gives no rank a second SIGTERM, and the rank had the time to save.
+    # The launcher sent no second SIGTERM, and the ranks had time to save.
     assert [Path(f"told.{rank}").read_text() for rank in (0, 1)] == ["15 ", "15 "]
 
 
@@ -153,7 +153,7 @@ def test_deepspeed_ctrl_c_before_the_ranks_exist(start):
     process = start("deepspeed", "saves")
     while not any("deepspeed.launcher.launch" in launcher.info["cmdline"] for launcher in survivors()):
         time.sleep(0.05)
-    # As a terminal does: to every process of the foreground group.
+    # As a terminal does, to every process of the foreground group.
     os.killpg(process.pid, signal.SIGINT)
     status, _, err = end(process)
     assert (status, err) == (130, "")
@@ -161,13 +161,13 @@ def test_deepspeed_ctrl_c_before_the_ranks_exist(start):
 
 
 @pytest.mark.distributed
-def test_torchrun_a_second_signal_kills_ranks_that_do_not_listen(start):
+def test_torchrun_a_second_signal_kills_ranks_that_ignore_the_first(start):
     process = start("torchrun", "deaf")
     alive = ranks(process)
     process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 30
     while not all(Path(f"told.{rank}").exists() for rank in (0, 1)):
-        assert time.monotonic() < deadline, "no rank was told"
+        assert time.monotonic() < deadline, "no rank got the signal"
         time.sleep(0.05)
     assert all(rank.is_running() for rank in alive)
     process.send_signal(signal.SIGINT)
@@ -183,7 +183,7 @@ def test_ranks_that_save_and_stop_give_the_command_their_status(start, launcher,
     process.send_signal(signum)
     status, _, err = end(process)
     assert (status, err) == (75, "")
-    # A warning is passed on as one; whatever ends the command ends the ranks as SIGTERM does.
+    # SIGUSR1 is passed on as SIGUSR1; any other signal reaches the ranks as SIGTERM.
     first = f"{signal.SIGUSR1 if signum == signal.SIGUSR1 else signal.SIGTERM:d} "
     told = [Path(f"told.{rank}").read_text() for rank in (0, 1)]
     assert any(of_rank == first for of_rank in told)
@@ -191,7 +191,7 @@ def test_ranks_that_save_and_stop_give_the_command_their_status(start, launcher,
 
 
 @pytest.mark.distributed
-def test_a_warning_waits_until_ranks_listen(start):
+def test_a_warning_waits_until_ranks_have_a_handler(start):
     process = start("torchrun", "late")
     while not any("launcher.ways.torchrun" in launcher.info["cmdline"] for launcher in survivors()):
         time.sleep(0.05)

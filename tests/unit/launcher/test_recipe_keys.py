@@ -20,7 +20,7 @@ def printed(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_every_key_of_every_section_is_said(capsys):
+def test_every_key_of_every_section_is_printed(capsys):
     out = printed(capsys)
     for section in ("model", "data", "data.columns", "sparse", "rpn", "training", "launch"):
         assert f"\n{section}" in f"\n{out}"
@@ -52,7 +52,7 @@ def test_a_section_alone(capsys):
     assert "sparse." not in out
 
 
-def test_the_schema_is_of_the_whole(capsys):
+def test_the_schema_is_of_the_whole_recipe(capsys):
     assert main(["keys", "sparse", "--json"]) == 2
     assert "leave KEY out" in capsys.readouterr().err
 
@@ -62,10 +62,10 @@ def test_the_schema_is_of_the_whole(capsys):
     [
         ("sparse.granularty", "did you mean 'sparse.granularity'?"),
         ("training.learning_rate", "transformers.TrainingArguments"),
-        ("nothing", "no such key"),
+        ("nothing", "there is no such key"),
     ],
 )
-def test_a_key_that_is_not_there(capsys, key, words):
+def test_a_key_that_does_not_exist(capsys, key, words):
     assert main(["keys", key]) == 2
     assert words in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ def test_the_schema_is_the_one_that_reads_recipes(capsys, tmp_path):
     assert set(schema["required"]) == set(recipe)
 
 
-def test_every_type_is_said_as_in_a_recipe():
+def test_types_are_in_the_notation_of_recipes():
     for name, field in recipe_keys.all_keys():
         head = recipe_keys._entry(name, field).strip().splitlines()[0]
         if recipe_keys._section(field):

@@ -1,4 +1,4 @@
-"""When a run is started again, on which hosts and from what; the ranks themselves are not started here."""
+"""When a run is restarted, on which hosts and from which checkpoint. No ranks are started here."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher import processes, supervise
-from launcher.processes import Ending
+from launcher.processes import RunExit
 from launcher.ways import choice, preflight, reachability
 from launcher.ways.command import Command
 from sparse_zero.errors import UserError
@@ -17,8 +17,8 @@ from sparse_zero.ranks.watchdog import Address, Watchdog
 from sparse_zero.recipe.recipe import Recipe
 
 WORDS = ["sparse_zero.train", "recipe.yaml"]
-DIED = Ending(137, stopped=False)
-DONE = Ending(0, stopped=False)
+DIED = RunExit(137, stopped=False)
+DONE = RunExit(0, stopped=False)
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +32,13 @@ def three_hosts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Command]]:
-    """Sets how each attempt ends. Returns: the list in which their commands will be."""
+    """Returns: a function that sets how each attempt exits, and returns the list of the attempts' commands."""
 
-    def attempts(*endings: Ending) -> list[Command]:
+    def attempts(*results: RunExit) -> list[Command]:
         made: list[Command] = []
-        left = list(endings)
+        left = list(results)
 
-        def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> Ending:
+        def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> RunExit:
             made.append(command)
             return left.pop(0)
 
@@ -71,30 +71,30 @@ def checkpoint(name: str) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 2, STOPPED])
-def test_what_another_start_would_not_change_is_final(attempts, status: int) -> None:
-    made = attempts(Ending(status, stopped=False))
+def test_an_exit_status_that_a_restart_would_not_change(attempts, status: int) -> None:
+    made = attempts(RunExit(status, stopped=False))
     assert supervise.run(recipe(), WORDS).status == status
     assert len(made) == 1
 
 
 def test_a_run_that_was_told_to_stop_stays_stopped(attempts) -> None:
-    made = attempts(Ending(143, stopped=True))
-    assert supervise.run(recipe(), WORDS) == Ending(143, stopped=True)
+    made = attempts(RunExit(143, stopped=True))
+    assert supervise.run(recipe(), WORDS) == RunExit(143, stopped=True)
     assert len(made) == 1
 
 
-def test_a_run_is_started_again_as_often_as_it_may(attempts, capsys) -> None:
-    made = attempts(DIED, Ending(1, stopped=False, is_explained=True), DIED, Ending(9, stopped=False))
+def test_a_run_is_restarted_max_restarts_times(attempts, capsys) -> None:
+    made = attempts(DIED, RunExit(1, stopped=False, is_explained=True), DIED, RunExit(9, stopped=False))
     assert supervise.run(recipe(), WORDS).status == 9
     assert len(made) == 4
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"sparse-zero: starting again on n1, n2, n3 (restart {count} of 3)" for count in (1, 2, 3)]
+    assert said == [f"sparse-zero: restarting on n1, n2, n3 (restart {count} of 3)" for count in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("ending", [DIED, Ending(1, stopped=False)])
-def test_without_restarts_the_first_ending_is_the_last(attempts, ending: Ending, capsys) -> None:
-    made = attempts(ending)
-    assert supervise.run(recipe(max_restarts=0), WORDS) == ending
+@pytest.mark.parametrize("result", [DIED, RunExit(1, stopped=False)])
+def test_without_restarts_there_is_one_attempt(attempts, result: RunExit, capsys) -> None:
+    made = attempts(result)
+    assert supervise.run(recipe(max_restarts=0), WORDS) == result
     assert (len(made), capsys.readouterr().err) == (1, "")
 
 
@@ -104,29 +104,31 @@ def test_a_success_ends_the_restarts(attempts) -> None:
     assert len(made) == 2
 
 
-def test_a_machine_alone_is_started_again_too(attempts, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(reachability, "unreachable_hosts", lambda names: pytest.fail("this machine was asked for"))
+def test_a_run_on_this_machine_alone_is_restarted(attempts, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(
+        reachability, "unreachable_hosts", lambda names: pytest.fail("this machine was probed with ssh")
+    )
     made = attempts(DIED, DONE)
     assert supervise.run(recipe(launcher="local", hostfile=None, processes_per_node=2), WORDS) == DONE
     assert len(made) == 2
-    assert capsys.readouterr().err == "sparse-zero: starting again (restart 1 of 3)\n"
+    assert capsys.readouterr().err == "sparse-zero: restarting (restart 1 of 3)\n"
 
 
 # Which hosts
 
 
-def test_all_hosts_are_needed_unless_fewer_will_do(attempts, capsys, monkeypatch) -> None:
+def test_all_hosts_are_needed_without_min_nodes(attempts, capsys, monkeypatch) -> None:
     made = attempts(DIED)
     lose(monkeypatch, "n2")
     assert supervise.run(recipe(), WORDS) == DIED
     assert len(made) == 1
     assert capsys.readouterr().err == (
-        "sparse-zero: not starting again on 2 of 3 hosts, 3 are needed (all of them; launch.min_nodes would allow "
-        "fewer): n2: no route\n"
+        "sparse-zero: not restarting: 2 of 3 hosts can be reached, 3 needed (all of them, as launch.min_nodes is not "
+        "set): n2: no route\n"
     )
 
 
-def test_a_run_goes_on_with_fewer_hosts_and_again_with_all(attempts, monkeypatch, capsys) -> None:
+def test_a_run_continues_on_fewer_hosts_and_then_on_all(attempts, monkeypatch, capsys) -> None:
     made = attempts(DIED, DIED, DONE)
     answers = iter([{"n1": "no route"}, {}])
     monkeypatch.setattr(reachability, "unreachable_hosts", lambda names: next(answers))
@@ -135,29 +137,31 @@ def test_a_run_goes_on_with_fewer_hosts_and_again_with_all(attempts, monkeypatch
     assert hostfiles == [["n1", "n2", "n3"], ["n2", "n3"], ["n1", "n2", "n3"]]
     assert [command.world_size for command in made] == [3, 2, 3]
     assert made[1].environment["MASTER_ADDR"] == "n2"
-    assert "starting again on n2, n3 (restart 1 of 3)" in capsys.readouterr().err
+    assert "restarting on n2, n3 (restart 1 of 3)" in capsys.readouterr().err
 
 
-def test_fewer_than_the_fewest_are_not_started(attempts, capsys, monkeypatch) -> None:
+def test_fewer_hosts_than_min_nodes(attempts, capsys, monkeypatch) -> None:
     made = attempts(DIED)
     lose(monkeypatch, "n1", "n3")
     assert supervise.run(recipe(min_nodes=2), WORDS) == DIED
     assert len(made) == 1
     said = capsys.readouterr().err
-    assert "not starting again on 1 of 3 hosts, 2 are needed (launch.min_nodes): n1: no route; n3: no route" in said
+    assert (
+        "not restarting: 1 of 3 hosts can be reached, 2 needed (launch.min_nodes): n1: no route; n3: no route" in said
+    )
 
 
-def test_a_host_that_cannot_be_reached_is_refused_before_the_start(monkeypatch) -> None:
+def test_an_unreachable_host_is_an_error_before_the_start(monkeypatch) -> None:
     preflight.check_hosts(recipe())
     lose(monkeypatch, "n3")
     with pytest.raises(UserError, match=r"launch\.hostfile: 1 of 3 hosts cannot be reached: n3: no route"):
         preflight.check_hosts(recipe())
 
 
-# From what
+# From which checkpoint
 
 
-def test_a_run_goes_on_from_its_own_checkpoint(attempts) -> None:
+def test_a_restart_resumes_from_the_runs_own_checkpoint(attempts) -> None:
     made = attempts(DIED, DONE)
     checkpoint("checkpoint-4")
     supervise.run(recipe(), [*WORDS, "--merge", "--resume=runs/other/checkpoint-9"])
@@ -169,7 +173,7 @@ def test_a_run_goes_on_from_its_own_checkpoint(attempts) -> None:
 
 @pytest.mark.parametrize("words", [WORDS, [*WORDS, "--resume=runs/other/checkpoint-9"]])
 def test_without_a_checkpoint_it_starts_as_it_did(attempts, words: list[str]) -> None:
-    """training.resume_from_checkpoint would not be heeded beside --resume."""
+    """--resume takes precedence over training.resume_from_checkpoint."""
     made = attempts(DIED, DONE)
     checkpoint("checkpoint-4.tmp-3f")
     checkpoint("checkpoint-2.deleted-3f")
@@ -180,16 +184,16 @@ def test_without_a_checkpoint_it_starts_as_it_did(attempts, words: list[str]) ->
 
 def test_a_checkpoint_that_was_being_replaced_counts() -> None:
     checkpoint("checkpoint-4.replaced")
-    assert supervise._resumed(WORDS, Path("out")) == [*WORDS, "--resume=auto"]
+    assert supervise._with_resume(WORDS, Path("out")) == [*WORDS, "--resume=auto"]
 
 
 # The watchdog
 
 
-def test_each_attempt_has_a_watchdog_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_attempt_has_a_new_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> Ending:
+    def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> RunExit:
         address = Address.parse(command.environment["SPARSE_ZERO_WATCH"])
         assert address == watchdog.address
         assert Path("out/launch/hostfile").is_file()
@@ -207,8 +211,8 @@ def test_each_attempt_has_a_watchdog_of_its_own(monkeypatch: pytest.MonkeyPatch)
     assert not second._thread.is_alive()
 
 
-def test_a_step_that_waits_in_a_queue_may_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> Ending:
+def test_there_is_no_deadline_for_a_step_in_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> RunExit:
         assert watchdog._arrival_deadline is None
         return DONE
 
@@ -225,7 +229,7 @@ def test_a_start_that_fails_closes_its_watchdog(monkeypatch: pytest.MonkeyPatch)
             super().__init__(*arguments, **settings)
             opened.append(self)
 
-    def run(*arguments: Any) -> Ending:
+    def run(*arguments: Any) -> RunExit:
         raise UserError("mpirun: No such file or directory")
 
     monkeypatch.setattr(supervise, "Watchdog", Recorded)

@@ -9,8 +9,9 @@ import torch
 
 from launcher.cli import main
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.planning.arithmetic import Sizes, Zero, traffic
-from sparse_zero.planning.from_recipe import device_bytes, least_ranks, plan, read
+from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, traffic
+from sparse_zero.planning.plan import device_bytes, least_ranks, plan
+from sparse_zero.planning.planned_run import read_recipe
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.selection import rules as positions
 
@@ -27,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(base: Path, tmp_path: Path) -> Path:
-    """Of a model of which there is the configuration only."""
+    """Of a model that has only a config.json."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text((base / "config.json").read_text())
     file = tmp_path / "recipe.yaml"
@@ -43,7 +44,7 @@ def recipe(base: Path, tmp_path: Path) -> Path:
 def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
     model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base)
     sparsify(model, SparseConfig(density=0.05, targets="all-linear"))
-    sizes = read(load_recipe(recipe)).sizes
+    sizes = read_recipe(load_recipe(recipe)).sizes
     weights = model.sparsity.weights.values()
     assert sorted(sizes.selected) == sorted(weight.draw.count for weight in weights)
     assert sum(sizes.base) == model.sparsity.total_parameters
@@ -51,8 +52,8 @@ def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[v_proj, o_proj]"])
-def test_activations_are_those_that_autograd_keeps(base: Path, recipe: Path, targets: str) -> None:
-    run = read(load_recipe(recipe, [f"sparse.targets={targets}"]))
+def test_activations_are_those_that_autograd_saves(base: Path, recipe: Path, targets: str) -> None:
+    run = read_recipe(load_recipe(recipe, [f"sparse.targets={targets}"]))
     counted = run.activations.peak(checkpointed=False) - run.activations.loss
     model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base, attn_implementation="eager").train()
     sparsify(model, load_recipe(recipe, [f"sparse.targets={targets}"]).sparse)
@@ -69,8 +70,8 @@ def test_activations_are_those_that_autograd_keeps(base: Path, recipe: Path, tar
     assert counted == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.02)
 
 
-def test_checkpointing_keeps_less(recipe: Path) -> None:
-    kept = read(load_recipe(recipe)).activations
+def test_checkpointing_saves_less(recipe: Path) -> None:
+    kept = read_recipe(load_recipe(recipe)).activations
     assert len(kept.layers) == 2
     assert kept.inputs == 2 * 3 * TOKENS * 32 * 4
     assert kept.peak(True) == kept.outside + kept.inputs + max(kept.loss, *kept.layers) < kept.peak(False)
@@ -86,32 +87,32 @@ def test_checkpointing_keeps_less(recipe: Path) -> None:
     ],
 )
 def test_traffic_of_four_ranks(stage: int, sent: float) -> None:
-    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
-    zero = Zero(stage, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0)
+    sizes = ModelSizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
+    zero = ZeroSettings(stage, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0)
     assert sum(each.sent_bytes(4) for each in traffic(zero, 4, sizes, backwards=5)) == sent
     assert traffic(zero, 1, sizes, backwards=5) == []
 
 
-def test_stage_3_does_not_send_again_what_it_still_has() -> None:
-    sizes = Sizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
-    once = Zero(3, stage3_param_persistence_threshold=0)
+def test_stage_3_does_not_gather_again_what_it_reuses() -> None:
+    sizes = ModelSizes(base=(10_000,), selected=(1000,), whole=(), index_bytes=4000, scalar_bytes=4)
+    once = ZeroSettings(3, stage3_param_persistence_threshold=0)
     (gathered,) = (each for each in traffic(once, 4, sizes) if each.operation == "all-gather")
     assert gathered.payload_bytes == 4 * 11_000
 
 
 def test_the_smallest_number_of_ranks_is_the_smallest(recipe: Path) -> None:
-    run = read(load_recipe(recipe))
-    zero = run.zero_of("3")
+    run = read_recipe(load_recipe(recipe))
+    zero = run.zero_settings("3")
     room = device_bytes(run, zero, 13)
     least = least_ranks(run, zero, room)
     assert device_bytes(run, zero, least) <= room < device_bytes(run, zero, least - 1)
     assert least_ranks(run, zero, device_bytes(run, zero, 10**6) - 10_000) is None
 
 
-def test_the_lowest_stage_that_fits_is_taken() -> None:
-    run = read(load_recipe(SHAPES / "plan.yaml", [f"model.name={SHAPES / 'llama-3-70b'}"]))
+def test_the_lowest_stage_that_fits_is_chosen() -> None:
+    run = read_recipe(load_recipe(SHAPES / "plan.yaml", [f"model.name={SHAPES / 'llama-3-70b'}"]))
     for name in ("0", "3"):
-        size = device_bytes(run, run.zero_of(name), 8)
+        size = device_bytes(run, run.zero_settings(name), 8)
         planned = plan(run, 8, gpu_bytes=round(1.01 * size / 0.92))
         assert planned["stage"] == name
         assert plan(run, 8, gpu_bytes=round(0.5 * size))["stage"] != name
@@ -125,10 +126,10 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
         monkeypatch.setattr(positions, name, draws)
     for selection in ("bernoulli", "magnitude"):
         overrides = [f"model.name={SHAPES / 'llama-3.1-405b'}", f"sparse.selection={selection}"]
-        run = read(load_recipe(SHAPES / "plan.yaml", overrides))
+        run = read_recipe(load_recipe(SHAPES / "plan.yaml", overrides))
         assert sum(run.sizes.base) == 405_853_388_800
         assert sum(run.sizes.selected) == round(0.01 * 405_853_388_800)
-    assert plan(run, 8)["adapter_bytes"] == 6 * sum(run.sizes.selected)  # of magnitude: positions too
+    assert plan(run, 8)["adapter_bytes"] == 6 * sum(run.sizes.selected)  # with magnitude also positions
 
 
 @pytest.mark.parametrize(
@@ -143,10 +144,10 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
         (["--ranks", "2", "sparse.targets=[nothing]"], "'nothing' matches no module"),
         (["--ranks", "2", "training.per_device_train_batch_size=auto"], "training.per_device_train_batch_size"),
         (["--ranks", "2", "training.per_device_train_batch_size=0"], "must be at least 1"),
-        (["--ranks", "2", "training.auto_find_batch_size=true"], "give per_device_train_batch_size"),
+        (["--ranks", "2", "training.auto_find_batch_size=true"], "set training.per_device_train_batch_size"),
         (["--ranks", "2", "model.name=nowhere/at/all"], "nowhere/at/all cannot be loaded"),
         (["--ranks", "2", "--gpu-memory", "1e300"], "GiB above 0"),
-        (["--ranks", "2", "--gpu-memory", ""], "no such card"),
+        (["--ranks", "2", "--gpu-memory", ""], "unknown GPU"),
         (["--ranks", "2", "data.max_length=100000"], "the model takes"),
         (["--ranks", "2", "training.deepspeed=[1]"], "training.deepspeed"),
         (["--ranks", "2", "training.deepspeed={zero_optimization: true}"], "zero_optimization: True"),
@@ -163,9 +164,7 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
         ),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(
-    recipe: Path, capsys: pytest.CaptureFixture, words: list, said: str
-) -> None:
+def test_an_input_error_is_one_line(recipe: Path, capsys: pytest.CaptureFixture, words: list, said: str) -> None:
     assert main(["plan", str(recipe), *words]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -185,7 +184,7 @@ def test_what_cannot_be_planned_is_one_line(
     ],
     ids=str,
 )
-def test_a_configuration_of_no_model_is_one_line(
+def test_an_invalid_model_configuration_is_one_line(
     recipe: Path, capsys: pytest.CaptureFixture, change: dict, said: str
 ) -> None:
     file = recipe.parent / "model" / "config.json"
@@ -201,7 +200,7 @@ def test_a_classifier_on_a_model_without_a_padding_token(recipe: Path) -> None:
     file = recipe.parent / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": None}))
     overrides = ["model.task=sequence-classification", "data.columns={text: text, label: label}"]
-    found = read(load_recipe(recipe, overrides)).activations
+    found = read_recipe(load_recipe(recipe, overrides)).activations
     assert found.formula == "counted on the meta device"
     assert found.peak(checkpointed=False) > 0
 
@@ -213,7 +212,7 @@ def test_a_forward_that_fails_without_values_is_estimated(monkeypatch: pytest.Mo
         raise ValueError("needs values")
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
-    assert "Korthikanti" in read(load_recipe(recipe)).activations.formula
+    assert "Korthikanti" in read_recipe(load_recipe(recipe)).activations.formula
 
 
 @pytest.mark.parametrize(
@@ -226,16 +225,16 @@ def test_a_forward_that_fails_without_values_is_estimated(monkeypatch: pytest.Mo
         ("{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}", "3, offload", (True, True)),
     ],
 )
-def test_the_recipes_own_stage_is_planned_as_it_is_there(
+def test_the_recipes_own_settings_are_planned(
     recipe: Path, settings: str, own: str, offloaded: tuple[bool, bool]
 ) -> None:
-    run = read(load_recipe(recipe, [f"training.deepspeed={{zero_optimization: {settings}}}"]))
-    zero = run.zero_of(own)
+    run = read_recipe(load_recipe(recipe, [f"training.deepspeed={{zero_optimization: {settings}}}"]))
+    zero = run.zero_settings(own)
     assert plan(run, 2)["recipe_stage"] == own
     assert (zero.offload_optimizer, zero.offload_param) == offloaded
-    # What another recipe would have
+    # Not the recipe's own settings
     if own != "3, offload":
-        assert run.zero_of("3, offload").offload_param
+        assert run.zero_settings("3, offload").offload_param
 
 
 def test_the_command_prints_a_table_and_json(recipe: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sparse_zero.checkpoint import output_lock, resumption
+from sparse_zero.checkpoint import output_lock, resume
 from sparse_zero.checkpoint.output_lock import LOCK_NAME, locked
-from sparse_zero.checkpoint.resumption import settle_resume, with_its_batch
+from sparse_zero.checkpoint.resume import complete_resume_option, keep_batch_size
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.agreement import Ranks
 from sparse_zero.ranks.stop_signals import _SAME_REQUEST_SECONDS, STOPPED
@@ -77,7 +77,7 @@ def test_the_same_request_may_come_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "settled"),
+    ("argv", "completed"),
     [
         (["train", "r.yaml", "--resume"], ["train", "r.yaml", "--resume=auto"]),
         (["train", "--resume", "r.yaml", "a.b=1"], ["train", "--resume=auto", "r.yaml", "a.b=1"]),
@@ -90,10 +90,12 @@ def test_the_same_request_may_come_twice() -> None:
         ),
     ],
 )
-def test_settle_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], settled: list[str]) -> None:
+def test_complete_resume_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], completed: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("")
-    assert settle_resume(argv) == settled
+    assert complete_resume_option(argv) == completed
 
 
 def recipe(**training: Any) -> Recipe:
@@ -117,7 +119,7 @@ def test_a_step_keeps_its_examples(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     saved = SimpleNamespace(directory="c", manifest=SimpleNamespace(examples_per_step=24))
-    changed = with_its_batch(recipe(**training), saved).training
+    changed = keep_batch_size(recipe(**training), saved).training
     assert (changed["per_device_train_batch_size"], changed.get("gradient_accumulation_steps")) == expected
 
 
@@ -125,24 +127,24 @@ def test_ranks_that_cannot_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "5")
     saved = SimpleNamespace(directory="c", manifest=SimpleNamespace(examples_per_step=24))
     with pytest.raises(UserError, match="24 examples, which 5 ranks cannot share evenly"):
-        with_its_batch(recipe(), saved)
+        keep_batch_size(recipe(), saved)
 
 
 def test_nothing_there_is_a_fresh_start_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert resumption.find_resumption(recipe(output_dir=str(tmp_path)), "auto") is None
-    assert f"{tmp_path} holds no checkpoint: starting afresh" in capsys.readouterr().err
+    assert resume.find_resume_checkpoint(recipe(output_dir=str(tmp_path)), "auto") is None
+    assert f"{tmp_path} contains no checkpoint: starting from the beginning" in capsys.readouterr().err
 
 
 def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_again(tmp_path: Path, capsys) -> None:
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(UserError, match=r"none of the checkpoints in .* can be used"):
-        resumption.find_resumption(recipe(output_dir=str(tmp_path)), "auto")
-    assert f"passed over: {tmp_path}/checkpoint-4: not a complete checkpoint" in capsys.readouterr().err
+        resume.find_resume_checkpoint(recipe(output_dir=str(tmp_path)), "auto")
+    assert f"skipped: {tmp_path}/checkpoint-4: not a complete checkpoint" in capsys.readouterr().err
 
 
 def test_a_named_one_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: no such checkpoint"):
-        resumption.find_resumption(recipe(output_dir=str(tmp_path)), str(tmp_path / "nothing"))
+        resume.find_resume_checkpoint(recipe(output_dir=str(tmp_path)), str(tmp_path / "nothing"))
 
 
 HOLDER = """
@@ -157,7 +159,7 @@ with locked(Path(sys.argv[1]), Ranks()):
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_lock, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(output_lock, "_TIMEOUT_SECONDS", 0.5)
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "holds\n"

@@ -1,4 +1,4 @@
-"""What a host sees of a run's inputs: its files, the base model, the data. Imports no torch."""
+"""Whether a host can read a run's inputs: its files, the base model and the data. Imports no torch."""
 
 import hashlib
 import math
@@ -10,14 +10,17 @@ from sparse_zero.data import package
 from sparse_zero.errors import UserError
 
 BUILDERS = ("csv", "json", "parquet", "text")
-"""Names that `datasets` reads files by."""
+"""Values of data.path that name a builder of `datasets`, which reads data.data_files."""
 FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 
 Source = dict[str, Any]
+"""See `inspect_sources`."""
 
 
-def question(model: str, tokenizer: str | None, data: str, data_files: Any, revision: str | None) -> dict[str, Any]:
-    """What to ask `look` for, from a recipe's values."""
+def sources_request(
+    model: str, tokenizer: str | None, data: str, data_files: Any, revision: str | None
+) -> dict[str, Any]:
+    """The argument of `inspect_sources` for the values of a recipe."""
     return {
         "model.name": {"kind": "model", "name": model, "revision": revision},
         **({"model.tokenizer": {"kind": "model", "name": tokenizer, "revision": None}} if tokenizer else {}),
@@ -25,17 +28,24 @@ def question(model: str, tokenizer: str | None, data: str, data_files: Any, revi
     }
 
 
-def look(asked: dict[str, dict[str, Any]]) -> dict[str, Source]:
-    """An answer for each key of a recipe.
+def inspect_sources(requested: dict[str, dict[str, Any]]) -> dict[str, Source]:
+    """Find the model, tokenizer and data of a recipe on this host.
 
-    Returns: `name`, `place` (directory, file, hub or files), `path`, `problem` (None: it is there), `content` (a
-        checksum of names and sizes), `cached` (of a hub's), and of models `scalars`, counted from the headers of
-        safetensors files.
+    Args: requested: see `sources_request`.
+
+    Returns: for each key of the recipe a dict with
+        `name`: the recipe's value;
+        `place`: directory, file, files, package or hub;
+        `path`: where it is;
+        `problem`: why it cannot be read, None if it can;
+        `content`: of a file or directory, a checksum of its content or of the names and sizes of its files;
+        `cached`, `offline`: of a name on the hub, whether this host's cache has it and HF_HUB_OFFLINE is set;
+        `scalars`: of a model, the number of its parameters, from the headers of its safetensors files.
     """
-    return {key: {"name": each["name"], **_look(**each)} for key, each in asked.items()}
+    return {key: {"name": each["name"], **_inspect(**each)} for key, each in requested.items()}
 
 
-def _look(kind: str, name: str, revision: str | None = None, files: Any = None) -> Source:
+def _inspect(kind: str, name: str, revision: str | None = None, files: Any = None) -> Source:
     try:
         path = Path(package.resolve(name))
     except UserError as problem:
@@ -47,7 +57,7 @@ def _look(kind: str, name: str, revision: str | None = None, files: Any = None) 
         source = {"place": "directory", "path": str(path), "problem": problem, "content": listing_checksum(path)}
         return {**source, "scalars": count_scalars(path)} if kind == "model" else source
     if path.is_file():
-        problem = "it is a file, not a model's directory" if kind == "model" else None
+        problem = "it is a file, not a model directory" if kind == "model" else None
         return {"place": "file", "path": str(path), "problem": problem, "content": checksum(path)}
     if path.is_absolute() or name.startswith(("./", "../")) or path.suffix in FILE_SUFFIXES or name.count("/") > 1:
         return {"place": "directory", "path": name, "problem": "no such file or directory"}
@@ -58,7 +68,7 @@ def _files(builder: str, files: Any) -> Source:
     named = [files] if isinstance(files, str) else list(files.values()) if isinstance(files, dict) else files or []
     flat = [each for entry in named for each in ([entry] if isinstance(entry, str) else entry)]
     missing = [each for each in flat if "://" not in each and not _matches(each)]
-    problem = f"no such file: {', '.join(missing)}" if missing else None if flat else "data.data_files names no file"
+    problem = f"no such file: {', '.join(missing)}" if missing else None if flat else "data.data_files is empty"
     return {"place": "files", "path": ", ".join(flat) or builder, "problem": problem}
 
 
@@ -68,7 +78,7 @@ def _matches(pattern: str) -> bool:
 
 
 def _hub(kind: str, name: str, revision: str | None) -> Source:
-    """A name on the hub: whether it lies in this host's cache."""
+    """Whether this host's cache has a model or dataset of the hub."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     source = {"place": "hub", "path": name, "problem": None, "offline": offline, "cached": False}
     try:
@@ -89,7 +99,7 @@ def _hub(kind: str, name: str, revision: str | None) -> Source:
 
 
 def checksum(path: Path) -> str | None:
-    """Of a file's content; of a large file, of its size. None where there is none."""
+    """A checksum of a file's content, or only of its size if it is larger than 16 MiB. None if there is no file."""
     if not path.is_file():
         return None
     size = path.stat().st_size
@@ -98,13 +108,17 @@ def checksum(path: Path) -> str | None:
 
 
 def listing_checksum(directory: Path) -> str:
-    """Of the names and sizes of the files in it, not below; its content may take minutes to read."""
+    """A checksum of the names and sizes of a directory's files, without subdirectories. Reading their content may take
+    minutes.
+    """
     files = sorted((file.name, file.stat().st_size) for file in directory.iterdir() if file.is_file())
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def count_scalars(directory: Path) -> int | None:
-    """Of all safetensors files of a model's directory, by their headers; None where there are none."""
+    """The number of scalars in all safetensors files of a model directory, read from the files' headers. None if there
+    is no such file, or one cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     total = 0
@@ -118,6 +132,6 @@ def count_scalars(directory: Path) -> int | None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """`path`, or the nearest directory above it that is there."""
+    """`path` itself, or its nearest parent that exists."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())

@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""The table that is printed at the end of a run."""
 
 import shutil
 import sys
@@ -10,7 +10,12 @@ from rich.table import Table
 
 
 def print_results(results: dict[str, Any], recipe: str) -> None:
-    """Args: results: as in results.json; recipe: the file's path, for the next command."""
+    """Print the results of a run.
+
+    Args:
+        results: the content of results.json.
+        recipe: the path of the recipe, for the suggested next command.
+    """
     table = Table(title=None, show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for key, digits in (("accuracy", 4), ("f1", 4), ("matthews_correlation", 4), ("perplexity", 2), ("loss", 4)):
         if key in results:
@@ -37,7 +42,7 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
     else:
         following = f"{_command()} merge {paths['adapter']} {Path(paths['adapter']).with_name('merged')}"
     table.add_row("next", following)
-    # A log file has no width; a table cut at 80 columns would lose the paths.
+    # In a log file Rich assumes 80 columns, which would cut the paths.
     console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table)
 
@@ -45,13 +50,13 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
 def _partitioning(results: dict[str, Any]) -> str:
     if results["deepspeed"]:
         return f"ZeRO stage {results['zero_stage']}"
-    return "no DeepSpeed" if results["world_size"] == 1 else "DDP (training.deepspeed names none of ZeRO's stages)"
+    return "no DeepSpeed" if results["world_size"] == 1 else "DDP (training.deepspeed is not set)"
 
 
 def _command() -> str:
-    """As the user can type it: an environment that was not activated is on no PATH."""
-    beside = Path(sys.executable).with_name("sparse-zero")
-    return "sparse-zero" if shutil.which("sparse-zero") or not beside.exists() else str(beside)
+    """The command as the user can type it: with its full path if its environment is not on PATH."""
+    installed = Path(sys.executable).with_name("sparse-zero")
+    return "sparse-zero" if shutil.which("sparse-zero") or not installed.exists() else str(installed)
 
 
 def mebibytes(count: int) -> str:

@@ -1,23 +1,29 @@
-"""The small state of a DeepSpeed engine and of loss scaling, as JSON values."""
+"""The counters of a DeepSpeed engine, and the state of loss scaling, as JSON values."""
 
 from typing import Any
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
-def counters(engine: Any) -> dict[str, int]:
-    """What an engine counts; nothing where there is none."""
+def engine_counters(engine: Any) -> dict[str, int]:
+    """The counters of an engine. Args: engine: None if DeepSpeed is not used; then the result is empty."""
     return {name: int(getattr(engine, name)) for name in _COUNTERS} if engine is not None else {}
 
 
-def restore_counters(engine: Any, saved: dict[str, int]) -> None:
+def restore_engine_counters(engine: Any, saved: dict[str, int]) -> None:
+    """The reverse of `engine_counters`."""
     if engine is not None:
         for name, value in saved.items():
             setattr(engine, name, value)
 
 
 def loss_scale(engine: Any, scaler: Any) -> dict[str, Any] | None:
-    """Args: scaler: torch's, where there is no engine; None where neither scales."""
+    """The state of loss scaling; None if the loss is not scaled.
+
+    Args:
+        engine: DeepSpeed's; None if DeepSpeed is not used.
+        scaler: torch's GradScaler, which is used without an engine.
+    """
     if engine is None:
         return scaler.state_dict() if scaler is not None else None
     scaler = getattr(engine.optimizer, "loss_scaler", None)
@@ -25,6 +31,7 @@ def loss_scale(engine: Any, scaler: Any) -> dict[str, Any] | None:
 
 
 def restore_loss_scale(engine: Any, scaler: Any, saved: dict[str, Any] | None) -> None:
+    """The reverse of `loss_scale`."""
     if saved is None:
         return
     if engine is None:

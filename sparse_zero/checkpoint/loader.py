@@ -1,0 +1,102 @@
+"""Loads a checkpoint on all ranks together. Each rank reads only what it needs from the shards."""
+
+import bisect
+from collections.abc import Mapping
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from sparse_zero.checkpoint import random_states
+from sparse_zero.checkpoint.directory import Checkpoint
+from sparse_zero.checkpoint.shards import TensorFile
+from sparse_zero.errors import UserError
+from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.zero.parameters import full_shape
+from sparse_zero.zero.partitions import VALUE, Partition
+from sparse_zero.zero.resharding import offsets, plan_reads
+
+
+def load_partition(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, nn.Parameter],
+    partition: Partition,
+    ranks: Ranks,
+    with_moments: bool = True,
+) -> int:
+    """Load a checkpoint's values and moments into this rank's partition. A collective call. The number of ranks and
+    the ZeRO stage may differ from those that saved the checkpoint.
+
+    Args:
+        checkpoint: what to load.
+        parameters: the trained parameters by name.
+        partition: this rank's part of them.
+        ranks: all ranks.
+        with_moments: also restore the optimizer's moments, steps and learning rates.
+
+    Returns: the number of bytes that this rank has read.
+
+    Raises UserError on every rank: the checkpoint has other parameters or another type of optimizer, or a file is
+        damaged.
+    """
+    manifest = checkpoint.manifest
+    _check_parameters(checkpoint, parameters)
+    kinds = [VALUE, *(manifest.moments if with_moments else [])]
+    if with_moments:
+        _check_optimizer(checkpoint, partition)
+        steps = {parameter.name: parameter.steps for parameter in manifest.parameters}
+        partition.prepare(manifest.moments, steps, manifest.learning_rates)
+    count = ranks.agree(lambda: _read(checkpoint, partition, kinds))
+    partition.publish()
+    return count
+
+
+def _read(checkpoint: Checkpoint, partition: Partition, kinds: list[str]) -> int:
+    manifest, fragments = checkpoint.manifest, partition.fragments
+    begins = offsets(manifest.sizes())
+    wanted = [(begins[f.name] + f.start, begins[f.name] + f.start + f.count) for f in fragments]
+    starts = list(accumulate((f.count for f in fragments), initial=0))
+    reads = sorted(plan_reads(wanted, [shard.spans for shard in manifest.shards]))
+    bytes_read = 0
+    for number, shard in enumerate(manifest.shards):
+        mine = [read for read in reads if read.shard == number]
+        if not mine:
+            continue
+        with TensorFile(checkpoint.directory / shard.name, shard.file) as file:
+            for kind in kinds:
+                for read in mine:
+                    index = bisect.bisect_right(starts, read.into) - 1
+                    at = read.into - starts[index]
+                    file.copy(kind, read.at, partition.view(fragments[index], kind)[at : at + read.count])
+            bytes_read += file.bytes_read
+    return bytes_read
+
+
+def _check_parameters(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+    saved = {parameter.name: tuple(parameter.shape) for parameter in checkpoint.manifest.parameters}
+    here = {name: tuple(full_shape(parameter)) for name, parameter in parameters.items()}
+    for name in sorted(saved.keys() | here.keys()):
+        if saved.get(name) != here.get(name):
+            in_model, in_file = (
+                f"has it with shape {list(s)}" if s else "does not have it" for s in (here.get(name), saved.get(name))
+            )
+            raise UserError(
+                f"{checkpoint.directory}: from a run with another model or selection: the trained parameters differ "
+                f"in '{name}': the checkpoint {in_file}, this run {in_model}"
+            )
+
+
+def _check_optimizer(checkpoint: Checkpoint, partition: Partition) -> None:
+    saved, here = checkpoint.manifest.optimizer, type(partition.optimizer).__name__
+    if saved != here and not ("adam" in saved.lower() and "adam" in here.lower()):
+        raise UserError(
+            f"training.optim: {checkpoint.directory} was saved with {saved}, but the optimizer of this run is {here}"
+        )
+
+
+def read_random_states(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Tensor]:
+    """The random states that `rank` saved; see `random_states.capture`. Raises UserError: the shard is damaged."""
+    shard = checkpoint.manifest.shards[rank]
+    with TensorFile(checkpoint.directory / shard.name, shard.file) as file:
+        names = [name for name in file.names() if name.startswith(random_states.PREFIX)]
+        return {name.removeprefix(random_states.PREFIX): file.tensor(name) for name in names}

@@ -1,0 +1,107 @@
+"""Finds the checkpoint from which a run resumes, as --resume says. Imports torch only to open a checkpoint."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparse_zero.errors import UserError
+from sparse_zero.zero.resharding import share_batch
+
+if TYPE_CHECKING:
+    from sparse_zero.checkpoint.directory import Checkpoint
+    from sparse_zero.recipe.recipe import Recipe
+
+AUTO = "auto"
+
+
+def complete_resume_option(argv: Sequence[str]) -> list[str]:
+    """Replace a `--resume` that is not followed by a directory with `--resume=auto`: argparse would use the recipe or
+    the override that follows as its value.
+    """
+    completed = list(argv)
+    for index, word in enumerate(completed):
+        following = completed[index + 1] if index + 1 < len(completed) else "-"
+        if word == "--resume" and (following.startswith("-") or "=" in following or Path(following).is_file()):
+            completed[index] = f"--resume={AUTO}"
+    return completed
+
+
+def find_resume_checkpoint(recipe: "Recipe", requested: str | bool | None) -> "Checkpoint | None":
+    """Find the checkpoint from which a run resumes.
+
+    Args:
+        recipe: of the run.
+        requested: a checkpoint; a directory with checkpoints, of which the newest complete one is used; "auto" or True
+            for the recipe's own output directory; False to start from the beginning; None for the recipe's
+            training.resume_from_checkpoint, or False if the recipe does not set it.
+
+    Returns: None to start from the beginning.
+
+    Raises UserError: there is no complete checkpoint, it is damaged, or a run that does not resume would overwrite the
+        checkpoints of an earlier run.
+    """
+    from sparse_zero.checkpoint.directory import Checkpoint, list_checkpoints, newest_complete
+
+    output = Path(str(recipe.training["output_dir"]))
+    requested = recipe.training.get("resume_from_checkpoint") if requested is None else requested
+    if requested in (None, False):
+        older = list_checkpoints(output)
+        if older:
+            raise UserError(
+                f"training.output_dir: {output} contains {older[-1].name} of an earlier run: resume it with --resume, "
+                "use another training.output_dir, or remove the checkpoints"
+            )
+        return None
+    if requested in (AUTO, True):
+        found, problems = newest_complete(output)
+        for problem in problems:
+            print_once(f"skipped: {problem}")
+        if found is None and problems:
+            raise UserError(
+                f"training.output_dir: none of the checkpoints in {output} can be used; to start from the beginning, "
+                "remove them or use another training.output_dir"
+            )
+        if found is None:
+            print_once(f"{output} contains no checkpoint: starting from the beginning")
+    else:
+        found, problems = newest_complete(Path(requested))
+        if found is None:
+            if problems:
+                raise UserError(problems[0])
+            found = Checkpoint(requested)
+    if found is not None:
+        print_once(f"resuming from {found.directory} (step {found.step}, saved on {found.manifest.world_size} ranks)")
+    return found
+
+
+def keep_batch_size(recipe: "Recipe", checkpoint: "Checkpoint | None") -> "Recipe":
+    """The recipe, with the global batch size of the checkpoint's run for the current number of ranks.
+
+    Raises UserError: the ranks cannot share that batch evenly.
+    """
+    if checkpoint is None:
+        return recipe
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    size = recipe.training.get("per_device_train_batch_size", 8)
+    micro_batches = recipe.training.get("gradient_accumulation_steps", 1)
+    total = checkpoint.manifest.examples_per_step
+    if size * micro_batches * ranks == total:
+        return recipe
+    shared = share_batch(total, ranks, size)
+    if shared is None:
+        raise UserError(
+            f"{checkpoint.directory}: its steps have {total} examples, which {ranks} ranks cannot share evenly; "
+            f"use a number of ranks that divides {total}"
+        )
+    size, micro_batches = shared
+    print_once(f"keeping {total} examples per step: {size} x {micro_batches} micro-batches on each of {ranks} ranks")
+    changed = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro_batches}
+    return recipe.model_copy(update={"training": recipe.training | changed})
+
+
+def print_once(message: str) -> None:
+    """Print one line on stderr, on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sparse-zero: {message}", file=sys.stderr, flush=True)

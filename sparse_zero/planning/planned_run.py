@@ -1,0 +1,264 @@
+"""Reads from a recipe what a plan needs: the model's sizes, the selected scalars, the batch, the ZeRO settings."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sparse_zero.data.models import check_max_length, load_config, max_positions, model_without_values
+from sparse_zero.errors import UserError
+from sparse_zero.planning.activations import UNKNOWN, Activations, activations
+from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
+from sparse_zero.recipe.recipe import Recipe
+from sparse_zero.recipe.training import check_training, default_of
+from sparse_zero.selection.selector import decide
+from sparse_zero.selection.targets import all_targets, find_whole, parameters_of
+
+WRITING_BYTES = 16
+"""Bytes for each selected scalar of the weight that is being written: an 8-byte and a 4-byte position, and a 4-byte
+value. The CPU operators need less."""
+
+AUTOMATIC = {
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+}
+"""The settings in configs/, for the stages that the recipe's own DeepSpeed file does not configure."""
+
+NEUTRAL = {"stage", "allgather_bucket_size", "round_robin_gradients", "stage3_gather_16bit_weights_on_model_save"}
+"""Settings that change neither memory nor traffic here. (Stages 1 and 2 gather into the model's own memory.)"""
+
+OFFLOADED = {"device": "cpu"}
+STAGES: dict[str, tuple[int, dict[str, Any]]] = {
+    "0": (0, {}),
+    "1": (1, {}),
+    "2": (2, {}),
+    "3": (3, {}),
+    "2, offload": (2, {"offload_optimizer": OFFLOADED}),
+    "3, offload": (3, {"offload_optimizer": OFFLOADED, "offload_param": OFFLOADED}),
+}
+"""The ZeRO stages of a plan: stage and additional `zero_optimization` settings, in the order of preference."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The facts about a run on which a plan is based."""
+
+    sizes: ModelSizes
+    activations: Activations
+    hidden_size: int
+    zero: Mapping[str, Any]
+    """`zero_optimization` of the recipe's DeepSpeed file."""
+    checkpointed: bool
+    """Whether the run uses gradient checkpointing."""
+    micro_batch: int
+    """Sequences of a micro-batch on a rank."""
+    tokens: int
+    """Tokens of a sequence."""
+    micro_batches: int
+    """Micro-batches of a step on a rank."""
+    backwards: int
+    """Backward passes of a step on a rank."""
+    load_bytes: int
+    """Bytes of the base model as from_pretrained loads it."""
+    stored_positions: bool
+    """Whether the adapter contains positions."""
+    transient_bytes: int
+    """Temporary bytes for the gradient of a weight, and for writing its delta."""
+    notes: tuple[str, ...]
+    """What the plan does not consider."""
+
+    @property
+    def own_stage(self) -> str:
+        """The key of STAGES that the recipe configures."""
+        stage = self.zero.get("stage", 0)
+        offloads = any(is_offloaded(self.zero, key) for key in ("offload_optimizer", "offload_param"))
+        name = f"{stage}, offload"
+        return name if offloads and name in STAGES else str(stage)
+
+    def zero_settings(self, name: str) -> ZeroSettings:
+        """The settings of a stage: those of the recipe's DeepSpeed file if it configures that stage, else those in
+        configs/.
+
+        Args: name: a key of STAGES.
+        """
+        stage, more = STAGES[name]
+        given = {key: value for key, value in self.zero.items() if not key.startswith("offload_")}
+        if name == self.own_stage:
+            settings = dict(self.zero)
+        else:
+            settings = (given if stage == self.zero.get("stage") else AUTOMATIC | given) | more
+        return ZeroSettings.from_config(stage, settings, self.hidden_size, sum(self.sizes.trained))
+
+
+def read_recipe(recipe: Recipe) -> PlannedRun:
+    """Determine the facts about a recipe's run. Only the configuration of the base model is loaded, and the model is
+    built on the meta device.
+
+    Raises UserError: the model cannot be built; the targets, the budget or the batch are not valid.
+    """
+    check_training(recipe.training)
+    micro_batch, micro_batches = _batch(recipe)
+    deepspeed = _deepspeed(recipe)
+    half, dtype = _dtypes(recipe, deepspeed)
+    section = recipe.model
+    origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    config = load_config(section.name, **origin)
+    dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    if section.attn_implementation == "eager":
+        config._attn_implementation = "eager"
+    trained_dtype = half or dtype
+    model = model_without_values(config, section.task, trained_dtype, section.trust_remote_code)
+    # For any selection: the exact count of stratified is the expected count of bernoulli
+    sparse = recipe.sparse.model_copy(update={"selection": "stratified"})
+    whole_modules = find_whole(model, sparse)
+    draws, _ = decide(model, sparse, whole_modules)
+    targets = all_targets(model)
+    whole = parameters_of(model, whole_modules)
+    limit = max_positions(config)
+    tokens = recipe.data.max_length or limit
+    if tokens is None:
+        raise UserError(f"data.max_length: set it, because the configuration of {section.name} has no maximum length")
+    check_max_length(tokens, limit)
+    if section.task == "sequence-classification" and getattr(model.config, "pad_token_id", None) is None:
+        # The model needs it to find the last token; a run uses the tokenizer's
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = 0
+    training = recipe.training
+    checkpointed = bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
+    counts = {draw.name: draw.count for draw in draws}
+    sizes = ModelSizes(
+        base=tuple(target.shape.numel() for target in targets.values()),
+        selected=tuple(counts.values()),
+        whole=tuple(targets[name].shape.numel() for name in whole),
+        index_bytes=sum(draw.strip_count * draw.strip_dtype.itemsize for draw in draws if _stores_indices(recipe)),
+        scalar_bytes=trained_dtype.itemsize,
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        forward_only=0 if checkpointed else _forward_only(model),
+        layers=tuple(_numel(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and checkpointed),
+    )
+    passes = 1
+    if recipe.rpn is not None:
+        passes = recipe.rpn.clean + (recipe.rpn.passes if recipe.rpn.noise != "none" else 0)
+    kept = activations(model, [targets[name] for name in counts], whole, micro_batch, tokens)
+    notes = _notes(recipe, deepspeed, model)
+    if kept.formula == UNKNOWN:
+        notes.append(f"activations are {UNKNOWN}")
+    return PlannedRun(
+        sizes=sizes,
+        activations=kept,
+        hidden_size=_hidden_size(config),
+        zero=deepspeed.get("zero_optimization", {}),
+        checkpointed=checkpointed,
+        micro_batch=micro_batch,
+        tokens=tokens,
+        micro_batches=micro_batches,
+        backwards=micro_batches * passes,
+        load_bytes=sum(sizes.base) * dtype.itemsize,
+        stored_positions=recipe.sparse.selection.startswith("magnitude"),
+        transient_bytes=recipe.sparse.transient_mib * 2**20 + WRITING_BYTES * max(counts.values(), default=0),
+        notes=tuple(notes),
+    )
+
+
+def _stores_indices(recipe: Recipe) -> bool:
+    return recipe.sparse.indices == "stored" or recipe.sparse.selection.startswith("magnitude")
+
+
+def _batch(recipe: Recipe) -> tuple[int, int]:
+    """Sequences of a micro-batch, and micro-batches of a step."""
+    found = []
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = recipe.training.get(key, default_of(key))
+        if value < 1:
+            raise UserError(f"training.{key}: {value}: must be at least 1")
+        found.append(value)
+    if recipe.training.get("auto_find_batch_size"):
+        raise UserError(
+            "training.auto_find_batch_size: a plan needs a fixed batch size; set it to false, and set "
+            "training.per_device_train_batch_size"
+        )
+    return found[0], found[1]
+
+
+def _deepspeed(recipe: Recipe) -> dict[str, Any]:
+    given = recipe.training.get("deepspeed") or {}
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"training.deepspeed: {given}: not JSON: {error}") from None
+    if not isinstance(given, Mapping):
+        raise UserError(f"training.deepspeed: {given!r}: must be the path of a DeepSpeed file, or its content")
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(given.get(key, {}), Mapping):
+            raise UserError(f"training.deepspeed: {key}: {given[key]!r}: must be a section with keys")
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise UserError(f"training.deepspeed: zero_optimization.stage: {stage!r}: must be 0, 1, 2 or 3")
+    return dict(given)
+
+
+def _dtypes(recipe: Recipe, deepspeed: Mapping[str, Any]) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The half precision to which DeepSpeed casts the model (None: it does not cast), and the dtype in which the model
+    is loaded (None: that of its files).
+    """
+    is_half = {
+        name: deepspeed.get(name, {}).get("enabled") is True or bool(recipe.training.get(name))
+        for name in ("bf16", "fp16")
+    }
+    half = torch.bfloat16 if is_half["bf16"] else torch.float16 if is_half["fp16"] else None
+    loaded = recipe.model.dtype or ("bfloat16" if recipe.training.get("bf16") else "float32")
+    return half, None if loaded == "auto" else getattr(torch, loaded)
+
+
+def _hidden_size(config: Any) -> int:
+    """The size that transformers uses for "auto" in a DeepSpeed configuration."""
+    for section in (config, config.get_text_config()):
+        if hasattr(section, "hidden_size"):
+            return section.hidden_size
+        if hasattr(section, "hidden_sizes"):
+            return max(section.hidden_sizes)
+    raise UserError(f"model.name: the configuration of {config.name_or_path} has no hidden_size")
+
+
+def _forward_only(model: PreTrainedModel) -> int:
+    """Scalars of an input embedding that is not tied to the head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    return 0 if tied or embedding is None else embedding.weight.numel()
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _notes(recipe: Recipe, deepspeed: Mapping[str, Any], model: PreTrainedModel) -> list[str]:
+    notes = []
+    if not deepspeed:
+        notes.append(
+            "training.deepspeed is not set: the plan assumes configs/zero2.json or zero3.json, a run would use DDP"
+        )
+    if recipe.sparse.selection == "bernoulli":
+        notes.append(
+            "sparse.selection: bernoulli: the plan uses the expected number of scalars; the actual number differs by "
+            "about its square root"
+        )
+    if recipe.model.task == "sequence-classification":
+        notes.append(
+            f"the plan assumes a head with {model.config.num_labels} labels; a run uses the labels of the data"
+        )
+    if recipe.model.new_tokens:
+        notes.append("model.new_tokens: the plan does not count the rows that they may add to the embeddings")
+    if recipe.data.max_length is None:
+        notes.append("data.max_length is not set: the plan assumes sequences of the model's maximum length")
+    zero = deepspeed.get("zero_optimization", {})
+    known = NEUTRAL | set(ZeroSettings.__dataclass_fields__) | {"reduce_scatter", "allgather_partitions"}
+    others = sorted(set(zero) - known) + sorted({"communication_data_type", "data_types"} & set(deepspeed))
+    notes += [f"training.deepspeed: the plan does not consider {key}" for key in others]
+    return notes
