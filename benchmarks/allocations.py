@@ -1,4 +1,4 @@
-"""What torch's allocators hand out: every byte at every moment, temporaries within operators included."""
+"""Measures the memory that torch's allocators allocate, including temporaries within operators."""
 
 import bisect
 import ctypes
@@ -17,10 +17,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a `Meter`'s time."""
+    """An interval of a `Meter`'s time."""
 
     live: list[int]
-    """Bytes in use: before it, and after each allocation and each release within."""
+    """Bytes in use: before the interval, and after each allocation and each release within it."""
 
     @property
     def first(self) -> int:
@@ -36,16 +36,17 @@ class Span:
 
     @property
     def transient(self) -> int:
-        """What was in use for a moment, beyond what was there before and what remains."""
+        """The temporary bytes at the peak: beyond what was in use before, and beyond what remains."""
         return self.peak - max(self.first, self.last)
 
 
 class Meter:
-    """Counts what this thread allocates of one kind of memory while it is entered. What was there before does not
-    count; its release would, where an earlier Meter has seen it come, so it has to stay.
+    """Counts the allocations of this thread on one kind of device while its context is active. Memory that was
+    allocated before does not count. It must not be released in the context: its release would count if an earlier
+    Meter has seen its allocation.
 
-    The events are the profiler's own, of the allocator: exact, where a peak of resident memory has pages that nobody
-    uses any more, and pages that nobody has touched yet.
+    The meter uses the profiler's events of the allocator, which are exact. (Resident memory also contains pages that
+    are no longer used, and lacks pages that have not been touched yet.)
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -71,7 +72,7 @@ class Meter:
 
     @staticmethod
     def mark(name: str) -> AbstractContextManager:
-        """Give what happens in this block a name for `spans`."""
+        """Name the operations in this block, for `spans`."""
         return record_function(name)
 
     @property
@@ -79,7 +80,7 @@ class Meter:
         return Span(self._live)
 
     def spans(self, name: str) -> list[Span]:
-        """Of blocks that were marked, of operators, and of autograd's nodes (`MmBackward0`), in their order."""
+        """The intervals of a marked block, an operator or an autograd node (`MmBackward0`), in their order."""
         return [
             Span(self._live[bisect.bisect_left(self._times, start) : bisect.bisect_right(self._times, stop) + 1])
             for start, stop in self._spans.get(name, [])
@@ -87,9 +88,9 @@ class Meter:
 
 
 def peak_of(action: Callable[[], object]) -> tuple[float, int]:
-    """Returns: seconds, and by how much the process grew at its largest, in bytes. Linux."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    """Returns: seconds, and the growth of the process's resident memory at its peak, in bytes. Linux only."""
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before must not be reused unseen
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident memory
     before = resident("VmRSS")
     started = time.perf_counter()
     action()
@@ -98,12 +99,12 @@ def peak_of(action: Callable[[], object]) -> tuple[float, int]:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Args: field: of /proc/self/status: VmRSS now, VmHWM at its largest. Returns: bytes."""
+    """Resident memory in bytes. Args: field: of /proc/self/status: VmRSS (current) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each storage once."""
+    """Bytes of the storages of some tensors. Each storage counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

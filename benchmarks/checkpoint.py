@@ -1,12 +1,12 @@
-"""How long a save stalls training, against DeepSpeed's own save_checkpoint, and what it costs in bytes and memory.
+"""How long a save stalls training, compared with DeepSpeed's save_checkpoint, and its cost in bytes and memory.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --density 0.02 --stage 3 --json checkpoint.json
 
 A Llama-shaped model of 124M parameters is trained for a step, so that the optimizer has its moments. Then, in turns:
-DeepSpeed's save (frozen weights left out), ours, and ours in the background while training steps go on. A stall is the
-time for which the thread that trains does nothing else; that of the slowest rank counts. DeepSpeed leaves its files to
-the kernel's cache; ours are on the disk, with checksums, when the save is over. The export has a process of its own.
+DeepSpeed's save (without frozen weights), ours, and ours in the background while training continues. A stall is the
+time for which the training thread waits; the slowest rank counts. DeepSpeed leaves its files in the kernel's cache;
+ours are on the disk, with checksums, when the save ends. The export runs in a separate process.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def one_step(trainer: SparseTrainer) -> None:
 
 
 def in_background(trainer: SparseTrainer) -> float:
-    """Returns: the seconds for which training stood still, of a save that steps went on beside."""
+    """Save in the background while training continues. Returns: the seconds for which training stalled."""
     started = time.perf_counter()
     trainer._write(in_background=True)
     stall = time.perf_counter() - started
@@ -152,10 +152,10 @@ def exported(checkpoint: Checkpoint, out: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, default=0.1, help="trainable fraction of the model")
-    parser.add_argument("--stage", type=int, default=2, help="of ZeRO")
+    parser.add_argument("--stage", type=int, default=2, help="ZeRO stage")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", help="where the checkpoints go, and stay; left out: a temporary directory")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--out", help="write and keep the checkpoints here; default: a temporary directory")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     figures = measure(arguments)
     if figures:

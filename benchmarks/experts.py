@@ -1,13 +1,13 @@
-"""Experts as targets: time and memory of a step against the frozen model's own forward and backward.
+"""Experts as targets: time and memory of a step, compared with forward and backward of the frozen model.
 
     python benchmarks/experts.py                                  16 experts, 4 layers, float32, 1% of the experts
     python benchmarks/experts.py --dtype bfloat16 --experts 64 --json experts.json
 
 A random model in Qwen2-MoE's shape; `eager` reads its experts one by one, `grouped_mm` is transformers' default.
     frozen   the floor: the gradient passes through every layer to the input embeddings; no optimizer
-    sparse   the sampled gradient, AdamW, and the writing of the deltas
-    dense    the same, with the dense gradient of all experts for a moment, as any reader without a rule has it
-Methods take turns in one process. Memory is the most that a step holds beyond what stands between steps.
+    sparse   the sampled gradient, AdamW, and writing the deltas
+    dense    the same, but temporarily with the dense gradient of all experts, as for layers without a sampled gradient
+Methods take turns in one process. Memory is the peak of a step beyond what is allocated between steps.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace, implementation: str) -> list[dict]:
 
 
 def peak_bytes(step: Step, ids: torch.Tensor) -> int:
-    """The most that torch's allocator has given out during a step, beyond what it had given out before."""
+    """The peak of the bytes that torch's allocator has allocated during a step, beyond those before the step."""
     if ids.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--density", type=float, default=0.01, help="of the experts' scalars")
+    parser.add_argument("--density", type=float, default=0.01, help="fraction of the experts' scalars")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)

@@ -1,11 +1,11 @@
-"""Time of the gradient at the selected positions, by each way and at many densities, in turns in one process.
+"""Time of the gradient at the selected positions, by each method and at many densities, in turns in one process.
 
-    python benchmarks/gradient.py                        a table, and the constants of the cost model that fit it
+    python benchmarks/gradient.py                        a table, and constants that fit it for the cost model
     python benchmarks/gradient.py --sizes 768x768 4096x4096 --densities 0.01 0.05 --json gradient.json
 
-Each figure is the median over the rounds of a ratio to the dense product in float32 of the same round. `chosen` is
-what cheaper_way takes, `best` what it should have taken. The last table has what positions cost, stored or
-regenerated, in one gradient and one writing of the deltas, as parts of that gradient (sampled).
+Each figure is the median over all rounds of the ratio to the dense product in float32 in the same round. `chosen` is
+the result of cheaper_way, `best` the faster method. The last table has the cost of positions, stored or regenerated,
+in one gradient and one write of the deltas, as fractions of that gradient (sampled).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from sparse_zero.zero.parameters import device_name
 
 
 def medians(calls: dict[str, Callable[[], object]], floor: str, rounds: int) -> dict[str, float]:
-    """Of each call, the median ratio to the floor's time in the same round."""
+    """The median ratio of each call to the floor's time in the same round."""
     seconds = in_turns(calls, rounds)
     return {name: ratio(times, seconds[floor])["median"] for name, times in seconds.items()}
 
@@ -35,7 +35,7 @@ def draw_of(R: int, C: int, density: float, granularity: int) -> Draw:
 
 
 def strips_of(draw: Draw) -> torch.Tensor:
-    """As SparseWeight draws them."""
+    """Positions as SparseWeight draws them."""
     return torch.cat([chunk.to(draw.strip_dtype) for chunk in draw.strip_chunks()])
 
 
@@ -63,7 +63,7 @@ def measure(
 
 
 def fitted(measured: list[dict], N: int) -> dict[str, float]:
-    """TURNED and DOT of cheaper_way, with the least squares of relative errors."""
+    """TURNED and DOT of cheaper_way, by least squares of the relative errors."""
     parts = [[N * (row["rows"] + row["columns"]), N * row["count"]] for row in measured]
     costs = torch.tensor([row["ratios"]["sampled"] * N * row["rows"] * row["columns"] for row in measured])
     matrix = torch.tensor(parts, dtype=torch.float64) / costs[:, None]
@@ -72,7 +72,7 @@ def fitted(measured: list[dict], N: int) -> dict[str, float]:
 
 
 def measure_indices(R: int, C: int, density: float, granularity: int, arguments: argparse.Namespace) -> dict:
-    """Beside one gradient in float32: making the pattern, and writing the deltas."""
+    """The time of making the pattern and of writing the deltas, relative to one gradient in float32."""
     draw = draw_of(R, C, density, granularity)
     stored = strips_of(draw)
     rows, columns = torch.randn(arguments.tokens, R), torch.randn(arguments.tokens, C)

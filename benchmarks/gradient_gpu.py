@@ -1,17 +1,17 @@
-"""The gradient at selected positions on a GPU: Triton's kernels, the dense product, cuSPARSE, and what the model says.
+"""The gradient at selected positions on a GPU: Triton kernels, dense product, cuSPARSE, and the cost model's choice.
 
     python benchmarks/gradient_gpu.py
     python benchmarks/gradient_gpu.py --tokens 4096 --shapes 4096x4096 --dtype float16 --json gradient_gpu.json
     python benchmarks/gradient_gpu.py --plot         no runs: page and plot again from the JSON
 
-Leaves gradient_gpu.json, a page and a plot in benchmarks/results. Rounds in which all take turns; medians of what the
-device takes.
-    sampled    sampled_triton.sampled, at single positions
-    strips     sampled_triton.strips, as many positions in strips of 16
-    dense      sampled_gradient's product in chunks, read at the positions
-    cusparse   torch.sparse.sampled_addmm on float32 copies, which are not timed: it takes nothing narrower
-`chosen` is the answer of sampled_cost.is_cheaper for single positions and for strips, with an exclamation mark where
-the other way took less time. At the end stand the constants of sampled_cost.py as this device has them.
+Writes gradient_gpu.json, a page and a plot to benchmarks/results. In each round all methods take turns; the figures
+are medians of the device's time.
+    sampled    the Triton kernel for single positions
+    strips     the Triton kernel for as many positions in strips of 16
+    dense      the dense product in chunks, read at the positions
+    cusparse   torch.sparse.sampled_addmm on float32 copies, which are not timed: it does not support half precision
+`chosen` is the cost model's choice for single positions and for strips, with an exclamation mark if the other method
+was faster. The last table has this device's values of the cost model's constants.
 """
 
 import argparse
@@ -35,11 +35,11 @@ TAKEN = ("sampled", "strips", "dense", "cusparse")
 DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 GRANULARITY = 16
 AHEAD_CLOCKS = 4_000_000
-"""Of the device, about two milliseconds, for which its first kernel waits."""
+"""Clocks of the device, about two milliseconds, for which it is kept busy before the first kernel."""
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """On the device, from its first kernel to its last, with the host ahead of it."""
+    """The time on the device from the first kernel to the last, while the host is ahead."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(AHEAD_CLOCKS)
     start.record()
@@ -50,7 +50,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds, after a round that compiles and warms up."""
+    """The median seconds of each function. The first round, which compiles and warms up, does not count."""
     taken = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, function in ways.items():
@@ -61,7 +61,7 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 
 def drawn(R: int, C: int, n: int, device: torch.device, granularity: int = 1) -> Pattern:
-    """As a model keeps it."""
+    """A pattern as a model stores it."""
     cells = rules.positions(0, "weight", R * C // granularity, n // granularity, device=device)
     return Pattern(cells.int(), R, C, granularity)
 
@@ -83,7 +83,7 @@ def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: tor
     }
     exact = ways["cusparse"]()
     error = (ways["sampled"]() - exact).abs().max() / exact.abs().max()
-    # cuSPARSE may round float32 operands to TF32, where that is allowed
+    # cuSPARSE may round float32 operands to TF32 if that is allowed
     assert error < 1e-3, f"the kernel and cuSPARSE differ by {error:.1e} of the largest value"
     taken = medians(ways, rounds)
     properties = torch.cuda.get_device_properties(device)
@@ -140,7 +140,7 @@ def _section(run: Row) -> str:
 
 
 def plot(runs: list[Row], figure: Any) -> None:
-    """Over the dense product: a panel for each shape and number of tokens of the first run."""
+    """Times relative to the dense product: a panel for each shape and number of tokens of the first run."""
     cases = runs[0]["cases"]
     kinds = list(dict.fromkeys((tuple(case["shape"]), case["tokens"]) for case in cases))
     columns = min(3, len(kinds))
@@ -161,7 +161,7 @@ def plot(runs: list[Row], figure: Any) -> None:
 
 
 def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
-    """Those of sampled_cost.py that are shares of a peak, measured one by one."""
+    """The cost model's constants that are fractions of a peak, each measured separately."""
     from sparse_zero.gradient import triton_kernels
 
     properties = torch.cuda.get_device_properties(device)
@@ -207,8 +207,8 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="left out: benchmarks/results, if no case is left out")
-    parser.add_argument("--plot", action="store_true", help="no runs: page and plot of the results that are kept")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results, if all cases are run")
+    parser.add_argument("--plot", action="store_true", help="no runs: only page and plot of the existing results")
     arguments = parser.parse_args()
     is_whole = all(getattr(arguments, name) == parser.get_default(name) for name in ("tokens", "shapes", "densities"))
     arguments.json = arguments.json or (RESULTS / "gradient_gpu.json" if is_whole else None)

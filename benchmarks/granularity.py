@@ -1,15 +1,15 @@
-"""Strips of g scalars instead of single ones: what they save, and whether accuracy suffers.
+"""Strips of g scalars instead of single scalars: the time that they save, and their accuracy.
 
     python benchmarks/granularity.py --cost         time of the gradient and of the step; granularity.json
-    python benchmarks/granularity.py --accuracy     whatever runs are missing; granularity.jsonl
-    python benchmarks/granularity.py                no runs: page and plot of both, as far as they are there
+    python benchmarks/granularity.py --accuracy     the runs that are missing; granularity.jsonl
+    python benchmarks/granularity.py                no runs: page and plot of the existing results
 
 Gradient: of one linear layer at its selected positions, in turns with the dense product of plain torch. Step: of a
-Llama shape with all linear layers as targets, in turns with the frozen model's own forward and backward. Accuracy: as
-in noise_quality.py, without noise: MiniLM-L6, Rotten Tomatoes, the same sentences in the same order and the same head
-for all granularities of a seed. Each granularity has the learning rate that is best on validation sentences, of
-noise_quality.py's rates for sparse runs and with its seed for that. Each run is one line of the file, so that a call
-goes on where the last one was stopped; several calls share the runs.
+Llama-shaped model with all linear layers as targets, in turns with forward and backward of the frozen model. Accuracy:
+as in noise_quality.py, without noise: MiniLM-L6 on Rotten Tomatoes; all granularities of a seed have the same
+sentences in the same order and the same head. Each granularity uses the learning rate with the best validation
+accuracy among noise_quality.py's rates for sparse runs, with its seed for tuning. Each run is one line of the file, so
+that an interrupted call can be repeated, and several calls share the runs.
 """
 
 import argparse
@@ -41,7 +41,7 @@ COST, ACCURACY = RESULTS / "granularity.json", RESULTS / "granularity.jsonl"
 
 
 def gradients(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Seconds of the gradient of one square weight, by granularity, and of the dense one."""
+    """Seconds of the gradient of one square weight, by granularity, and of the dense gradient."""
     size, torch_device = arguments.size, torch.device(arguments.device)
     generator = torch.Generator().manual_seed(0)
     inputs, upstream = (
@@ -51,7 +51,7 @@ def gradients(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, li
     for granularity in GRANULARITIES:
         layer = nn.Sequential(nn.Linear(size, size, bias=False, dtype=dtype, device=torch_device))
         sparsify(layer, SparseConfig(density=arguments.density, targets="all", granularity=granularity))
-        # The inputs need no gradient: this is the delta's alone
+        # The inputs need no gradient, so that only the delta's is timed
         ways[str(granularity)] = partial(
             torch.autograd.grad, layer(inputs), trained_parameters(layer), upstream, retain_graph=True
         )
@@ -59,7 +59,7 @@ def gradients(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, li
 
 
 def steps(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of the step by granularity and of the floor, and how many scalars train."""
+    """Seconds of the step by granularity and of the floor, and the number of trained scalars."""
     base = llama(llama_config(arguments.model), dtype, arguments.device)
     budget = Budget.of(base, TARGETS["all-linear"], arguments.density)
     ids = torch.randint(base.config.vocab_size, (1, arguments.tokens), generator=torch.Generator().manual_seed(1))
@@ -113,8 +113,9 @@ def tuning_runs() -> list[Run]:
 
 
 def planned_runs(done: Done) -> list[tuple[int, Run]]:
-    """Those that choose each granularity's learning rate, and those that it settles, seed by seed, so that paired
-    differences become complete early."""
+    """The tuning runs that choose each granularity's learning rate, then the runs with that rate, seed by seed, so
+    that paired differences are complete early.
+    """
     tuning = [(g, run) for run in tuning_runs() for g in GRANULARITIES]
     rates = {}
     for g in GRANULARITIES:
@@ -162,7 +163,7 @@ def _add_run(path: Path, granularity: int, run: Run, device: str) -> None:
 
 
 def accuracies(path: Path) -> tuple[dict[int, Accuracies], dict[int, Row]]:
-    """Test accuracies by granularity and seed, and a row of each granularity."""
+    """Test accuracies by granularity and seed, and a row for each granularity."""
     done = finished_runs(path)
     found: dict[int, Accuracies] = {}
     rows = {}
@@ -263,12 +264,14 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--model", default="llama-120m")
-    parser.add_argument("--size", type=int, default=2048, help="of the single weight: rows and columns")
+    parser.add_argument("--size", type=int, default=2048, help="rows and columns of the single weight")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=COST, help="where --cost goes, with page and plot beside it")
+    parser.add_argument(
+        "--json", type=Path, default=COST, help="results of --cost; page and plot go to the same directory"
+    )
     arguments = parser.parse_args()
     results = measure_cost(arguments) if arguments.cost else read(arguments.json)
     if arguments.accuracy:

@@ -1,4 +1,4 @@
-"""Starts one_rank.py on some ranks, in processes of their own, and reads what they have found."""
+"""Starts one_rank.py on some ranks, in separate processes, and reads their results."""
 
 import json
 import re
@@ -15,10 +15,11 @@ SECONDS = 590
 
 
 def run(method: str, way: str, ranks: int, options: dict[str, object]) -> Row:
-    """Args: options: further ones of one_rank.py, by name.
+    """Measure a method on some ranks.
 
-    Returns: method, way and number of ranks, and with them `ranks`, the figures of each rank, or `failure`, the error
-    that ended it.
+    Args: options: other options of one_rank.py, by name.
+
+    Returns: method, way and number of ranks, and either `ranks`, the results of each rank, or `failure`, the error.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if way != "plain" else []
     extra = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -46,12 +47,12 @@ def _output_of(command: list[str]) -> tuple[int, str]:
 
 
 def failure_of(printed: str) -> str | None:
-    """The exception that a rank's traceback ends with: of several ranks' the first."""
+    """The exception at the end of a traceback, of the first rank that has one."""
     found = re.search(r"^(?:\[\w+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", printed, re.MULTILINE)
     return found.group(1) if found else None
 
 
 def largest(row: Row, figure: str) -> int | float | None:
-    """Over the ranks; None where none has it."""
+    """The largest value of all ranks; None if no rank has it."""
     values = [rank[figure] for rank in row["ranks"] if rank[figure] is not None]
     return max(values, default=None)

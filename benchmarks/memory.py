@@ -1,21 +1,21 @@
-"""Memory of each rank while it trains: ours and every peer, each in processes of its own, split by what it is for.
+"""Memory of each rank during training, by purpose: ours and every peer, each in separate processes.
 
     python benchmarks/memory.py                          1, 2 and 4 ranks; memory.json, a page and a plot in results
     python benchmarks/memory.py --ranks 1 --methods frozen sparse lora --json memory_1.json
     python benchmarks/memory.py --plot                   no runs: page and plot again from the JSON
 
-Counted by torch's allocators, not by pages: on a CPU, resident memory stands beside it. On one rank all methods train
-by plain torch; on several, ours under ZeRO 2 and 3, LoRA and full fine-tuning under these and DDP, the other peers
-under DDP. What is there already is not run again.
+The figures are allocations by torch, not pages; on a CPU, resident memory is listed in addition. On one rank all
+methods use plain torch; on several, ours uses ZeRO 2 and 3, LoRA and full fine-tuning use these and DDP, the other
+peers DDP. Results that exist are not measured again.
 
 weights       of the base model, on this rank
-trained       what a method adds and trains
+trained       the parameters that a method adds and trains
 optimizer     its moments, and under ZeRO its float32 values
-indices       where the selected scalars are; originals: their pretrained values
+indices       the positions of the selected scalars; originals: their pretrained values
 other         gradient buckets and the like, the batch
-activations   what forward leaves for backward; under ZeRO 3 also the weights that are still gathered, which are all
-              of a model that is smaller than DeepSpeed's stage3_max_live_parameters
-transient     the largest moment of the step, beyond all these after forward
+activations   what forward saves for backward; under ZeRO 3 also the weights that are still gathered: all weights of a
+              model that is smaller than DeepSpeed's stage3_max_live_parameters
+transient     the peak of the step, beyond all these after forward
 """
 
 import argparse
@@ -76,8 +76,8 @@ def _section(result: Row) -> str:
         [
             f"## {options['model']}, {options['targets']}, {options['dtype']}",
             f"{result['machine']}, torch {result['torch']}, one sequence of {options['tokens']:,} tokens for each "
-            f"rank, {options['density']:.2%} of the targets. MiB, of the rank that has most; resident: by how much "
-            "the process grew within a step.",
+            f"rank, {options['density']:.2%} of the targets. MiB of the rank with the most; resident: the growth of "
+            "the process within a step.",
             table(header, rows),
             *(["Did not run:\n\n" + "\n".join(failures)] if failures else []),
             table(["ours", "ranks", "way", *CHECKS], [checks(row) for row in result["runs"] if _is_ours(row)]),
@@ -98,7 +98,9 @@ def _is_ours(row: Row) -> bool:
 
 
 def checks(row: Row) -> list[str]:
-    """What we promise. On one rank plain torch keeps moments alone; the float32 values are the trained ones."""
+    """The figures that this project promises. On one rank plain torch stores only the moments: the float32 values are
+    the trained parameters themselves.
+    """
     n = row["ranks"][0]["scalars"]
     state = largest(row, "optimizer") + (largest(row, "trained") if row["way"] == "plain" else 0)
     parts = [largest(row, part) / n for part in ("trained", "indices", "originals")]
@@ -115,7 +117,7 @@ def checks(row: Row) -> list[str]:
 
 
 def plot(results: list[Row], figure: Any) -> None:
-    """What each method holds on top of the base model's weights: a panel for each number of ranks."""
+    """The memory of each method in addition to the base model's weights: a panel for each number of ranks."""
     runs = [row for row in results[-1]["runs"] if "ranks" in row]
     if not runs:
         return
@@ -144,8 +146,10 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=RESULTS / "memory.json", help="page and plot go beside it")
-    parser.add_argument("--plot", action="store_true", help="no runs: page and plot of the results that are kept")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "memory.json", help="page and plot go to the same directory"
+    )
+    parser.add_argument("--plot", action="store_true", help="no runs: only page and plot of the existing results")
     arguments = parser.parse_args()
     results = read(arguments.json)
     for dtype in [] if arguments.plot else arguments.dtypes:

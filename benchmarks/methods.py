@@ -1,6 +1,6 @@
-"""Ours and its peers on one model, each with as many trainable scalars: what the benchmarks of speed and memory share.
+"""Ours and its peers on one model, each with the same number of trainable scalars, for the benchmarks.
 
-frozen        the floor: forward, and backward to the input embeddings, so that it passes through every layer
+frozen        the floor: forward, and backward through every layer to the input embeddings
 sparse        ours; sparse-16: strips of 16 scalars
 lora dora shira supertuning    PEFT's, with its defaults; DoRA's ranks differ so that its magnitudes are counted too
 peft-sparta   the reference implementation, with its defaults
@@ -30,13 +30,13 @@ SHAPES = {
     "llama-1b": (2048, 16, 32, 8, 8192, 128_256, True),
     "llama-7b": (4096, 32, 32, 32, 11008, 32000, False),
 }
-"""20m to 350m: Llama's proportions, every dimension divisible by 64; 1b is Llama 3.2's, 7b Llama 2's."""
+"""20m to 350m have Llama's proportions, with every dimension divisible by 64; 1b is Llama 3.2, 7b Llama 2."""
 
 TARGETS: dict[str, str | None] = {"value-output": None, "all-linear": "all-linear"}
 
 
 def llama_config(name: str, layers: int | None = None) -> LlamaConfig:
-    """Args: name: of SHAPES; layers: fewer or more than it has."""
+    """Args: name: a key of SHAPES; layers: replaces its number of layers."""
     width, depth, heads, key_value_heads, mlp, vocabulary, tied = SHAPES[name]
     return LlamaConfig(
         hidden_size=width,
@@ -51,7 +51,7 @@ def llama_config(name: str, layers: int | None = None) -> LlamaConfig:
 
 
 def llama(config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """Random weights, frozen, the same in each call."""
+    """A frozen model with random weights, the same in each call."""
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).train().requires_grad_(False)
@@ -59,10 +59,10 @@ def llama(config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str =
 
 @dataclass(frozen=True)
 class Budget:
-    """The scalars that every method trains: those of the LoRA adapter whose rank comes nearest to a density."""
+    """The number of scalars that every method trains: that of the LoRA adapter whose rank is nearest to a density."""
 
     targets: str | None
-    """As SparseConfig takes it."""
+    """The targets for SparseConfig."""
     shapes: Mapping[str, tuple[int, int]]
     """(rows, columns) of the target weights, by parameter name."""
     rank: int
@@ -70,7 +70,7 @@ class Budget:
 
     @classmethod
     def of(cls, model: nn.Module, targets: str | None, density: float, of_model: bool = False) -> "Budget":
-        """Args: density: of the targets' scalars, or of the whole model's with `of_model`."""
+        """Args: density: fraction of the targets' scalars, or with `of_model` of the model's."""
         found = find_targets(model, SparseConfig(targets=targets), [])
         shapes = {name: tuple(target.shape) for name, target in found.items()}
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -126,7 +126,7 @@ def dora(model: PreTrainedModel, budget: Budget) -> nn.Module:
 
 
 def dora_ranks(budget: Budget) -> dict[str, int]:
-    """A rank for each target, so that ranks and magnitudes (one for each row) together meet the budget."""
+    """A rank for each target, so that low-rank matrices and magnitudes (one per row) together meet the budget."""
     left = budget.scalars - sum(rows for rows, _ in budget.shapes.values())
     least = max(1, left // sum(map(sum, budget.shapes.values())))
     ranks = dict.fromkeys(budget.shapes, least)
@@ -179,13 +179,13 @@ WRITES_WEIGHTS = ("sparse", "sparse-16", "peft-sparta", "full")
 
 
 def prepare(method: str, base: PreTrainedModel, budget: Budget) -> nn.Module:
-    """The method on a copy of the model, which shares the weights where the method leaves them as they are."""
+    """The method applied to a copy of the model, which shares the weights that the method does not change."""
     shared = {} if method in WRITES_WEIGHTS else {id(parameter): parameter for parameter in base.parameters()}
     return METHODS[method](copy.deepcopy(base, shared), budget)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Without those of no scalars, which peft-sparta has for every frozen weight."""
+    """The trained parameters, without the empty ones that peft-sparta has for every frozen weight."""
     return [p for p in model.parameters() if p.requires_grad and p.numel()]
 
 
@@ -194,15 +194,16 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of_frozen(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """A loss with a graph through every layer, of a model without a parameter that trains."""
+    """The loss of a model without trained parameters, with a graph through every layer."""
     embeddings = model.get_input_embeddings()(ids).requires_grad_(True)
     return model(inputs_embeds=embeddings, labels=ids).loss
 
 
 def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A step as a user would write it. torch's AdamW, on an accelerator fused, as transformers.Trainer has it.
+    """A training step as a user would write it, with torch's AdamW, fused on an accelerator as in
+    transformers.Trainer.
 
-    Returns: a function that trains on this batch once and returns the loss, detached.
+    Returns: a function that trains once on this batch and returns the detached loss.
     """
     parameters = trained_parameters(model)
     fused = ids.device.type != "cpu" or None
@@ -222,10 +223,10 @@ def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Ten
 def flops_of_step(config: LlamaConfig, tokens: int, weight_gradients: bool = False) -> int:
     """Model FLOPs of forward and backward over a sequence.
 
-    Each scalar of a weight matrix, the output's included, takes 2 in forward and 2 for the gradient of its input for
-    every token; the scores and the values of attention take 2 * 2 * width for every pair of tokens in forward, twice
-    that in backward (nothing is taken off for the causal mask). With `weight_gradients`, as full fine-tuning needs
-    them, each scalar takes 2 more. What a method adds for its own few scalars is not counted.
+    Each scalar of a weight matrix, including the head's, costs 2 FLOPs per token in forward and 2 for the gradient of
+    its input. The scores and values of attention cost 2 * 2 * width per pair of tokens in forward and twice that in
+    backward (the causal mask is ignored). `weight_gradients`, for full fine-tuning, cost 2 more per scalar. The FLOPs
+    for a method's own scalars are not counted.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
     head = width // config.num_attention_heads

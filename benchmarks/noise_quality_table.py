@@ -1,4 +1,4 @@
-"""From the runs of noise_quality.py to its table and plot. The plot needs matplotlib."""
+"""Makes the table and the plot of noise_quality.py from its runs. The plot needs matplotlib."""
 
 import math
 import statistics
@@ -17,11 +17,11 @@ Accuracies = dict[int, float]
 
 @dataclass(frozen=True)
 class Cell:
-    """One method, noise and size."""
+    """The results of one method, noise and size."""
 
     accuracies: Accuracies
     baseline: Accuracies
-    """Of noise: none."""
+    """The accuracies without noise, by seed."""
 
     def absolute(self) -> str:
         """Mean and standard deviation over the seeds, in percent."""
@@ -34,7 +34,7 @@ class Cell:
         )
 
     def difference(self) -> str:
-        """Mean of the differences to none by seed, in points, and its standard error."""
+        """Mean of the differences to no noise by seed, in percentage points, and its standard error."""
         mean, error = paired_difference(self.accuracies, self.baseline)
         if mean is None:
             return ""
@@ -50,7 +50,7 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
 def paired_difference(accuracies: Accuracies, baseline: Accuracies) -> tuple[float | None, float | None]:
     """Mean of accuracy - baseline over the seeds that both have, and the standard error of that mean.
 
-    Returns None for the mean where they share no seed, for the error where they share fewer than two.
+    Returns: None for the mean if they share no seed, and for the error if they share fewer than two.
     """
     differences = [accuracies[seed] - baseline[seed] for seed in sorted(accuracies.keys() & baseline.keys())]
     if not differences:
@@ -60,7 +60,7 @@ def paired_difference(accuracies: Accuracies, baseline: Accuracies) -> tuple[flo
 
 
 def measured_cells(done: dict[str, Row]) -> dict[tuple[str, str, int], Accuracies]:
-    """The test accuracies by (method, noise, size): of the runs that the table asks for, and no others."""
+    """The test accuracies by (method, noise, size), of the runs in the table only."""
     cells: dict[tuple[str, str, int], Accuracies] = {}
     for run in quality.plan(done):
         if run.split == "test" and run.key in done:
@@ -69,7 +69,7 @@ def measured_cells(done: dict[str, Row]) -> dict[tuple[str, str, int], Accuracie
 
 
 def missing_runs(done: dict[str, Row]) -> dict[tuple[str, str, int], int]:
-    """How many runs of the table are missing, by (method, noise, size); complete cells left out."""
+    """The number of missing runs by (method, noise, size), without complete cells."""
     cells = measured_cells(done)
     counts = {
         (method, noise, size): len(quality.SEEDS) - len(cells.get((method, noise, size), {}))
@@ -81,14 +81,14 @@ def missing_runs(done: dict[str, Row]) -> dict[tuple[str, str, int], int]:
 
 
 def strengths_of(done: dict[str, Row]) -> dict[tuple[str, str], float]:
-    """The strength that was chosen, by (method, noise)."""
+    """The chosen strength by (method, noise)."""
     return {
         (run.method, run.noise): run.strength for run in quality.plan(done) if run.split == "test" and run.strength
     }
 
 
 def markdown(done: dict[str, Row]) -> str:
-    """The whole page: the table, how it was tuned, and what is missing."""
+    """The whole page: the table, the tuning, and the missing runs."""
     cells, strengths = measured_cells(done), strengths_of(done)
     parts = [_introduction(done)]
     for method in quality.METHODS:
@@ -151,7 +151,7 @@ def _tuning(done: dict[str, Row]) -> str:
 
 
 def _scores(runs: list[quality.Run], setting: str, done: dict[str, Row]) -> str:
-    """Each value of the setting with its mean accuracy, the chosen one in bold."""
+    """Each value of a setting with its mean accuracy; the chosen one is bold."""
     chosen, shown = quality.best(runs, done), []
     for value in dict.fromkeys(getattr(run, setting) for run in runs):
         scores = [done[run.key]["accuracy"] for run in runs if getattr(run, setting) == value and run.key in done]
@@ -186,7 +186,7 @@ def _seeds(accuracies: Accuracies) -> str:
 
 
 def plot(done: dict[str, Row], path: Path) -> None:
-    """Paired differences to none with their standard errors, a panel for each method. Raises ImportError."""
+    """Plot paired differences to no noise with their standard errors, a panel for each method. Raises ImportError."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,7 +204,7 @@ def plot(done: dict[str, Row], path: Path) -> None:
                 mean, error = paired_difference(cells.get((method, noise, size), {}), baseline)
                 if error is not None:
                     points.append((index + (place - (len(shown) - 1) / 2) * 0.11, 100 * mean, 100 * error))
-            # without points it still stands in the legend
+            # the legend has it even without points
             x, y, errors = zip(*points, strict=True) if points else ((), (), ())
             panel.errorbar(x, y, errors, fmt="o", capsize=3, color=f"C{place}", label=noise)
         panel.set_title(f"{method} fine-tuning")
@@ -217,7 +217,7 @@ def plot(done: dict[str, Row], path: Path) -> None:
 
 
 def write_table(done: dict[str, Row], cache: Path) -> str:
-    """Writes the page and the plot beside the cache that the rows come from. Returns: the page, and where they are."""
+    """Write the page and the plot to the directory of the cache. Returns: the page, and the paths."""
     page, written = markdown(done), [cache.with_suffix(".md")]
     written[0].write_text(page)
     try:

@@ -1,8 +1,8 @@
-"""What one rank holds while it trains, and how long its optimizer takes: started by memory.py and scaling.py.
+"""The memory of one rank during training, and the time of its optimizer. Started by memory.py and scaling.py.
 
     torchrun --nproc-per-node 2 benchmarks/one_rank.py --method sparse --way zero2 --out DIR
 
-Writes DIR/rank-0.json and so on. Bytes are those of the second step, when the optimizer has its state.
+Writes DIR/rank-0.json and so on. Bytes are measured in the second step, when the optimizer has its state.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TIMED_STEPS = 3
 
 @dataclass
 class Training:
-    """A model on this rank, and the three parts of its step."""
+    """A model on this rank, and the three parts of a training step."""
 
     model: nn.Module
     trained: list[nn.Parameter]
@@ -51,14 +51,14 @@ class Training:
     backward: Callable[[torch.Tensor], Any]
     update: Callable[[], Any]
     optimizer: Any
-    """torch's, or DeepSpeed's around it."""
+    """torch's optimizer, or DeepSpeed's wrapper."""
     inner: torch.optim.Optimizer | None
 
 
 def start(
     model: nn.Module, ids: torch.Tensor, way: str, config: LlamaConfig, ranks: int, dtype: torch.dtype
 ) -> Training:
-    """Training as a user of the method would write it."""
+    """Training as a user of the method writes it."""
     trained = trained_parameters(model)
     if not trained:
         return Training(model, [], lambda: loss_of_frozen(model, ids), torch.Tensor.backward, lambda: None, None, None)
@@ -81,8 +81,9 @@ def start(
 
 
 def zero_settings(stage: int, model: nn.Module, width: int, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The project's configs/zero2.json or zero3.json, with "auto" filled in as ours does, or for peers as
-    transformers.Trainer does."""
+    """The project's configs/zero2.json or zero3.json. "auto" is replaced as in SparseTrainer, or for peers as in
+    transformers.Trainer.
+    """
     settings = json.loads((Path(__file__).parents[1] / "configs" / f"zero{stage}.json").read_text())
     if isinstance(getattr(model, "sparsity", None), Sparsity):
         fit_buckets(settings, model)
@@ -98,7 +99,7 @@ def zero_settings(stage: int, model: nn.Module, width: int, ranks: int, dtype: t
     for section in (settings, settings["zero_optimization"]):
         section |= {key: automatic[key] for key, value in section.items() if value == "auto"}
     settings |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": False}}
-    # The same optimizer for all methods
+    # All methods use the same optimizer
     return settings | {"zero_allow_untested_optimizer": True}
 
 
@@ -114,7 +115,7 @@ def step(training: Training) -> None:
 
 
 def seconds_of_update(training: Training) -> tuple[float, float]:
-    """Returns: seconds of the optimizer's own arithmetic, and of all that follows backward, its communication too."""
+    """Returns: seconds of the optimizer's arithmetic, and of everything after backward, including communication."""
     own, whole = [], []
     started = [0.0]
     handles = []
@@ -136,9 +137,9 @@ def seconds_of_update(training: Training) -> tuple[float, float]:
 def holdings(
     training: Training, base: list[nn.Parameter], ids: torch.Tensor, live: int, older: set[int]
 ) -> dict[str, int]:
-    """Bytes between two steps, by what they are for.
+    """Bytes allocated between two steps, by purpose.
 
-    Args: live: of all; older: addresses of integers that were there before.
+    Args: live: of everything; older: addresses of integer tensors that existed before.
     """
     of_base = {id(parameter) for parameter in base}
     own = _tensors_of([parameter for parameter in training.trained if id(parameter) not in of_base])
@@ -157,7 +158,7 @@ def holdings(
 
 
 def _tensors_of(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """What a rank holds of them: of what stage 3 partitions, its piece."""
+    """The tensors that a rank stores: of parameters that stage 3 partitions, its partitions."""
     return [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
 
 
@@ -171,7 +172,7 @@ def _living_indices() -> list[torch.Tensor]:
 
 
 def _originals(model: nn.Module) -> list[torch.Tensor]:
-    """The pretrained values of the selected scalars, where a method keeps them."""
+    """The pretrained values of the selected scalars, if the method stores them."""
     if hasattr(model, "original_chosen_params"):  # peft-sparta, whose `sparsity` is a number
         return list(model.original_chosen_params.values())
     return [weight.base for weight in model.sparsity.weights.values()] if hasattr(model, "sparsity") else []
@@ -187,7 +188,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model = llama(config, dtype, arguments.device)
         base = list(model.parameters())
         budget = Budget.of(model, TARGETS[arguments.targets], arguments.density)
-        # The meter sees what this thread allocates
+        # The meter counts only allocations of this thread
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         model = METHODS[arguments.method](model, budget)

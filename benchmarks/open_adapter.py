@@ -1,15 +1,15 @@
-"""Opening an adapter onto a model of a billion parameters, against its floor and against PEFT.
+"""Time of loading an adapter into a model of a billion parameters, compared with a floor and with PEFT.
 
     python benchmarks/open_adapter.py
     python benchmarks/open_adapter.py --layers 4 --rounds 3
 
 All adapters have about the same number of scalars, on the value and output projections, or on all linear layers
-(`--targets all-linear`). Rounds in which all take turns; ratios to the floor, medians.
-    floor         read the file, draw the positions, and add the values there: what no way to open it can avoid; in
-                  pieces that stay in the cache, with the weights shared out among the threads
-    plain         the same in straightforward torch: one weight after the other, each as a whole
+(`--targets all-linear`). In each round all take turns; the figures are medians of the ratios to the floor.
+    floor         reads the file, draws the positions, and adds the values, which every method must do; in chunks that
+                  stay in the cache, with the weights distributed over the threads
+    plain         the same in plain torch: one whole weight after the other
     stored        the floor with positions that are read from the file (int32)
-    sparse-zero   load_adapter and the write into the weights: checked, unloadable, ready to train on
+    sparse-zero   load_adapter and the write into the weights: verified, unloadable, and trainable
     lora          PeftModel.from_pretrained, then merge_and_unload
     shira         PeftModel.from_pretrained
 """
@@ -41,17 +41,17 @@ TARGETS = {
 
 
 def model(layers: int) -> nn.Module:
-    """Llama 3.2's 1B shape: 1.24 billion scalars with 16 layers; float32 values do not matter here."""
+    """A model with the shape of Llama 3.2 1B: 1.24 billion scalars with 16 layers. The values do not matter."""
     made = llama(llama_config("llama-1b", layers), device="meta").to_empty(device="cpu")
     for parameter in made.parameters():
-        # Cheaper than normal numbers; every page has to be there
+        # Cheaper than random numbers, but touches every page
         parameter.data.uniform_(-0.02, 0.02)
     made.tie_weights()
     return made
 
 
 def make_adapters(base: nn.Module, targets: list[str], rank: int, root: Path) -> dict[str, int]:
-    """Writes an adapter of each kind. Returns: scalars of each."""
+    """Write an adapter of each kind. Returns: the number of scalars of each."""
     counts = {}
     sparsify(base, SparseConfig(rank_equivalent=rank, targets=targets))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def sparse_zero(base: nn.Module, root: Path) -> None:
 def ways(
     base: nn.Module, root: Path, methods: list[str]
 ) -> Iterator[tuple[str, Callable[[], object], Callable[[object], object]]]:
-    """(name, what is timed, what takes it back). Each starts after all weights were copied back."""
+    """(name, the timed function, the function that undoes it). Before each, all weights are restored."""
     names = read_config(root / "sparse-zero").tensors
     before = {name: base.get_parameter(name).detach().clone() for name in names}
 
@@ -140,7 +140,7 @@ def ways(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=32, help="of LoRA; the others have as many scalars")
+    parser.add_argument("--rank", type=int, default=32, help="rank of LoRA; the other adapters have as many scalars")
     parser.add_argument("--targets", choices=TARGETS, default="all-linear")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--methods", nargs="+", default=["floor", "plain", "stored", "sparse-zero", "lora", "shira"])

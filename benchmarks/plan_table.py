@@ -54,15 +54,15 @@ def table() -> str:
         "targets, 1%",
         "GPUs",
         "stage",
-        "stage 2 holds",
-        "the stage holds",
-        "of it weights",
-        "w0 and indices",
+        "memory, stage 2",
+        "memory, this stage",
+        "weights",
+        "originals and indices",
         "optimizer",
-        "least GPUs, stage 3",
-        "sent in a step",
+        "min. GPUs, stage 3",
+        "sent per step",
         f"s at {BANDWIDTH_GB} GB/s",
-        "host memory of a node",
+        "host memory per node",
     )
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * 3}{'---:|' * (len(heads) - 3)}"]
     lines += [
@@ -76,10 +76,10 @@ def table() -> str:
 
 def main() -> None:
     text = (
-        "bfloat16, one sequence of 2,048 tokens a rank and step, gradient checkpointing,\n"
-        f"{GPU_GIB} GiB GPUs, of which 8% are reserved; {RANKS_PER_NODE} on a node.\n"
-        "GiB of each rank at its peak, activations and gathered weights estimated;\n"
-        "sent, seconds and host memory are those of the stage to take.\n"
+        "bfloat16, one sequence of 2,048 tokens per rank and step, gradient checkpointing,\n"
+        f"{GPU_GIB} GiB GPUs, of which 8% are reserved; {RANKS_PER_NODE} per node.\n"
+        "GiB of each rank at its peak; activations and gathered weights are estimates.\n"
+        "Sent bytes, seconds and host memory are those of the listed stage.\n"
         f"Made by `python benchmarks/plan_table.py`.\n\n{table()}\n"
     )
     (HERE / "results/plan.md").write_text(text)

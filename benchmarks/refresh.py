@@ -1,14 +1,14 @@
-"""What a step spends on writing deltas into their weights, and on the optimizer, at each ZeRO stage.
+"""The time of a step for writing deltas into their weights, and for the optimizer, at each ZeRO stage.
 
     torchrun --nproc-per-node 2 benchmarks/refresh.py
     torchrun --nproc-per-node 2 benchmarks/refresh.py --stages 3 --model llama-350m --json refresh.json
     torchrun --nproc-per-node 2 benchmarks/refresh.py --granularity 16 --indices regenerated
 
 A Llama-shaped model of 120M parameters with random weights, 1% of its linear weights selected. The first table has
-medians over the steps of rank 0: a step (forward, backward, optimizer), and the parts of it. Stage 3 has two rows: as
-it is where the model fits DeepSpeed's limit of live parameters (a billion), and with every weight gathered once more
-for backward, as it is in larger models. The second table has the update alone, of as many scalars: one tensor for each
-selected weight, or all in one, as DeepSpeed keeps a rank's share.
+medians over the steps of rank 0: a step (forward, backward, optimizer), and its parts. Stage 3 has two rows: one for
+models below DeepSpeed's limit of live parameters (a billion), and one in which every weight is gathered again for
+backward, as in larger models. The second table has only the update of as many scalars: in one tensor per selected
+weight, or in a single tensor, as in DeepSpeed's partitions.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ZERO = {
 
 
 class Clock:
-    """Seconds since `reset`, and how often, by what they were spent on."""
+    """Seconds since `reset`, and number of calls, by purpose."""
 
     def __init__(self) -> None:
         self.reset()
@@ -69,7 +69,7 @@ def now() -> float:
 
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
-    """Writes and updates, wherever they are asked for."""
+    """Time all writes and updates."""
     write, started = SparseWeight.write, []
 
     def timed(weight: SparseWeight, *args: Any) -> None:
@@ -139,7 +139,7 @@ def steps_at(stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def updates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The second table: optimizers in turns, over the deltas one by one, and over one tensor of them all."""
+    """The second table: optimizers in turns, on one tensor per delta, and on a single tensor of all deltas."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     counts = [p.numel() for p in sparse_llama(arguments).parameters() if p.requires_grad]
@@ -170,16 +170,16 @@ def updates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=ZERO, default=list(ZERO))
-    parser.add_argument("--density", type=float, default=0.01, help="of the linear weights")
+    parser.add_argument("--density", type=float, default=0.01, help="fraction of the linear weights")
     parser.add_argument("--granularity", type=int, default=1)
     parser.add_argument("--indices", choices=["stored", "regenerated"], default="stored")
     parser.add_argument("--model", choices=SHAPES, default="llama-120m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--tokens", type=int, default=512, help="of each rank's step")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each rank's step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    # DeepSpeed calls what torch has renamed
+    # DeepSpeed calls functions that torch has renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(verbose=False)
     rows = []
@@ -200,7 +200,7 @@ def main() -> None:
 
 def show(rows: list[dict], optimizers: list[dict], arguments: argparse.Namespace, ranks: int) -> None:
     print(
-        f"{ranks} ranks, {device_name()}, {arguments.dtype}, {arguments.tokens} tokens a rank, "
+        f"{ranks} ranks, {device_name()}, {arguments.dtype}, {arguments.tokens} tokens per rank, "
         f"{arguments.density:.2%} of the linear weights, strips of {arguments.granularity}, indices "
         f"{arguments.indices}, {arguments.steps} steps"
     )

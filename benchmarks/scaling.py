@@ -1,12 +1,12 @@
-"""How ours scales: with the density, with the size of the model, and with the number of ranks.
+"""How time and memory scale with the density, with the size of the model, and with the number of ranks.
 
     python benchmarks/scaling.py                    all three; scaling.json, a page and a plot in benchmarks/results
-    python benchmarks/scaling.py --what density     that one anew, the others as they were
+    python benchmarks/scaling.py --what density     only the density; keeps the other results
     python benchmarks/scaling.py --plot             no runs: page and plot again from the JSON
 
-Density and size: steps in turns with the frozen model's own forward and backward, as in step_time.py. Ranks: the bytes
-of each rank and the time of its optimizer. Ranks that share the cores of one machine train no faster than one, so the
-time of a step means nothing there and is left out; the optimizer's own time is that of n / ranks scalars, and falls.
+Density and size: steps in turns with forward and backward of the frozen model, as in step_time.py. Ranks: the bytes of
+each rank and the time of its optimizer. Ranks on one machine share its cores and train no faster than one rank, so the
+time of a step is not shown for them. The time of the optimizer, for n / ranks scalars, decreases.
 """
 
 import argparse
@@ -33,7 +33,7 @@ RANKS, STAGES = (1, 2, 4), ("zero2", "zero3")
 
 
 def over_density(arguments: argparse.Namespace) -> list[Row]:
-    """Models of all densities in turns. Densities are of the targets."""
+    """Models of all densities in turns. Densities are fractions of the targets."""
     base = _base(arguments, arguments.model)
     budget = Budget.of(base, TARGETS[arguments.targets], DENSITIES[0])
     models = {}
@@ -180,13 +180,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(MODELS), help="for size")
     parser.add_argument("--targets", choices=TARGETS, default="all-linear")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--density", type=float, default=0.01, help="of the targets, for size and ranks")
+    parser.add_argument("--density", type=float, default=0.01, help="fraction of the targets, for size and ranks")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--tokens-of-rank", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=RESULTS / "scaling.json", help="page and plot go beside it")
-    parser.add_argument("--plot", action="store_true", help="no runs: page and plot of the results that are kept")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "scaling.json", help="page and plot go to the same directory"
+    )
+    parser.add_argument("--plot", action="store_true", help="no runs: only page and plot of the existing results")
     arguments = parser.parse_args()
     results = {result["what"]: result for result in read(arguments.json)}
     for what in [] if arguments.plot else arguments.what:

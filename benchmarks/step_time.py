@@ -1,16 +1,15 @@
-"""Time of a training step: ours, the frozen model's own forward and backward, and every peer, in turns in one process.
+"""Time of a training step: ours, forward and backward of the frozen model, and every peer, in turns in one process.
 
-    python benchmarks/step_time.py --suite cpu       120M, both sorts of targets, float32 and bfloat16: README's table
+    python benchmarks/step_time.py --suite cpu       120M, two sets of targets, float32 and bfloat16: README's table
     python benchmarks/step_time.py --suite gpu       1B and 7B shapes, bfloat16, 4 and 2 sequences of 2,048 tokens
     python benchmarks/step_time.py --suite cpu --plot          no runs: page and plot again from the JSON
     python benchmarks/step_time.py --targets value-output --dtypes float32 --methods frozen sparse lora
 
-The suites leave step_time_cpu.json (or _gpu), a page and a plot in benchmarks/results; a setting that is in the file
-is not run again. All methods of methods.py train as many scalars as a LoRA of the rank that comes nearest to
---density, on sequences that stay the same, so that a loss that falls tells that the method trains. The order is
-drawn anew in each round; ratios are taken within a round. MFU is `methods.flops_of_step` against what the device can
-do.
-Where one process cannot hold all of them, --together 2 takes the peers two at a time, each time beside the floor and
+The suites write step_time_cpu.json (or _gpu), a page and a plot to benchmarks/results. A setting that is in the file
+is not run again. All methods of methods.py train as many scalars as a LoRA whose rank is nearest to --density. The
+sequences stay the same, so that a decreasing loss shows that a method trains. The order is random in each round, and
+ratios are taken within a round. MFU is `methods.flops_of_step` relative to the device's peak.
+If not all methods fit into one process, --together 2 measures the peers two at a time, each time with the floor and
 ours.
 """
 
@@ -48,7 +47,7 @@ SUITES = {
 }
 SEQUENCES = {"llama-1b": 4, "llama-7b": 2}
 GOALS = {"frozen": {"value-output": 1.05, "all-linear": 1.10}, "lora": 0.97, "peft-sparta": 0.70, "shira": 0.85}
-"""Of `sparse`, against each. Those against peers are meant of all linear layers."""
+"""The largest ratio of a `sparse` step to each method's. Those to peers apply to all linear layers."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
 
 
 def groups(methods: list[str], together: int | None) -> Iterator[list[str]]:
-    """What shares a process's memory: the floor and ours, always, with some of the peers."""
+    """The groups of methods that are measured in one process: always the floor and ours, with some of the peers."""
     always = [name for name in methods if name in ("frozen", *OURS)]
     peers = [name for name in methods if name not in always]
     size = together or max(1, len(peers))
@@ -84,7 +83,7 @@ def groups(methods: list[str], together: int | None) -> Iterator[list[str]]:
 
 
 def measure(setting: Setting, methods: list[str], together: int | None = None) -> Row:
-    """The setting, and a row for each method that could run."""
+    """Measure a setting. Returns: the setting, and a row for each method that could run."""
     dtype = getattr(torch, setting.dtype)
     config = llama_config(setting.model)
     peak, known_from = peak_flops(dtype, setting.device)
@@ -179,13 +178,13 @@ def _section(result: Row) -> str:
         for name, row in result["methods"].items()
         if name not in ("frozen", "full") and abs(row["trainable"] / row["budget"] - 1) > 0.01
     ]
-    if goals := verdicts(result):
+    if goals := goal_results(result):
         lines.append("Goals: " + "; ".join(goals) + ".")
     return "\n\n".join(lines)
 
 
-def verdicts(result: Row) -> list[str]:
-    """What issue 7 asks of `sparse`, and whether it is met."""
+def goal_results(result: Row) -> list[str]:
+    """The goals of GOALS, and whether they are met."""
     targets, methods = result["setting"]["targets"], result["methods"]
     said = []
     for name, goal in GOALS.items():
@@ -199,7 +198,7 @@ def verdicts(result: Row) -> list[str]:
 
 
 def plot(results: list[Row], figure: Any) -> None:
-    """Steps over the floor: a panel for each setting."""
+    """Plot step times relative to the floor: a panel for each setting."""
     columns = min(2, len(results))
     lines = -(-len(results) // columns)
     figure.set_size_inches(5.5 * columns, 3.2 * lines)
@@ -223,20 +222,26 @@ def plot(results: list[Row], figure: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, help="models, targets and dtypes of a table that is kept")
+    parser.add_argument("--suite", choices=SUITES, help="measure the models, targets and dtypes of a stored table")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama-120m"])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["value-output"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--density", type=float, default=0.01)
-    parser.add_argument("--of", choices=["targets", "model"], default="targets", help="what --density is a part of")
-    parser.add_argument("--tokens", type=int, help="left out: 2,048 for llama-1b and llama-7b, else 1,024")
-    parser.add_argument("--sequences", type=int, help="of a step; left out: 4 for llama-1b, 2 for llama-7b, else 1")
+    parser.add_argument(
+        "--of", choices=["targets", "model"], default="targets", help="--density is a fraction of these scalars"
+    )
+    parser.add_argument("--tokens", type=int, help="default: 2,048 for llama-1b and llama-7b, else 1,024")
+    parser.add_argument(
+        "--sequences", type=int, help="sequences of a step; default: 4 for llama-1b, 2 for llama-7b, else 1"
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--together", type=int, help="peers that are in memory at the same time; left out: all")
+    parser.add_argument("--together", type=int, help="number of peers in memory at the same time; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="keep results here, page and plot beside; the suites have a place")
-    parser.add_argument("--plot", action="store_true", help="no runs: page and plot of the results that are kept")
+    parser.add_argument(
+        "--json", type=Path, help="write results here, page and plot to the same directory; set by --suite"
+    )
+    parser.add_argument("--plot", action="store_true", help="no runs: only page and plot of the existing results")
     arguments = parser.parse_args()
     if "frozen" not in arguments.methods:
         parser.error("--methods must contain frozen, the floor")

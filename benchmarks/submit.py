@@ -1,9 +1,9 @@
-"""From the command to the first training step: a submitted job against the bare srun, on the hosts of tests/cluster.
+"""The time from the command to the first training step: a submitted job compared with a plain srun, on tests/cluster.
 
     python benchmarks/submit.py --rounds 3
 
-Needs root and Debian's Slurm, as tests/cluster does. Both train the tests' tiny model on two hosts, in turns; the time
-that Slurm's scheduler takes to start the job is in the figure.
+Needs root and Debian's Slurm, like tests/cluster. Both train the tests' tiny model on two hosts, in turns. The time
+includes the scheduling of the job by Slurm.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the benchmarks print and leave in benchmarks/results: a JSON file, and beside it a page and a plot."""
+"""The output of the benchmarks: tables, and in benchmarks/results a JSON file, a page and a plot."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown with aligned columns: the first one to the left, the others to the right."""
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
     cells = [list(header), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -25,14 +25,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def mebibytes(count: float | None) -> str:
-    """One decimal below 100 MiB, where it matters."""
+    """MiB, with one decimal below 100."""
     if count is None:
         return ""
     return f"{count / 2**20:,.1f}" if count < 100 * 2**20 else f"{count / 2**20:,.0f}"
 
 
 def spread(figure: dict[str, float] | None) -> str:
-    """Of `turns.ratio`: the median, and the quartiles in brackets."""
+    """The result of `turns.ratio` as text: the median, and the quartiles in brackets."""
     return f"{figure['median']:.3f} [{figure['lower']:.3f}, {figure['upper']:.3f}]" if figure else ""
 
 
@@ -43,7 +43,7 @@ def read(path: Path) -> list[Row]:
 def write(
     path: Path, rows: list[Row], page: Callable[[list[Row]], str], plot: Callable[[list[Row], Any], None]
 ) -> None:
-    """The rows as JSON, and made of them alone a page (.md) and, where matplotlib is installed, a plot (.png).
+    """Write the rows as JSON, and from them a page (.md) and, if matplotlib is installed, a plot (.png).
 
     Args: plot: draws on a figure.
     """

@@ -1,4 +1,4 @@
-"""Timing in turns: what slows a machine for a while slows all methods alike, and ratios are taken within a round."""
+"""Timing in turns: a temporary slowdown of the machine affects all methods, and ratios are taken within a round."""
 
 import random
 import statistics
@@ -14,7 +14,7 @@ KNOWN_BFLOAT16_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H200": 989.4e12,
 }
-"""Dense, from the data sheets."""
+"""Peak FLOP/s without sparsity, from the data sheets."""
 
 WARM_UP = 2
 
@@ -22,9 +22,9 @@ WARM_UP = 2
 def in_turns(
     methods: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Seconds of each call, round after round, in an order that is drawn anew for each round.
+    """The seconds of each call in each round. The order is random in each round.
 
-    Returns: (rounds,) for each method; the rounds that warm up are left out.
+    Returns: (rounds,) for each method, without the rounds that warm up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for round_number in range(-warm_up, rounds):
@@ -39,7 +39,7 @@ def in_turns(
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the rounds' ratios."""
+    """The median and the quartiles of the ratios in all rounds."""
     ratios = [mine / other for mine, other in zip(times, others, strict=True)]
     if len(ratios) == 1:
         return dict.fromkeys(("median", "lower", "upper"), ratios[0])
@@ -53,8 +53,9 @@ def synchronize(device: str) -> None:
 
 
 def peak_flops(dtype: torch.dtype, device: str, size: int | None = None) -> tuple[float, str]:
-    """What the machine can do in a second, and where that is known from: a data sheet, or the best of ten products of
-    two square matrices."""
+    """The machine's peak FLOP/s, and its source: a data sheet, or the fastest of ten products of two square
+    matrices.
+    """
     if device != "cpu" and dtype == torch.bfloat16 and torch.cuda.get_device_name() in KNOWN_BFLOAT16_FLOPS:
         return KNOWN_BFLOAT16_FLOPS[torch.cuda.get_device_name()], "data sheet"
     size = size or (2048 if device == "cpu" else 8192)

@@ -1,4 +1,4 @@
-"""The benchmarks of speed and memory without their figures: equal budgets, honest counting, what is written."""
+"""The benchmarks of speed and memory: equal budgets, correct counting, and the files that they write."""
 
 import argparse
 import itertools
@@ -144,8 +144,8 @@ def test_the_goals_are_judged_by_the_medians():
         methods = {"sparse": {"over_frozen": figures["frozen"]}, "lora": {"sparse_over": figures["lora"]}}
         return {"setting": {"targets": targets}, "methods": methods}
 
-    assert step_time.verdicts(result("value-output", frozen=1.06, lora=0.9)) == ["/ frozen <= 1.05: missed"]
-    assert step_time.verdicts(result("all-linear", frozen=1.06, lora=0.98)) == [
+    assert step_time.goal_results(result("value-output", frozen=1.06, lora=0.9)) == ["/ frozen <= 1.05: missed"]
+    assert step_time.goal_results(result("all-linear", frozen=1.06, lora=0.98)) == [
         "/ frozen <= 1.10: met",
         "/ lora <= 0.97: missed",
     ]
@@ -173,7 +173,7 @@ def test_the_meter_counts_what_is_held_and_what_is_not():
 
 
 INDEX_BYTES = {"sparse": None, "lora": 0, "shira": 8, "supertuning": 4, "peft-sparta": 8, "full": 0}
-"""For each scalar: two int32 or one; None: ours, which another representation may change."""
+"""Bytes of indices per scalar: two int32 or one. None: ours, whose representation may change."""
 
 
 @pytest.mark.parametrize("method", INDEX_BYTES)

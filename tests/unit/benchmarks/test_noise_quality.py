@@ -1,4 +1,4 @@
-"""benchmarks/noise_quality.py without a training run: the cache, the splits, what is tuned on what, the table."""
+"""benchmarks/noise_quality.py without a training run: the cache, the splits, the tuning, the table."""
 
 import json
 import statistics
@@ -32,7 +32,7 @@ def rows(*finished_runs: dict) -> dict[str, dict]:
 
 
 def tuned() -> dict[str, dict]:
-    """All tuning runs, with the first candidate of each the best."""
+    """All tuning runs; the first candidate of each is the best."""
     done: dict[str, dict] = {}
     while not planning.is_settled(done):
         missing = [run for run in planning.plan(done) if run.split == "validation" and run.key not in done]
