@@ -22,7 +22,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
     """Start `python -m words[0] words[1:]` on all ranks of a recipe, and wait until the last attempt ends.
 
     Args:
-        recipe: says how to start the ranks, and how often to restart them.
+        recipe: defines how to start the ranks, and how often to restart them.
         words: the module that every rank runs, and its arguments.
         stdout: for the output of the ranks; None: this process's own.
 

@@ -13,7 +13,7 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
     """Evaluate an adapter on the evaluation examples of a recipe.
 
     Args:
-        recipe: says the base model, the data and the batch size.
+        recipe: defines the base model, the data and the batch size.
         adapter: the adapter's directory.
 
     Returns: the metrics of the recipe's task: loss; accuracy, F1 and Matthews correlation, or perplexity.

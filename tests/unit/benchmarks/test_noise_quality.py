@@ -158,7 +158,7 @@ def test_the_best_has_the_highest_accuracy_then_the_lowest_loss() -> None:
 
 
 def test_choosing_by_the_test_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="validation split alone"):
+    with pytest.raises(ValueError, match="validation split only"):
         planning.best([RUN], rows(finished(RUN)))
 
 
