@@ -119,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         mean = sum(shards) / len(shards)
         figures = {
             "device": device_name(),
-            "ranks": ranks.count,
+            "ranks": ranks.world_size,
             "stage": arguments.stage,
             "scalars": scalars,
             "bytes_per_scalar": sum(p.stat().st_size for p in checkpoint.directory.iterdir()) / scalars,

@@ -4,8 +4,8 @@
     python benchmarks/gradient.py --sizes 768x768 4096x4096 --densities 0.01 0.05 --json gradient.json
 
 Each figure is the median over all rounds of the ratio to the dense product in float32 in the same round. `chosen` is
-the result of cheaper_way, `best` the faster method. The last table has the cost of positions, stored or regenerated,
-in one gradient and one write of the deltas, as fractions of that gradient (sampled).
+the result of cheaper_method, `best` the faster method. The last table has the cost of positions, stored or
+regenerated, in one gradient and one write of the deltas, as fractions of that gradient (sampled).
 """
 
 import argparse
@@ -18,8 +18,8 @@ from turns import in_turns, ratio
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.gradient.sampled import _WAYS, TRANSIENT_BYTES, cheaper_way
-from sparse_zero.selection.rules import STRATIFIED, Draw
+from sparse_zero.gradient.sampled import _METHODS, TRANSIENT_BYTES, cheaper_method
+from sparse_zero.selection.rules import STRATIFIED, Selection
 from sparse_zero.zero.parameters import device_name
 
 
@@ -29,24 +29,24 @@ def medians(calls: dict[str, Callable[[], object]], floor: str, rounds: int) -> 
     return {name: ratio(times, seconds[floor])["median"] for name, times in seconds.items()}
 
 
-def draw_of(R: int, C: int, density: float, granularity: int) -> Draw:
+def draw_of(R: int, C: int, density: float, granularity: int) -> Selection:
     count = max(1, round(density * R * C / granularity)) * granularity
-    return Draw(STRATIFIED, "weight", (R, C), count, granularity=granularity)
+    return Selection(STRATIFIED, "weight", (R, C), count, granularity=granularity)
 
 
-def strips_of(draw: Draw) -> torch.Tensor:
+def strips_of(selection: Selection) -> torch.Tensor:
     """Positions as SparseWeight draws them."""
-    return torch.cat([chunk.to(draw.strip_dtype) for chunk in draw.strip_chunks()])
+    return torch.cat([chunk.to(selection.strip_dtype) for chunk in selection.strip_chunks()])
 
 
 def measure(
     R: int, C: int, density: float, granularity: int, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> dict:
-    N, draw = arguments.tokens, draw_of(R, C, density, granularity)
-    pattern = Pattern(strips_of(draw), R, C, granularity)
+    N, selection = arguments.tokens, draw_of(R, C, density, granularity)
+    pattern = Pattern(strips_of(selection), R, C, granularity)
     rows, columns = torch.randn(N, R), torch.randn(N, C)
     x, y = rows.to(dtype), columns.to(dtype)
-    calls = {way: lambda way=way: _WAYS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in _WAYS}
+    calls = {way: lambda way=way: _METHODS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in _METHODS}
     ratios = medians(calls | {"floor": lambda: rows.t() @ columns}, "floor", arguments.rounds)
     del ratios["floor"]
     return {
@@ -55,41 +55,43 @@ def measure(
         "density": density,
         "granularity": granularity,
         "dtype": str(dtype).removeprefix("torch."),
-        "count": draw.count,
+        "count": selection.count,
         "ratios": {way: round(ratio, 4) for way, ratio in ratios.items()},
-        "chosen": cheaper_way(N, R, C, draw.count),
+        "chosen": cheaper_method(N, R, C, selection.count),
         "best": min(ratios, key=ratios.__getitem__),
     }
 
 
 def fitted(measured: list[dict], N: int) -> dict[str, float]:
-    """TURNED and DOT of cheaper_way, by least squares of the relative errors."""
+    """TRANSPOSE_COST and DOT_COST of cheaper_method, by least squares of the relative errors."""
     parts = [[N * (row["rows"] + row["columns"]), N * row["count"]] for row in measured]
     costs = torch.tensor([row["ratios"]["sampled"] * N * row["rows"] * row["columns"] for row in measured])
     matrix = torch.tensor(parts, dtype=torch.float64) / costs[:, None]
     solution = torch.linalg.lstsq(matrix, torch.ones(len(measured), 1, dtype=torch.float64)).solution
-    return {name: round(x, 2) for name, x in zip(("TURNED", "DOT"), solution.flatten().tolist(), strict=True)}
+    return {
+        name: round(x, 2) for name, x in zip(("TRANSPOSE_COST", "DOT_COST"), solution.flatten().tolist(), strict=True)
+    }
 
 
 def measure_indices(R: int, C: int, density: float, granularity: int, arguments: argparse.Namespace) -> dict:
     """The time of making the pattern and of writing the deltas, relative to one gradient in float32."""
-    draw = draw_of(R, C, density, granularity)
-    stored = strips_of(draw)
+    selection = draw_of(R, C, density, granularity)
+    stored = strips_of(selection)
     rows, columns = torch.randn(arguments.tokens, R), torch.randn(arguments.tokens, C)
 
     def pattern(cells: torch.Tensor) -> Pattern:
         return Pattern(cells, R, C, granularity)
 
-    weight, base, delta = torch.zeros(R, C), torch.zeros(draw.count), torch.ones(draw.count)
+    weight, base, delta = torch.zeros(R, C), torch.zeros(selection.count), torch.ones(selection.count)
 
     def write(cells: torch.Tensor) -> None:
-        cpu.loaded(weight).write_deltas(weight, base, delta, cells, C, granularity)
+        cpu.loaded_operators(weight).write_deltas(weight, base, delta, cells, C, granularity)
 
     once = pattern(stored)
     calls = {
-        "gradient": lambda: _WAYS["sampled"](rows, columns, once, torch.float32, TRANSIENT_BYTES),
+        "gradient": lambda: _METHODS["sampled"](rows, columns, once, torch.float32, TRANSIENT_BYTES),
         "stored": lambda: (pattern(stored), write(stored)),
-        "regenerated": lambda: (pattern(strips_of(draw)), write(strips_of(draw))),
+        "regenerated": lambda: (pattern(strips_of(selection)), write(strips_of(selection))),
     }
     ratios = medians(calls, "gradient", arguments.rounds)
     return {"rows": R, "columns": C, "density": density, "granularity": granularity} | {
@@ -109,7 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
     cases = [(R, C, d, g) for R, C in sizes for g in arguments.granularities for d in arguments.densities]
-    assert cpu.operator(), "there is nothing to measure but dense products"
+    assert cpu.load_operator(), "there is nothing to measure but dense products"
     print(f"{device_name()}, {arguments.tokens} tokens, {arguments.rounds} rounds; 1 = the dense product in float32")
     head = f"{'weight':<12} {'g':>3} {'density':>8}"
     print(f"{head} {'dtype':<9} {'sampled':>8} {'dense':>8}   chosen   best")
@@ -118,7 +120,7 @@ def main() -> None:
         for dtype in arguments.dtypes:
             row = measure(R, C, density, granularity, getattr(torch, dtype), arguments)
             measured.append(row)
-            cells = " ".join(f"{row['ratios'][way]:>8.3f}" for way in _WAYS)
+            cells = " ".join(f"{row['ratios'][way]:>8.3f}" for way in _METHODS)
             case = f"{f'{R} x {C}':<12} {granularity:>3} {density:>8.2%} {dtype:<9}"
             print(f"{case} {cells}   {row['chosen']:<8} {row['best']}", flush=True)
     constants = fitted(measured, arguments.tokens)

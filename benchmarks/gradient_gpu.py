@@ -26,9 +26,9 @@ import torch
 from tables import RESULTS, Row, read, table, write
 
 from sparse_zero.gradient import cost
-from sparse_zero.gradient.cost import Pieces, Speeds, is_cheaper, strips_per_tile
+from sparse_zero.gradient.cost import Speeds, TokenChunks, is_cheaper, strips_per_tile
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.gradient.sampled import _WAYS, TRANSIENT_BYTES
+from sparse_zero.gradient.sampled import _METHODS, TRANSIENT_BYTES
 from sparse_zero.selection import rules
 
 TAKEN = ("sampled", "strips", "dense", "cusparse")
@@ -62,7 +62,7 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def drawn(R: int, C: int, n: int, device: torch.device, granularity: int = 1) -> Pattern:
     """A pattern as a model stores it."""
-    cells = rules.positions(0, "weight", R * C // granularity, n // granularity, device=device)
+    cells = rules.stratified_positions(0, "weight", R * C // granularity, n // granularity, device=device)
     return Pattern(cells.int(), R, C, granularity)
 
 
@@ -78,7 +78,7 @@ def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: tor
     ways = {
         "sampled": lambda: triton_kernels.sampled(rows, columns, pattern, TRANSIENT_BYTES),
         "strips": lambda: triton_kernels.strips(rows, columns, strips, TRANSIENT_BYTES),
-        "dense": lambda: _WAYS["dense"](rows, columns, pattern, dtype, TRANSIENT_BYTES),
+        "dense": lambda: _METHODS["dense"](rows, columns, pattern, dtype, TRANSIENT_BYTES),
         "cusparse": lambda: torch.sparse.sampled_addmm(zeros, wide_rows.t(), wide_columns, beta=0.0).values(),
     }
     exact = ways["cusparse"]()
@@ -173,7 +173,9 @@ def constants(dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str
     room, nothing = torch.empty(2**30, dtype=torch.uint8, device=device), torch.empty(1, device=device)
     rows, columns = (torch.randn(N, features, device=device, dtype=dtype) for features in (R, C))
     pattern, strips = drawn(R, C, n, device), drawn(R, C, n, device, GRANULARITY)
-    last = torch.empty(C, Pieces.of(N, R + C, dtype, TRANSIENT_BYTES, cached=C).width, dtype=dtype, device=device)
+    last = torch.empty(
+        C, TokenChunks.fit(N, R + C, dtype, TRANSIENT_BYTES, cached=C).width, dtype=dtype, device=device
+    )
     piece = columns[: last.shape[1]]
     block = cost.LINE // dtype.itemsize
     copied = room.numel() // 2

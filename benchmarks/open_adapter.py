@@ -32,7 +32,7 @@ from torch import nn
 from sparse_zero import SparseConfig, load_adapter, save_adapter, sparsify, unload
 from sparse_zero.adapters.files import read_config
 from sparse_zero.selection.rules import in_chunks
-from sparse_zero.selection.threads import in_threads
+from sparse_zero.selection.threads import map_in_threads
 
 TARGETS = {
     "value-output": ["v_proj", "o_proj"],
@@ -85,14 +85,14 @@ def floor(base: nn.Module, root: Path, stored: bool) -> None:
     @torch.no_grad()
     def add(name: str) -> None:
         values, weight = tensors[name], parameters[name].view(-1)
-        chunks = in_chunks(positions[name]) if stored else drawn[name].draw(name).chunks()
+        chunks = in_chunks(positions[name]) if stored else drawn[name].selection(name).chunks()
         start = 0
         for flat in chunks:
             flat, stop = flat.long(), start + flat.numel()
             weight.index_copy_(0, flat, weight.index_select(0, flat).add_(values[start:stop]))
             start = stop
 
-    in_threads(add, tensors)
+    map_in_threads(add, tensors)
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def plain(base: nn.Module, root: Path) -> None:
         read_config(root / "sparse-zero").tensors,
     )
     for name, values in tensors.items():
-        flat, weight = drawn[name].draw(name).positions(), base.get_parameter(name).view(-1)
+        flat, weight = drawn[name].selection(name).positions(), base.get_parameter(name).view(-1)
         weight.index_copy_(0, flat, weight.index_select(0, flat) + values)
 
 

@@ -72,15 +72,15 @@ def run(
         while process.poll() is None and not received and watchdog.outcome is None:
             time.sleep(POLL_SECONDS)
             if warnings:
-                watchdog.ask_to_stop()
+                watchdog.request_stop()
                 _warn(warned, watchdog)
         if received:
-            watchdog.ask_to_stop()
+            watchdog.request_stop()
         orphans = [] if received or watchdog.outcome else _ranks(_descendants())
         patience = OUTCOME_SECONDS if watchdog.outcome else grace_seconds
         _end_descendants(received, watchdog, patience)
     status = exit_status(process.wait())
-    outcome = watchdog.conclude()
+    outcome = watchdog.wait_for_outcome()
     if status == STOPPED:
         return RunExit(status, stopped=True)
     if received:
@@ -127,12 +127,12 @@ def _end_descendants(received: list[int], watchdog: Watchdog, patience_seconds: 
             for process in set(_ranks_not_joined(ranks, watchdog)) - signalled:
                 _send(process, signal.SIGTERM)
                 signalled.add(process)
-        elif not watchdog.is_anybody_there and now > launchers_deadline:
+        elif not watchdog.has_connected_ranks and now > launchers_deadline:
             for process in set(alive) - signalled:
                 # At SIGTERM, a launcher that waits for a lost host would try to clean up on that host.
                 _send(process, signal.SIGKILL if watchdog.outcome else signal.SIGTERM)
                 signalled.add(process)
-        if ranks or watchdog.is_anybody_there:
+        if ranks or watchdog.has_connected_ranks:
             launchers_deadline = now + LAUNCHER_SECONDS
         time.sleep(POLL_SECONDS)
 

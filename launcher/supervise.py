@@ -11,7 +11,7 @@ from launcher.processes import RunExit
 from launcher.ways import choice
 from sparse_zero.ranks.stop_signals import STOPPED
 from sparse_zero.ranks.watchdog import Watchdog
-from sparse_zero.ranks.watchdog_client import announce
+from sparse_zero.ranks.watchdog_client import print_outcome
 from sparse_zero.recipe.recipe import Recipe
 
 _FINAL = (0, 2, STOPPED)
@@ -46,7 +46,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
 
 def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> RunExit:
     launch = recipe.launch
-    watchdog = Watchdog(announce, launch.silence_seconds, choice.watching_address(recipe, hosts))
+    watchdog = Watchdog(print_outcome, launch.silence_seconds, choice.watching_address(recipe, hosts))
     try:
         command = choice.ranks_command(recipe, words, str(watchdog.address), hosts)
         command.write_files()

@@ -1,10 +1,10 @@
-"""Random Position Noise (arXiv 2212.05961) and its peers on the embeddings of any Hugging Face model.
+"""Random Position Noise (arXiv 2212.05961) and other noises on the embeddings of any Hugging Face model.
 
     handle = rpn.attach(model, rpn.RPNConfig(probability=0.1))
-    ...  # every forward in training mode now meets the noise
+    ...  # every forward in training mode now has the noise
     handle.detach()
 
-Names are loaded when first used, so that `rpn.config` does not wait for torch.
+Names are imported when first used, so that `import rpn.config` does not import torch.
 """
 
 import importlib

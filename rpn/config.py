@@ -1,4 +1,7 @@
-"""The settings of Random Position Noise, arXiv 2212.05961: the `rpn` section of a recipe. Imports no torch."""
+"""RPNConfig: the settings of Random Position Noise (arXiv 2212.05961), the `rpn` section of a recipe.
+
+Does not import torch.
+"""
 
 from typing import Literal
 
@@ -14,64 +17,65 @@ _NOISES_OF_SETTING = {
 
 
 class RPNConfig(BaseModel):
-    """How embeddings are disturbed, and how often, in each training step."""
+    """Which noise is added to the embeddings in each training step, and in how many passes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] = "rpn"
-    """What disturbs the embeddings. rpn: scalars move to random positions. gaussian, salt-and-pepper: the paper's
-    baselines. neftune: uniform noise (arXiv 2310.05914). freelb: adversarial steps (arXiv 1909.11764)."""
+    """The noise. rpn: scalars move to random positions. gaussian, salt-and-pepper: the baselines of the RPN paper.
+    neftune: uniform noise (arXiv 2310.05914). freelb: adversarial perturbations (arXiv 1909.11764). none: no noise."""
 
     probability: float = Field(0.1, gt=0, le=1)
-    """Chance of each embedding scalar to be sent to a random position (the paper's p; 0.1 to 0.3 there), or, with
-    salt-and-pepper, to be overwritten."""
+    """Probability that an embedding scalar moves to a random position (p in the paper, there 0.1 to 0.3) or, with
+    salt-and-pepper, is overwritten."""
 
     passes: int = Field(1, ge=0)
-    """Noisy passes beside the clean one (the paper's K; 1 to 3 there). 0 trains on the clean loss alone."""
+    """Number of noisy passes in addition to the clean one (K in the paper, there 1 to 3). 0: the clean loss only."""
 
     clean: bool = True
-    """Whether the loss of the undisturbed batch is a term of the objective."""
+    """Whether the objective includes the loss of a pass without noise."""
 
     clean_weight: float = Field(1.0, gt=0)
     """Weight of the clean loss in the objective."""
 
     noisy_weight: float = Field(1.0, gt=0)
-    """Weight of the loss of each noisy pass (1 in the paper; 1 / passes is FreeLB's average)."""
+    """Weight of the loss of each noisy pass (1 in the paper; 1 / passes gives FreeLB's average)."""
 
     scope: Literal["batch", "sequence"] = "batch"
-    """How far values move: anywhere in the rank's micro-batch (the paper's way), or within their own example. With
-    `sequence` the noise is a function of the example's place in the global batch, whatever the number of ranks."""
+    """Where scalars can move to. batch: anywhere in the rank's micro-batch, as in the paper. sequence: within their
+    example; the noise then depends on the example's position in the global batch, but not on the number of ranks."""
 
     exclude_special_tokens: bool = False
-    """Whether the embeddings of special tokens ([CLS], <s>, ...) stay as they are."""
+    """Whether the embeddings of special tokens ([CLS], <s>, ...) get no noise."""
 
     std: float = Field(0.01, gt=0)
-    """gaussian: standard deviation of the noise, in the units of the embedding."""
+    """gaussian: standard deviation of the noise, in units of the embedding."""
 
     alpha: float = Field(5.0, gt=0)
-    """neftune: the noise is uniform in +-alpha / sqrt(length * hidden) (5 to 15 in its paper)."""
+    """neftune: the noise is uniform in +-alpha / sqrt(length * hidden) (5 to 15 in the NEFTune paper)."""
 
     ascent_step: float = Field(0.1, gt=0)
-    """freelb: length of each gradient step on the perturbation of an example (its paper's alpha). There is one before
-    each noisy pass but the first: with passes: 1 there is none."""
+    """freelb: length of each gradient step on the perturbation of an example (alpha in the FreeLB paper). There is one
+    step before each noisy pass except the first, so none with passes: 1."""
 
     ascent_radius: float = Field(0.6, gt=0)
-    """freelb: largest norm of the perturbation of an example (its paper's epsilon)."""
+    """freelb: largest norm of the perturbation of an example (epsilon in the FreeLB paper)."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seeds every rank's noise; each (step, micro-step, pass, rank) has a stream of its own."""
+    """Seed of the noise. Each (step, micro-step, pass, rank) has a separate random stream."""
 
     @model_validator(mode="after")
     def _settings_belong_to_the_noise(self):
-        # none switches off what a recipe has set, so that `rpn.noise=none` alone makes the run to compare with
+        # With none, other settings are allowed: `rpn.noise=none` on the command line gives a run without the noise
         if self.noise == "none":
             return self
         for name, noises in _NOISES_OF_SETTING.items():
-            # not model_fields_set: a config that was dumped whole is read again with every default in it
+            # not model_fields_set: a config that is read back from a full dump sets every field, if only to its
+            # default
             if self.noise not in noises and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name} is a setting of noise: {' and '.join(noises)}, which noise: {self.noise} does not have; "
-                    f"leave it out, or set noise: {noises[0]}"
+                    f"{name} is a setting of noise: {' and '.join(noises)}, not of noise: {self.noise}; "
+                    f"remove it, or set noise: {noises[0]}"
                 )
         return self
 
@@ -79,7 +83,7 @@ class RPNConfig(BaseModel):
     def _leaves_something_to_train_on(self):
         if not self.clean and (self.passes == 0 or self.noise == "none"):
             raise ValueError(
-                "clean: false leaves no loss to train on: set noise to something else than none "
-                "and passes to 1 or more, or clean to true"
+                "clean: false leaves no loss to train on: set passes to at least 1 and noise to anything but none, "
+                "or set clean: true"
             )
         return self

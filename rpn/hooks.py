@@ -1,6 +1,6 @@
-"""Attaching noise to a model: hooks on its forward and on its input embeddings, and the handle that drives them.
+"""Attaches noise to a model, with hooks on its forward and on its input embeddings, and a handle to control them.
 
-Only what the embedding module returns is disturbed, never a weight: a weight that ZeRO-3 partitions is not touched.
+The noise changes the output of the embedding module, not its weight, which ZeRO stage 3 may have partitioned.
 """
 
 import contextlib
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rpn import peers
+from rpn import baselines
 from rpn.config import RPNConfig
 from rpn.noise import move_scalars
 from rpn.streams import Stream
 
 Noise = Callable[[Tensor, Tensor, Stream], Tensor]
-"""(embeddings (batch, length, hidden), keep bool (batch, length), stream) -> embeddings, not modified in place."""
+"""A function of (embeddings (batch, length, hidden), keep bool (batch, length), stream) that returns new embeddings of
+the same shape and does not modify its arguments. `keep` is False where no noise is allowed."""
 
 
 def attach(
@@ -29,16 +30,25 @@ def attach(
     noise: Noise | None = None,
     special_token_ids: Iterable[int] | None = None,
 ) -> "Handle":
-    """Disturbs the input embeddings of every forward of `model` in training mode, until `detach()`.
+    """Add noise to the input embeddings in every forward of `model` in training mode, until `handle.detach()`.
 
-    model: any Hugging Face model (anything with get_input_embeddings()), not yet wrapped by DeepSpeed or DDP. Of an
-    encoder-decoder model only the encoder's embeddings are disturbed: the decoder's inputs are the shifted labels.
-    noise: a function of one's own instead of config.noise.
-    special_token_ids: what config.exclude_special_tokens leaves out, usually tokenizer.all_special_ids.
+    Padding gets no noise; it is found from the attention mask. Without an attention mask, position_ids that restart at
+    0 mark the sequences of a packed row. There is no noise in evaluation mode, nor while gradients are disabled, as in
+    generation.
 
-    Padding is taken from the attention mask, packed pieces from position_ids that start anew at 0 (where no attention
-    mask is passed). In evaluation mode and where gradients are off, as in generation, nothing happens.
-    Raises ValueError: no input embeddings, attached before, or special tokens are to be excluded but not named.
+    Args:
+        model: a Hugging Face model, or any model with get_input_embeddings(), before DeepSpeed or DDP wraps it. In an
+            encoder-decoder model only the encoder's embeddings get noise: the decoder's inputs are the shifted labels.
+        config: the settings of the noise.
+        noise: a custom noise function, instead of config.noise.
+        special_token_ids: the tokens that config.exclude_special_tokens excludes, usually tokenizer.all_special_ids.
+
+    Returns:
+        A handle to set the position in the training, to switch passes, and to detach the noise.
+
+    Raises:
+        ValueError: the model has no input embeddings, noise is already attached to it, or special_token_ids is
+            missing.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(
@@ -52,28 +62,28 @@ def attach(
     if any(isinstance(getattr(h, "__self__", None), Handle) for h in embedding_owner._forward_pre_hooks.values()):
         raise ValueError(f"noise is already attached to this {type(model).__name__}: detach() its handle first")
     special = torch.tensor(sorted(special_token_ids)) if config.exclude_special_tokens else None
-    return Handle(embedding_owner, config, noise or _built_in(config), special)
+    return Handle(embedding_owner, config, noise or _configured_noise(config), special)
 
 
-def _built_in(config: RPNConfig) -> Noise | None:
+def _configured_noise(config: RPNConfig) -> Noise | None:
     match config.noise:
         case "rpn":
             return functools.partial(move_scalars, probability=config.probability)
         case "gaussian":
-            return functools.partial(peers.gaussian, std=config.std)
+            return functools.partial(baselines.gaussian, std=config.std)
         case "salt-and-pepper":
-            return functools.partial(peers.salt_and_pepper, probability=config.probability)
+            return functools.partial(baselines.salt_and_pepper, probability=config.probability)
         case "neftune":
-            return functools.partial(peers.neftune, alpha=config.alpha)
+            return functools.partial(baselines.neftune, alpha=config.alpha)
         case "freelb":
-            return peers.FreeLB(config.ascent_step, config.ascent_radius)
+            return baselines.FreeLB(config.ascent_step, config.ascent_radius)
         case "none":
             return None
 
 
 @dataclass(frozen=True, eq=False)
 class _Inputs:
-    """What the model's forward was called with, as far as noise needs to know."""
+    """The arguments of the model's forward that the noise depends on."""
 
     attention_mask: Tensor | None
     position_ids: Tensor | None
@@ -81,11 +91,11 @@ class _Inputs:
 
 
 class Handle:
-    """Drives the noise that `attach` has put on a model.
+    """Controls the noise that `attach` has added to a model.
 
-    Left alone, every forward in training mode is a noisy pass of its own, numbered from 0 on. A training loop says
-    where it stands with `place`, and which pass it runs with `clean` and `noisy`: then the noise is a function of that
-    place alone, and a resumed run meets the same.
+    By default every forward in training mode is a noisy pass, numbered from 0. A training loop can set its position
+    with `place`, and select the pass with `clean` and `noisy`. Then the noise depends only on the position and the
+    pass, and a resumed run repeats it.
     """
 
     def __init__(self, module: nn.Module, config: RPNConfig, noise: Noise | None, special_token_ids: Tensor | None):
@@ -108,30 +118,34 @@ class Handle:
 
     @property
     def disturbs(self) -> bool:
-        """Whether there is any noise: neither noise: none nor passes: 0."""
+        """Whether there is any noise. False with noise: none or passes: 0."""
         return self._noise is not None
 
     def place(self, *, step: int, micro_step: int = 0, rank: int | None = None, world_size: int | None = None) -> None:
-        """Says which micro-batch comes next: the coordinates of its stream (see rpn.streams).
+        """Set the position of the next micro-batch in the training, which selects its random stream (rpn.streams).
 
-        rank, world_size: data-parallel; by default those of torch.distributed, or 0 and 1 without it.
+        Args:
+            step: the optimizer step.
+            micro_step: the micro-batch within the step, under gradient accumulation.
+            rank, world_size: data-parallel rank and world size. Default: those of torch.distributed, or 0 and 1
+                without it.
         """
         self._step, self._micro_step, self._rank, self._world_size = step, micro_step, rank, world_size
 
     @contextlib.contextmanager
     def clean(self) -> Iterator[None]:
-        """Within it, embeddings are left alone."""
+        """Within this block there is no noise."""
         with self._mode(is_clean=True, pass_index=None):
             yield
 
     @contextlib.contextmanager
     def noisy(self, pass_index: int) -> Iterator[None]:
-        """Within it, every forward meets the noise of this pass; a repeated forward meets the same."""
+        """Within this block every forward has the noise of this pass. A repeated forward has the same noise."""
         with self._mode(is_clean=False, pass_index=pass_index):
             yield
 
     def detach(self) -> None:
-        """Removes every hook: the model is as it was before. A second call does nothing."""
+        """Remove all hooks and leave the model as it was before `attach`. A second call has no effect."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -165,7 +179,7 @@ class Handle:
     def _after_embeddings(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if self._inputs is None:
             return None
-        # only the first look-up of a forward is its input: a model may embed labels or candidates later on
+        # Only the first lookup of a forward embeds its input. A model may embed labels or candidates later.
         inputs, self._inputs = self._inputs, None
         return self._disturb(output, inputs)
 
@@ -179,8 +193,8 @@ class Handle:
         if self._special_token_ids is not None:
             if inputs.input_ids is None:
                 raise ValueError(
-                    "exclude_special_tokens: without input_ids (inputs_embeds was passed) special tokens cannot be "
-                    "told from others; set it to false"
+                    "exclude_special_tokens: special tokens cannot be found without input_ids (inputs_embeds was "
+                    "passed); pass input_ids, or set exclude_special_tokens to false"
                 )
             special = self._special_token_ids.to(embeddings.device)
             keep = keep & ~torch.isin(inputs.input_ids.reshape(keep.shape), special)
@@ -189,8 +203,8 @@ class Handle:
     def _stream(self, pieces: Tensor | None) -> Stream:
         pass_index = self._pass_index
         if pass_index is None:
-            if isinstance(self._noise, peers.FreeLB):
-                raise RuntimeError("noise: freelb takes gradient steps between its passes: train with rpn.run_passes")
+            if isinstance(self._noise, baselines.FreeLB):
+                raise RuntimeError("noise: freelb needs a gradient step between its passes: train with rpn.run_passes")
             pass_index = self._automatic_pass
             self._automatic_pass += 1
         rank, world_size = self._rank, self._world_size
@@ -216,16 +230,19 @@ def _positional_names(module: nn.Module, args: tuple) -> list[str]:
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(args) > len(named):
         raise ValueError(
-            f"{type(module).__name__}.forward does not name its positional arguments, so the attention mask cannot be "
-            "found among them: pass them by keyword"
+            f"{type(module).__name__}.forward has no names for its positional arguments, so that the attention mask "
+            "cannot be found: pass them by keyword"
         )
     return named
 
 
 def _layout(inputs: _Inputs, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Which tokens are real, and the packed pieces.
+    """Find padding and packed sequences.
 
-    Returns: keep, bool (batch, length); pieces, int64 (batch, length) numbered from 0 in each row, or None.
+    Returns:
+        keep: bool (batch, length), False for padding.
+        pieces: int64 (batch, length), the number of each token's packed sequence in its row, from 0; None without
+            packing.
     """
     batch, length, _ = embeddings.shape
     everything = torch.ones(batch, length, dtype=torch.bool, device=embeddings.device)
@@ -235,19 +252,18 @@ def _layout(inputs: _Inputs, embeddings: Tensor) -> tuple[Tensor, Tensor | None]
             return everything, None
         starts = position_ids.to(embeddings.device).expand(batch, length) == 0
         return everything, (starts.cumsum(1) - 1).clamp(min=0)
-    # (batch, choices, length) is what multiple-choice models take and flatten
+    # Multiple-choice models use (batch, choices, length) and flatten it
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 3):
         warnings.warn(
-            "rpn: this attention mask does not say which tokens are padding (2-D masks do): padding, if there is any, "
-            "is disturbed like the rest",
+            "rpn: padding can be found only from a 2-D attention mask, not from this one: padding gets noise as well",
             stacklevel=2,
         )
         return everything, None
     mask = mask.reshape(-1, mask.shape[-1]).to(embeddings.device)
     if mask.shape[0] != batch or mask.shape[1] < length:
         raise ValueError(
-            f"the attention mask, {tuple(inputs.attention_mask.shape)}, does not fit embeddings of "
+            f"the attention mask of shape {tuple(inputs.attention_mask.shape)} does not fit embeddings of "
             f"{batch} x {length} tokens"
         )
-    # a longer mask begins with what precedes these tokens: virtual tokens of a prefix, cached keys
+    # A longer mask starts with the tokens before these: virtual tokens of a prefix, or cached keys
     return mask[:, -length:] > 0, None

@@ -1,19 +1,20 @@
-"""Random Position Noise (arXiv 2212.05961, section III) at the cost of the scalars that move. Pure functions.
+"""Random Position Noise (arXiv 2212.05961, section III), at a cost that depends on the moved scalars only.
 
-Each scalar of the embedding output E is selected with probability p; a random permutation pi of all positions says
-where values go: E'[q] = E[pi(q)] if pi(q) is selected, else E[q]. As many positions are overwritten as scalars are
-selected. Tokens that are left out (padding; special tokens on request) are neither source nor target.
+Pure functions. Each scalar of the embedding output E is selected with probability p. A random permutation pi of all
+positions gives the targets of the values: E'[q] = E[pi(q)] if pi(q) is selected, else E[q]. The number of overwritten
+positions equals the number of selected scalars. Excluded tokens (padding and, on request, special tokens) are neither
+sources nor targets.
 
-pi is never written out: only the targets of the selected scalars are computed.
-- Sources. A token of `hidden` scalars has Binomial(hidden, p) selected ones, which is what independent choices give;
-  they are that many consecutive slots of a shuffled circle of channels, at a start drawn for the token.
-- Targets. A keyed bijection of the grid tokens x channels, a Feistel network whose two halves are the token and the
-  channel (the alternation of Luby and Rackoff, 1988, over additions modulo tokens and modulo hidden). It is exact on
-  grids of any size, so nothing is drawn twice and nothing walks in cycles; and since a half takes few values, its
-  round functions are small tables and a round costs one look-up and one addition per moved scalar. Hashing each moved
-  scalar instead takes about thirty passes over 64-bit numbers; permuting everything costs all B*T*H scalars.
-All draws are integer hashes of (stream key, counter), not a generator's: the same positions on CPU and GPU.
-`python benchmarks/noise.py` measures it against the full permutation.
+The permutation is not computed as a whole, only for the selected scalars.
+- Sources. A token of `hidden` scalars has Binomial(hidden, p) selected ones, as with independent choices. They are
+  that many consecutive entries of a shuffled, circular list of channels, from a random start for each token.
+- Targets. A keyed bijection of the grid tokens x channels: a Feistel network with the token and the channel as its two
+  halves (Luby and Rackoff, 1988, with additions modulo tokens and modulo hidden). It is a bijection on grids of any
+  size, without rejections or cycle walking. Each half has few values, so the round functions are small tables, and a
+  round costs one lookup and one addition per moved scalar. A hash of each moved scalar would take about thirty passes
+  over 64-bit numbers, and a full permutation would process all batch * length * hidden scalars.
+All random numbers are integer hashes of (stream key, counter) and do not come from a generator: the positions are the
+same on CPU and GPU. `python benchmarks/noise.py` compares the speed with the full permutation.
 """
 
 import functools
@@ -24,24 +25,30 @@ from torch import Tensor
 
 from rpn.streams import Groups, Stream, integers, mix, uniforms
 
-# The purposes that draws are for: each has counters or keys of its own.
+# The purposes of random numbers. Each has its own counters or keys.
 _COUNT, _CIRCLE_START, _CIRCLE_TURN, _INNER_CIRCLE, _OUTER_CIRCLE, _LAST_LABELS, _ROUND = range(7)
 
 
 def move_scalars(embeddings: Tensor, keep: Tensor, stream: Stream, *, probability: float) -> Tensor:
-    """Sends the values of randomly selected scalars to random positions of their group.
+    """Move the values of randomly selected scalars to random positions of their group.
 
-    embeddings: (batch, length, hidden), any float dtype; it is not modified. keep: bool (batch, length).
-    Returns: (batch, length, hidden); the gradient of a moved value goes to the position that it came from.
+    Args:
+        embeddings: (batch, length, hidden), any float dtype; not modified.
+        keep: bool (batch, length), False where no noise is allowed.
+        stream: the random stream, whose scope defines the groups.
+        probability: probability that a scalar is selected (p).
+
+    Returns:
+        (batch, length, hidden). The gradient of a moved value flows to its original position.
     """
     sources, targets = random_positions(stream.groups(keep), embeddings.shape[-1], probability)
     return _Move.apply(embeddings, sources, targets)
 
 
 class _Move(torch.autograd.Function):
-    """embeddings.flatten() with the values at `sources` copied to `targets`, in which no index occurs twice.
+    """Copies the values at `sources` to `targets` in the flattened embeddings. No index occurs twice in either.
 
-    torch's own index_select and index_copy give the same gradient with twice the passes over B*T*H scalars.
+    torch's own index_select and index_copy have the same gradient, but pass over all scalars twice as often.
     """
 
     @staticmethod
@@ -58,30 +65,32 @@ class _Move(torch.autograd.Function):
         grad = grad_output.clone(memory_format=torch.contiguous_format)
         flat = grad.view(-1)
         moved = flat.index_select(0, targets)
-        # overwritten values reach the loss no more; the moved ones reach it from where they went
+        # Overwritten values do not affect the loss. Moved values affect it at their targets.
         flat.scatter_(0, targets.long(), 0).index_add_(0, sources, moved)
         return grad, None, None
 
 
 def random_positions(groups: Groups, hidden: int, probability: float) -> tuple[Tensor, Tensor]:
-    """The selected scalars of `groups` and where each goes, within its own group.
+    """Select scalars and draw a target for each of them, within its group.
 
-    Returns: sources and targets, (selected,) each, indices into the flattened (batch * length * hidden) embeddings,
-    int32 where that is enough; no index occurs twice in the one or in the other.
+    Returns:
+        sources, targets: (selected,) each, indices into the flattened (batch * length * hidden) embeddings, in int32
+            if the indices fit, else in int64. No index occurs twice in either.
     """
     token, channel = select(groups, hidden, probability)
     return flat_positions(groups, hidden, token, channel), shuffle(groups, hidden, token, channel)
 
 
 def select(groups: Groups, hidden: int, probability: float) -> tuple[Tensor, Tensor]:
-    """Selects each scalar with `probability`.
+    """Select each scalar with `probability`.
 
-    Returns: token, channel, int32 (selected,): the token as an index into groups.rows, in ascending order.
+    Returns:
+        token, channel: int32 (selected,) each. Tokens are indices into groups.rows, in ascending order.
     """
     device = groups.rows.device
     group = groups.index_of_rows()
     key = groups.keys[group]
-    # counted within the group: an example draws the same wherever its micro-batch puts it
+    # Counted within the group, so that the selection does not depend on the example's row in its micro-batch
     local_token = torch.arange(len(group), device=device) - groups.starts()[group]
     count = _binomial(uniforms(mix(key, _COUNT), local_token), hidden, probability)
     start = integers(mix(key, _CIRCLE_START), local_token, hidden)
@@ -92,26 +101,32 @@ def select(groups: Groups, hidden: int, probability: float) -> tuple[Tensor, Ten
     token = torch.arange(len(group), device=device, dtype=torch.int32).repeat_interleave(count, output_size=total)
     slot = torch.arange(total, device=device, dtype=torch.int32)
     slot += _look_up((start - last + count).int(), token)
-    # two circles, turned against each other: with one, tokens whose starts are close would select alike;
-    # each lies there twice, so that no index needs a modulo
+    # Two circular lists with a random rotation between them: with only one, tokens with close starts would select
+    # similar channels. Each list is repeated, so that indices need no modulo.
     inner = _shuffled_channels(groups, hidden, _INNER_CIRCLE).repeat(2)
     outer = _shuffled_channels(groups, hidden, _OUTER_CIRCLE).repeat(2)
     return token, _look_up(outer, _look_up(inner, slot).add_(_look_up(turn.int(), token)))
 
 
 def flat_positions(groups: Groups, hidden: int, token: Tensor, channel: Tensor) -> Tensor:
-    """The index of each (token, channel) in the flattened embeddings, as `random_positions` returns them."""
+    """The index of each (token, channel) in the flattened embeddings, in the dtype of `random_positions`."""
     return _look_up(_starts_of_rows(groups, groups.rows, hidden), token).add_(channel)
 
 
 def shuffle(groups: Groups, hidden: int, token: Tensor, channel: Tensor) -> Tensor:
-    """A random permutation of each group's positions, evaluated at (token, channel), int32 (selected,) each.
+    """Evaluate a random permutation of each group's positions at the selected scalars.
 
-    Returns: the targets, (selected,), indices into the flattened (batch * length * hidden) embeddings.
-    Four Feistel rounds: token += f(channel), channel += f(token), twice; then the channels get new labels, since in
-    groups of few tokens the rounds alone would turn the channels rather than shuffle them. Sums are not reduced: every
-    table repeats three times, as far as a sum reaches, and the last look-up of each half folds it back. A group of n
-    tokens has 3 * n entries in a table over tokens, and 3 * hidden in a table over channels.
+    There are four Feistel rounds: token += f(channel) and channel += f(token), twice. Then the channels are permuted,
+    because in groups of few tokens the rounds alone would rotate the channels and not shuffle them. The sums are not
+    reduced modulo tokens or hidden: every table is repeated three times, which covers the largest sums, and the last
+    lookup of each half does the reduction. So a group of n tokens has 3 * n entries in a table over tokens and
+    3 * hidden entries in a table over channels.
+
+    Args:
+        token, channel: int32 (selected,) each, as from `select`.
+
+    Returns:
+        The targets: (selected,), indices into the flattened (batch * length * hidden) embeddings.
     """
     device = groups.rows.device
     group = groups.index_of_rows()
@@ -144,7 +159,7 @@ def shuffle(groups: Groups, hidden: int, token: Tensor, channel: Tensor) -> Tens
 
 
 def _starts_of_rows(groups: Groups, rows: Tensor, hidden: int) -> Tensor:
-    # int32 wherever it reaches: the bytes of the intermediate results are most of the cost
+    # int32 if the indices fit: the size of intermediate results determines most of the cost
     return (rows * hidden).to(torch.int32 if groups.tokens * hidden < 2**31 else torch.int64)
 
 
@@ -155,14 +170,14 @@ def _shuffled_channels(groups: Groups, hidden: int, purpose: int) -> Tensor:
 
 
 def _binomial(uniform: Tensor, trials: int, probability: float) -> Tensor:
-    """int64: the number of successes that each uniform draw stands for (inverse of the distribution function)."""
+    """int64: binomial random numbers from uniform ones, by the inverse of the distribution function."""
     distribution = _binomial_distribution(trials, probability).to(uniform.device)
     return torch.searchsorted(distribution, uniform, right=True).clamp_(max=trials)
 
 
 @functools.lru_cache(maxsize=8)
 def _binomial_distribution(trials: int, probability: float) -> Tensor:
-    """float64 (trials + 1,): P(at most i successes), made on the CPU so that every device compares with the same."""
+    """float64 (trials + 1,): P(at most i successes), computed on the CPU so that it is the same for all devices."""
     if probability == 1:
         return torch.cat([torch.zeros(trials, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
     log_factorial = [math.lgamma(i + 1) for i in range(trials + 1)]
@@ -178,5 +193,5 @@ def _binomial_distribution(trials: int, probability: float) -> Tensor:
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    # of torch's ways to index, several times the fastest on the CPU where both are 1-D int32
+    # On a CPU, with 1-D int32 tensors, index_select is several times faster than torch's other indexing functions
     return table.index_select(0, index)

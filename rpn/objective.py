@@ -15,18 +15,24 @@ def run_passes(
     forward: Callable[[], Tensor],
     backward: Callable[[Tensor, bool], None],
 ) -> dict[str, Tensor]:
-    """Accumulates the gradient of clean_weight * clean + noisy_weight * (noisy_0 + ... + noisy_{K-1}).
+    """Accumulate the gradient of clean_weight * clean + noisy_weight * (noisy_0 + ... + noisy_{K-1}).
 
-    Each pass runs its backward before the next begins: the memory is that of one pass, the gradient that of the sum.
-    Call it once per micro-batch, after handle.place(...); the optimizer's step is the caller's.
+    Each pass runs its backward before the next pass starts, so that the memory is that of one pass. Call this function
+    once per micro-batch, after handle.place(...), and step the optimizer yourself.
 
-    handle: what rpn.attach returned; None trains on the clean loss alone.
-    forward: () -> scalar loss of the current micro-batch.
-    backward: (weighted scalar loss, last) -> None; `last` is True in the final pass, the only one after which
-        gradients need to be reduced over the ranks.
-    Returns: detached scalars: "total", what was differentiated; "clean" and "noisy" (the mean over the noisy passes),
-        unweighted, each where the objective has it.
-    Raises ValueError where neither a clean nor a noisy pass is left.
+    Args:
+        handle: the handle from rpn.attach; None: train on the clean loss only.
+        config: the passes and their weights.
+        forward: () -> scalar loss of the current micro-batch.
+        backward: (weighted scalar loss, last) -> None. `last` is True in the last pass, after which the gradients must
+            be reduced over the ranks; earlier passes need no reduction.
+
+    Returns:
+        Detached scalars: "total" is the differentiated sum. "clean" and "noisy" (the mean over the noisy passes) are
+        unweighted losses, present if the objective includes them.
+
+    Raises:
+        ValueError: there is neither a clean nor a noisy pass.
     """
     noisy_passes = config.passes if handle is not None and handle.disturbs else 0
     passes: list[int | None] = [*([None] if config.clean else []), *range(noisy_passes)]
@@ -40,7 +46,7 @@ def run_passes(
             (clean_loss if pass_index is None else noisy_losses).append(loss.detach())
             weight = config.clean_weight if pass_index is None else config.noisy_weight
             backward(loss * weight, pass_index == passes[-1])
-        # the name would keep this pass's graph alive through the next forward
+        # Otherwise this name would keep the graph of this pass alive during the next forward
         del loss
     total = config.clean_weight * sum(clean_loss) + config.noisy_weight * sum(noisy_losses)
     losses = {"total": total}

@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.failures import Member
-from sparse_zero.ranks.placement import Placement, alone, find_placement
+from sparse_zero.ranks.failures import RankInfo
+from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.rank_log import open_rank_log
 from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
-from sparse_zero.ranks.watchdog_client import WatchdogClient, announce, join_launcher
+from sparse_zero.ranks.watchdog_client import WatchdogClient, join_launcher_watchdog, print_outcome
 from sparse_zero.recipe.recipe import Recipe, load_recipe
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = _parse(sys.argv[1:] if argv is None else argv)
     # Before the imports, which take seconds.
-    rank = Rank(StopRequest().listen())
+    rank = Rank(StopRequest().install_handlers())
     try:
         return rank.run(options)
     except UserError as error:
@@ -73,10 +73,10 @@ class Rank:
 
     def run(self, options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
-        self._placement = find_placement()
+        self._placement = Placement.from_environment()
         if self._placement is None and recipe.training.get("deepspeed"):
             # DeepSpeed would look for MPI.
-            self._placement = alone()
+            self._placement = Placement.single_process()
         if self._placement is not None:
             self._join(self._placement, recipe)
         from sparse_zero.training import run
@@ -92,22 +92,24 @@ class Rank:
         if placement.world_size > 1:
             directory = Path(str(training["output_dir"])) / "logs"
             self._log = open_rank_log(directory, placement.rank, placement.world_size)
-        me = Member(placement.rank, socket.gethostname(), os.getpid(), str(self._log) if self._log else None)
+        me = RankInfo(placement.rank, socket.gethostname(), os.getpid(), str(self._log) if self._log else None)
         settings: dict[str, Any] = {"silence_seconds": launch.silence_seconds, "console": self._console}
-        self._client = join_launcher(placement, me, self._stop, **settings)
+        self._client = join_launcher_watchdog(placement, me, self._stop, **settings)
 
         from sparse_zero.ranks import rendezvous
 
         store = rendezvous.open_store(placement, launch.rendezvous_seconds)
         is_watched = self._client is not None
         if not is_watched and placement.world_size > 1:
-            self._client = rendezvous.join_rank_zero(store, placement, me, self._stop, announce, **settings)
-        rendezvous.meet(
+            self._client = rendezvous.join_rank_zero_watchdog(
+                store, placement, me, self._stop, print_outcome, **settings
+            )
+        rendezvous.init_process_group(
             store,
             placement,
             use_cpu=bool(training.get("use_cpu")),
             backend=training.get("ddp_backend"),
-            facts=_facts(recipe),
+            must_match=_facts(recipe),
             # Who started the watched ranks has counted the hosts, and may do with fewer after a loss.
             nodes=None if is_watched or launch.nodes == "auto" else launch.nodes,
             rendezvous_seconds=launch.rendezvous_seconds,
@@ -123,7 +125,7 @@ class Rank:
     def refuse(self, message: str) -> int:
         """End all ranks with an error of the user's, which one of them says."""
         if self._client is not None:
-            self._client.report(message, status=2)
+            self._client.report_failure(message, status=2)
         elif self._is_first_of_host:
             # Every rank of a host meets the same error.
             os.write(self._console, f"sparse-zero: error: {message}\n".encode())
@@ -137,7 +139,7 @@ class Rank:
         if self._log:
             with self._log.open("a") as log:
                 log.write(text)
-        self._client.report(f"{type(error).__name__}: {error}", text, status=1)
+        self._client.report_failure(f"{type(error).__name__}: {error}", text, status=1)
         return 1
 
     def stopped(self, stopped: Stopped) -> int:

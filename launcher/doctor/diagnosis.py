@@ -35,7 +35,7 @@ from launcher.ways.hostfile import Host
 from launcher.ways.remote import hosts_of
 from launcher.ways.slurm import ranks_per_node
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.placement import address_of
+from sparse_zero.ranks.placement import node_address
 from sparse_zero.recipe.launch import LaunchSection
 from sparse_zero.recipe.recipe import Recipe
 
@@ -141,7 +141,7 @@ def _check_hosts(diagnosis: Diagnosis, recipe: Recipe | None, path: str | None, 
     # As in launcher.ways.remote and slurm: Slurm may know a node only by its address.
     master = None
     if several:
-        master = launch.master_addr or (address_of(hosts[0].name) if launch.launcher == "slurm" else hosts[0].name)
+        master = launch.master_addr or (node_address(hosts[0].name) if launch.launcher == "slurm" else hosts[0].name)
     with _marker(recipe if several else None) as marker:
         # On the host of rank 0 the route to rank 0 is the loopback interface, but the route to the last host is not.
         request = report_request(recipe, path, marker, [master, hosts[-1].name] if several else [])

@@ -59,7 +59,7 @@ def build_report(request: dict[str, Any]) -> Report:
         "versions": versions(),
         "code": code_checksum(Path(__file__).parent.parent),
         "tools": {name: shutil.which(name) for name in ("g++", "ninja")},
-        "operators": sorted({each.name for each in extension_locks.directories() if any(each.glob("*.so"))}),
+        "operators": sorted({each.name for each in extension_locks.extension_directories() if any(each.glob("*.so"))}),
         "device_nodes": [
             str(node) for pattern in devices.DEVICE_NODES for node in sorted(Path("/dev").glob(pattern))[:64]
         ],

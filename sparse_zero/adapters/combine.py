@@ -24,7 +24,7 @@ from sparse_zero.adapters.model_card import model_card
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differences
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import STORED, Draw, stream_key, whole_rows
+from sparse_zero.selection.rules import STORED, Selection, row_positions, stream_key
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 """linear: the weighted sum. ties (arXiv 2306.01708): of each adapter the largest deltas are kept; at each position the
@@ -95,10 +95,10 @@ def combine(
             continue
         rows = sorted({row for a in adapters if name in a.config.tensors for row in a.config.tensors[name].whole_rows})
         if rows:
-            flat = torch.cat([flat, whole_rows(torch.tensor(rows), shapes[name][-1])]).sort().values
-        draw = Draw(STORED, name, tuple(shapes[name]), flat.numel(), whole_rows=tuple(rows))
+            flat = torch.cat([flat, row_positions(torch.tensor(rows), shapes[name][-1])]).sort().values
+        selection = Selection(STORED, name, tuple(shapes[name]), flat.numel(), whole_rows=tuple(rows))
         result.stored[name] = flat
-        tensors[name] = SelectedTensor.describe(draw, flat)
+        tensors[name] = SelectedTensor.describe(selection, flat)
     trained = sum(t.count for t in tensors.values()) + sum(values.numel() for values in result.whole.values())
     update = {
         "sparse": SparseConfig(density=trained / first.total_parameters, modules_to_save=first.sparse.modules_to_save),
@@ -113,9 +113,9 @@ def combine(
 
 def _scattered(adapter: Adapter, name: str, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions and float32 deltas of one weight, without rows trained whole."""
-    flat, draw = checked_positions(adapter, name, origin), adapter.draw(name)
-    if draw.whole_rows:
-        flat = flat[~row_mask(draw, flat)]
+    flat, selection = checked_positions(adapter, name, origin), adapter.selection(name)
+    if selection.whole_rows:
+        flat = flat[~row_mask(selection, flat)]
     return flat, adapter.deltas[name].float() if name in adapter.deltas else torch.zeros(0)
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from sparse_zero.errors import UserError
 from sparse_zero.selection import rules
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import STORED, STRATIFIED, Draw
+from sparse_zero.selection.rules import STORED, STRATIFIED, Selection
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -52,16 +52,16 @@ class SelectedTensor(BaseModel):
     """Checksum of the positions, so that a changed rule can never place values wrongly."""
 
     @classmethod
-    def describe(cls, draw: Draw, positions: torch.Tensor) -> "SelectedTensor":
+    def describe(cls, selection: Selection, positions: torch.Tensor) -> "SelectedTensor":
         """Args: positions: int64 (count,)"""
-        known = dataclasses.asdict(draw)
+        known = dataclasses.asdict(selection)
         del known["name"]
-        known |= {"shape": list(draw.shape), "whole_rows": list(draw.whole_rows)}
+        known |= {"shape": list(selection.shape), "whole_rows": list(selection.whole_rows)}
         return cls(**known, positions=rules.checksum(positions))
 
-    def draw(self, name: str) -> Draw:
+    def selection(self, name: str) -> Selection:
         known = self.model_dump(exclude={"positions"})
-        return Draw(name=name, **known | {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)})
+        return Selection(name=name, **known | {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)})
 
 
 class AdapterConfig(BaseModel):
@@ -126,16 +126,16 @@ class Adapter:
 
     def positions(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Returns: int64 (count,), rows trained whole included."""
-        return self.stored[name].to(device) if name in self.stored else self.draw(name).positions(device)
+        return self.stored[name].to(device) if name in self.stored else self.selection(name).positions(device)
 
-    def draw(self, name: str) -> Draw:
-        return self.config.tensors[name].draw(name)
+    def selection(self, name: str) -> Selection:
+        return self.config.tensors[name].selection(name)
 
 
-def row_mask(draw: Draw, positions: torch.Tensor) -> torch.Tensor:
+def row_mask(selection: Selection, positions: torch.Tensor) -> torch.Tensor:
     """Which positions are those of rows trained whole. Returns: bool (count,)"""
-    rows = torch.tensor(draw.whole_rows, device=positions.device)
-    return torch.isin(torch.div(positions, draw.shape[-1], rounding_mode="trunc"), rows)
+    rows = torch.tensor(selection.whole_rows, device=positions.device)
+    return torch.isin(torch.div(positions, selection.shape[-1], rounding_mode="trunc"), rows)
 
 
 def library_versions() -> dict[str, str]:
@@ -167,7 +167,7 @@ def write_adapter(adapter: Adapter, directory: str | Path, card: str | None = No
 
 
 def _narrow(adapter: Adapter) -> dict[str, torch.Tensor]:
-    fits = {name: adapter.draw(name).numel < 2**31 for name in adapter.stored}
+    fits = {name: adapter.selection(name).numel < 2**31 for name in adapter.stored}
     return {name: flat.to(torch.int32 if fits[name] else torch.int64) for name, flat in adapter.stored.items()}
 
 
@@ -223,10 +223,14 @@ def read_adapter(directory: str | Path) -> Adapter:
     directory = Path(directory)
     config = read_config(directory)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
-    selected = {name: entry.draw(name) for name, entry in config.tensors.items()}
-    counts = {name: draw.count - draw.in_whole_rows for name, draw in selected.items()}
+    selected = {name: entry.selection(name) for name, entry in config.tensors.items()}
+    counts = {name: selection.count - selection.whole_row_scalars for name, selection in selected.items()}
     shapes = {name: [count] for name, count in counts.items() if count}
-    shapes |= {f"{n}{ROWS}": [len(draw.whole_rows), draw.shape[-1]] for n, draw in selected.items() if draw.whole_rows}
+    shapes |= {
+        f"{n}{ROWS}": [len(selection.whole_rows), selection.shape[-1]]
+        for n, selection in selected.items()
+        if selection.whole_rows
+    }
     _check_names(directory / WEIGHTS_NAME, tensors, {*shapes, *config.modules_to_save})
     for name, shape in shapes.items():
         if list(tensors[name].shape) != shape:
@@ -234,14 +238,14 @@ def read_adapter(directory: str | Path) -> Adapter:
                 f"{directory / WEIGHTS_NAME}: '{name}' has shape {list(tensors[name].shape)}, "
                 f"{CONFIG_NAME} says {', '.join(map(str, shape))}"
             )
-    to_store = {name for name, draw in selected.items() if draw.rule == STORED}
+    to_store = {name for name, selection in selected.items() if selection.rule == STORED}
     stored = _read_tensors(directory / POSITIONS_NAME, config) if to_store else {}
     _check_names(directory / POSITIONS_NAME, stored, to_store)
     adapter = Adapter(
         config=config,
         deltas={name: tensors[name] for name, count in counts.items() if count},
         whole={name: tensors[name] for name in config.modules_to_save},
-        rows={name: tensors[name + ROWS] for name, draw in selected.items() if draw.whole_rows},
+        rows={name: tensors[name + ROWS] for name, selection in selected.items() if selection.whole_rows},
         stored={name: flat.to(torch.int64) for name, flat in stored.items()},
     )
     for name in to_store:
@@ -261,7 +265,7 @@ def checked_chunks(
 ) -> Iterator[torch.Tensor]:
     """The same some at a time. That they are not the right ones is known, and raised, after the last ones."""
     digest, stored = rules.Checksum(), adapter.stored.get(name)
-    chunks = adapter.draw(name).chunks(device) if stored is None else rules.in_chunks(stored.to(device))
+    chunks = adapter.selection(name).chunks(device) if stored is None else rules.in_chunks(stored.to(device))
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
@@ -274,9 +278,9 @@ def _compare(checksum: str, adapter: Adapter, name: str, directory: str | Path) 
 
 
 def _check_positions(adapter: Adapter, name: str, directory: Path) -> None:
-    flat, draw = checked_positions(adapter, name, directory), adapter.draw(name)
-    if flat.numel() != draw.count or bool((flat.diff() <= 0).any()) or flat[0] < 0 or flat[-1] >= draw.numel:
-        raise UserError(f"{directory / POSITIONS_NAME}: '{name}' are no positions of a weight of {draw.shape}")
+    flat, selection = checked_positions(adapter, name, directory), adapter.selection(name)
+    if flat.numel() != selection.count or bool((flat.diff() <= 0).any()) or flat[0] < 0 or flat[-1] >= selection.numel:
+        raise UserError(f"{directory / POSITIONS_NAME}: '{name}' are no positions of a weight of {selection.shape}")
 
 
 def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], expected: set[str]) -> None:

@@ -28,8 +28,8 @@ from sparse_zero.data.package import resolve
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differences, fingerprint
 from sparse_zero.model.sparsify import Sparsity, attach, merge_and_unload, set_scale, sparsity_of, unwrap
-from sparse_zero.selection.rules import STORED, Draw
-from sparse_zero.zero.parameters import full_shape, gathered, settle
+from sparse_zero.selection.rules import STORED, Selection
+from sparse_zero.zero.parameters import full_shape, gathered, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def collect(model: nn.Module, keep: bool = True) -> Adapter:
     """
     sparsity, inner = sparsity_of(model), unwrap(model)
     parameters = dict(inner.named_parameters())
-    settle(inner)
+    wait_for_prefetch(inner)
     positions = {name: weight.flat_positions() for name, weight in sparsity.weights.items()} if keep else {}
     adapter = Adapter(describe_config(inner, sparsity, positions), deltas={}, whole={})
     for name, weight in sparsity.weights.items():
@@ -62,10 +62,10 @@ def collect(model: nn.Module, keep: bool = True) -> Adapter:
             if not keep:
                 continue
             values = weight.delta.detach()
-            if weight.draw.rule == STORED:
+            if weight.selection.rule == STORED:
                 adapter.stored[name] = positions[name].cpu()
-            if weight.draw.whole_rows:
-                inside = row_mask(weight.draw, positions[name])
+            if weight.selection.whole_rows:
+                inside = row_mask(weight.selection, positions[name])
                 rows = weight.base[inside].to(torch.promote_types(weight.base.dtype, values.dtype)) + values[inside]
                 adapter.rows[name] = rows.to(values.dtype).cpu().view(-1, weight.shape[-1])
                 values = values[~inside]
@@ -95,7 +95,7 @@ def describe_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
-        tensors={n: SelectedTensor.describe(sparsity.weights[n].draw, flat) for n, flat in positions.items()},
+        tensors={n: SelectedTensor.describe(sparsity.weights[n].selection, flat) for n, flat in positions.items()},
         modules_to_save=sparsity.whole,
         results=sparsity.results,
         library_versions=library_versions(),
@@ -140,19 +140,19 @@ def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name:
     Raises UserError where it does not fit, with the model as it was.
     """
     config = adapter.config
-    settle(inner)
+    wait_for_prefetch(inner)
     _check_shapes(inner, adapter, origin)
     with_rows = {name for name in config.tensors if config.tensors[name].whole_rows}
     base = fingerprint(inner, {*config.modules_to_save, *with_rows})
     _check_base(inner, adapter, origin, base)
-    draws = [adapter.draw(name) for name in config.tensors]
+    selections = [adapter.selection(name) for name in config.tensors]
 
-    def chunks(draw: Draw, device: torch.device) -> Iterator[torch.Tensor]:
-        return checked_chunks(adapter, draw.name, origin, device)
+    def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
+        return checked_chunks(adapter, selection.name, origin, device)
 
     # What a row trained whole adds is known once its original values are
     deltas = {name: values for name, values in adapter.deltas.items() if name not in adapter.rows}
-    attach(inner, config.sparse, draws, list(config.modules_to_save), chunks, base, deltas)
+    attach(inner, config.sparse, selections, list(config.modules_to_save), chunks, base, deltas)
     sparsity = inner.sparsity
     sparsity.name = adapter_name
     sparsity.base_model, sparsity.revision = config.base_model_name_or_path, config.revision
@@ -164,12 +164,12 @@ def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name:
 @torch.no_grad()
 def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -> None:
     """Args: selected: the weights whose deltas are to be set."""
-    settle(inner)
+    wait_for_prefetch(inner)
     parameters = dict(inner.named_parameters())
     for name in selected:
         weight, values = inner.sparsity.weights[name], adapter.deltas.get(name)
         if name in adapter.rows:
-            inside = row_mask(weight.draw, weight.flat_positions())
+            inside = row_mask(weight.selection, weight.flat_positions())
             device, rows = inside.device, adapter.rows[name].flatten()
             spread = torch.zeros(inside.numel(), dtype=rows.dtype, device=device)
             spread[inside] = (rows.to(device).float() - weight.base[inside].float()).to(rows.dtype)
@@ -217,7 +217,7 @@ def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | 
     config = adapter.config
     same = sparsity.weights.keys() == config.tensors.keys() and set(sparsity.whole) == set(config.modules_to_save)
     for name, weight in sparsity.weights.items() if same else ():
-        here = SelectedTensor.describe(weight.draw, weight.flat_positions())
+        here = SelectedTensor.describe(weight.selection, weight.flat_positions())
         same = same and here.positions == config.tensors[name].positions
     if not same:
         raise UserError(

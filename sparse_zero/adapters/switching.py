@@ -14,7 +14,7 @@ from sparse_zero.adapters.files import Adapter
 from sparse_zero.adapters.save_and_load import collect, put_on
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.model.sparsify import merge_and_unload, sparsity_of, unload, unwrap
-from sparse_zero.zero.parameters import gathered, settle
+from sparse_zero.zero.parameters import gathered, wait_for_prefetch
 
 
 @dataclass
@@ -85,7 +85,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     merged: Merged | None = inner.__dict__.pop("merged_adapter", None)
     if merged is None:
         raise UserError("nothing to unmerge: call merge_adapter(model) first")
-    settle(inner)
+    wait_for_prefetch(inner)
     parameters = dict(inner.named_parameters())
     for name, base in merged.base.items():
         flat = merged.adapter.positions(name, base.device)

@@ -30,9 +30,9 @@ from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_t
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsity_of, unwrap
 from sparse_zero.model.weight import SparseWeight
-from sparse_zero.selection.rules import STORED, Draw
+from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.zero.partitions import VALUE
-from sparse_zero.zero.resharding import offsets, plan_reads
+from sparse_zero.zero.resharding import parameter_offsets, plan_reads
 
 _CHUNK_SCALARS = 2**20
 _POSITIONS, _BASE = "positions.", "base."
@@ -66,12 +66,14 @@ def fixed_entries(model: nn.Module) -> list[Entry]:
     """
     entries = []
     for name, weight in sparsity_of(model).weights.items():
-        if weight.draw.rule == STORED:
+        if weight.selection.rule == STORED:
             entries.append(
-                Entry(_POSITIONS + name, _index_dtype(weight.draw), (weight.draw.count,), _positions(weight))
+                Entry(_POSITIONS + name, _index_dtype(weight.selection), (weight.selection.count,), _positions(weight))
             )
-        if weight.draw.whole_rows:
-            entries.append(Entry(_BASE + name, weight.base.dtype, (weight.draw.in_whole_rows,), _base_rows(weight)))
+        if weight.selection.whole_rows:
+            entries.append(
+                Entry(_BASE + name, weight.base.dtype, (weight.selection.whole_row_scalars,), _base_rows(weight))
+            )
     return entries
 
 
@@ -80,11 +82,11 @@ def _positions(weight: SparseWeight) -> Iterator[torch.Tensor]:
 
 
 def _base_rows(weight: SparseWeight) -> Iterator[torch.Tensor]:
-    yield weight.base[row_mask(weight.draw, weight.flat_positions())]
+    yield weight.base[row_mask(weight.selection, weight.flat_positions())]
 
 
-def _index_dtype(draw: Draw) -> torch.dtype:
-    return torch.int32 if draw.numel < 2**31 else torch.int64
+def _index_dtype(selection: Selection) -> torch.dtype:
+    return torch.int32 if selection.numel < 2**31 else torch.int64
 
 
 def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class _AdapterTensors:
         self._checkpoint, self._manifest = checkpoint, checkpoint.manifest
         self.config = AdapterConfig.model_validate(self._manifest.adapter)
         self._sizes = self._manifest.sizes()
-        self._begins = offsets(self._sizes)
+        self._begins = parameter_offsets(self._sizes)
         self._open: tuple[str, TensorFile] | None = None
 
     def __enter__(self) -> "_AdapterTensors":
@@ -168,13 +170,13 @@ class _AdapterTensors:
         for parameter in self._manifest.parameters:
             name, dtype, shape = parameter.name, getattr(torch, parameter.dtype), tuple(parameter.shape)
             selected = self.config.tensors.get(name)
-            draw = selected.draw(name) if selected else None
-            if draw is None or not draw.whole_rows:
+            selection = selected.selection(name) if selected else None
+            if selection is None or not selection.whole_rows:
                 entries.append(Entry(name, dtype, shape, self._values(name)))
                 continue
-            if others := draw.count - draw.in_whole_rows:
+            if others := selection.count - selection.whole_row_scalars:
                 entries.append(Entry(name, dtype, (others,), self._outside_rows(name, dtype)))
-            rows = (len(draw.whole_rows), draw.shape[-1])
+            rows = (len(selection.whole_rows), selection.shape[-1])
             entries.append(Entry(name + ROWS, dtype, rows, self._rows(name, dtype)))
         return entries
 
@@ -182,7 +184,7 @@ class _AdapterTensors:
         entries = []
         for name, selected in self.config.tensors.items():
             if selected.rule == STORED:
-                dtype = _index_dtype(selected.draw(name))
+                dtype = _index_dtype(selected.selection(name))
                 entries.append(Entry(name, dtype, (selected.count,), self._fixed(_POSITIONS + name)))
         return entries
 
@@ -196,10 +198,10 @@ class _AdapterTensors:
         yield base.to(torch.promote_types(base.dtype, dtype)) + values
 
     def _row_mask(self, name: str) -> torch.Tensor:
-        draw = self.config.tensors[name].draw(name)
-        stored = draw.rule == STORED
-        flat = torch.cat(list(self._fixed(_POSITIONS + name))).long() if stored else draw.positions()
-        return row_mask(draw, flat)
+        selection = self.config.tensors[name].selection(name)
+        stored = selection.rule == STORED
+        flat = torch.cat(list(self._fixed(_POSITIONS + name))).long() if stored else selection.positions()
+        return row_mask(selection, flat)
 
     def _fixed(self, name: str) -> Iterator[torch.Tensor]:
         yield self._file(FIXED_NAME, self._manifest.files[FIXED_NAME]).tensor(name)
@@ -209,8 +211,8 @@ class _AdapterTensors:
         begin = self._begins[name]
         for read in plan_reads([(begin, begin + self._sizes[name])], [s.spans for s in self._manifest.shards]):
             shard = self._manifest.shards[read.shard]
-            for start in range(read.at, read.at + read.count, _CHUNK_SCALARS):
-                piece = torch.empty(min(_CHUNK_SCALARS, read.at + read.count - start))
+            for start in range(read.shard_offset, read.shard_offset + read.count, _CHUNK_SCALARS):
+                piece = torch.empty(min(_CHUNK_SCALARS, read.shard_offset + read.count - start))
                 self._file(shard.name, shard.file).copy(VALUE, start, piece)
                 yield piece
 

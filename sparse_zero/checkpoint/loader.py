@@ -14,7 +14,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.ranks.agreement import Ranks
 from sparse_zero.zero.parameters import full_shape
 from sparse_zero.zero.partitions import VALUE, Partition
-from sparse_zero.zero.resharding import offsets, plan_reads
+from sparse_zero.zero.resharding import parameter_offsets, plan_reads
 
 
 def load_partition(
@@ -45,15 +45,15 @@ def load_partition(
     if with_moments:
         _check_optimizer(checkpoint, partition)
         steps = {parameter.name: parameter.steps for parameter in manifest.parameters}
-        partition.prepare(manifest.moments, steps, manifest.learning_rates)
-    count = ranks.agree(lambda: _read(checkpoint, partition, kinds))
-    partition.publish()
+        partition.initialize_state(manifest.moments, steps, manifest.learning_rates)
+    count = ranks.run_together(lambda: _read(checkpoint, partition, kinds))
+    partition.update_model()
     return count
 
 
 def _read(checkpoint: Checkpoint, partition: Partition, kinds: list[str]) -> int:
     manifest, fragments = checkpoint.manifest, partition.fragments
-    begins = offsets(manifest.sizes())
+    begins = parameter_offsets(manifest.sizes())
     wanted = [(begins[f.name] + f.start, begins[f.name] + f.start + f.count) for f in fragments]
     starts = list(accumulate((f.count for f in fragments), initial=0))
     reads = sorted(plan_reads(wanted, [shard.spans for shard in manifest.shards]))
@@ -65,9 +65,9 @@ def _read(checkpoint: Checkpoint, partition: Partition, kinds: list[str]) -> int
         with TensorFile(checkpoint.directory / shard.name, shard.file) as file:
             for kind in kinds:
                 for read in mine:
-                    index = bisect.bisect_right(starts, read.into) - 1
-                    at = read.into - starts[index]
-                    file.copy(kind, read.at, partition.view(fragments[index], kind)[at : at + read.count])
+                    index = bisect.bisect_right(starts, read.target_offset) - 1
+                    at = read.target_offset - starts[index]
+                    file.copy(kind, read.shard_offset, partition.view(fragments[index], kind)[at : at + read.count])
             bytes_read += file.bytes_read
     return bytes_read
 

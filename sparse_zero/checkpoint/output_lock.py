@@ -27,9 +27,9 @@ def locked(output: Path, ranks: Ranks) -> Iterator[None]:
 
     Raises UserError on every rank: another run has locked the directory, or it cannot be written to.
     """
-    file = ranks.agree(lambda: _lock(output) if ranks.rank == 0 else None)
+    file = ranks.run_together(lambda: _lock(output) if ranks.rank == 0 else None)
     try:
-        ranks.agree(lambda: remove_leftovers(output) if ranks.rank == 0 else None)
+        ranks.run_together(lambda: remove_leftovers(output) if ranks.rank == 0 else None)
         yield
     finally:
         if file is not None:

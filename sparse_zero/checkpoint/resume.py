@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_zero.errors import UserError
-from sparse_zero.zero.resharding import share_batch
+from sparse_zero.zero.resharding import split_batch
 
 if TYPE_CHECKING:
     from sparse_zero.checkpoint.directory import Checkpoint
@@ -89,7 +89,7 @@ def keep_batch_size(recipe: "Recipe", checkpoint: "Checkpoint | None") -> "Recip
     total = checkpoint.manifest.examples_per_step
     if size * micro_batches * ranks == total:
         return recipe
-    shared = share_batch(total, ranks, size)
+    shared = split_batch(total, ranks, size)
     if shared is None:
         raise UserError(
             f"{checkpoint.directory}: its steps have {total} examples, which {ranks} ranks cannot share evenly; "

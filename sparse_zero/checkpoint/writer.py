@@ -18,7 +18,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.ranks.agreement import Ranks
 from sparse_zero.zero.parameters import full_shape
 from sparse_zero.zero.partitions import VALUE, Partition
-from sparse_zero.zero.resharding import Span, even_share, merged, offsets
+from sparse_zero.zero.resharding import Span, even_slice, merge_spans, parameter_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class CheckpointWriter:
         loss: float,
     ) -> ShardRecord:
         pending.written.mkdir(parents=True, exist_ok=True)
-        rank, count = self.ranks.rank, self.ranks.count
+        rank, count = self.ranks.rank, self.ranks.world_size
         name = f"shard-{rank:05d}-of-{count:05d}.safetensors"
         size = sum(end - start for start, end in spans)
         entries = [Entry(kind, torch.float32, (size,), chunks) for kind, chunks in pieces.items()]
@@ -196,9 +196,9 @@ def _describe(error: OSError) -> str:
 
 def _own_shard(partition: Partition, manifest: Manifest, ranks: Ranks) -> tuple[list[Span], Pieces]:
     """The spans and the tensors that this rank writes."""
-    begins = offsets(manifest.sizes())
+    begins = parameter_offsets(manifest.sizes())
     total = sum(manifest.sizes().values())
-    low, high = even_share(total, ranks.rank, ranks.count) if partition.is_replicated else (0, total)
+    low, high = even_slice(total, ranks.rank, ranks.world_size) if partition.is_replicated else (0, total)
     spans: list[Span] = []
     pieces: Pieces = {kind: [] for kind in (VALUE, *manifest.moments)}
     for fragment in partition.fragments:
@@ -208,7 +208,7 @@ def _own_shard(partition: Partition, manifest: Manifest, ranks: Ranks) -> tuple[
             spans.append((first, last))
             for kind, chunks in pieces.items():
                 chunks.append(partition.view(fragment, kind)[first - start : last - start])
-    return merged(spans), pieces
+    return merge_spans(spans), pieces
 
 
 def describe_parameters(

@@ -1,8 +1,8 @@
-"""Where the selected scalars of a matrix are.
+"""The positions of the selected scalars of a matrix.
 
-A strip is g consecutive rows of one column, a scalar a strip of g = 1. Over a matrix of R x C lies a grid of R / g
-blocks of rows and C columns, whose cells are the strips: one index for each is all that is stored. A block holds its
-n scalars row by row, as a (g, strips) matrix.
+A strip is g consecutive rows of one column; with g = 1 it is a single scalar. An R x C matrix is divided into R / g
+blocks of g rows, which form a grid of (R / g) x C possible strips. Only the index of each selected strip in the
+flattened grid is stored. The selected scalars of a block are ordered row by row, as a (g, strips) matrix.
 """
 
 import functools
@@ -17,49 +17,52 @@ from sparse_zero.gradient.cost import has_kernels
 from sparse_zero.selection.rules import ACCELERATOR_CHUNK, SHARED_CHUNK
 
 BYTES_PER_POSITION = 64
-"""What `flat_positions` takes for a moment, at most, beside a few for each block of rows."""
+"""Upper limit for the temporary memory of `flat_positions`, plus a few bytes for each block of rows."""
 
 
-_STARTS = WeakTensorKeyDictionary()
-"""(blocks, columns, where the blocks begin) of cells on an accelerator, while these live: to find them takes a few
-launches, and beside the cells of a weight they are small."""
+_BLOCK_STARTS = WeakTensorKeyDictionary()
+"""A cache of (blocks, columns, block_starts) by the strip indices' tensor, on an accelerator. It saves a few kernel
+launches, and its size is small compared with the strip indices. An entry exists as long as its tensor."""
 
 
 @dataclass(eq=False)
 class Pattern:
-    """The strips of a matrix, told by their cells; on demand by blocks of rows, which for g = 1 is CSR, and on a CPU
-    takes as much again."""
+    """The selected strips of a matrix, as indices into the grid and, on demand, by block of rows (CSR if g = 1).
 
-    cells: torch.Tensor
-    """(n / g,), sorted indices into the flattened grid, int32 or int64."""
+    The second form needs as much memory again on a CPU.
+    """
+
+    strip_indices: torch.Tensor
+    """int32 or int64 (n / g,), sorted indices into the flattened grid."""
     rows: int
     columns: int
     granularity: int = 1
 
     def __post_init__(self) -> None:
-        self.cells = self.cells.contiguous()
+        self.strip_indices = self.strip_indices.contiguous()
 
     @property
     def blocks(self) -> int:
+        """The number of blocks of rows, R / g."""
         return self.rows // self.granularity
 
     @property
     def count(self) -> int:
-        """n"""
-        return self.cells.numel() * self.granularity
+        """The number of selected scalars, n."""
+        return self.strip_indices.numel() * self.granularity
 
     @property
     def block_starts(self) -> torch.Tensor:
-        """int32 (R / g + 1,), where the strips of each block begin."""
+        """int32 (R / g + 1,): the offset of each block's first strip, and the number of strips."""
         return self._by_blocks[0] if self._by_blocks else self._searched_starts
 
     @property
     def strip_columns(self) -> torch.Tensor:
-        """int32 (n / g,), sorted in each block."""
+        """int32 (n / g,): the column of each strip, sorted within each block."""
         if self._by_blocks:
             return self._by_blocks[1]
-        result = torch.empty(self.cells.numel(), dtype=torch.int32, device=self.cells.device)
-        return torch.remainder(self.cells, self.columns, out=result)
+        result = torch.empty(self.strip_indices.numel(), dtype=torch.int32, device=self.strip_indices.device)
+        return torch.remainder(self.strip_indices, self.columns, out=result)
 
     @property
     def by_blocks(self) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -68,49 +71,49 @@ class Pattern:
 
     @functools.cached_property
     def _by_blocks(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Both at once, from the operator that a CPU has for it."""
-        operators = cpu.loaded(self.cells)
-        return operators.pattern.default(self.cells, self.blocks, self.columns) if operators else None
+        """block_starts and strip_columns, computed together by the CPU operator if it is loaded."""
+        operators = cpu.loaded_operators(self.strip_indices)
+        return operators.pattern.default(self.strip_indices, self.blocks, self.columns) if operators else None
 
     @functools.cached_property
     def _searched_starts(self) -> torch.Tensor:
-        if not has_kernels(self.cells):
+        if not has_kernels(self.strip_indices):
             return self._search()
-        kept = _STARTS.get(self.cells)
-        if kept is None or kept[:2] != (self.blocks, self.columns):
-            kept = _STARTS[self.cells] = (self.blocks, self.columns, self._search())
-        return kept[2]
+        cached = _BLOCK_STARTS.get(self.strip_indices)
+        if cached is None or cached[:2] != (self.blocks, self.columns):
+            cached = _BLOCK_STARTS[self.strip_indices] = (self.blocks, self.columns, self._search())
+        return cached[2]
 
     def _search(self) -> torch.Tensor:
         end = self.blocks * self.columns
         dtype = torch.int32 if end < 2**31 else torch.int64
-        # Up to the end, so that the last block ends too
-        edges = torch.arange(0, end + 1, self.columns, dtype=dtype, device=self.cells.device)
-        return torch.searchsorted(self.cells.to(dtype), edges, out_int32=True)
+        # The edges include the end of the last block
+        edges = torch.arange(0, end + 1, self.columns, dtype=dtype, device=self.strip_indices.device)
+        return torch.searchsorted(self.strip_indices.to(dtype), edges, out_int32=True)
 
     def flat_chunks(self) -> Iterator[torch.Tensor]:
-        """Indices into the flattened matrix, int64, in the order of the scalars, some at a time."""
-        for piece in pieces(self.count, _chunk(self.cells.device)):
-            yield self.flat_positions(piece)
+        """The positions of all selected scalars in the flattened matrix, int64, in chunks."""
+        for chunk in chunk_slices(self.count, _chunk_size(self.strip_indices.device)):
+            yield self.flat_positions(chunk)
 
-    def flat_positions(self, piece: slice) -> torch.Tensor:
-        """Returns: int64, indices into the flattened matrix of the scalars in `piece` of n."""
+    def flat_positions(self, chunk: slice) -> torch.Tensor:
+        """The positions of the selected scalars [chunk.start, chunk.stop) in the flattened matrix, int64."""
         if self.granularity == 1:
-            return self.cells[piece].long()
-        starts, g, size = self.block_starts.long(), self.granularity, piece.stop - piece.start
-        inside = (starts * g).clamp_(piece.start, piece.stop).diff()
-        # output_size spares the accelerator a wait
+            return self.strip_indices[chunk].long()
+        starts, g, size = self.block_starts.long(), self.granularity, chunk.stop - chunk.start
+        inside = (starts * g).clamp_(chunk.start, chunk.stop).diff()
+        # output_size avoids a synchronization with the accelerator
         block = torch.repeat_interleave(inside, output_size=size)
         first, width = starts[block], starts.diff()[block]
-        place = torch.arange(piece.start, piece.stop, device=starts.device).sub_(first * g)
-        row = block.mul_(g).add_(torch.div(place, width, rounding_mode="trunc"))
-        return row.mul_(self.columns).add_(self.cells[place.remainder_(width).add_(first)] % self.columns)
+        offset = torch.arange(chunk.start, chunk.stop, device=starts.device).sub_(first * g)
+        row = block.mul_(g).add_(torch.div(offset, width, rounding_mode="trunc"))
+        return row.mul_(self.columns).add_(self.strip_indices[offset.remainder_(width).add_(first)] % self.columns)
 
 
-def pieces(count: int, size: int) -> list[slice]:
-    """The slices of at most `size` that make up [0, count)."""
+def chunk_slices(count: int, size: int) -> list[slice]:
+    """Divide the range [0, count) into slices of at most `size`."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _chunk(device: torch.device) -> int:
+def _chunk_size(device: torch.device) -> int:
     return SHARED_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK

@@ -1,14 +1,15 @@
 """The gradient of a weight at its selected positions only.
 
-Shapes: N rows of a batch (examples x tokens), R x C the weight, n selected scalars, g the rows of a strip.
+Shapes: N tokens of a batch (examples x length), an R x C weight, n selected scalars, g rows in a strip.
     gradient of the weight = rows^T @ columns, with rows (N, R) and columns (N, C)
 
-Two ways lead to it on a CPU, and `cheaper_way` tells which is taken:
-    sampled   a dot product over N for each position, after a copy of both matrices with their tokens last (C++)
-    dense     the whole product, some rows of the weight at a time, read at the positions
-Both work on pieces, so that what they allocate beside inputs, pattern and result stays within a bound, and mostly
-within the processor's cache. The least of the dense way is one token and one block of rows at a time. It is taken too
-where the bound leaves no room for the sampled way (gradient.cpu.Sizes), or its operator cannot be built.
+There are two methods on a CPU, and `cheaper_method` chooses between them:
+    sampled   a dot product over N for each position, after both matrices are copied with the tokens last (C++)
+    dense     the complete product, computed for some rows of the weight at a time and read at the positions
+Both work on chunks, so that their temporary memory (in addition to inputs, pattern and result) stays within a limit
+and mostly within the CPU's cache. The smallest chunk of the dense method is one token and one block of rows. The dense
+method is also used if the limit is too small for the sampled method (gradient.cpu.Tiling) or if the operator of the
+sampled method cannot be compiled.
 """
 
 import math
@@ -19,46 +20,54 @@ import torch
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels, kernel_is_cheaper
-from sparse_zero.gradient.pattern import BYTES_PER_POSITION, Pattern, pieces
+from sparse_zero.gradient.pattern import BYTES_PER_POSITION, Pattern, chunk_slices
 
 TRANSIENT_BYTES = 64 * 2**20
-"""The default of SparseConfig.transient_mib."""
+"""Default limit for temporary memory, that of SparseConfig.transient_mib."""
 
 ALIGNED_ROWS = 64
-"""What the rows of a chunk of the dense product are a multiple of, where they are not all."""
+"""The number of rows in a chunk of the dense product is a multiple of this, unless one chunk contains all rows."""
 
-TURNED, DOT = 31, 2.7
-"""Costs of the sampled way, in multiples of a multiplication of the dense product in float32: a scalar of the inputs
-that is turned over, and a multiplication of its own. `python benchmarks/gradient.py` measures them."""
+TRANSPOSE_COST, DOT_COST = 31, 2.7
+"""Costs of the sampled method for each transposed scalar of the inputs and for each of its multiplications, relative
+to a multiplication of the dense product in float32. `python benchmarks/gradient.py` measures them."""
 
-Way = Literal["sampled", "dense"]
+Method = Literal["sampled", "dense"]
 
 
-def cheaper_way(N: int, R: int, C: int, n: int) -> Way:
-    """Which way takes a CPU the least time. A model, and no measurement: all ranks, and a resumed run, choose alike
-    (but where one of them cannot build the operator).
+def cheaper_method(N: int, R: int, C: int, n: int) -> Method:
+    """The method that is expected to be faster on a CPU.
 
-    It is the same for strips, and for float16 and bfloat16, which are summed in float32.
+    The choice depends only on the shapes, not on measured times, so that all ranks and a resumed run choose alike,
+    unless one of them cannot compile the operator. It is the same for strips, and for float16 and bfloat16, whose
+    products are summed in float32.
     """
-    return "sampled" if TURNED * N * (R + C) + DOT * N * n < N * R * C else "dense"
+    return "sampled" if TRANSPOSE_COST * N * (R + C) + DOT_COST * N * n < N * R * C else "dense"
 
 
 def sampled_product(
     rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, transient_bytes: int = TRANSIENT_BYTES
 ) -> torch.Tensor:
-    """(rows^T @ columns) at the positions of a pattern, without ever holding the whole product.
+    """(rows^T @ columns) at the positions of a pattern, without computing the complete product at once.
 
-    Returns: (n,), float32 (the inputs' own dtype if that is wider).
+    Args:
+        rows_NR: (N, R), the gradient of a linear layer's output.
+        columns_NC: (N, C), the layer's input.
+        pattern: the selected positions in the R x C weight.
+        transient_bytes: limit for temporary memory.
+
+    Returns:
+        (n,), in float32 or, if it is wider, in the dtype of the inputs.
     """
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    # On a CPU the dense product of half precision sums in half precision, block by block
+    # On a CPU a dense product in half precision is summed in half precision, block by block
     dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
     if N == 0 or pattern.count == 0:
         return rows_NR.new_zeros(pattern.count, dtype=dtype)
     if rows_NR.device.type != "cpu":
         return _on_accelerator(rows_NR, columns_NC, pattern, transient_bytes).to(dtype)
-    way = _WAYS[cheaper_way(N, R, C, pattern.count)]
-    return way(rows_NR, columns_NC, pattern, dtype, transient_bytes)
+    method = _METHODS[cheaper_method(N, R, C, pattern.count)]
+    return method(rows_NR, columns_NC, pattern, dtype, transient_bytes)
 
 
 def _on_accelerator(
@@ -78,78 +87,78 @@ def _sampled(
     rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, dtype: torch.dtype, transient_bytes: int
 ) -> torch.Tensor:
     (N, _), C = rows_NR.shape, columns_NC.shape[1]
-    sizes = cpu.Sizes.of(N, C, pattern.count, pattern.granularity, dtype, transient_bytes, torch.get_num_threads())
-    if sizes is None or not (product := cpu.operator()):
+    tiling = cpu.Tiling.fit(N, C, pattern.count, pattern.granularity, dtype, transient_bytes, torch.get_num_threads())
+    if tiling is None or not (product := cpu.load_operator()):
         return _dense(rows_NR, columns_NC, pattern, dtype, transient_bytes)
-    return product(rows_NR, columns_NC, *pattern.by_blocks, *sizes, dtype)
+    return product(rows_NR, columns_NC, *pattern.by_blocks, *tiling, dtype)
 
 
 def _dense(
     rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, dtype: torch.dtype, transient_bytes: int
 ) -> torch.Tensor:
-    """Dense products of some rows of the weight at a time, each read at its positions and dropped."""
+    """The dense product, for some rows of the weight at a time. Each chunk is read at its positions and freed."""
     (N, R), C, g = rows_NR.shape, columns_NC.shape[1], pattern.granularity
-    block_rows = g * _at_most(transient_bytes // 2 // (g * C * dtype.itemsize), pattern.blocks)
-    if block_rows < R:
-        # Tensor cores read an operand that begins at a multiple of 16 bytes in half the time of another
-        whole = math.lcm(g, ALIGNED_ROWS)
-        block_rows = block_rows // whole * whole or block_rows
+    chunk_rows = g * _between_one_and(pattern.blocks, transient_bytes // 2 // (g * C * dtype.itemsize))
+    if chunk_rows < R:
+        # Tensor cores read operands that are aligned to 16 bytes twice as fast as others
+        aligned = math.lcm(g, ALIGNED_ROWS)
+        chunk_rows = chunk_rows // aligned * aligned or chunk_rows
     tokens = N
-    if not (_is_ready(rows_NR, dtype) and _is_ready(columns_NC, dtype)):
-        tokens = _at_most(transient_bytes // 4 // ((block_rows + C) * dtype.itemsize), N)
+    if not (_needs_no_copy(rows_NR, dtype) and _needs_no_copy(columns_NC, dtype)):
+        tokens = _between_one_and(N, transient_bytes // 4 // ((chunk_rows + C) * dtype.itemsize))
         if tokens < N and dtype.itemsize < 4:
-            # Each piece would round the sum of all before it
+            # Each chunk of tokens would round the sum so far
             return _dense(rows_NR, columns_NC, pattern, torch.float32, transient_bytes)
     result = rows_NR.new_empty(pattern.count, dtype=torch.promote_types(dtype, torch.float32))
-    chunks = pieces(R, block_rows)
-    read = _reader(pattern, chunks, transient_bytes // 4)
+    chunks = chunk_slices(R, chunk_rows)
+    gather = _make_gather(pattern, chunks, transient_bytes // 4)
     for number, chunk in enumerate(chunks):
         product = rows_NR.new_empty(chunk.stop - chunk.start, C, dtype=dtype)
-        for piece in pieces(N, tokens):
-            beta = float(piece.start > 0)
-            product.addmm_(rows_NR[piece, chunk].to(dtype).t(), columns_NC[piece].to(dtype), beta=beta)
-        read(number, product, result)
+        for some in chunk_slices(N, tokens):
+            beta = float(some.start > 0)
+            product.addmm_(rows_NR[some, chunk].to(dtype).t(), columns_NC[some].to(dtype), beta=beta)
+        gather(number, product, result)
     return result
 
 
-def _reader(
+def _make_gather(
     pattern: Pattern, chunks: list[slice], transient_bytes: int
 ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
-    """What reads the positions of one of the chunks of rows, of which the dense product is given, into the result."""
+    """A function (chunk number, dense product of this chunk of rows, result) that copies the selected scalars."""
     if len(chunks) == pattern.granularity == 1:
-        # At most as much again as the product
-        return lambda number, product, result: result.copy_(product.view(-1).index_select(0, pattern.cells))
-    if has_kernels(pattern.cells):
+        # The temporary result is at most as large as the product
+        return lambda number, product, result: result.copy_(product.view(-1).index_select(0, pattern.strip_indices))
+    if has_kernels(pattern.strip_indices):
         from sparse_zero.gradient import triton_kernels
 
-        return lambda number, product, result: triton_kernels.read(product, chunks[number].start, pattern, result)
+        return lambda number, product, result: triton_kernels.gather(product, chunks[number].start, pattern, result)
     C, g, starts = pattern.columns, pattern.granularity, [0, pattern.count]
-    # One wait for an accelerator per weight, and only for weights larger than the bound
+    # Synchronizes with an accelerator once per weight, and only for weights larger than the limit
     if len(chunks) > 1:
         edges = [0, *(chunk.stop // g for chunk in chunks)]
         starts = [start * g for start in pattern.block_starts[edges].tolist()]
 
-    def read(number: int, product: torch.Tensor, result: torch.Tensor) -> None:
+    def gather(number: int, product: torch.Tensor, result: torch.Tensor) -> None:
         first, last = starts[number : number + 2]
-        for piece in pieces(last - first, max(1, transient_bytes // BYTES_PER_POSITION)):
-            places = slice(first + piece.start, first + piece.stop)
-            inside = pattern.flat_positions(places) - chunks[number].start * C
-            result[places] = product.view(-1).index_select(0, inside)
+        for some in chunk_slices(last - first, max(1, transient_bytes // BYTES_PER_POSITION)):
+            scalars = slice(first + some.start, first + some.stop)
+            positions = pattern.flat_positions(scalars) - chunks[number].start * C
+            result[scalars] = product.view(-1).index_select(0, positions)
 
-    return read
-
-
-_WAYS = {"sampled": _sampled, "dense": _dense}
+    return gather
 
 
-def _is_ready(x_NX: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a matrix product takes it as it is; it makes copies of others."""
-    least, most = sorted(x_NX.stride())
-    return x_NX.dtype == dtype and least == 1 and most >= x_NX.shape[x_NX.stride().index(1)]
+_METHODS = {"sampled": _sampled, "dense": _dense}
 
 
-def _at_most(fits: int, most: int) -> int:
-    return max(1, min(fits, most))
+def _needs_no_copy(x_NX: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's matrix product reads the tensor directly, by its dtype and strides."""
+    smaller, larger = sorted(x_NX.stride())
+    return x_NX.dtype == dtype and smaller == 1 and larger >= x_NX.shape[x_NX.stride().index(1)]
+
+
+def _between_one_and(maximum: int, number: int) -> int:
+    return max(1, min(number, maximum))
 
 
 def embedding_product(
@@ -160,28 +169,37 @@ def embedding_product(
     padding_idx: int | None = None,
     by_frequency: bool = False,
 ) -> torch.Tensor:
-    """The gradient of an embedding's weight, as F.embedding has it, at the positions of a pattern: the sum of grad
-    over the occurrences of each row. Touches the rows in the batch only.
+    """The gradient of an embedding's weight at the positions of a pattern.
 
-    Args: ids_N: rows that were looked up, not negative; padding_idx: a row without a gradient.
-    Returns: (n,), float32 or wider.
+    It is the sum of `grad_NC` over the occurrences of each row. Only the rows in the batch are read.
+
+    Args:
+        ids_N: (N,), the rows that were looked up, not negative.
+        grad_NC: (N, C), the gradient of the embeddings.
+        pattern: the selected positions in the weight.
+        transient_bytes: limit for temporary memory.
+        padding_idx: a row without a gradient, as in F.embedding.
+        by_frequency: divide the gradient of a row by its number of occurrences, as scale_grad_by_freq in F.embedding.
+
+    Returns:
+        (n,), in float32 or, if it is wider, in the dtype of `grad_NC`.
     """
     starts, strip_columns, g = pattern.by_blocks
     dtype = torch.promote_types(grad_NC.dtype, torch.float32)
     result = torch.zeros(pattern.count, dtype=dtype, device=grad_NC.device)
     frequency = torch.bincount(ids_N) if by_frequency else None
-    # For every pair of an occurrence and a position in its row
+    # A pair is an occurrence of a row and a selected position in this row
     pairs = max(1, transient_bytes // 2 // _BYTES_PER_PAIR)
-    for some in pieces(ids_N.numel(), pairs):
+    for some in chunk_slices(ids_N.numel(), pairs):
         ids = ids_N[some]
         block = torch.div(ids, g, rounding_mode="trunc")
         first = starts[block]
         counts = starts[block + 1] - first
         if padding_idx is not None:
             counts.masked_fill_(ids == padding_idx, 0)
-        # The row's place in its block, whose strips it has all
+        # The offset of the row's first scalar: a row has one scalar in each strip of its block
         begin = first.long() * g + (ids - block * g) * counts
-        for rows in pieces(ids.numel(), max(1, pairs // max(1, int(counts.max())))):
+        for rows in chunk_slices(ids.numel(), max(1, pairs // max(1, int(counts.max())))):
             inside = counts[rows]
             occurrence = torch.repeat_interleave(inside)
             ends = inside.cumsum(0)

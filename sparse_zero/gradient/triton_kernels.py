@@ -1,19 +1,19 @@
-"""The sampled gradient on a GPU: Triton kernels for bfloat16, float16 and float32 that add up in float32.
+"""The sampled gradient on a GPU: Triton kernels for bfloat16, float16 and float32, with sums in float32.
 
-Shapes as in sampled_gradient.py: N tokens, R x C the weight, n positions; g the rows of a strip.
+Shapes as in sampled.py: N tokens, an R x C weight, n selected positions, g rows in a strip.
 
-CUDA offers no such product in half precision (pytorch#187681). A position is a dot product over N of a column of
-`rows` and a column of `columns`, whose elements lie R and C apart: read in place, each would cost a sector of 32 bytes
-for 2. So a piece of N at a time is copied with its tokens last, which moves 2 N (R + C) elements, and then each
-position reads its own in a line. What is left, with elements of b bytes:
+CUDA has no such product in half precision (pytorch#187681). Each position needs the dot product over N of a column of
+`rows` and a column of `columns`. The elements of these columns are R and C elements apart in memory: read in place,
+each read of 2 bytes would transfer a sector of 32. Therefore the kernels copy a chunk of tokens at a time with the
+tokens last, which moves 2 N (R + C) elements. Then each position reads contiguous memory. With elements of b bytes:
 
-    sampled   reads n N b bytes of columns and about N b (R + n / 32) of rows, out of the L2 cache, where a piece of
-              the columns stays; 2 n N FLOPs, of which a GPU has several times more than it can feed from there
-    strips    copies the columns alone: g neighbours in `rows` are whole sectors from g = 16 (bfloat16) on. One column
-              serves g positions: n N b / g bytes, and the 2 n N FLOPs are the tensor cores'
+    sampled   reads n N b bytes of columns and about N b (R + n / 32) bytes of rows from the L2 cache, which a chunk of
+              the columns fits into. It computes 2 n N FLOPs, several times fewer than a GPU can do in that time.
+    strips    copies only the columns: g adjacent elements of `rows` fill whole sectors if g >= 16 (bfloat16). One
+              column is used for g positions, which makes n N b / g bytes. The tensor cores compute the 2 n N FLOPs.
 
-Which of these and the dense product costs least is sampled_cost.py's matter. Pieces are added up in their order and no
-sum is atomic: the same inputs on the same kind of device give the same bits.
+cost.py chooses between these kernels and the dense product. Chunks are added in order and no addition is atomic: the
+same inputs on the same type of device give the same bits.
 """
 
 from collections.abc import Iterator
@@ -22,20 +22,23 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_zero.gradient.cost import GATHER_TILE, LEAST_ROWS, STEP_BYTES, Pieces, strips_per_tile
+from sparse_zero.gradient.cost import GATHER_TILE, MIN_ROWS, STEP_BYTES, TokenChunks, strips_per_tile
 from sparse_zero.gradient.pattern import Pattern
 
-CELLS = 256
-"""Of one program that reads or writes a matrix at its positions."""
+TILE_STRIPS = 256
+"""Number of strips per program of the kernels that read or write a matrix at its selected positions."""
 
 
 def sampled(rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, transient_bytes: int) -> torch.Tensor:
-    """(rows^T @ columns) at single positions.
+    """(rows^T @ columns) at the positions of a pattern with granularity 1.
 
     Args:
-        rows_NR, columns_NC: bfloat16, float16 or float32, of any strides.
-        transient_bytes: bound on what is allocated beside the result; 16 tokens are always copied at once.
-    Returns: float32 (n,).
+        rows_NR, columns_NC: (N, R) and (N, C) in bfloat16, float16 or float32, with any strides.
+        pattern: the selected positions in the R x C weight.
+        transient_bytes: limit for temporary memory. At least 16 tokens are copied at a time, whatever the limit.
+
+    Returns:
+        float32 (n,).
     """
     (N, R), C, n = rows_NR.shape, columns_NC.shape[1], pattern.count
     assert (pattern.rows, pattern.columns) == (R, C), (pattern.rows, pattern.columns, R, C)
@@ -43,63 +46,71 @@ def sampled(rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, t
     if n == 0 or N == 0:
         return rows_NR.new_zeros(n, dtype=torch.float32)
     result = rows_NR.new_empty(n, dtype=torch.float32)
-    pieces = Pieces.of(N, R + C, dtype, transient_bytes, cached=C)
+    chunks = TokenChunks.fit(N, R + C, dtype, transient_bytes, cached=C)
     with torch.cuda.device_of(rows_NR):
-        last = rows_NR.new_empty(R + C, pieces.width, dtype=dtype)
-        for tokens in _slices(N, pieces.width):
-            _tokens_last((rows_NR[tokens], columns_NC[tokens]), last, pieces.block)
+        last = rows_NR.new_empty(R + C, chunks.width, dtype=dtype)
+        for tokens in _slices(N, chunks.width):
+            _tokens_last((rows_NR[tokens], columns_NC[tokens]), last, chunks.block)
             _sampled_kernel[(triton.cdiv(n, GATHER_TILE),)](
-                last, pattern.cells, result, n, R, C, pieces.width,
-                POSITIONS=GATHER_TILE, TOKENS=pieces.block, FIRST=tokens.start == 0,
+                last, pattern.strip_indices, result, n, R, C, chunks.width,
+                POSITIONS=GATHER_TILE, TOKENS=chunks.block, FIRST=tokens.start == 0,
             )  # fmt: skip
     return result
 
 
 def strips(rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, transient_bytes: int) -> torch.Tensor:
-    """(rows^T @ columns) at strips.
+    """(rows^T @ columns) at the positions of a pattern of strips.
 
-    Args: as of `sampled`.
-    Returns: float32 (n,): for each block of rows a (granularity, strips) matrix, row-major.
+    Args:
+        rows_NR, columns_NC, pattern, transient_bytes: as for `sampled`.
+
+    Returns:
+        float32 (n,): for each block of rows a (granularity, strips) matrix, row by row.
     """
-    (N, R), C, count = rows_NR.shape, columns_NC.shape[1], pattern.cells.numel()
+    (N, R), C, count = rows_NR.shape, columns_NC.shape[1], pattern.strip_indices.numel()
     assert (pattern.rows, pattern.columns) == (R, C), (pattern.rows, pattern.columns, R, C)
     dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
     if count == 0 or N == 0:
         return rows_NR.new_zeros(pattern.count, dtype=torch.float32)
     result = rows_NR.new_empty(pattern.count, dtype=torch.float32)
-    pieces = Pieces.of(N, C, dtype, transient_bytes)
+    chunks = TokenChunks.fit(N, C, dtype, transient_bytes)
     tile = strips_per_tile(count, pattern.blocks, pattern.granularity)
-    padded = max(LEAST_ROWS, triton.next_power_of_2(pattern.granularity))
-    # Blocks with more strips than the mean go round again: nobody waits to ask how many there are
+    padded = max(MIN_ROWS, triton.next_power_of_2(pattern.granularity))
+    # Programs of blocks with more strips than the mean loop, so that the host need not wait for the numbers of strips
     grid = (pattern.blocks, triton.cdiv(triton.cdiv(count, pattern.blocks), tile))
     with torch.cuda.device_of(rows_NR):
-        last = columns_NC.new_empty(C, pieces.width, dtype=dtype)
-        for tokens in _slices(N, pieces.width):
+        last = columns_NC.new_empty(C, chunks.width, dtype=dtype)
+        for tokens in _slices(N, chunks.width):
             rows = rows_NR[tokens]
-            _tokens_last((columns_NC[tokens],), last, pieces.block)
+            _tokens_last((columns_NC[tokens],), last, chunks.block)
             _strips_kernel[grid](
-                rows, last, pattern.block_starts, pattern.cells, result,
-                rows.shape[0], C, *rows.stride(), pieces.width,
+                rows, last, pattern.block_starts, pattern.strip_indices, result,
+                rows.shape[0], C, *rows.stride(), chunks.width,
                 ROWS=pattern.granularity, PADDED=padded, STRIPS=tile, FIRST=tokens.start == 0,
-                **strips_launch(tile, padded, pieces.width, dtype),
+                **strips_launch(tile, padded, chunks.width, dtype),
             )  # fmt: skip
     return result
 
 
 def strips_launch(tile: int, padded: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """TOKENS of a step, a power of two that divides `width`, and how a program runs.
+    """How to launch the strips kernel: TOKENS of a step, a power of two that divides `width`, and numbers of warps and
+    stages.
 
     Few warps and long steps are fastest on an H100 (2,048 and 8,192 tokens, matrices of 2048 x 2048 to 11008 x 4096):
-    they take half the time of 4 warps with steps of 64 tokens.
+    twice as fast as 4 warps with steps of 64 tokens.
     """
     tokens = min(STEP_BYTES // (padded * dtype.itemsize), width & -width)
     return {"TOKENS": max(16, tokens), "num_warps": max(1, min(4, tile * padded // 256)), "num_stages": 3}
 
 
-def read(some_rows: torch.Tensor, first_row: int, pattern: Pattern, result: torch.Tensor) -> None:
-    """result = a matrix at those of its positions that are in these rows, whole blocks of them; others are left alone.
+def gather(some_rows: torch.Tensor, first_row: int, pattern: Pattern, result: torch.Tensor) -> None:
+    """Copy the selected scalars in some rows of a matrix to `result`. The rest of `result` does not change.
 
-    Args: some_rows: contiguous (rows, C); result: (n,).
+    Args:
+        some_rows: (rows, C), contiguous: complete blocks of rows of an R x C matrix.
+        first_row: the number of the first of these rows in the matrix.
+        pattern: the selected positions in the matrix.
+        result: (n,).
     """
     g, C = pattern.granularity, pattern.columns
     assert some_rows.shape[1] == C, (some_rows.shape, C)
@@ -107,31 +118,37 @@ def read(some_rows: torch.Tensor, first_row: int, pattern: Pattern, result: torc
     some = first_row // g * C, (first_row + some_rows.shape[0]) // g * C
     if pattern.count:
         with torch.cuda.device_of(result):
-            _read_kernel[(triton.cdiv(pattern.cells.numel(), CELLS),)](
-                some_rows, result, pattern.cells, _starts(pattern), pattern.cells.numel(), C, *some, g, CELLS=CELLS
-            )
+            count = pattern.strip_indices.numel()
+            _gather_kernel[(triton.cdiv(count, TILE_STRIPS),)](
+                some_rows, result, pattern.strip_indices, _block_starts(pattern), count, C, *some, g,
+                STRIPS=TILE_STRIPS,
+            )  # fmt: skip
 
 
 def write_deltas(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor | None, pattern: Pattern) -> None:
-    """matrix = base + change at its positions, or base; with torch's bits.
+    """Set a matrix to base + change at its selected positions, with the same bits as torch.
 
-    Args: matrix: contiguous, at most 32 bits wide; base: (n,), in its dtype; change: (n,), in its dtype or float32.
+    Args:
+        matrix: contiguous, of a dtype of at most 32 bits.
+        base: (n,), in the matrix's dtype.
+        change: (n,), in the matrix's dtype or float32; None stands for zeros.
+        pattern: the selected positions in the matrix.
     """
     assert matrix.numel() == pattern.rows * pattern.columns, (matrix.numel(), pattern.rows, pattern.columns)
     assert base.numel() == pattern.count, (base.shape, pattern.count)
     assert change is None or change.numel() == pattern.count, (change.shape, pattern.count)
-    if strips := pattern.cells.numel():
+    if count := pattern.strip_indices.numel():
         with torch.cuda.device_of(matrix):
-            _write_kernel[(triton.cdiv(strips, CELLS),)](
-                matrix, base, change, pattern.cells, _starts(pattern), strips, pattern.columns, pattern.granularity,
-                CELLS=CELLS,
+            _write_kernel[(triton.cdiv(count, TILE_STRIPS),)](
+                matrix, base, change, pattern.strip_indices, _block_starts(pattern), count, pattern.columns,
+                pattern.granularity, STRIPS=TILE_STRIPS,
             )  # fmt: skip
-        # So that graphs from before see that it has changed
+        # Lets autograd detect the change in graphs that have saved the matrix
         torch.autograd.graph.increment_version(matrix)
 
 
-def _starts(pattern: Pattern) -> torch.Tensor | None:
-    """Scalars of single positions are where their cells are."""
+def _block_starts(pattern: Pattern) -> torch.Tensor | None:
+    """None with granularity 1, where scalar i belongs to strip i."""
     return None if pattern.granularity == 1 else pattern.block_starts
 
 
@@ -140,8 +157,10 @@ def _slices(N: int, width: int) -> Iterator[slice]:
 
 
 def _tokens_last(matrices: tuple[torch.Tensor, ...], out_XW: torch.Tensor, block: int) -> None:
-    """out[:, :N] = x^T of one or two matrices, one below the other, and zeros behind it, so that readers need no
-    mask."""
+    """Set out[:, :N] to the transposes of one or two (N, X) matrices, one below the other, and the rest to zero.
+
+    With the zeros the kernels that read `out` need no mask.
+    """
     first, second = matrices[0], matrices[-1]
     (N, X), width = first.shape, out_XW.shape[1]
     tiles = triton.cdiv(X, 64)
@@ -159,14 +178,14 @@ def _tokens_last_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < tiles:
-        _turn_over(first, out, tile, N, X, stride_N, stride_X, width, TOKENS, FEATURES)
+        _transpose_tile(first, out, tile, N, X, stride_N, stride_X, width, TOKENS, FEATURES)
     else:
-        _turn_over(second, below, tile - tiles, N, Y, stride_M, stride_Y, width, TOKENS, FEATURES)
+        _transpose_tile(second, below, tile - tiles, N, Y, stride_M, stride_Y, width, TOKENS, FEATURES)
 
 
 @triton.jit
-def _turn_over(x, out, tile, N, X, stride_N, stride_X, width, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
-    # 64 bits: N * R passes 2**31 with long sequences and a large vocabulary
+def _transpose_tile(x, out, tile, N, X, stride_N, stride_X, width, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
+    # 64 bits, because N * R exceeds 2**31 with long sequences and a large vocabulary
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     feature = tile.to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
     known = (feature < X)[None, :] & (token < N)[:, None]
@@ -177,19 +196,19 @@ def _turn_over(x, out, tile, N, X, stride_N, stride_X, width, TOKENS: tl.constex
 
 @triton.jit
 def _sampled_kernel(
-    last, cells, result, n, R, C, width, POSITIONS: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr
+    last, strip_indices, result, n, R, C, width, POSITIONS: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr
 ):  # fmt: skip
-    """Neighbouring positions, whatever their rows are: a row that holds all of them is no worse than another."""
+    """Computes POSITIONS consecutive positions, which may be in different rows."""
     position = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     inside = position < n
-    cell = tl.load(cells + position, mask=inside, other=0)
-    row = cell // C
-    column = cell - row * C + R
+    index = tl.load(strip_indices + position, mask=inside, other=0)
+    row = index // C
+    column = index - row * C + R
     row_at = last + row.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
     column_at = last + column.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
     sums = tl.full((POSITIONS, TOKENS), 0.0, tl.float32)
     for start in range(0, width, TOKENS):
-        # Neighbours share their row, which L1 serves; columns come again only to another program
+        # Adjacent positions share a row, which L1 caches. Only other programs read the same columns again.
         a = tl.load(row_at + start)
         b = tl.load(column_at + start, cache_modifier=".cg")
         sums += a.to(tl.float32) * b.to(tl.float32)
@@ -201,10 +220,10 @@ def _sampled_kernel(
 
 @triton.jit
 def _strips_kernel(
-    rows, last, block_starts, cells, result, N, C, stride_N, stride_R, width,
+    rows, last, block_starts, strip_indices, result, N, C, stride_N, stride_R, width,
     ROWS: tl.constexpr, PADDED: tl.constexpr, STRIPS: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Some of the strips of one block of rows: (STRIPS, N) gathered columns times (N, ROWS)."""
+    """Computes STRIPS strips of one block of rows: gathered columns (STRIPS, N) times rows (N, ROWS)."""
     block = tl.program_id(0).to(tl.int64)
     first, stop = tl.load(block_starts + block), tl.load(block_starts + block + 1)
     member = tl.arange(0, PADDED)
@@ -213,7 +232,7 @@ def _strips_kernel(
     for start in range(first + tl.program_id(1) * STRIPS, stop, tl.num_programs(1) * STRIPS):
         strip = start + tl.arange(0, STRIPS)
         inside = strip < stop
-        column = tl.load(cells + strip, mask=inside, other=0).to(tl.int64) - block * C
+        column = tl.load(strip_indices + strip, mask=inside, other=0).to(tl.int64) - block * C
         column_at = last + tl.where(inside, column, 0)[:, None] * width
         sums = tl.full((STRIPS, PADDED), 0.0, tl.float32)
         for begin in range(0, width, TOKENS):
@@ -221,7 +240,7 @@ def _strips_kernel(
             b = tl.load(column_at + token[None, :])
             a = tl.load(row_at + token.to(tl.int64)[:, None] * stride_N, mask=real & (token < N)[:, None], other=0.0)
             sums = tl.dot(b, a.to(b.dtype), sums, input_precision="ieee")
-        # 32 bits within a block of rows spare registers
+        # 32-bit offsets within a block of rows save registers
         place = result + first.to(tl.int64) * ROWS + (member[None, :] * (stop - first) + (strip - first)[:, None])
         mask = inside[:, None] & real
         if not FIRST:
@@ -230,14 +249,14 @@ def _strips_kernel(
 
 
 @triton.jit
-def _read_kernel(matrix, result, cells, block_starts, count, C, begin, end, ROWS, CELLS: tl.constexpr):
-    """The cells from `begin` on and before `end`, of a matrix that begins with the former's block of rows."""
-    strip = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
-    cell = tl.load(cells + strip, mask=strip < count, other=-1).to(tl.int64)
-    inside = (cell >= begin) & (cell < end)
-    block = (cell - begin) // C
-    column = cell - begin - block * C
-    first, width = _block_of(block_starts, cell // C, strip, inside)
+def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin, end, ROWS, STRIPS: tl.constexpr):
+    """Reads the strips with indices in [begin, end) from a matrix that starts with the block of rows of `begin`."""
+    strip = tl.program_id(0).to(tl.int64) * STRIPS + tl.arange(0, STRIPS)
+    index = tl.load(strip_indices + strip, mask=strip < count, other=-1).to(tl.int64)
+    inside = (index >= begin) & (index < end)
+    block = (index - begin) // C
+    column = index - begin - block * C
+    first, width = _block_of(block_starts, index // C, strip, inside)
     for member in range(ROWS):
         value = tl.load(matrix + (block * ROWS + member) * C + column, mask=inside)
         place = result + first * ROWS + member * width + strip - first
@@ -245,11 +264,11 @@ def _read_kernel(matrix, result, cells, block_starts, count, C, begin, end, ROWS
 
 
 @triton.jit
-def _write_kernel(matrix, base, change, cells, block_starts, count, C, ROWS, CELLS: tl.constexpr):
-    strip = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+def _write_kernel(matrix, base, change, strip_indices, block_starts, count, C, ROWS, STRIPS: tl.constexpr):
+    strip = tl.program_id(0).to(tl.int64) * STRIPS + tl.arange(0, STRIPS)
     inside = strip < count
-    cell = tl.load(cells + strip, mask=inside, other=0).to(tl.int64)
-    block = cell // C
+    index = tl.load(strip_indices + strip, mask=inside, other=0).to(tl.int64)
+    block = index // C
     first, width = _block_of(block_starts, block, strip, inside)
     for member in range(ROWS):
         place = first * ROWS + member * width + strip - first
@@ -257,14 +276,16 @@ def _write_kernel(matrix, base, change, cells, block_starts, count, C, ROWS, CEL
         if change is not None:
             value = value.to(tl.float32) + tl.load(change + place, mask=inside).to(tl.float32)
         tl.store(
-            matrix + (block * ROWS + member) * C + cell - block * C, value.to(matrix.dtype.element_ty), mask=inside
+            matrix + (block * ROWS + member) * C + index - block * C, value.to(matrix.dtype.element_ty), mask=inside
         )
 
 
 @triton.jit
 def _block_of(block_starts, block, strip, inside):
-    """Where the strips of each strip's block begin, and how many there are; of single positions: itself, whose scalar
-    is where it is."""
+    """The number of the first strip in each strip's block, and the number of strips in the block.
+
+    Without block_starts (granularity 1) each strip counts as a block, so that scalar i belongs to strip i.
+    """
     first, width = strip, strip
     if block_starts is not None:
         first = tl.load(block_starts + block, mask=inside, other=0).to(tl.int64)

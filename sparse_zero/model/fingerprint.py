@@ -7,7 +7,7 @@ import torch
 import xxhash
 from torch import nn
 
-from sparse_zero.selection.rules import positions
+from sparse_zero.selection.rules import stratified_positions
 from sparse_zero.zero.parameters import gathered
 
 SAMPLES = 64
@@ -23,7 +23,7 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, 
     samples: dict[str, torch.Tensor] = {}
     # Most weights of a model have the size of others
     drawn = functools.cache(
-        lambda numel, device: positions(0, "fingerprint", numel, min(SAMPLES, numel), device=device)
+        lambda numel, device: stratified_positions(0, "fingerprint", numel, min(SAMPLES, numel), device=device)
     )
     for name, parameter in model.named_parameters():
         if name in leave_out:

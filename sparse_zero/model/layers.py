@@ -20,7 +20,7 @@ from sparse_zero.gradient.sampled import embedding_product, sampled_product
 from sparse_zero.model.products import kept_input
 from sparse_zero.model.weight import SparseWeight, UpdateClock, scaled
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Draw
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import is_partitioned, is_whole
 
@@ -200,9 +200,9 @@ def _new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
     return kind.__new__(kind)
 
 
-def attach(target: Target, draw: Draw, clock: UpdateClock, config: SparseConfig) -> SparseWeight:
+def attach(target: Target, selection: Selection, clock: UpdateClock, config: SparseConfig) -> SparseWeight:
     """Select scalars of a parameter, in place: every module that holds it becomes a sparse one. `begin` comes next."""
-    weight = SparseWeight(target, draw, clock, config)
+    weight = SparseWeight(target, selection, clock, config)
     for module, name in target.owners:
         weights = module.__dict__.setdefault("sparse_weights", {})
         weights[name] = weight

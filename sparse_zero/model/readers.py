@@ -98,7 +98,7 @@ def _tell_of(dense: torch.Tensor, weight: SelectedWeight) -> None:
         logger.warning(
             "%s: how it is used has no sampled gradient; each backward takes its dense one for a moment: "
             "%.0f MiB, more than the bound of %.0f MiB",
-            weight.draw.name,
+            weight.selection.name,
             size / 2**20,
             bound / 2**20,
         )

@@ -11,14 +11,14 @@ from typing import Protocol
 import torch
 
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.selection.rules import Draw
+from sparse_zero.selection.rules import Selection
 
 
 class SelectedWeight(Protocol):
     """What is asked of a weight here and by its readers; `model.weight.SparseWeight` has it."""
 
     weight: torch.Tensor
-    draw: Draw
+    selection: Selection
     shape: torch.Size
     transient_bytes: int
     told_of_dense_gradient: bool
@@ -63,7 +63,7 @@ class RowRange:
     def part(self, first: int, shape: torch.Size, transposed: bool) -> "RowRange | None":
         """Some of its rows, in any shape of C columns. None where they cut through strips."""
         rows, each = shape[:-1].numel(), self.shape[-2]
-        if first % self.weight.draw.granularity or shape[-2] % self.weight.draw.granularity:
+        if first % self.weight.selection.granularity or shape[-2] % self.weight.selection.granularity:
             return None
         if (first, rows) == (self.first, self.rows):
             return replace(self, shape=shape, transposed=transposed)

@@ -14,15 +14,15 @@ from sparse_zero.model import layers
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.weight import SparseWeight, UpdateClock
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Draw, in_chunks
-from sparse_zero.selection.selector import decide
-from sparse_zero.selection.targets import all_targets, find_whole, parameters_of
-from sparse_zero.selection.threads import in_threads
-from sparse_zero.zero.parameters import gathered, is_partitioned, let_leaf_inputs_have_gradients, settle
+from sparse_zero.selection.rules import Selection, in_chunks
+from sparse_zero.selection.selector import select_scalars
+from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
+from sparse_zero.selection.threads import map_in_threads
+from sparse_zero.zero.parameters import gathered, is_partitioned, require_grad_on_leaf_inputs, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
 
-Chunks = Callable[[Draw, torch.device], Iterable[torch.Tensor]]
+Chunks = Callable[[Selection, torch.device], Iterable[torch.Tensor]]
 
 
 @dataclass
@@ -75,21 +75,21 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
     sparse, positions that do not fit.
     """
     refuse_sparse(model)
-    whole_modules = find_whole(model, config)
-    draws, stored = decide(model, config, whole_modules, positions)
+    whole_modules = find_modules_to_save(model, config)
+    selections, stored = select_scalars(model, config, whole_modules, positions)
 
-    def chunks(draw: Draw, device: torch.device) -> Iterator[torch.Tensor]:
-        return in_chunks(stored[draw.name].to(device)) if draw.name in stored else draw.chunks(device)
+    def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
+        return in_chunks(stored[selection.name].to(device)) if selection.name in stored else selection.chunks(device)
 
-    return attach(model, config, draws, parameters_of(model, whole_modules), chunks)
+    return attach(model, config, selections, parameter_names(model, whole_modules), chunks)
 
 
 def attach(
     model: nn.Module,
     config: SparseConfig,
-    draws: Iterable[Draw],
+    selections: Iterable[Selection],
     whole: list[str],
-    chunks: Chunks = Draw.chunks,
+    chunks: Chunks = Selection.chunks,
     base_fingerprint: dict[str, str] | None = None,
     deltas: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
@@ -100,19 +100,23 @@ def attach(
     Raises UserError where the model is sparse already, and what `chunks` raises, with the model as it was.
     """
     refuse_sparse(model)
-    settle(model)
+    wait_for_prefetch(model)
     parameters = all_targets(model)
-    draws = list(draws)
-    if config.indices == "regenerated" and (kept := [draw.name for draw in draws if not draw.repeatable]):
+    selections = list(selections)
+    if config.indices == "regenerated" and (
+        kept := [selection.name for selection in selections if not selection.can_regenerate]
+    ):
         logger.warning(
             "sparse.indices: regenerated: no rule draws the positions of %s: they are stored", ", ".join(kept)
         )
     total = sum(target.shape.numel() for target in parameters.values())
-    with_new_rows = {draw.name for draw in draws if draw.whole_rows}
+    with_new_rows = {selection.name for selection in selections if selection.whole_rows}
     base = fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint
     originals = {name: _copy(parameters[name].parameter) for name in whole}
     clock = UpdateClock()
-    weights = {draw.name: layers.attach(parameters[draw.name], draw, clock, config) for draw in draws}
+    weights = {
+        selection.name: layers.attach(parameters[selection.name], selection, clock, config) for selection in selections
+    }
     try:
         _begin(weights, chunks, deltas or {})
     except UserError:
@@ -130,7 +134,7 @@ def attach(
         whole=whole,
         originals=originals,
         total_parameters=total,
-        selected_parameters=sum(draw.count for draw in draws),
+        selected_parameters=sum(selection.count for selection in selections),
         whole_parameters=sum(parameters[name].shape.numel() for name in whole),
         clock=clock,
         fingerprint=base,
@@ -145,7 +149,7 @@ def _begin(weights: Mapping[str, SparseWeight], chunks: Chunks, deltas: Mapping[
 
     def begin(name: str) -> None:
         weight = weights[name]
-        weight.begin(chunks(weight.draw, weight.weight.device), deltas.get(name))
+        weight.begin(chunks(weight.selection, weight.weight.device), deltas.get(name))
 
     # Stage 3 gathers in one order on every rank, and an accelerator's work is queued
     alone = any(is_partitioned(w.weight) or w.weight.device.type != "cpu" for w in weights.values())
@@ -154,7 +158,7 @@ def _begin(weights: Mapping[str, SparseWeight], chunks: Chunks, deltas: Mapping[
             for name in weights:
                 begin(name)
         else:
-            in_threads(begin, weights)
+            map_in_threads(begin, weights)
     except UserError:
         for weight in weights.values():
             if weight.is_written:
@@ -168,7 +172,7 @@ def _settle_leaves(model: nn.Module, _: Any) -> None:
     sparsity = model.sparsity
     partitioned = any(is_partitioned(weight.weight) for weight in sparsity.weights.values())
     if partitioned and not sparsity.leaves_settled:
-        sparsity.hooks += let_leaf_inputs_have_gradients(model)
+        sparsity.hooks += require_grad_on_leaf_inputs(model)
         sparsity.leaves_settled = True
 
 
@@ -212,7 +216,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Under ZeRO stage 3 every rank must call it; the pieces then hold the merged weights.
     """
     model = unwrap(model)
-    settle(model)
+    wait_for_prefetch(model)
     for weight in sparsity_of(model).weights.values():
         with gathered([weight.weight, weight.delta], write=True):
             weight.write()
@@ -239,7 +243,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     model = unwrap(model)
     sparsity = sparsity_of(model)
-    settle(model)
+    wait_for_prefetch(model)
     parameters = dict(model.named_parameters())
     before = {weight: weight.enabled for weight in sparsity.weights.values()}
     trained = {name: _copy(parameters[name]) for name in sparsity.whole}

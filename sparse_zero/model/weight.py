@@ -23,7 +23,7 @@ from sparse_zero.gradient.cost import has_kernels
 from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.model.readers import readable
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Draw, in_chunks, stream_key
+from sparse_zero.selection.rules import Selection, in_chunks, stream_key
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, is_whole
 
@@ -66,23 +66,23 @@ class UpdateClock:
 class SparseWeight:
     """One selected parameter: where its tensors are, and how they go into the parameter."""
 
-    def __init__(self, target: Target, draw: Draw, clock: UpdateClock, config: SparseConfig) -> None:
+    def __init__(self, target: Target, selection: Selection, clock: UpdateClock, config: SparseConfig) -> None:
         """Its tensors hold nothing before `begin`."""
-        self.owners, self.draw, self.clock = target.owners, draw, clock
+        self.owners, self.selection, self.clock = target.owners, selection, clock
         self.dropout, self.transient_bytes = config.dropout, config.transient_mib * 2**20
-        self.regenerates = config.indices == "regenerated" and draw.repeatable
+        self.regenerates = config.indices == "regenerated" and selection.can_regenerate
         self.enabled, self.scale = True, 1.0
         self.passes_plain = False
         """Whether readers get the parameter as it is: in the forward of a module that has its own rule."""
         weight = self.weight
         self.shape = full_shape(weight) or torch.Size([1])
-        assert draw.count > 0, f"{draw.name}: a delta of length 0 breaks ZeRO stage 3"
+        assert selection.count > 0, f"{selection.name}: a delta of length 0 breaks ZeRO stage 3"
         # Under ZeRO the delta follows the weight's dtype, and the float32 original lives in the optimizer's partition.
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
-        delta = nn.Parameter(torch.empty(draw.count, dtype=dtype, device=weight.device))
+        delta = nn.Parameter(torch.empty(selection.count, dtype=dtype, device=weight.device))
         for module, name in self.owners:
             module.register_parameter(f"{name}_delta", delta)
-        self._put_beside("base", torch.empty(draw.count, dtype=weight.dtype, device=weight.device))
+        self._put_beside("base", torch.empty(selection.count, dtype=weight.dtype, device=weight.device))
         self.told_of_dense_gradient = False
         self._reads_once = False
         self._reading: torch.Tensor | None = None
@@ -101,8 +101,8 @@ class SparseWeight:
         """
         weight, delta, base = self.weight, self.delta.detach(), self.base
         writes = values is not None and not is_partitioned(weight)
-        spares = self.regenerates or self.draw.granularity > 1 or (writes and self.draw.repeatable)
-        keeps = None if spares else self._room_for_strips(self.draw.strip_count)
+        spares = self.regenerates or self.selection.granularity > 1 or (writes and self.selection.can_regenerate)
+        keeps = None if spares else self._room_for_strips(self.selection.strip_count)
         if values is None:
             delta.zero_()
         start = 0
@@ -120,7 +120,7 @@ class SparseWeight:
                     if keeps is not None:
                         keeps[piece] = flat
                     start = piece.stop
-            assert start == self.draw.count, (self.draw, start)
+            assert start == self.selection.count, (self.selection, start)
         finally:
             if keeps is not None:
                 self._put_beside("strips", keeps)
@@ -146,21 +146,21 @@ class SparseWeight:
         return self._pattern_of(self.strips())
 
     def _pattern_of(self, strips: torch.Tensor) -> Pattern:
-        return Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.draw.granularity)
+        return Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.selection.granularity)
 
     def strips(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Returns: strips [start, stop) in the narrowest dtype, as Draw.strip_chunks has them."""
+        """Returns: strips [start, stop) in the narrowest dtype, as Selection.strip_chunks has them."""
         if self._has("strips"):
             strips = self._beside("strips")
             return strips if start == 0 and stop is None else strips[start:stop]
         if not self.regenerates:
-            self._put_beside("strips", self._drawn(0, self.draw.strip_count))
+            self._put_beside("strips", self._drawn(0, self.selection.strip_count))
             return self.strips(start, stop)
-        return self._drawn(start, self.draw.strip_count if stop is None else stop)
+        return self._drawn(start, self.selection.strip_count if stop is None else stop)
 
     def _drawn(self, start: int, stop: int) -> torch.Tensor:
         strips, filled = self._room_for_strips(stop - start), 0
-        for chunk in self.draw.strip_chunks(self.base.device, start, stop):
+        for chunk in self.selection.strip_chunks(self.base.device, start, stop):
             strips[filled : filled + chunk.numel()] = chunk
             filled += chunk.numel()
         return strips
@@ -188,22 +188,22 @@ class SparseWeight:
 
     def _flat_chunks(self) -> Iterator[torch.Tensor]:
         """`flat_positions`, some at a time."""
-        if self.draw.granularity > 1:
+        if self.selection.granularity > 1:
             yield from self.pattern.flat_chunks()
         elif self.regenerates:
-            yield from self.draw.chunks(self.base.device)
+            yield from self.selection.chunks(self.base.device)
         else:
             yield from (strips.long() for strips in in_chunks(self.strips()))
 
     def _cell_chunks(self) -> Iterator[torch.Tensor]:
         """The cells of the strips (see pattern.py): all at once, or of single ones that are regenerated, some."""
-        if self.regenerates and self.draw.granularity == 1:
-            yield from self.draw.chunks(self.base.device)
+        if self.regenerates and self.selection.granularity == 1:
+            yield from self.selection.chunks(self.base.device)
         else:
             yield self.strips()
 
     def _room_for_strips(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=self.draw.strip_dtype, device=self.weight.device)
+        return torch.empty(count, dtype=self.selection.strip_dtype, device=self.weight.device)
 
     @torch.no_grad()
     def write(self, forwards: int | None = None) -> None:
@@ -217,7 +217,7 @@ class SparseWeight:
         # autograd must not count it as a change. Elsewhere the count protects graphs from before an optimizer step.
         whole = (weight.data if is_partitioned(weight) else weight.detach()).view(-1)
         writes_cells = self._cell_writer(whole) if self._is_plain(factor) else None
-        scalars_of_cell = self.draw.granularity if writes_cells else 1
+        scalars_of_cell = self.selection.granularity if writes_cells else 1
         start = 0
         for cells in self._cell_chunks() if writes_cells else self._flat_chunks():
             piece = slice(start, start + cells.numel() * scalars_of_cell)
@@ -235,8 +235,8 @@ class SparseWeight:
 
     def _cell_writer(self, whole: torch.Tensor) -> Callable[..., None] | None:
         """What writes base + change at the scalars of cells in one go, where the weight is."""
-        columns, g = self.shape[-1], self.draw.granularity
-        if operators := cpu.loaded(whole):
+        columns, g = self.shape[-1], self.selection.granularity
+        if operators := cpu.loaded_operators(whole):
             return lambda *tensors: operators.write_deltas.default(*tensors, columns, g)
         if not has_kernels(whole) or whole.element_size() > 4:
             return None
@@ -288,7 +288,7 @@ class SparseWeight:
             return None if self.scale == 1 else self.scale
         # A function of the forward: the same in a recomputation, in stage 3's next gather and on every rank.
         generator = torch.Generator(self.delta.device)
-        generator.manual_seed(abs(stream_key(self.draw.seed, self.draw.name, f"dropout/{forwards}")))
+        generator.manual_seed(abs(stream_key(self.selection.seed, self.selection.name, f"dropout/{forwards}")))
         kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
         return kept * (self.scale / (1 - self.dropout))
 
@@ -344,15 +344,15 @@ class SparseWeight:
         return slice(self._edges[first], self._edges[first + rows])
 
     def _find_edges(self, rows: Sequence[int]) -> None:
-        g, strips = self.draw.granularity, self.strips()
+        g, strips = self.selection.granularity, self.strips()
         cells = torch.tensor([row // g * self.shape[-1] for row in rows], dtype=strips.dtype, device=strips.device)
         starts = torch.searchsorted(strips, cells).tolist()
         self._edges |= {row: start * g for row, start in zip(rows, starts, strict=True)}
 
     def patterns(self, first: int, rows: int, each: int) -> Iterator[Pattern]:
         """Of some rows of the weight as a matrix, `each` at a time, as matrices of their own."""
-        g, columns = self.draw.granularity, self.shape[-1]
-        whole = None if self.regenerates and self.draw.has_slices else self.strips()
+        g, columns = self.selection.granularity, self.shape[-1]
+        whole = None if self.regenerates and self.selection.is_sliceable else self.strips()
         for start in range(first, first + rows, each):
             span = self.span(start, each)
             some = slice(span.start // g, span.stop // g)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import TypeAdapter, ValidationError
 
 from sparse_zero.errors import UserError
-from sparse_zero.zero.parameters import fitted_bucket
+from sparse_zero.zero.parameters import bucket_size
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce"]
 
@@ -81,7 +81,7 @@ class ZeroSettings:
         Raises UserError: a value that DeepSpeed does not accept.
         """
         automatic = {
-            "reduce_bucket_size": fitted_bucket(trained),
+            "reduce_bucket_size": bucket_size(trained),
             "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
             "stage3_param_persistence_threshold": 10 * hidden_size,
         }

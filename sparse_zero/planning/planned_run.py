@@ -17,8 +17,8 @@ from sparse_zero.planning.activations import UNKNOWN, Activations, activations
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training, default_of
-from sparse_zero.selection.selector import decide
-from sparse_zero.selection.targets import all_targets, find_whole, parameters_of
+from sparse_zero.selection.selector import select_scalars
+from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
 
 WRITING_BYTES = 16
 """Bytes for each selected scalar of the weight that is being written: an 8-byte and a 4-byte position, and a 4-byte
@@ -117,10 +117,10 @@ def read_recipe(recipe: Recipe) -> PlannedRun:
     model = model_without_values(config, section.task, trained_dtype, section.trust_remote_code)
     # For any selection: the exact count of stratified is the expected count of bernoulli
     sparse = recipe.sparse.model_copy(update={"selection": "stratified"})
-    whole_modules = find_whole(model, sparse)
-    draws, _ = decide(model, sparse, whole_modules)
+    whole_modules = find_modules_to_save(model, sparse)
+    selections, _ = select_scalars(model, sparse, whole_modules)
     targets = all_targets(model)
-    whole = parameters_of(model, whole_modules)
+    whole = parameter_names(model, whole_modules)
     limit = max_positions(config)
     tokens = recipe.data.max_length or limit
     if tokens is None:
@@ -131,12 +131,16 @@ def read_recipe(recipe: Recipe) -> PlannedRun:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = 0
     training = recipe.training
     checkpointed = bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
-    counts = {draw.name: draw.count for draw in draws}
+    counts = {selection.name: selection.count for selection in selections}
     sizes = ModelSizes(
         base=tuple(target.shape.numel() for target in targets.values()),
         selected=tuple(counts.values()),
         whole=tuple(targets[name].shape.numel() for name in whole),
-        index_bytes=sum(draw.strip_count * draw.strip_dtype.itemsize for draw in draws if _stores_indices(recipe)),
+        index_bytes=sum(
+            selection.strip_count * selection.strip_dtype.itemsize
+            for selection in selections
+            if _stores_indices(recipe)
+        ),
         scalar_bytes=trained_dtype.itemsize,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         forward_only=0 if checkpointed else _forward_only(model),

@@ -1,4 +1,4 @@
-"""The ranks of a run: which one this process is, how they meet, notice a failure, log and stop.
+"""The ranks of a run: their placement, rendezvous, failure detection, logs and stop signals.
 
 Others import from `agreement`, `extension_locks`, `failures`, `link_probe`, `watchdog_client`, `network`, `placement`,
 `rank_log`, `rendezvous`, `stop_signals`, `watchdog`.

@@ -1,7 +1,7 @@
-"""Operators that are compiled at first use, DeepSpeed's and ours, and the locks that killed processes have left there.
+"""Locks that killed processes left on C++ operators (torch extensions) compiled at first use: DeepSpeed's and ours.
 
-torch's loader locks an operator by a file that exists, also for the moment in which a finished one is loaded. A rank
-that is killed then leaves the file, and every later process waits for ever.
+torch's loader locks an operator with a file, even while it only loads a finished one. If a rank is killed meanwhile,
+the file remains, and every later process waits for it forever.
 """
 
 import contextlib
@@ -15,58 +15,62 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
-UNSEEN_SECONDS = 15 * 60
-"""Longer than any operator compiles: so old is a lock that a process may hold whom nobody here sees."""
+STALE_SECONDS = 15 * 60
+"""Age from which a lock counts as abandoned even if its holder may be invisible here. No operator compiles longer."""
 
-FIRST_NAMESPACE = "pid:[4026531836]"
-"""From where Linux shows the processes of all containers too."""
-
-
-def directories() -> Iterator[Path]:
-    """Of the operators that were built, or are being built."""
-    # The user's own directory holds the operators, the default one has a directory for each Python and accelerator.
-    return _own().glob("*/") if _own() else _default().glob("*/*/")
+INITIAL_PID_NAMESPACE = "pid:[4026531836]"
+"""The Linux PID namespace in which the processes of all containers are visible."""
 
 
-def directory_of(name: str) -> Path:
-    """Where to build an operator that no Python and no accelerator has a part in."""
-    return (_own() or _default() / "sparse_zero") / name
+def extension_directories() -> Iterator[Path]:
+    """The directories of all operators that were built or are being built."""
+    # TORCH_EXTENSIONS_DIR contains the operators; the default has one directory per Python version and accelerator.
+    return _user_directory().glob("*/") if _user_directory() else _default_directory().glob("*/*/")
 
 
-def _own() -> Path | None:
+def build_directory(name: str) -> Path:
+    """The directory for building an operator that depends on neither the Python version nor the accelerator."""
+    return (_user_directory() or _default_directory() / "sparse_zero") / name
+
+
+def _user_directory() -> Path | None:
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     return Path(given) if given else None
 
 
-def _default() -> Path:
+def _default_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
 
 
 def remove_abandoned_locks() -> None:
-    """Call it before the ranks meet: afterwards one of them may hold a lock that another has just seen abandoned."""
-    for directory in directories():
+    """Remove the locks whose holders have ended.
+
+    Call it before the rendezvous: later, one rank may hold a lock that another rank has just found abandoned.
+    """
+    for directory in extension_directories():
         lock = directory / "lock"
-        with contextlib.suppress(OSError):  # another rank was faster, or it is another user's
+        with contextlib.suppress(OSError):  # another rank was faster, or the file belongs to another user
             if _is_abandoned(lock):
                 lock.unlink()
-                logger.warning("removed %s: the process that held it has ended without a word", lock)
+                logger.warning("removed the abandoned lock %s: the process that created it no longer exists", lock)
 
 
 def _is_abandoned(lock: Path) -> bool:
     found = lock.stat()
     if found.st_uid != os.getuid() or _is_open_here(lock):
         return False
-    if _may_be_held_unseen(found) and time.time() - found.st_mtime < UNSEEN_SECONDS:
+    if _may_be_held_elsewhere(found) and time.time() - found.st_mtime < STALE_SECONDS:
         return False
-    # While the processes were looked at, the lock may have passed on to one that had none when its turn came
+    # During the search, the lock may have passed to a process that did not have it when that process was examined
     now = lock.stat()
     return (now.st_ino, now.st_mtime_ns) == (found.st_ino, found.st_mtime_ns)
 
 
-def _may_be_held_unseen(lock: os.stat_result) -> bool:
-    # File systems without a disk of this machine (NFS, Lustre, but also overlays) have no major number
+def _may_be_held_elsewhere(lock: os.stat_result) -> bool:
+    """Whether a process that is not visible here, on another host or in another container, may hold the lock."""
+    # File systems that are no local disk (NFS, Lustre, but overlays as well) have major number 0
     on_other_hosts = os.major(lock.st_dev) == 0
-    return on_other_hosts or os.readlink("/proc/self/ns/pid") != FIRST_NAMESPACE
+    return on_other_hosts or os.readlink("/proc/self/ns/pid") != INITIAL_PID_NAMESPACE
 
 
 def _is_open_here(path: Path) -> bool:

@@ -1,26 +1,33 @@
-"""What went wrong in a run of many ranks: one outcome out of what each of them says, or no longer says."""
+"""The failures of ranks, and which of them is the root cause that ends the run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["failure", "refusal", "end", "death", "silence", "absence"]
+Kind = Literal["exception", "user_error", "stopped", "died", "unreachable", "missing"]
 
 
 @dataclass(frozen=True)
-class Member:
-    """A rank of a run, as it presents itself."""
+class RankInfo:
+    """A rank as it introduces itself to the watchdog."""
 
     rank: int
     host: str
     pid: int
     log: str | None = None
+    """Path of the rank's log file."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """That a rank failed (an exception), refused (an error of the user's), ended by itself (`message` says why), died
-    without a word, fell silent together with its host, or never came.
+    """The failure of one rank. There are six kinds:
+
+    exception: the rank raised an exception (`message`, `traceback`)
+    user_error: the rank found an error that the user can correct (`message`)
+    stopped: the rank exited on request (`message` says why)
+    died: the rank's process exited without a message
+    unreachable: the rank's host does not answer
+    missing: the rank did not join in time
     """
 
     rank: int
@@ -35,85 +42,89 @@ class Outcome:
     """Why a run ends."""
 
     message: str
-    """One line that names the rank and its host, and where its log is."""
+    """One line that names the rank, its host and its log."""
     status: int
     """The exit status of all ranks."""
     ranks: tuple[int, ...]
-    """Those that it began with."""
+    """The ranks that caused it."""
     traceback: str = ""
     is_error: bool = True
-    """False where a rank was only told to stop."""
+    """False if a rank exited on request."""
 
 
-DIED = "died without a word: killed by somebody, or by the kernel for want of memory, or crashed"
+DIED = "exited unexpectedly: killed (possibly out of memory) or crashed"
 
-_GONE: Sequence[Kind] = ("death", "silence", "absence")
-"""The gravest first. A rank that is gone makes the others fail in their next collective: those are echoes, also where
-they are heard of first."""
+_GONE: Sequence[Kind] = ("died", "unreachable", "missing")
+"""The most severe kind first. If a rank is gone, the next collective fails on all others. Their failures are
+consequences, even if they arrive first."""
 
 
-def find_cause(failures: Sequence[Failure], members: Mapping[int, Member], silence_seconds: float = 0) -> Outcome:
-    """Of `troubles`, in the order of their arrival, the one that is the cause of the others.
+def find_root_cause(failures: Sequence[Failure], ranks: Mapping[int, RankInfo], waited_seconds: float = 0) -> Outcome:
+    """Find the failure that caused the others.
 
-    Args: members: every rank that ever came; silence_seconds: how long silent ranks have been waited for.
+    Args:
+        failures: all failures, in order of arrival.
+        ranks: all ranks that have joined.
+        waited_seconds: how long the watchdog waited for unreachable or missing ranks.
     """
     kinds = {failure.kind for failure in failures}
     kind = next((kind for kind in _GONE if kind in kinds), failures[0].kind)
-    alike = [failure for failure in failures if failure.kind == kind]
-    first = alike[0]
+    same_kind = [failure for failure in failures if failure.kind == kind]
+    first = same_kind[0]
     if kind in _GONE:
-        ranks = tuple(sorted({failure.rank for failure in alike}))
-        say = {"death": _say_dead, "silence": _say_silent, "absence": _say_absent}[kind]
-        return Outcome(say(ranks, members, silence_seconds), 1, ranks)
-    if kind == "end":
-        return Outcome(f"{_name(first.rank, members)} {first.message}", first.status, (first.rank,), is_error=False)
-    said = tuple(failure.rank for failure in alike if failure.message == first.message)
-    if kind == "refusal":
-        # What all ranks meet is a matter of the recipe, what one meets a matter of its host.
-        where = "" if 0 in said else f"{_name(first.rank, members)}: "
-        return Outcome(f"{where}{first.message}", first.status, said)
-    message = f"{_name(first.rank, members)} failed: {first.message}{_log(first.rank, members)}"
+        gone = tuple(sorted({failure.rank for failure in same_kind}))
+        describe = {"died": _describe_died, "unreachable": _describe_unreachable, "missing": _describe_missing}[kind]
+        return Outcome(describe(gone, ranks, waited_seconds), 1, gone)
+    if kind == "stopped":
+        return Outcome(f"{_name(first.rank, ranks)} {first.message}", first.status, (first.rank,), is_error=False)
+    reporters = tuple(failure.rank for failure in same_kind if failure.message == first.message)
+    if kind == "user_error":
+        # An error of all ranks concerns the recipe. An error of one rank concerns its host, which is then named.
+        where = "" if 0 in reporters else f"{_name(first.rank, ranks)}: "
+        return Outcome(f"{where}{first.message}", first.status, reporters)
+    message = f"{_name(first.rank, ranks)} failed: {first.message}{_log(first.rank, ranks)}"
     return Outcome(message, first.status, (first.rank,), first.traceback)
 
 
-def say_silent(seconds: float) -> str:
+def unreachable_message(seconds: float) -> str:
+    """What to say of a host that has not answered for some seconds."""
     return f"has not answered for {seconds:g} s: the host or its network is down"
 
 
-def _say_dead(ranks: Sequence[int], members: Mapping[int, Member], seconds: float) -> str:
-    return f"{_names(ranks, members)} {DIED}{_log(ranks[0], members)}"
+def _describe_died(gone: Sequence[int], ranks: Mapping[int, RankInfo], seconds: float) -> str:
+    return f"{_names(gone, ranks)} {DIED}{_log(gone[0], ranks)}"
 
 
-def _say_silent(ranks: Sequence[int], members: Mapping[int, Member], seconds: float) -> str:
-    hosts = ", ".join(dict.fromkeys(members[rank].host for rank in ranks))
-    return f"{hosts} ({_numbers(ranks)}) {say_silent(seconds)}{_log(ranks[0], members)}"
+def _describe_unreachable(gone: Sequence[int], ranks: Mapping[int, RankInfo], seconds: float) -> str:
+    hosts = ", ".join(dict.fromkeys(ranks[rank].host for rank in gone))
+    return f"{hosts} ({_numbers(gone)}) {unreachable_message(seconds)}{_log(gone[0], ranks)}"
 
 
-def _say_absent(ranks: Sequence[int], members: Mapping[int, Member], seconds: float) -> str:
-    there = "; there: " + ", ".join(_name(rank, members) for rank in sorted(members)[:8]) if members else ""
-    return f"{_numbers(ranks)} did not come within {seconds:g} s (launch.rendezvous_seconds){there}"
+def _describe_missing(gone: Sequence[int], ranks: Mapping[int, RankInfo], seconds: float) -> str:
+    joined = "; joined: " + ", ".join(_name(rank, ranks) for rank in sorted(ranks)[:8]) if ranks else ""
+    return f"{_numbers(gone)} did not join within {seconds:g} s (launch.rendezvous_seconds){joined}"
 
 
-def _names(ranks: Iterable[int], members: Mapping[int, Member]) -> str:
+def _names(numbers: Iterable[int], ranks: Mapping[int, RankInfo]) -> str:
     by_host: dict[str, list[int]] = {}
-    for rank in ranks:
-        by_host.setdefault(members[rank].host, []).append(rank)
+    for rank in numbers:
+        by_host.setdefault(ranks[rank].host, []).append(rank)
     named = []
     for host, here in by_host.items():
-        process = f" (process {members[here[0]].pid})" if len(here) == 1 else ""
+        process = f" (process {ranks[here[0]].pid})" if len(here) == 1 else ""
         named.append(f"{_numbers(here)} on {host}{process}")
     return " and ".join(named)
 
 
-def _name(rank: int, members: Mapping[int, Member]) -> str:
-    return f"rank {rank} on {members[rank].host}" if rank in members else f"rank {rank}"
+def _name(rank: int, ranks: Mapping[int, RankInfo]) -> str:
+    return f"rank {rank} on {ranks[rank].host}" if rank in ranks else f"rank {rank}"
 
 
-def _numbers(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+def _numbers(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
 
 
-def _log(rank: int, members: Mapping[int, Member]) -> str:
-    log = members[rank].log if rank in members else None
+def _log(rank: int, ranks: Mapping[int, RankInfo]) -> str:
+    log = ranks[rank].log if rank in ranks else None
     return f"; its log is {log}" if log else ""

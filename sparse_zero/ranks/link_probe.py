@@ -1,9 +1,9 @@
-"""What every rank runs for `sparse-zero doctor`: it meets the others, and measures the links between them.
+"""The program that `sparse-zero doctor` runs on every rank: a rendezvous, then measurements of the network links.
 
 torchrun --nproc-per-node 2 -m sparse_zero.ranks.link_probe --cpu --seconds 60
 
-Each thing that is found out is a line of JSON on stdout after MARK, at once: where the ranks get stuck, what they have
-said before says where. Rank 0's host need not share a disk with whoever reads this.
+Each result is printed to stdout at once, as one line of JSON after MARK. If the ranks hang, the lines so far
+show where. The results go through stdout because the hosts need not share a disk with the process that reads them.
 """
 
 import argparse
@@ -22,66 +22,70 @@ from sparse_zero.errors import UserError
 MARK = "sparse-zero-probe: "
 SMALL_BYTES, LARGE_BYTES = 4, 2**24
 ALL_PAIRS_UP_TO = 8
-"""Ranks of which every pair is measured; of more, each with the next."""
+"""The largest world size at which every pair of ranks is measured. With more ranks, each is measured with the next."""
 SMALL_ROUNDS, LARGE_ROUNDS = 50, 5
 ENOUGH_SECONDS = 1.0
-"""A slow link's large messages are repeated within this time only."""
+"""Time limit for the repetitions of a measurement: on a slow link, large messages are repeated less often."""
 _MARGIN_SECONDS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 where the ranks do not meet."""
+    """Run the probe.
+
+    Returns:
+        The exit status: 0, or 2 if the rendezvous fails.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m sparse_zero.ranks.link_probe", description="One rank of a measurement."
+        prog="python -m sparse_zero.ranks.link_probe", description="One rank of a measurement of the links."
     )
     parser.add_argument(
-        "--seconds", type=float, default=60, help="how long the ranks may take to meet, then to measure"
+        "--seconds", type=float, default=60, help="time limit of the rendezvous, and again of the measurements"
     )
-    parser.add_argument("--cpu", action="store_true", help="leave the accelerators alone")
+    parser.add_argument("--cpu", action="store_true", help="do not use accelerators")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     options = parser.parse_args(argv)
-    # Blocked in the network, a rank hears no signal; and nobody may be there to send it one.
-    _end_after(2 * options.seconds + _MARGIN_SECONDS)
+    # A rank that blocks in a network call handles no signals, and there may be no process to send it one.
+    _exit_after(2 * options.seconds + _MARGIN_SECONDS)
     try:
         _probe(options.seconds, options.cpu)
     except UserError as error:
-        say(problem=str(error))
+        emit(problem=str(error))
         return 2
     return 0
 
 
 def _probe(seconds: float, use_cpu: bool) -> None:
-    from sparse_zero.ranks.placement import alone, find_placement
+    from sparse_zero.ranks.placement import Placement
 
-    placement = find_placement() or alone()
+    placement = Placement.from_environment() or Placement.single_process()
     placement.export()
-    say(rank=placement.rank, world_size=placement.world_size, host=socket.gethostname())
+    emit(rank=placement.rank, world_size=placement.world_size, host=socket.gethostname())
     import torch.distributed as dist
 
-    from sparse_zero.ranks.rendezvous import meet, open_store
+    from sparse_zero.ranks.rendezvous import init_process_group, open_store
 
     store = open_store(placement, seconds)
-    meet(store, placement, use_cpu, rendezvous_seconds=seconds, timeout_seconds=seconds)
+    init_process_group(store, placement, use_cpu, rendezvous_seconds=seconds, timeout_seconds=seconds)
     try:
         measure(placement.rank, placement.world_size)
     finally:
         dist.destroy_process_group()
 
 
-def say(**facts: Any) -> None:
-    """One short line in one write: lines of several ranks must not be mixed."""
+def emit(**facts: Any) -> None:
+    """Print one result. One short line in one write, so that the lines of several ranks are not mixed."""
     os.write(1, (MARK + json.dumps(facts) + "\n").encode())
 
 
 def pairs(world_size: int) -> list[tuple[int, int]]:
-    """The links to measure: all, or those of a ring."""
+    """The pairs of ranks to measure: all of them or, for a large world size, those of a ring."""
     if world_size <= ALL_PAIRS_UP_TO:
         return [(one, other) for one in range(world_size) for other in range(one + 1, world_size)]
     return [(rank, (rank + 1) % world_size) for rank in range(world_size)]
 
 
 def measure(rank: int, world_size: int) -> None:
-    """Say what each link and the group as a whole take. Collective."""
+    """Measure and print the latency and bandwidth of each link, and of an all-reduce. Collective."""
     import torch
     import torch.distributed as dist
 
@@ -103,12 +107,12 @@ def measure(rank: int, world_size: int) -> None:
         values = torch.ones(size // 4, device=device)
         dist.all_reduce(values)
         right = bool((values == world_size).all())
-        seconds = _typical(_times(lambda values=values: dist.all_reduce(values), rounds, wait, rank, device), size)
+        seconds = _typical(_durations(lambda values=values: dist.all_reduce(values), rounds, wait, rank, device), size)
         if rank == 0:
             bandwidth = 2 * (world_size - 1) / world_size * size / seconds
-            say(collective="all_reduce", bytes=size, seconds=seconds, bytes_per_second=bandwidth, right=right)
+            emit(collective="all_reduce", bytes=size, seconds=seconds, bytes_per_second=bandwidth, right=right)
         elif not right:
-            say(problem=f"rank {rank} on {socket.gethostname()}: an all-reduce of ones gave a wrong sum")
+            emit(problem=f"rank {rank} on {socket.gethostname()}: an all-reduce of ones returned a wrong sum")
 
 
 def _measure_link(rank: int, pair: tuple[int, int], device: Any, wait: Callable[[], None]) -> None:
@@ -119,7 +123,7 @@ def _measure_link(rank: int, pair: tuple[int, int], device: Any, wait: Callable[
     sent = torch.arange(LARGE_BYTES // 4, dtype=torch.int32, device=device)
     large, small = torch.zeros_like(sent), torch.zeros(SMALL_BYTES // 4, dtype=torch.int32, device=device)
 
-    def there_and_back(message: Any, answer: Any) -> None:
+    def round_trip(message: Any, answer: Any) -> None:
         if rank == first:
             dist.send(message, second)
             dist.recv(answer, second)
@@ -128,17 +132,17 @@ def _measure_link(rank: int, pair: tuple[int, int], device: Any, wait: Callable[
             dist.send(answer, first)
         wait()
 
-    small_seconds = _typical(_times(lambda: there_and_back(small, small), SMALL_ROUNDS, wait), SMALL_BYTES)
+    small_seconds = _typical(_durations(lambda: round_trip(small, small), SMALL_ROUNDS, wait), SMALL_BYTES)
     started = time.perf_counter()
-    there_and_back(sent, large)
-    # How often is for the first one to say.
+    round_trip(sent, large)
+    # The first rank of the pair decides on the number of rounds.
     rounds = torch.tensor([_rounds(time.perf_counter() - started, LARGE_ROUNDS)], dtype=torch.int32, device=device)
-    there_and_back(rounds, rounds)
+    round_trip(rounds, rounds)
     right = torch.equal(sent, large)
-    large_seconds = _typical(_times(lambda: there_and_back(sent, large), int(rounds), wait), LARGE_BYTES)
+    large_seconds = _typical(_durations(lambda: round_trip(sent, large), int(rounds), wait), LARGE_BYTES)
     if rank == first:
         link = {"from": first, "to": second, "latency_seconds": small_seconds / 2}
-        say(link={**link, "bytes_per_second": 2 * LARGE_BYTES / large_seconds, "right": right})
+        emit(link={**link, "bytes_per_second": 2 * LARGE_BYTES / large_seconds, "right": right})
 
 
 def _rounds(seconds: float, most: int) -> int:
@@ -146,16 +150,19 @@ def _rounds(seconds: float, most: int) -> int:
 
 
 def _typical(seconds: list[float], size: int) -> float:
-    """The fastest of small messages, which wait for a core longer than for the network; else the median."""
+    """The median; for small messages the minimum, since they wait longer for a core than for the network."""
     return min(seconds) if size == SMALL_BYTES else statistics.median(seconds)
 
 
-def _times(
-    do: Callable[[], Any], rounds: int, wait: Callable[[], None], rank: int | None = None, device: Any = None
+def _durations(
+    operation: Callable[[], Any], rounds: int, wait: Callable[[], None], rank: int | None = None, device: Any = None
 ) -> list[float]:
-    """Seconds of each `do`, after a first one to warm up. With `rank`, all ranks take rank 0's word for how many."""
+    """The duration of each call of `operation`, in seconds, after one warm-up call.
+
+    With `rank`, rank 0 decides for all ranks how many calls are measured.
+    """
     started = time.perf_counter()
-    do()
+    operation()
     wait()
     if rank is not None:
         import torch
@@ -164,16 +171,16 @@ def _times(
         agreed = torch.tensor([_rounds(time.perf_counter() - started, rounds)], device=device)
         dist.broadcast(agreed, src=0)
         rounds = int(agreed)
-    taken = []
+    durations = []
     for _ in range(rounds):
         started = time.perf_counter()
-        do()
+        operation()
         wait()
-        taken.append(time.perf_counter() - started)
-    return taken
+        durations.append(time.perf_counter() - started)
+    return durations
 
 
-def _end_after(seconds: float) -> None:
+def _exit_after(seconds: float) -> None:
     timer = threading.Timer(seconds, lambda: os._exit(124))
     timer.daemon = True
     timer.start()

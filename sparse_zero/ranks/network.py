@@ -1,4 +1,4 @@
-"""Addresses and ports of this host. Imports no torch."""
+"""Network addresses, interfaces and ports of this host. Does not import torch."""
 
 import socket
 
@@ -6,14 +6,14 @@ import psutil
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A TCP port that no process on this host uses."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
 def address_towards(host: str) -> str | None:
-    """This host's own address on the way to another; None where there is no way. Nothing is sent."""
+    """The address of this host on the route to another host; None without a route. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
@@ -31,6 +31,6 @@ def interfaces() -> dict[str, list[str]]:
 
 
 def interface_towards(host: str) -> str | None:
-    """The interface that leads to another host; None where there is no way."""
+    """The network interface on the route to another host; None without a route."""
     address = address_towards(host)
     return next((name for name, own in interfaces().items() if address in own), None)

@@ -1,7 +1,7 @@
-"""Which rank this process is, by what its launcher left in the environment. Imports no torch.
+"""The rank, world size and master address of this process, from its launcher's environment. Does not import torch.
 
-torchrun and DeepSpeed set RANK and its companions. srun and mpirun have names of their own for them, and say nothing
-about where rank 0 is to be met.
+torchrun and DeepSpeed set RANK, WORLD_SIZE and so on. srun and mpirun use other names and do not set the address of
+rank 0.
 """
 
 import os
@@ -14,12 +14,12 @@ from sparse_zero.errors import UserError
 from sparse_zero.ranks.network import free_port
 
 _SLURM_PORTS = range(20_000, 30_000)
-"""Below the ports that systems hand out by themselves (from 32,768 on)."""
+"""Below the ephemeral ports, which begin at 32,768."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A rank among its world."""
+    """The rank of a process, its world size, and the address at which the ranks meet."""
 
     rank: int
     world_size: int
@@ -28,8 +28,34 @@ class Placement:
     master_addr: str
     master_port: int
 
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> "Placement | None":
+        """The placement that the launcher's variables describe; None if no launcher started this process.
+
+        Args:
+            environ: the environment variables; by default those of this process.
+
+        Raises:
+            UserError: a launcher's variables are incomplete or invalid.
+        """
+        environ = os.environ if environ is None else environ
+        for variable, read in (
+            ("RANK", _from_torch),
+            ("OMPI_COMM_WORLD_RANK", _from_open_mpi),
+            ("MPI_LOCALRANKID", _from_hydra),
+            ("SLURM_PROCID", _from_slurm),
+        ):
+            if variable in environ and not _is_batch_script(environ, variable):
+                return read(environ)
+        return None
+
+    @classmethod
+    def single_process(cls) -> "Placement":
+        """The placement of a run that has only one rank."""
+        return cls(0, 1, 0, 1, "127.0.0.1", free_port())
+
     def export(self) -> None:
-        """Set the variables that torch, Accelerate and DeepSpeed read."""
+        """Set the environment variables that torch, Accelerate and DeepSpeed read."""
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
@@ -40,30 +66,11 @@ class Placement:
         )
 
 
-def find_placement(environ: Mapping[str, str] | None = None) -> Placement | None:
-    """None: started by hand, as the only process.
+def _is_batch_script(environ: Mapping[str, str], variable: str) -> bool:
+    """Whether this process is a Slurm batch script, which is no rank.
 
-    Raises UserError: a launcher's variables that do not tell enough.
+    sbatch sets SLURM_PROCID=0 in the batch script as well. Only srun starts steps with tasks.
     """
-    environ = os.environ if environ is None else environ
-    for variable, read in (
-        ("RANK", _from_torch),
-        ("OMPI_COMM_WORLD_RANK", _from_open_mpi),
-        ("MPI_LOCALRANKID", _from_hydra),
-        ("SLURM_PROCID", _from_slurm),
-    ):
-        if variable in environ and not _is_a_batch_script(environ, variable):
-            return read(environ)
-    return None
-
-
-def alone() -> Placement:
-    """The only rank of its world."""
-    return Placement(0, 1, 0, 1, "127.0.0.1", free_port())
-
-
-def _is_a_batch_script(environ: Mapping[str, str], variable: str) -> bool:
-    """sbatch sets SLURM_PROCID=0 in the batch script too, which is no rank; only srun makes steps with tasks."""
     return variable == "SLURM_PROCID" and ("SLURM_STEP_ID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ)
 
 
@@ -75,13 +82,13 @@ def _from_torch(environ: Mapping[str, str]) -> Placement:
     if missing:
         raise UserError(
             f"RANK={environ['RANK']} is set, but not {' and '.join(missing)}: start the ranks with sparse-zero train, "
-            "deepspeed, torchrun, srun or mpirun, or set all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+            "deepspeed, torchrun, srun or mpirun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         )
     return Placement(
         _number(environ, "RANK"),
         world_size,
         _number(environ, "LOCAL_RANK"),
-        # DeepSpeed's runner calls it LOCAL_SIZE, and leaves it out for MPI.
+        # DeepSpeed's runner calls it LOCAL_SIZE and does not set it for MPI.
         int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1),
         environ.get("MASTER_ADDR") or "127.0.0.1",
         _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else 29500,
@@ -111,14 +118,16 @@ def _from_slurm(environ: Mapping[str, str]) -> Placement:
     master = environ.get("MASTER_ADDR")
     if not master:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
-        master = address_of(first_host(nodes)) if world_size > local_world_size else "127.0.0.1"
+        master = node_address(first_node(nodes)) if world_size > local_world_size else "127.0.0.1"
     port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else slurm_port(environ)
     return Placement(_number(environ, "SLURM_PROCID"), world_size, local_rank, local_world_size, master, port)
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:
-    """A port on which the ranks of a step can meet: the one that Slurm has reserved for it (MpiParams), or one that
-    all ranks work out of the step's number, so that steps on a shared node differ.
+    """The port for the rendezvous of a Slurm step's ranks.
+
+    This is the first port that Slurm has reserved for the step (MpiParams). Without a reservation, all ranks compute
+    the same port from the numbers of the job and the step, so that steps on a shared node use different ports.
     """
     reserved = environ.get("SLURM_STEP_RESV_PORTS")
     if reserved:
@@ -129,26 +138,36 @@ def slurm_port(environ: Mapping[str, str]) -> int:
 
 
 def expand_counts(text: str) -> list[int]:
-    """Slurm's short form of one number for each node: `2(x3),1` is [2, 2, 2, 1]."""
+    """Expand Slurm's short form of one number per node: `2(x3),1` is [2, 2, 2, 1].
+
+    Raises:
+        UserError: the text has another form.
+    """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise UserError(f"SLURM_TASKS_PER_NODE={text}: not a list of counts")
+            raise UserError(f"SLURM_TASKS_PER_NODE={text} is not a list of counts, such as 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
-def first_host(nodelist: str) -> str:
-    """The first name of Slurm's short form of a list: `gpu[07-09,12],login1` is gpu07."""
+def first_node(nodelist: str) -> str:
+    """The first name of a Slurm node list in short form: for `gpu[07-09,12],login1` it is gpu07.
+
+    Raises:
+        UserError: the text has another form.
+    """
     match = re.match(r"(?:[^,\[]|\[\d[^\]]*\])+", nodelist)
     if match is None:
-        raise UserError(f"SLURM_JOB_NODELIST={nodelist}: not a list of nodes; set MASTER_ADDR to the first one's name")
+        raise UserError(
+            f"SLURM_JOB_NODELIST={nodelist} is not a node list; set MASTER_ADDR to the name of the first node"
+        )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
-def address_of(node: str) -> str:
-    """Nodes need not be called what they can be reached by: Slurm then knows their addresses."""
+def node_address(node: str) -> str:
+    """A name or address at which a Slurm node can be reached: its own name if it resolves, else Slurm's NodeAddr."""
     try:
         socket.getaddrinfo(node, None)
     except OSError:
@@ -171,13 +190,13 @@ def _mpi_master(environ: Mapping[str, str], world_size: int) -> tuple[str, int]:
     try:
         import mpi4py
 
-        # Whether the job ends well is for the exit status to say; a rank that dies must not wait for the others.
+        # The exit status tells whether a rank failed. A failing rank must not wait for the others in MPI_Finalize.
         mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"mpirun does not say where rank 0 is, and mpi4py, which could, cannot be used ({error}): "
-            "pip install mpi4py, or name the first host: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ..."
+            f"mpirun does not set the address of rank 0, and mpi4py cannot be imported to find it ({error}): "
+            "pip install mpi4py, or pass the first host: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ..."
         ) from None
     host = environ.get("MASTER_ADDR") or socket.gethostname()
     master = MPI.COMM_WORLD.bcast((host, free_port()), root=0)
@@ -189,4 +208,4 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except (KeyError, ValueError):
-        raise UserError(f"{name} should be a number, and is {environ.get(name, 'not set')}") from None
+        raise UserError(f"{name} must be an integer, but is {environ.get(name, 'not set')}") from None

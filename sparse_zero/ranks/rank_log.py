@@ -1,6 +1,6 @@
-"""One log file for each rank: what it prints, its warnings, its traceback, and where it stood when it crashed.
+"""One log file per rank: its output, warnings and traceback, and the Python stack if it crashes.
 
-Imports no torch: a rank opens its log before anything else can fail.
+Does not import torch: a rank opens its log before anything else can fail.
 """
 
 import contextlib
@@ -18,15 +18,19 @@ _HEADER = "=== attempt "
 
 
 def open_rank_log(directory: Path, rank: int, world_size: int) -> Path:
-    """From now on what this rank prints goes to DIRECTORY/rank-00003.log, behind what earlier attempts wrote.
+    """Send this rank's output to DIRECTORY/rank-00003.log from now on, after the output of earlier attempts.
 
-    Of rank 0 the console stays as it is, and the file gets a copy of what Python writes to sys.stdout and sys.stderr,
-    but for progress bars. Of any other rank the file takes the place of the file descriptors 1 and 2, so that what C
-    libraries and child processes print lands there too. A crash (SIGSEGV and its like) leaves every thread's Python
-    stack in the file. Each line is written at once, so that os._exit loses none; the file is open as long as the
-    process lives.
+    On rank 0 the console still shows all output, and the file gets a copy of what Python writes to sys.stdout and
+    sys.stderr, except progress bars. On all other ranks the file replaces the file descriptors 1 and 2, so that it
+    also gets the output of C libraries and child processes. On a crash (such as SIGSEGV), the Python stacks of all
+    threads are written to the file. Each line is written at once, so that os._exit loses nothing. The file stays open
+    until the process ends. Call this function once per process.
 
-    Returns: the file. Raises UserError: it cannot be written. Call it once in a process.
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     path = directory / f"rank-{rank:05d}.log"
     try:
@@ -41,7 +45,7 @@ def open_rank_log(directory: Path, rank: int, world_size: int) -> Path:
     faulthandler.enable(descriptor)
     if rank == 0:
         for stream in (sys.stdout, sys.stderr):
-            _copy(stream, descriptor)
+            _tee(stream, descriptor)
     else:
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
@@ -57,9 +61,9 @@ def _count_attempts(path: Path) -> int:
         return sum(line.startswith(_HEADER.encode()) for line in file)
 
 
-def _copy(stream: TextIO, descriptor: int) -> None:
-    # The stream itself stays: logging handlers that were made earlier hold it, and others ask it for its encoding.
-    to_console, to_file = stream.write, _Copy(descriptor)
+def _tee(stream: TextIO, descriptor: int) -> None:
+    # Only its method is replaced: existing logging handlers refer to the stream, and others read its encoding.
+    to_console, to_file = stream.write, _LogFile(descriptor)
 
     def write(text: str) -> int:
         to_file.write(text)
@@ -68,27 +72,31 @@ def _copy(stream: TextIO, descriptor: int) -> None:
     stream.write = write
 
 
-class _Copy:
-    """Writes a stream's text to a file without what redraws a progress bar."""
+class _LogFile:
+    """Writes the text of a stream to a file, without progress bars."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._is_line_empty = True
 
     def write(self, text: str) -> None:
-        kept = without_redraws(text, self._is_line_empty)
+        kept = without_progress_bars(text, self._is_line_empty)
         if kept:
             self._is_line_empty = kept.endswith("\n")
-            # A full disk must not end the training.
+            # A full disk must not stop the training.
             with contextlib.suppress(OSError):
                 os.write(self._descriptor, kept.encode(errors="backslashreplace"))
 
 
-def without_redraws(text: str, is_line_empty: bool) -> str:
-    """What of one write belongs into a file.
+def without_progress_bars(text: str, is_line_empty: bool) -> str:
+    """The part of a write that belongs in a log file: all of it, or nothing if it draws a progress bar.
 
-    A bar returns to the start of its line before it draws; the bar below another one moves there with a line feed, and
-    back up with an escape sequence. Therefore a line feed on a line that has no text is left out too.
+    A progress bar starts with a carriage return. A bar below another one first moves down with a line feed, and back
+    up with an escape sequence. Therefore, a line feed on an empty line is left out as well.
+
+    Args:
+        text: the text of one write.
+        is_line_empty: whether the current line of the log is empty.
     """
     if text.startswith("\r") and not text.startswith("\r\n"):
         return ""

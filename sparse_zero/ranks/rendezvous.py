@@ -1,7 +1,7 @@
-"""A rank meets the others: torch's process group, and the watchdog that notices when one of them is gone.
+"""The rendezvous of the ranks: torch's process group, and the watchdog that rank 0 runs if the launcher does not.
 
-This comes first, before the imports, data and model that take minutes, so that a rank which dies in any of them is
-noticed too.
+It happens before the imports and before the data and the model are loaded, which takes minutes, so that the watchdog
+also notices a rank that dies during that time.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.extension_locks import remove_abandoned_locks
-from sparse_zero.ranks.failures import Member, Outcome
+from sparse_zero.ranks.failures import Outcome, RankInfo
 from sparse_zero.ranks.network import address_towards, interface_towards
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.stop_signals import StopRequest
@@ -25,11 +25,12 @@ from sparse_zero.ranks.watchdog_client import WatchdogClient
 
 
 def open_store(placement: Placement, rendezvous_seconds: float = 300) -> dist.Store:
-    """The store at which all ranks meet, kept by rank 0, or by torchrun's agent.
+    """Open the key-value store for the rendezvous, which rank 0 or torchrun's agent serves.
 
-    Raises UserError: rank 0's port is taken; rank 0 cannot be reached.
+    Raises:
+        UserError: rank 0's port is in use, or rank 0 cannot be reached.
     """
-    # torchrun's agent keeps a store already, and keeps it over its restarts.
+    # torchrun's agent already serves a store, and serves the same one after a restart.
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
@@ -42,45 +43,47 @@ def open_store(placement: Placement, rendezvous_seconds: float = 300) -> dist.St
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
-                f"port {placement.master_port} on {socket.gethostname()}, where the ranks meet, is in use by another "
-                "program; give launch.master_port (or MASTER_PORT) another, or auto"
+                f"the rendezvous port {placement.master_port} on {socket.gethostname()} is in use by another program; "
+                "set launch.master_port (or MASTER_PORT) to another port, or launch.master_port to auto"
             ) from None
         raise UserError(
             f"rank {placement.rank} on {socket.gethostname()} cannot reach rank 0 at "
-            f"{placement.master_addr}:{placement.master_port} within {rendezvous_seconds:g} s "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{placement.master_addr}:{placement.master_port} within {rendezvous_seconds:g} s: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from None
     return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def meet(
+def init_process_group(
     store: dist.Store,
     placement: Placement,
     use_cpu: bool,
     backend: str | None = None,
-    facts: Mapping[str, str] | None = None,
+    must_match: Mapping[str, str] | None = None,
     nodes: int | None = None,
     rendezvous_seconds: float = 300,
     timeout_seconds: float = 1800,
 ) -> None:
-    """Start torch's process group. Collective.
+    """Wait for all ranks, check that they match, and initialize torch's default process group. Collective.
 
     Args:
-        backend: None: the one of this machine's accelerator.
-        facts: what must be the same on all ranks, by its name.
-        nodes: how many hosts the ranks must be on; None: any number.
-        timeout_seconds: of the group's collectives.
+        use_cpu: do not use accelerators.
+        backend: the backend of the process group; None: the default for this machine's accelerator, or gloo.
+        must_match: values that must be the same on all ranks, such as versions, by name.
+        nodes: the number of hosts that the ranks must be on; None: any number.
+        rendezvous_seconds: how long rank 0 waits for the other ranks.
+        timeout_seconds: timeout of the process group's collectives.
 
-    Raises UserError: some rank (it says which) did not come, or differs; ranks on other than `nodes` hosts.
+    Raises:
+        UserError: a rank did not join, has other values than rank 0, or the ranks are not on `nodes` hosts.
     """
     device = None if use_cpu else _choose_device(placement)
     if backend is None:
         backend = "gloo" if device is None else dist.get_default_backend_for_device(device)
     remove_abandoned_locks()
-    store.set(f"came/{placement.rank}", json.dumps([socket.gethostname(), dict(facts or {})]))
+    store.set(f"joined/{placement.rank}", json.dumps([socket.gethostname(), dict(must_match or {})]))
     if placement.rank == 0:
-        came = _wait_for_all(store, placement, rendezvous_seconds)
-        check_alike(came, nodes)
+        check_ranks_match(_wait_for_all(store, placement, rendezvous_seconds), nodes)
     if placement.world_size > placement.local_world_size:
         _choose_interface(store, placement)
     dist.init_process_group(
@@ -92,65 +95,80 @@ def meet(
     )
 
 
-def check_alike(came: Sequence[tuple[str, Mapping[str, str]]], nodes: int | None) -> None:
-    """Args: came: the host and the facts of each rank. Raises UserError: see meet."""
-    host, facts = came[0]
-    for rank, (other, others) in enumerate(came):
-        for name, value in facts.items():
-            if others.get(name) != value:
+def check_ranks_match(joined: Sequence[tuple[str, Mapping[str, str]]], nodes: int | None) -> None:
+    """Check that all ranks have the values of rank 0, and that they are on the right number of hosts.
+
+    Args:
+        joined: host and values (`must_match`) of each rank.
+        nodes: the number of hosts that the ranks must be on; None: any number.
+
+    Raises:
+        UserError: a rank has other values than rank 0, or the ranks are not on `nodes` hosts.
+    """
+    host, values = joined[0]
+    for rank, (other_host, other_values) in enumerate(joined):
+        for name, value in values.items():
+            if other_values.get(name) != value:
                 raise UserError(
-                    f"rank {rank} on {other} has {name} {others.get(name)}, rank 0 on {host} has {value}: "
-                    "all hosts need the same"
+                    f"rank {rank} on {other_host} has {name} {other_values.get(name)}, rank 0 on {host} has {value}: "
+                    "it must be the same on all hosts"
                 )
-    hosts = list(dict.fromkeys(name for name, _ in came))
+    hosts = list(dict.fromkeys(name for name, _ in joined))
     if nodes is not None and len(hosts) != nodes:
         raise UserError(
-            f"launch.nodes: {nodes} are asked for, the ranks are on {len(hosts)} ({', '.join(hosts[:8])}); a runner "
-            "that does not find its hostfile starts them on its own host"
+            f"launch.nodes is {nodes}, but the ranks are on {len(hosts)} host{'s' if len(hosts) > 1 else ''} "
+            f"({', '.join(hosts[:8])}); a runner that does not find its hostfile starts all ranks on its own host"
         )
 
 
-def join_rank_zero(
+def join_rank_zero_watchdog(
     store: dist.Store,
     placement: Placement,
-    me: Member,
+    info: RankInfo,
     stop: StopRequest,
-    announce: Callable[[Outcome], None],
+    on_outcome: Callable[[Outcome], None],
     **settings: Any,
 ) -> WatchdogClient:
-    """Join the watchdog that rank 0 runs. Collective. Args: announce: what rank 0 does with the outcome."""
+    """Start the watchdog on rank 0, and connect every rank to it. Collective.
+
+    Args:
+        info: this rank, as it introduces itself.
+        stop: receives the watchdog's request to stop.
+        on_outcome: called on rank 0 with the outcome, if the watchdog ends the run.
+        settings: further arguments of WatchdogClient.
+    """
     watchdog = None
     if placement.rank == 0:
         host = placement.master_addr if placement.world_size > placement.local_world_size else "127.0.0.1"
-        watchdog = Watchdog(announce, settings["silence_seconds"], host)
+        watchdog = Watchdog(on_outcome, settings["silence_seconds"], host)
         store.set("watchdog", str(watchdog.address))
     address = Address.parse(store.get("watchdog").decode())
-    return WatchdogClient(address, me, placement.world_size, stop, watcher="rank 0", watchdog=watchdog, **settings)
+    return WatchdogClient(address, info, placement.world_size, stop, owner="rank 0", watchdog=watchdog, **settings)
 
 
 def _wait_for_all(store: dist.Store, placement: Placement, seconds: float) -> list[tuple[str, dict[str, str]]]:
-    """Before the group is started, whose own error names nobody."""
-    keys = [f"came/{rank}" for rank in range(placement.world_size)]
+    """Wait here, because the error of the process group's own rendezvous does not name the missing ranks."""
+    keys = [f"joined/{rank}" for rank in range(placement.world_size)]
     try:
         store.wait(keys, timedelta(seconds=seconds))
     except RuntimeError:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        there = [json.loads(store.get(key))[0] for rank, key in enumerate(keys) if rank not in missing]
+        hosts = dict.fromkeys(json.loads(store.get(key))[0] for rank, key in enumerate(keys) if rank not in missing)
         raise UserError(
-            f"rank {', '.join(map(str, missing))} of {placement.world_size} did not come within {seconds:g} s "
-            f"(launch.rendezvous_seconds); those on {', '.join(dict.fromkeys(there))} are there"
+            f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {placement.world_size} did not "
+            f"join within {seconds:g} s (launch.rendezvous_seconds); joined: ranks on {', '.join(hosts)}"
         ) from None
     return [json.loads(value) for value in store.multi_get(keys)]
 
 
 def _choose_device(placement: Placement) -> torch.device | None:
-    """This rank's accelerator, made the current one before the process group is bound to it."""
+    """Make this rank's accelerator the current one, before the process group is bound to it, and return it."""
     if not torch.accelerator.is_available():
         return None
     count = torch.accelerator.device_count()
     index = placement.local_rank
     if count == 1 and placement.local_world_size > 1 and "SLURM_STEP_ID" in os.environ:
-        # Slurm may show each rank its own device only, under the number 0. Accelerate looks at this variable.
+        # Slurm may make only its own device visible to each rank, as number 0. Accelerate reads LOCAL_RANK.
         index = 0
         os.environ["LOCAL_RANK"] = "0"
     elif placement.local_world_size > count:
@@ -163,8 +181,9 @@ def _choose_device(placement: Placement) -> torch.device | None:
 
 
 def _choose_interface(store: dist.Store, placement: Placement) -> None:
-    """gloo binds to the address of this host's name. Where that is a loopback address (Debian's 127.0.1.1), the others
-    would look for this rank on themselves.
+    """Set GLOO_SOCKET_IFNAME if this host's name resolves to a loopback address (127.0.1.1 on Debian).
+
+    gloo binds to the address of this host's name. The other hosts would try to reach this rank on themselves.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
@@ -174,9 +193,9 @@ def _choose_interface(store: dist.Store, placement: Placement) -> None:
         own = "127.0.0.1"
     if not own.startswith("127."):
         return
-    # From rank 0's own host the way to rank 0 is a loop; a rank so many further on is on another.
+    # On rank 0's own host the route to rank 0 is a loop. The rank with this offset is on another host.
     elsewhere = (placement.rank + placement.local_world_size) % placement.world_size
-    for host in (placement.master_addr, json.loads(store.get(f"came/{elsewhere}"))[0]):
+    for host in (placement.master_addr, json.loads(store.get(f"joined/{elsewhere}"))[0]):
         address = address_towards(host)
         if address and not address.startswith("127."):
             os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(host)

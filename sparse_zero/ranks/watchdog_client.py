@@ -1,4 +1,4 @@
-"""A rank's place in the watchdog: it says that it is there, what it fails of, and when it leaves."""
+"""A rank's connection to the watchdog: it joins, reports failures, and exits when the watchdog ends the run."""
 
 import contextlib
 import json
@@ -10,78 +10,97 @@ import time
 from typing import Any, Literal
 
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.failures import DIED, Member, Outcome, say_silent
+from sparse_zero.ranks.failures import DIED, Outcome, RankInfo, unreachable_message
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.stop_signals import StopRequest
-from sparse_zero.ranks.watchdog import Address, Watchdog, is_out_of_reach, watch_the_line
+from sparse_zero.ranks.watchdog import Address, Watchdog, enable_keepalive, is_unreachable
 
 WATCH_VARIABLE = "SPARSE_ZERO_WATCH"
-"""The environment variable by which `sparse-zero train` tells its ranks where it keeps their watchdog."""
+"""The environment variable in which `sparse-zero train` gives its ranks the address of the watchdog."""
 _OUTCOME_SECONDS = 10.0
-"""How long a rank that failed waits to hear what the cause was."""
-_MOST_CHARACTERS = 20_000
-"""Of a message or a traceback; the watchdog drops a rank that sends too long a line."""
+"""How long a failed rank waits for the outcome."""
+_MAX_CHARACTERS = 20_000
+"""Limit for a message and for a traceback. The watchdog disconnects a rank that sends a longer line than it allows."""
 
 
 class WatchdogClient:
-    """One rank's connection to the watchdog, read by a thread that ends the process when the outcome comes."""
+    """The connection of one rank to the watchdog. Its thread exits the process when the watchdog sends the outcome."""
 
     def __init__(
         self,
         address: Address,
-        me: Member,
+        info: RankInfo,
         world_size: int,
         stop: StopRequest,
         silence_seconds: float,
-        patience_seconds: float = 60,
-        watcher: Literal["launcher", "rank 0"] = "launcher",
+        connect_seconds: float = 60,
+        owner: Literal["launcher", "rank 0"] = "launcher",
         console: int = 2,
         watchdog: Watchdog | None = None,
     ) -> None:
-        """Connect.
+        """Connect to the watchdog.
 
-        Args: stop: where a request to stop goes; watcher: who runs the watchdog; console: the descriptor for what the
-        user must read; watchdog: where this rank runs it.
+        Args:
+            address: where the watchdog listens.
+            info: this rank, as it introduces itself.
+            world_size: the number of ranks.
+            stop: receives the watchdog's request to stop.
+            silence_seconds: time without an answer after which the watchdog's host counts as lost.
+            connect_seconds: how long to try to connect.
+            owner: the process that runs the watchdog.
+            console: file descriptor for messages to the user.
+            watchdog: the watchdog itself, if this rank runs it.
 
-        Raises UserError: nobody is there within `patience_seconds`.
+        Raises:
+            UserError: no connection within `connect_seconds`.
         """
-        self._me, self._stop, self._watcher, self._console = me, stop, watcher, console
+        self._info, self._stop, self._owner, self._console = info, stop, owner, console
         self._silence_seconds = silence_seconds
         self._watchdog = watchdog
-        self._watchers_host, self._speaker = "its host", me.rank
+        self._rank_0_host, self._fallback_reporter = "its host", info.rank
         self._has_left = False
         self._has_ended = threading.Event()
-        self._lock = threading.RLock()  # a signal may come in the middle of a message
-        self._connection = _connect(address, patience_seconds)
-        watch_the_line(self._connection, silence_seconds)
+        self._lock = threading.RLock()  # a signal may arrive while a message is sent
+        self._connection = _connect(address, connect_seconds)
+        enable_keepalive(self._connection, silence_seconds)
         self._send(
             type="hello",
             token=address.token,
-            rank=me.rank,
+            rank=info.rank,
             world_size=world_size,
-            host=me.host,
-            pid=me.pid,
-            log=me.log,
+            host=info.host,
+            pid=info.pid,
+            log=info.log,
         )
         stop.before_exit = self.leave
         threading.Thread(target=self._listen, name="watchdog-client", daemon=True).start()
 
-    def report(self, message: str, traceback: str = "", status: int = 1) -> None:
-        """Say that this rank cannot go on, and wait for the outcome, which ends the process.
+    def report_failure(self, message: str, traceback: str = "", status: int = 1) -> None:
+        """Report that this rank has failed, and wait for the outcome, which exits the process.
 
-        Returns only where no outcome comes, and tells the user then. Without a traceback it is an error of the user's.
+        If no outcome arrives, print the message and return.
+
+        Args:
+            message: one line.
+            traceback: the traceback of an exception; empty for an error that the user can correct.
+            status: the exit status of the run.
         """
-        kind = "failure" if traceback else "refusal"
-        words = {"message": message[:_MOST_CHARACTERS], "traceback": traceback[-_MOST_CHARACTERS:]}
+        kind = "exception" if traceback else "user_error"
+        words = {"message": message[:_MAX_CHARACTERS], "traceback": traceback[-_MAX_CHARACTERS:]}
         self._send(type="failure", kind=kind, status=status, **words)
         self._has_ended.wait(_OUTCOME_SECONDS)
-        self._say(f"rank {self._me.rank} on {self._me.host}: {message}")
+        self._print_error(f"rank {self._info.rank} on {self._info.host}: {message}")
 
     def leave(self, status: int = 0, message: str = "") -> None:
-        """Part from the others. Args: message: why, where the others have not agreed to it; they will end too."""
+        """Announce that this rank exits.
+
+        Args:
+            status: its exit status.
+            message: why it exits, if the other ranks do not exit by themselves. They are ended with the same status.
+        """
         self._has_left = True
         if self._watchdog is not None:
-            # It ends with this process, and the others would take that for this rank's death.
+            # It ends with this process, which the other ranks would take for the death of this rank.
             if message:
                 self._watchdog.end(message, status)
             self._watchdog.close()
@@ -97,55 +116,57 @@ class WatchdogClient:
                 for line in lines:
                     message = json.loads(line)
                     if message["type"] == "outcome":
-                        self._end(message["status"])
+                        self._exit(message["status"])
                     elif message["type"] == "stop":
-                        self._stop.ask()
-                    elif message["type"] == "roster":
-                        self._watchers_host, self._speaker = message["host"], message["speaker"]
+                        self._stop.request()
+                    elif message["type"] == "all-joined":
+                        self._rank_0_host = message["rank_0_host"]
+                        self._fallback_reporter = message["fallback_reporter"]
                     elif message["type"] == "bye":
                         return
-            self._lose(is_silent=False)
+            self._handle_lost_watchdog(unreachable=False)
         except OSError as error:
-            self._lose(is_silent=is_out_of_reach(error))
+            self._handle_lost_watchdog(unreachable=is_unreachable(error))
         finally:
             self._has_ended.set()
 
-    def _lose(self, is_silent: bool) -> None:
-        """The process that runs the watchdog is gone."""
+    def _handle_lost_watchdog(self, unreachable: bool) -> None:
+        """React to the end of the process that runs the watchdog."""
         if self._has_left:
             return
-        if self._watcher == "launcher":
-            if not is_silent:
-                # Whoever killed it wants this run to end; it need not lose its work.
-                self._stop.ask()
+        if self._owner == "launcher":
+            if not unreachable:
+                # A killed launcher means that the run should end, but its work need not be lost.
+                self._stop.request()
                 return
-            if self._me.rank == 0:
-                self._say(f"the host that started this run has not answered for {self._silence_seconds:g} s")
-        elif self._me.rank == self._speaker:
-            self._say(f"rank 0 on {self._watchers_host} {say_silent(self._silence_seconds) if is_silent else DIED}")
-        self._end(1)
+            if self._info.rank == 0:
+                self._print_error(f"the host that started this run {unreachable_message(self._silence_seconds)}")
+        elif self._info.rank == self._fallback_reporter:
+            reason = unreachable_message(self._silence_seconds) if unreachable else DIED
+            self._print_error(f"rank 0 on {self._rank_0_host} {reason}")
+        self._exit(1)
 
-    def _say(self, message: str) -> None:
+    def _print_error(self, message: str) -> None:
         with contextlib.suppress(OSError):
             os.write(self._console, f"sparse-zero: error: {message}\n".encode())
 
-    def _end(self, status: int) -> None:
+    def _exit(self, status: int) -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 stream.flush()
         os._exit(status)
 
 
-def _connect(address: Address, patience_seconds: float) -> socket.socket:
-    deadline = time.monotonic() + patience_seconds
+def _connect(address: Address, seconds: float) -> socket.socket:
+    deadline = time.monotonic() + seconds
     while True:
         try:
             connection = socket.create_connection(address[:2], timeout=5)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{socket.gethostname()} cannot reach {address.host}:{address.port}, where the ranks are watched "
-                    f"from ({error.strerror or error}): let ranks connect to any port of that host"
+                    f"{socket.gethostname()} cannot connect to the watchdog at {address.host}:{address.port} "
+                    f"({error.strerror or error}); allow connections from all ranks to any port of that host"
                 ) from None
             time.sleep(0.2)
         else:
@@ -153,20 +174,26 @@ def _connect(address: Address, patience_seconds: float) -> socket.socket:
             return connection
 
 
-def join_launcher(placement: Placement, me: Member, stop: StopRequest, **settings: Any) -> WatchdogClient | None:
-    """Join the watchdog of the `sparse-zero train` that started this rank; None where nothing of the kind did.
+def join_launcher_watchdog(
+    placement: Placement, info: RankInfo, stop: StopRequest, **settings: Any
+) -> WatchdogClient | None:
+    """Connect to the watchdog of the `sparse-zero train` process that started this rank.
 
-    Args: settings: of WatchdogClient.
+    Args:
+        settings: further arguments of WatchdogClient.
+
+    Returns:
+        The connection; None if this rank was not started by `sparse-zero train`.
     """
     address = os.environ.get(WATCH_VARIABLE)
     if not address:
         return None
-    return WatchdogClient(Address.parse(address), me, placement.world_size, stop, watcher="launcher", **settings)
+    return WatchdogClient(Address.parse(address), info, placement.world_size, stop, owner="launcher", **settings)
 
 
-def announce(outcome: Outcome) -> None:
-    """Print an outcome for the user: the traceback that it began with, and the line that says what and where."""
-    # A terminal's last line may be a progress bar.
+def print_outcome(outcome: Outcome) -> None:
+    """Print an outcome to stderr for the user: the traceback, if any, then the message."""
+    # The last line on a terminal may be a progress bar.
     start = "\n" if sys.stderr.isatty() else ""
     sys.stderr.write(
         f"{start}{outcome.traceback}sparse-zero: {'error: ' if outcome.is_error else ''}{outcome.message}\n"

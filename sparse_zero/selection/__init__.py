@@ -1,4 +1,4 @@
-"""Which scalars are trained: the configuration, the targets, the budget and the rules that draw positions.
+"""Selection of the trained scalars: configuration, target parameters, budget, and the rules that draw positions.
 
 Others import from `config`, `rules`, `selector`, `targets`, `threads`.
 """

@@ -1,16 +1,20 @@
-"""Which scalars of a weight train: pure functions of (seed, parameter name, shape, budget).
+"""The rules that select scalars of a weight. Pure functions of (seed, parameter name, shape, count).
 
-Positions are int64 indices into the flattened (row-major) weight, strictly increasing. What the rules below draw is
-the same on every rank, on any device and in every later version, so it is neither sent nor stored. A rule has a
-version in its name; changing what it returns means a new name.
+Positions are int64 indices into the flattened (row-major) weight, strictly increasing. The rules draw the same
+positions on every rank, on every device and in every later version, so positions are neither communicated nor stored.
+The name of a rule contains a version. If a rule's result changes, the rule gets a new name.
 
-stratified-v1: the weight is cut into n blocks whose sizes differ by at most one, and one scalar of each block is drawn
-    by a fixed integer hash. Exact in count, any slice at the cost of its length. With granularity g the same is done
-    with strips of g consecutive rows of one column.
-bernoulli-v1: each scalar is drawn with probability p, independently (the paper's). Its count is random, so a slice
-    costs a walk over the weight before it.
-stored: positions that no rule regenerates (the largest scalars of a pretrained weight, a caller's own); adapters
-    carry them.
+A strip is `granularity` consecutive rows of one column. The strips of a weight of (..., rows, columns) form a grid of
+(..., rows / granularity, columns), and a strip index is an index into this flattened grid. With granularity 1, strips
+are single scalars and strip indices are positions.
+
+stratified-v1: the weight is divided into n blocks whose sizes differ by at most one, and an integer hash selects one
+    scalar of each block. The count is exact. The cost of a slice of the positions is proportional to its length. With
+    a granularity above 1, strips are selected in the same way.
+bernoulli-v1: each scalar is selected with probability p, independently (SpaRTA, arXiv 2502.15975). The count is
+    random, and a slice requires all positions before it.
+stored: positions that cannot be drawn again (the largest scalars of a pretrained weight, or positions given by the
+    caller). Adapters store them.
 """
 
 import hashlib
@@ -20,23 +24,24 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from sparse_zero.selection.threads import PIECE
+from sparse_zero.selection.threads import CHUNK_SCALARS
 
 STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
 
 SHARED_CHUNK = 1 << 16
-"""Positions at a time where torch's threads share them out: the arithmetic stays in the processor's cache."""
+"""Number of positions in a chunk that torch's threads compute together, small enough for the CPU's cache."""
 ACCELERATOR_CHUNK = 1 << 20
+"""Number of positions in a chunk on an accelerator."""
 
-# The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers.
+# Constants of SplitMix64's finalizer (Steele, Lea and Flood, 2014), as signed 64-bit integers.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What was drawn from one weight: equal draws have equal positions."""
+class Selection:
+    """The selection of scalars in one weight. Equal selections have equal positions, unless these are stored."""
 
     rule: str
     name: str
@@ -44,17 +49,17 @@ class Draw:
     count: int
     seed: int = 0
     probability: float | None = None
-    """bernoulli-v1: of each scalar."""
+    """bernoulli-v1: the probability of each scalar."""
     granularity: int = 1
-    """stratified-v1: rows of a strip."""
+    """stratified-v1: the number of rows of a strip."""
     whole_rows: tuple[int, ...] = ()
-    """Rows of a matrix that are selected whole, sorted (new tokens); the rule draws from the others."""
+    """Rows of a matrix that are selected in full (new tokens), sorted. The rule selects from the other rows."""
 
     @classmethod
     def bernoulli(
         cls, name: str, shape: tuple[int, ...], probability: float, seed: int, whole_rows: tuple[int, ...] = ()
-    ) -> "Draw":
-        """Counts what the rule draws, which takes a walk over the weight."""
+    ) -> "Selection":
+        """A bernoulli-v1 selection. Its count is found by drawing all positions once."""
         columns = shape[-1]
         numel = torch.Size(shape).numel() - len(whole_rows) * columns
         drawn = sum(chunk.numel() for chunk in bernoulli_chunks(seed, name, numel, probability))
@@ -62,35 +67,40 @@ class Draw:
 
     @property
     def numel(self) -> int:
+        """The number of scalars of the weight."""
         return torch.Size(self.shape).numel()
 
     @property
     def strip_count(self) -> int:
-        """The indices that tell the positions: one for each strip."""
+        """The number of selected strips: selected scalars / granularity."""
         return self.count // self.granularity
 
     @property
     def strip_dtype(self) -> torch.dtype:
-        """The narrowest that holds them."""
+        """The narrowest dtype for strip indices."""
         return torch.int32 if self.numel // self.granularity < 2**31 else torch.int64
 
     @property
-    def repeatable(self) -> bool:
+    def can_regenerate(self) -> bool:
         """Whether the positions can be drawn again."""
         return self.rule != STORED
 
     @property
-    def has_slices(self) -> bool:
-        """Whether some of the positions can be drawn without those before them."""
+    def is_sliceable(self) -> bool:
+        """Whether a slice of the positions can be drawn without the positions before it."""
         return self.rule == STRATIFIED and not self.whole_rows
 
     @property
-    def in_whole_rows(self) -> int:
-        """How many of the positions are those of whole rows."""
+    def whole_row_scalars(self) -> int:
+        """The number of positions in whole rows."""
         return len(self.whole_rows) * self.shape[-1] if self.whole_rows else 0
 
     def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Returns: int64 (count,). Raises ValueError for the rule "stored", which cannot be drawn again."""
+        """All positions: int64 (count,).
+
+        Raises:
+            ValueError: the rule is "stored".
+        """
         if self.rule == STORED:
             raise ValueError(f"{self.name}: stored positions cannot be drawn again")
         if self.whole_rows:
@@ -99,23 +109,28 @@ class Draw:
             return torch.cat([*self.chunks(device)])
         flat = torch.empty(self.count, dtype=torch.int64, device=device)
         for start in range(0, self.count, SHARED_CHUNK):
-            piece = flat[start : start + SHARED_CHUNK]
-            piece.copy_(self.slice(start, start + piece.numel(), device))
+            chunk = flat[start : start + SHARED_CHUNK]
+            chunk.copy_(self.slice(start, start + chunk.numel(), device))
         return flat
 
     def strip_chunks(
         self, device: torch.device | str = "cpu", start: int = 0, stop: int | None = None
     ) -> Iterator[torch.Tensor]:
-        """Strips [start, stop), some at a time. One index for each: cells of the grid of blocks of rows by columns,
-        flattened; positions where strips are single scalars.
+        """The strip indices of the selected strips [start, stop), in chunks.
 
-        Yields: int64, sorted. Raises ValueError as `positions` does. A rule without slices walks over all.
+        A selection that is not sliceable draws all strips before `stop`.
+
+        Yields:
+            int64 tensors; the indices are sorted.
+
+        Raises:
+            ValueError: the rule is "stored".
         """
         stop = self.strip_count if stop is None else stop
-        if self.has_slices:
-            for first, last in _cuts(start, stop, _chunk_size(device)):
+        if self.is_sliceable:
+            for first, last in _ranges(start, stop, _chunk_size(device)):
                 grid = self.numel // self.granularity
-                yield positions(self.seed, self.name, grid, self.strip_count, first, last, device)
+                yield stratified_positions(self.seed, self.name, grid, self.strip_count, first, last, device)
             return
         first = 0
         for chunk in self.chunks(device):
@@ -125,48 +140,53 @@ class Draw:
             first += chunk.numel()
 
     def chunks(self, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
-        """All positions in order, some at a time. Raises ValueError as `positions` does."""
+        """All positions in order, in chunks.
+
+        Raises:
+            ValueError: the rule is "stored".
+        """
         if self.whole_rows or self.rule == STORED:
             yield from in_chunks(self.positions(device))
         elif self.rule == BERNOULLI:
             yield from bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device)
         else:
-            for start, stop in _cuts(0, self.count, _chunk_size(device)):
+            for start, stop in _ranges(0, self.count, _chunk_size(device)):
                 yield self.slice(start, stop, device)
 
     def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Positions [start, stop) of stratified-v1, at the cost of their number."""
-        assert self.has_slices, self
+        """Positions [start, stop): int64 (stop - start,). The selection must be sliceable."""
+        assert self.is_sliceable, self
         if self.granularity > 1:
-            return strips(self.seed, self.name, self.shape, self.count, self.granularity, start, stop, device)
-        return positions(self.seed, self.name, self.numel, self.count, start, stop, device)
+            return stratified_strips(
+                self.seed, self.name, self.shape, self.count, self.granularity, start, stop, device
+            )
+        return stratified_positions(self.seed, self.name, self.numel, self.count, start, stop, device)
 
     def _with_whole_rows(self, device: torch.device | str) -> torch.Tensor:
-        """The rule draws from the weight without these rows."""
+        """The positions in the whole rows, and those that the rule selects from the weight without these rows."""
         columns = self.shape[-1]
         rows = torch.tensor(self.whole_rows, device=device)
-        if self.count == self.in_whole_rows:
-            return whole_rows(rows, columns)
-        others = (self.shape[0] - len(self.whole_rows), columns)
-        drawn = Draw(self.rule, self.name, others, self.count - self.in_whole_rows, self.seed, self.probability)
-        flat = drawn.positions(device)
-        # Row k of the others is the k-th row that is not taken whole.
+        if self.count == self.whole_row_scalars:
+            return row_positions(rows, columns)
+        shape, count = (self.shape[0] - len(self.whole_rows), columns), self.count - self.whole_row_scalars
+        flat = Selection(self.rule, self.name, shape, count, self.seed, self.probability).positions(device)
+        # Row k of the smaller weight is the k-th row that is not a whole row.
         row = torch.div(flat, columns, rounding_mode="trunc")
         skipped = torch.searchsorted(rows - torch.arange(rows.numel(), device=device), row, right=True)
-        return torch.cat([flat + skipped * columns, whole_rows(rows, columns)]).sort().values
+        return torch.cat([flat + skipped * columns, row_positions(rows, columns)]).sort().values
 
 
 def in_chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Positions that are at hand, as Draw.chunks gives those that are drawn."""
+    """Split available positions into chunks, like those of `Selection.chunks`."""
     return iter(flat.split(_chunk_size(flat.device)))
 
 
-def whole_rows(rows: torch.Tensor, columns: int) -> torch.Tensor:
-    """Every position of some rows of a matrix. Returns: int64 (rows * columns,)."""
+def row_positions(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """All positions in some rows of a matrix: int64 (rows * columns,)."""
     return (rows[:, None] * columns + torch.arange(columns, device=rows.device)).flatten()
 
 
-def positions(
+def stratified_positions(
     seed: int,
     name: str,
     numel: int,
@@ -175,9 +195,17 @@ def positions(
     stop: int | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """stratified-v1: positions [start, stop) of the `count` selected scalars of a weight with `numel` scalars.
+    """stratified-v1 with granularity 1: positions [start, stop) of the selected scalars of a weight.
 
-    Returns: int64 (stop - start,).
+    Args:
+        seed: the seed of the selection.
+        name: the name of the parameter.
+        numel: number of scalars of the weight.
+        count: number of selected scalars.
+        start, stop: the slice to draw; by default all positions.
+
+    Returns:
+        int64 (stop - start,).
     """
     stop = count if stop is None else stop
     assert 0 < count <= numel < 2**62, (name, count, numel)
@@ -188,7 +216,7 @@ def positions(
     return _in_block(i[:-1], edges[:-1], edges.diff(), stream_key(seed, name))
 
 
-def strips(
+def stratified_strips(
     seed: int,
     name: str,
     shape: tuple[int, ...],
@@ -198,10 +226,19 @@ def strips(
     stop: int | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """stratified-v1 over strips: `granularity` consecutive rows of one column, drawn anew in each block of rows.
+    """stratified-v1 with strips: positions [start, stop) of the selected scalars of a weight.
 
-    Args: shape: (..., rows, columns), of which `granularity` divides the rows; count: a multiple of `granularity`.
-    Returns: int64 (stop - start,), sorted. A block of rows holds its positions as a (granularity, strips) matrix.
+    Args:
+        seed: the seed of the selection.
+        name: the name of the parameter.
+        shape: (..., rows, columns) of the weight; `granularity` divides the number of rows.
+        count: number of selected scalars, a multiple of `granularity`.
+        granularity: number of rows of a strip.
+        start, stop: the slice to draw; by default all positions.
+
+    Returns:
+        int64 (stop - start,), sorted. The positions in a block of `granularity` rows form a (granularity, strips)
+        matrix, row by row.
     """
     stop = count if stop is None else stop
     columns = shape[-1]
@@ -218,7 +255,7 @@ def strips(
         return _in_block(i, first, _block_start(i + 1, grid, drawn) - first, key)
 
     def strips_before(x: torch.Tensor) -> torch.Tensor:
-        """How many strips lie before cell x of the grid: all that belong to earlier blocks, and perhaps its own."""
+        """The number of selected strips before index x of the grid: those of earlier blocks, and perhaps one more."""
         i = ((x + 1) * drawn - 1) // grid
         return torch.where(x >= grid, drawn, i + (strip(i) < x))
 
@@ -234,12 +271,13 @@ def strips(
 def bernoulli_chunks(
     seed: int, name: str, numel: int, probability: float, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
-    """bernoulli-v1: the positions whose hash falls below the probability, in order, some at a time.
+    """bernoulli-v1: the positions whose hash is below the probability, in order, in chunks.
 
-    Yields: int64 (k,). At most a few MiB are held at once.
+    Yields:
+        int64 tensors. At most a few MiB are allocated at a time.
     """
     key = stream_key(seed, name, BERNOULLI)
-    # Python compares the integer with the float exactly; 2**63 would not fit the signed comparison.
+    # The comparison below is signed, so 2**63 is out of range.
     below = min(round(probability * 2**63), 2**63 - 1)
     size = 8 * _chunk_size(device)
     for start in range(0, numel, size):
@@ -248,10 +286,16 @@ def bernoulli_chunks(
 
 
 def by_magnitude(weight: torch.Tensor, count: int, smallest: bool = False, rows: tuple[int, ...] = ()) -> torch.Tensor:
-    """The scalars of a weight with the largest (or smallest) absolute values; of equal ones those that come first.
+    """The positions of the scalars with the largest (or smallest) absolute values; of equal ones the first.
 
-    Args: rows: rows of a matrix that are selected whole; they are part of the count.
-    Returns: int64 (count,), sorted, the same on every device.
+    Args:
+        weight: the pretrained weight.
+        count: number of positions, including those in `rows`.
+        smallest: select the smallest absolute values.
+        rows: rows of a matrix that are selected in full.
+
+    Returns:
+        int64 (count,), sorted, the same on every device.
     """
     magnitude = weight.detach().abs().float()
     if smallest:
@@ -265,37 +309,40 @@ def by_magnitude(weight: torch.Tensor, count: int, smallest: bool = False, rows:
     return torch.cat([above, ties]).sort().values
 
 
-def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+def _ranges(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def _chunk_size(device: torch.device | str) -> int:
-    return PIECE if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
+    return CHUNK_SCALARS if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
 
 
 def stream_key(seed: int, name: str, rule: str = STRATIFIED) -> int:
-    """A signed 64-bit key for the draws of one parameter."""
+    """A signed 64-bit hash key for the random numbers of one parameter."""
     digest = hashlib.sha256(f"{rule}/{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 class Checksum:
-    """A fingerprint of the bytes of tensors, one after the other. Of positions, it tells whether a rule still draws
-    what it drew.
+    """A checksum (XXH3) of the bytes of tensors, one after the other.
+
+    The checksum of positions shows whether a rule still draws the same positions.
     """
 
     def __init__(self) -> None:
         self._digest = xxhash.xxh3_64()
 
     def update(self, tensor: torch.Tensor) -> None:
+        """Add the bytes of a tensor."""
         self._digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
     def hexdigest(self) -> str:
+        """The checksum of all tensors so far: 16 hexadecimal digits."""
         return self._digest.hexdigest()
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """The Checksum of one tensor."""
+    """The checksum of one tensor."""
     whole = Checksum()
     for chunk in tensor.flatten().split(1 << 18):
         whole.update(chunk)
@@ -303,19 +350,19 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def _block_start(i: torch.Tensor, numel: int, count: int) -> torch.Tensor:
-    """floor(i * numel / count), without the 64-bit overflow of i * numel."""
+    """floor(i * numel / count), computed without a 64-bit overflow of i * numel."""
     size, remainder = divmod(numel, count)
-    # Truncation is several times faster than `//`, and the same here
+    # Truncation is several times faster than `//`, and equal to it for positive numbers
     return torch.div(i * remainder, count, rounding_mode="trunc").add_(i, alpha=size)
 
 
 def _in_block(i: torch.Tensor, first: torch.Tensor, size: torch.Tensor, key: int) -> torch.Tensor:
-    """A position in each block: its first scalar and its size are given."""
+    """A random position in each block i, given the first position and the size of each block."""
     return _hash(i, key).remainder_(size).add_(first)
 
 
 def _hash(counter: torch.Tensor, key: int) -> torch.Tensor:
-    """SplitMix64's output number `counter` of the stream `key`, as a non-negative 63-bit integer."""
+    """Output number `counter` of SplitMix64 with seed `key`, as a non-negative 63-bit integer."""
     x = (counter + 1).mul_(_GAMMA).add_(key)
     scratch = torch.empty_like(x)
     x.bitwise_xor_(_shift_right(x, 30, scratch)).mul_(_MIX_1)
@@ -325,5 +372,5 @@ def _hash(counter: torch.Tensor, key: int) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
-    """Logical shift: torch has no uint64 arithmetic, and >> on int64 copies the sign bit."""
+    """Logical right shift. torch has no uint64 arithmetic, and >> on int64 copies the sign bit."""
     return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)

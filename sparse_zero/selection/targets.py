@@ -1,4 +1,4 @@
-"""Which parameters of a model are targets, and which modules are trained whole: names and patterns, no arithmetic."""
+"""Finds the target parameters of a model, and the modules that are trained in full, by name patterns."""
 
 import fnmatch
 import logging
@@ -32,20 +32,21 @@ VALUE_AND_OUTPUT: dict[str, list[str]] = {
     "t5": ["SelfAttention.v", "SelfAttention.o", "EncDecAttention.v", "EncDecAttention.o"],
     "mt5": ["SelfAttention.v", "SelfAttention.o", "EncDecAttention.v", "EncDecAttention.o"],
 }
-"""The paper's targets, by `config.model_type`. A fused projection is a target as a whole."""
+"""The value and output projections, SpaRTA's targets (arXiv 2502.15975), by `config.model_type`. A fused projection is
+one target."""
 
 COMMON_VALUE_AND_OUTPUT = ["self_attn.v_proj", "self_attn.o_proj"]
-"""Llama's names, which most families share: Mistral, Mixtral, Qwen, Gemma, OLMo, Granite, SmolLM and others."""
+"""Llama's names, also used by Mistral, Mixtral, Qwen, Gemma, OLMo, Granite, SmolLM and many other families."""
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A parameter to select scalars from, and every place where the model holds it (several where it is tied)."""
+    """A parameter in which scalars can be selected, with all modules that own it (several if it is tied)."""
 
     name: str
-    """As in `model.named_parameters()`: of a tied parameter, the first of its places."""
+    """Its name in `model.named_parameters()`: the first name of a tied parameter."""
     owners: tuple[tuple[nn.Module, str], ...]
-    """(module, name there)"""
+    """(module, the parameter's name in this module)"""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -58,9 +59,10 @@ class Target:
 
     @property
     def matrices(self) -> tuple[int, int, int] | None:
-        """(matrices, rows, columns): an expert weight holds several, a convolution's kernel is one; None for a vector.
+        """(number of matrices, rows, columns); None for a vector.
 
-        rank * (rows + columns) of each is what LoRA trains there.
+        An expert weight consists of several matrices. A convolution kernel counts as one. For each matrix, LoRA trains
+        rank * (rows + columns) scalars.
         """
         if len(self.shape) < 2:
             return None
@@ -70,16 +72,24 @@ class Target:
 
 
 def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -> dict[str, Target]:
-    """The targets by parameter name, in the model's order, a tied parameter once.
+    """Find the configured targets.
 
-    Args: whole: modules trained whole; what they contain is never a target.
-    Raises UserError: a pattern matches nothing (with the near misses), or something that cannot be a target.
+    Args:
+        model: the base model.
+        config: `targets` and `exclude_modules` are used.
+        whole: names of the modules that are trained in full. Their parameters are never targets.
+
+    Returns:
+        The targets by parameter name, in the order of the model; a tied parameter occurs once.
+
+    Raises:
+        UserError: a pattern matches nothing (the message lists similar names), or a parameter that cannot be a target.
     """
     parameters = all_targets(model)
     whole = tuple(whole)
-    inside = set(parameters_of(model, whole))
-    free = {name: target for name, target in parameters.items() if name not in inside}
-    found = _configured(model, config, free, whole)
+    inside = set(parameter_names(model, whole))
+    candidates = {name: target for name, target in parameters.items() if name not in inside}
+    found = _configured(model, config, candidates, whole)
     for pattern in config.exclude_modules or []:
         frozen = {name for name in parameters if _within(name, pattern)}
         if not frozen:
@@ -89,19 +99,20 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
     if not found:
         raise UserError("sparse.exclude_modules: every target is excluded: nothing is left to train")
     for name in sorted(found):
-        if not free[name].parameter.is_floating_point():
-            dtype = str(free[name].parameter.dtype).removeprefix("torch.")
-            raise UserError(f"sparse.targets: {name} is {dtype}, and quantized weights cannot be trained")
-        for module, _ in free[name].owners:
+        if not candidates[name].parameter.is_floating_point():
+            dtype = str(candidates[name].parameter.dtype).removeprefix("torch.")
+            raise UserError(f"sparse.targets: {name} has dtype {dtype}: quantized weights cannot be trained")
+        for module, _ in candidates[name].owners:
             if getattr(module, "max_norm", None) is not None:
                 raise UserError(
-                    f"sparse.targets: {name}: an embedding with max_norm changes its weight in every forward"
+                    f"sparse.targets: {name}: an embedding with max_norm changes its weight in every forward and "
+                    "cannot be trained; remove it from the targets (exclude_modules)"
                 )
-    return {name: target for name, target in free.items() if name in found}
+    return {name: target for name, target in candidates.items() if name in found}
 
 
 def all_targets(model: nn.Module) -> dict[str, Target]:
-    """Every parameter of a model that could be a target, by name."""
+    """Every parameter of a model as a Target, by name."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -110,14 +121,17 @@ def all_targets(model: nn.Module) -> dict[str, Target]:
     return {name: Target(name, tuple(owners[id(parameter)])) for name, parameter in model.named_parameters()}
 
 
-def parameters_of(model: nn.Module, modules: Iterable[str]) -> list[str]:
-    """Names of the parameters in some modules. By identity: a tied one has one name, which may be another module's."""
+def parameter_names(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """The names of all parameters in the given modules.
+
+    Parameters are compared by identity. A tied parameter has only one name, which may be that in another module.
+    """
     inside = {id(parameter) for name in modules for parameter in model.get_submodule(name).parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
 
 
 def untargeted(targets: Iterable[str], parameters: dict[str, Target], whole: Iterable[str]) -> list[str]:
-    """Endings of matrices that are no targets, the largest first: what an error may advise to add."""
+    """Name endings of matrices that are not targets, the largest first, which error messages suggest as targets."""
     chosen = {*targets, *whole}
     sizes: dict[str, int] = {}
     for name, target in parameters.items():
@@ -127,15 +141,17 @@ def untargeted(targets: Iterable[str], parameters: dict[str, Target], whole: Ite
     return sorted(sizes, key=lambda ending: -sizes[ending])[:4]
 
 
-def _configured(model: nn.Module, config: SparseConfig, free: dict[str, Target], whole: tuple[str, ...]) -> set[str]:
-    """Names of the parameters that `config.targets` asks for."""
-    # By identity, so that any place of a tied parameter leads to its one name.
-    names = {id(target.parameter): name for name, target in free.items()}
+def _configured(
+    model: nn.Module, config: SparseConfig, candidates: dict[str, Target], whole: tuple[str, ...]
+) -> set[str]:
+    """The names of the parameters that `config.targets` matches."""
+    # By identity, so that a tied parameter is found in each of its modules.
+    names = {id(target.parameter): name for name, target in candidates.items()}
     modules = {n: m for n, m in model.named_modules() if not any(n == w or n.startswith(w + ".") for w in whole)}
-    own = {n: [names[id(p)] for p in _stands_for(m) if id(p) in names] for n, m in modules.items()}
+    own = {n: [names[id(p)] for p in _main_parameters(m) if id(p) in names] for n, m in modules.items()}
     linear = {n: own[n] for n, m in modules.items() if n and is_linear(m) and own[n]}
     if config.targets == "all":
-        return set(free)
+        return set(candidates)
     if config.targets == "all-linear" or config.targets is None:
         patterns = None if config.targets else _family_patterns(model, linear)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -151,7 +167,7 @@ def _configured(model: nn.Module, config: SparseConfig, free: dict[str, Target],
     found = []
     for pattern in config.targets:
         matched = [name for name in modules if name and _matches(name, [pattern])]
-        # Linear layers before all others, so that "layers.0.mlp.*" does not bring in a norm.
+        # Only linear layers if there are any, so that "layers.0.mlp.*" does not include a norm.
         chosen = [name for name in matched if name in linear] or matched
         parameters = [parameter for name in chosen for parameter in own[name]]
         parameters = parameters or [
@@ -161,13 +177,13 @@ def _configured(model: nn.Module, config: SparseConfig, free: dict[str, Target],
             if id(module._parameters[name]) in names and _matches(f"{module_name}.{name}".lstrip("."), [pattern])
         ]
         if not parameters:
-            raise UserError(_nothing_matches(pattern, matched, modules, linear, whole))
+            raise UserError(_no_match(pattern, matched, modules, linear, whole))
         found += parameters
     return set(found)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, or the expert weights of a mixture, which are many in one tensor."""
+    """Whether a module is a linear layer, or contains the expert weights of a mixture of experts in 3-D tensors."""
     return isinstance(module, nn.Linear | Conv1D) or _is_experts(module)
 
 
@@ -179,18 +195,19 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
-def _stands_for(module: nn.Module) -> list[nn.Parameter]:
-    """What the name of a module stands for: its weight; the matrices of experts; else all its own parameters."""
+def _main_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a module's name refers to: its weight, the matrices of its experts, or else all its own."""
     if _is_experts(module):
         return [p for p in _own_parameters(module) if len(full_shape(p)) == 3]
     weight = module._parameters.get("weight")
     return _own_parameters(module) if weight is None else [weight]
 
 
-def find_whole(model: nn.Module, config: SparseConfig) -> list[str]:
-    """Names of the modules that are trained whole: those configured, or a sequence classifier's head.
+def find_modules_to_save(model: nn.Module, config: SparseConfig) -> list[str]:
+    """The names of the modules that are trained in full: `modules_to_save`, or the head of a sequence classifier.
 
-    Raises UserError where a configured name matches no module, or none that has parameters.
+    Raises:
+        UserError: a configured pattern matches no module, or only modules without parameters.
     """
     names = [name for name, _ in model.named_modules() if name]
     if config.modules_to_save is not None:
@@ -216,28 +233,28 @@ def _family_patterns(model: nn.Module, linear: Iterable[str]) -> list[str] | Non
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family in VALUE_AND_OUTPUT:
         return VALUE_AND_OUTPUT[family]
-    # Each of them: BART has Llama's name for its value projection, but not for its output projection.
+    # Both must match: BART's value projection has Llama's name, but its output projection does not.
     if all(any(_matches(name, [pattern]) for name in linear) for pattern in COMMON_VALUE_AND_OUTPUT):
         return COMMON_VALUE_AND_OUTPUT
     logger.warning(
-        "sparse.targets: no value and output projections are known for %s; all linear layers are targets",
+        "sparse.targets: the value and output projections of %s are not known; all linear layers are used as targets",
         family or type(model).__name__,
     )
     return None
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
-    """A pattern is a shell pattern over the whole name, or an ending of the name at a dot."""
+    """Whether a shell pattern matches the whole name, or an ending of the name after a dot."""
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase("." + name, "*." + p) for p in patterns)
 
 
 def _within(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a parameter, or one of the modules that it is in."""
+    """Whether a pattern matches a parameter or a module that contains it."""
     parts = name.split(".")
     return any(_matches(".".join(parts[:k]), [pattern]) for k in range(1, len(parts) + 1))
 
 
-def _nothing_matches(
+def _no_match(
     pattern: str,
     matched: Sequence[str],
     modules: dict[str, nn.Module],
@@ -245,17 +262,17 @@ def _nothing_matches(
     whole: tuple[str, ...],
 ) -> str:
     if any(_within(name, pattern) for name in whole):
-        return f"sparse.targets: '{pattern}' is trained whole already (sparse.modules_to_save, or the default head)"
+        return f"sparse.targets: '{pattern}' is already trained in full (sparse.modules_to_save, or the default head)"
     if not matched:
         return f"sparse.targets: '{pattern}' matches no module or parameter{_near(pattern, linear)}"
     name = matched[0]
     kind = type(modules[name]).__name__
     if any(True for _ in modules[name].parameters()):
-        return f"sparse.targets: '{pattern}' matches {name}, a {kind}; write '{pattern}.*' for the layers in it"
+        return f"sparse.targets: '{pattern}' matches {name}, a {kind}; use '{pattern}.*' for the layers in it"
     return f"sparse.targets: '{pattern}' matches {name}, a {kind}, which has no parameters{_near(pattern, linear)}"
 
 
 def _near(pattern: str, names: Iterable[str]) -> str:
     endings = dict.fromkeys(".".join(name.split(".")[-k:]) for k in (pattern.count(".") + 1, 1, 2) for name in names)
     found = nearest(pattern, endings) or [e for e in endings if "." not in e and not e.isdigit()][:6]
-    return f"; near misses: {', '.join(found)}" if found else ""
+    return f"; similar names: {', '.join(found)}" if found else ""

@@ -1,7 +1,7 @@
-"""Work on the CPU that is shared out among threads, a piece of a weight or a weight at a time.
+"""A parallel map over threads, for CPU work on many weights or on chunks of a weight.
 
-Torch's own threads meet after each operation. Where other processes want the cores too, or the pieces are small enough
-to stay in a cache, threads that meet once, at the end, are several times faster.
+torch's own threads synchronize after each operation. If other processes use the cores as well, or if chunks fit into
+the cache, threads that synchronize only once, at the end, are several times faster.
 """
 
 import threading
@@ -14,32 +14,37 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PIECE = 32_000
-"""Scalars that one thread takes at a time: torch shares out operations of more than 32,768."""
+CHUNK_SCALARS = 32_000
+"""Number of scalars that a thread processes at a time. torch itself distributes operations on more than 32,768."""
 
 _this_thread = threading.local()
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The function's result for each item, in order, by as many threads as torch computes with.
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Apply a function to each item, in `torch.get_num_threads()` threads.
 
-    Within such a thread a further call runs alone. Raises what the function raises for the first item that fails, once
-    all threads have ended.
+    A nested call, from one of these threads, starts no further threads.
+
+    Returns:
+        The results in the order of the items.
+
+    Raises:
+        Exception: the exception of the first item that fails, after all threads have ended.
     """
     items = list(items)
     threads = min(torch.get_num_threads(), len(items))
-    if threads <= 1 or getattr(_this_thread, "is_ours", False):
+    if threads <= 1 or getattr(_this_thread, "is_worker", False):
         return [function(item) for item in items]
-    # Both are a thread's own
+    # Both modes are local to a thread
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def run(item: Item) -> Result:
         with torch.inference_mode() if inference else torch.set_grad_enabled(gradients):
             return function(item)
 
-    with ThreadPoolExecutor(threads, initializer=_begin) as pool:
+    with ThreadPoolExecutor(threads, initializer=_mark_worker) as pool:
         return list(pool.map(run, items))
 
 
-def _begin() -> None:
-    _this_thread.is_ours = True
+def _mark_worker() -> None:
+    _this_thread.is_worker = True

@@ -31,7 +31,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differences
 from sparse_zero.model.sparsify import sparsity_of, unwrap
 from sparse_zero.ranks.agreement import Ranks
-from sparse_zero.zero.parameters import settle, stage_of
+from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
 from sparse_zero.zero.partitions import Partition
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class CheckpointedTrainer(Trainer):
         Raises UserError: there is no such checkpoint, a file of it is damaged, or it is of another model.
         """
         self._ranks = self._ranks or Ranks()
-        self._resumed = self._ranks.agree(lambda: self._find(resume_from_checkpoint))
+        self._resumed = self._ranks.run_together(lambda: self._find(resume_from_checkpoint))
         self._is_settled = self._resumed is None
         run = self._resumed.manifest.run if self._resumed else self._ranks.gather(uuid.uuid4().hex[:12])[0]
         self._writer = CheckpointWriter(self._ranks, Path(self.args.output_dir), run, self.args.save_total_limit)
@@ -123,11 +123,11 @@ class CheckpointedTrainer(Trainer):
         manifest = Manifest(
             run=self._writer.run,
             step=self.state.global_step,
-            world_size=self._ranks.count,
-            zero_stage=stage_of(self.deepspeed),
+            world_size=self._ranks.world_size,
+            zero_stage=zero_stage(self.deepspeed),
             examples_per_step=self.get_total_train_batch_size(self.args),
             parameters=describe_parameters(parameters, partition, self._ranks),
-            moments=self._ranks.gather(self._ranks.agree(partition.moments))[0],
+            moments=self._ranks.gather(self._ranks.run_together(partition.moments))[0],
             optimizer=type(partition.optimizer).__name__,
             learning_rates=partition.learning_rates(),
             scheduler=self._scheduler_state(),
@@ -235,9 +235,9 @@ class CheckpointedTrainer(Trainer):
             raise UserError(
                 f"{checkpoint.directory}: was saved with {manifest.examples_per_step} examples per step, but this run "
                 f"has {here}; set training.per_device_train_batch_size and training.gradient_accumulation_steps so "
-                f"that their product with the {self._ranks.count} ranks is {manifest.examples_per_step}"
+                f"that their product with the {self._ranks.world_size} ranks is {manifest.examples_per_step}"
             )
-        self._ranks.agree(lambda: self._check_selection(checkpoint))
+        self._ranks.run_together(lambda: self._check_selection(checkpoint))
         load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
         if manifest.scheduler is not None and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(manifest.scheduler)
@@ -247,7 +247,7 @@ class CheckpointedTrainer(Trainer):
         sparsity.clock.forwards = manifest.progress.forwards
         for weight in sparsity.weights.values():
             weight.invalidate()
-        self._random_states = self._ranks.agree(lambda: self._random_states_of(checkpoint))
+        self._random_states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
 
     def _check_selection(self, checkpoint: Checkpoint) -> None:
         if not self.is_world_process_zero():
@@ -266,11 +266,11 @@ class CheckpointedTrainer(Trainer):
             )
 
     def _random_states_of(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-        if checkpoint.manifest.world_size == self._ranks.count:
+        if checkpoint.manifest.world_size == self._ranks.world_size:
             return read_random_states(checkpoint, self._ranks.rank)
         # With another number of ranks the saved states do not fit: each rank gets a new seed, the same at each resume.
         generator = torch.Generator().manual_seed(self.args.seed + checkpoint.step)
-        seeds = torch.randint(2**62, (self._ranks.count,), generator=generator)
+        seeds = torch.randint(2**62, (self._ranks.world_size,), generator=generator)
         return {"torch": torch.Generator().manual_seed(int(seeds[self._ranks.rank])).get_state()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -280,9 +280,9 @@ class CheckpointedTrainer(Trainer):
         random_states.restore(self._random_states)
 
     def _load_best_model(self) -> None:
-        checkpoint = self._ranks.agree(lambda: Checkpoint(self.state.best_model_checkpoint))
+        checkpoint = self._ranks.run_together(lambda: Checkpoint(self.state.best_model_checkpoint))
         parameters = self._trained_parameters()
-        settle(unwrap(self.model))
+        wait_for_prefetch(unwrap(self.model))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
         for weight in sparsity_of(self.model).weights.values():
             weight.invalidate()
@@ -335,7 +335,7 @@ class CheckpointedTrainer(Trainer):
     def _restore_running_loss(self, progress: Progress) -> None:
         losses = [shard.running_loss for shard in self._resumed.manifest.shards]
         mean = math.fsum(losses) / len(losses)
-        self._tr_loss += losses[self._ranks.rank] if len(losses) == self._ranks.count else mean
+        self._tr_loss += losses[self._ranks.rank] if len(losses) == self._ranks.world_size else mean
         self._globalstep_last_logged = progress.last_logged_step
         # These losses are logged now, but train_loss is the mean since the resume.
         self._total_loss_scalar = -mean

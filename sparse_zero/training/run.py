@@ -30,7 +30,7 @@ from sparse_zero.selection.config import SparseConfig
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.results_table import print_results
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
-from sparse_zero.zero.parameters import device_name, optimizer_bytes, peak_memory_bytes, stage_of
+from sparse_zero.zero.parameters import device_name, optimizer_bytes, peak_memory_bytes, zero_stage
 
 
 def limit_output(is_first_of_host: bool) -> None:
@@ -175,7 +175,7 @@ def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any
         "total_parameters": sparsity.total_parameters,
         "world_size": trainer.args.world_size,
         "deepspeed": trainer.deepspeed is not None,
-        "zero_stage": stage_of(trainer.deepspeed),
+        "zero_stage": zero_stage(trainer.deepspeed),
         "optimizer_bytes_per_rank": gather_object([optimizer_bytes(trainer.optimizer)]),
         "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes()]),
         "train_seconds": round(runtime - evaluating, 3),

@@ -1,4 +1,4 @@
-"""What DeepSpeed ZeRO does to parameters, and which rank holds which trained scalars.
+"""Access to parameters and optimizer states that DeepSpeed ZeRO partitions, and the arithmetic of resharding them.
 
 Others import from `parameters`, `partitions`, `resharding`.
 """

@@ -1,4 +1,4 @@
-"""What DeepSpeed ZeRO does to parameters, behind a few functions that also work without it."""
+"""Helpers for parameters that DeepSpeed ZeRO may partition. They work on ordinary parameters, too."""
 
 import contextlib
 import platform
@@ -12,29 +12,35 @@ from torch.utils.hooks import RemovableHandle
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO stage 3 holds this parameter in pieces (it is whole only while gathered)."""
+    """Whether ZeRO stage 3 partitions this parameter, so that it is complete only while gathered."""
     return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape that the parameter has when whole."""
+    """The shape of the complete parameter, whether or not it is gathered now."""
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
 def is_whole(parameter: nn.Parameter) -> bool:
-    """Whether the parameter's values are all here now: always, but for stage 3 outside of `gathered` and a forward."""
+    """Whether all values of the parameter are on this rank now.
+
+    This can be false only under ZeRO stage 3, outside `gathered` and the forward of the parameter's module.
+    """
     return not is_partitioned(parameter) or parameter.numel() == parameter.ds_numel
 
 
 def full_numel(parameter: nn.Parameter) -> int:
+    """The number of scalars of the complete parameter, whether or not it is gathered now."""
     return full_shape(parameter).numel()
 
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
-    """Within this block the parameters are whole, on every rank. A collective call under ZeRO stage 3.
+    """Gather the parameters on every rank for the duration of the block. Collective under ZeRO stage 3.
 
-    Args: write: keep what rank 0 writes into them; without it changes are lost when the block ends.
+    Args:
+        parameters: the parameters to gather. Those that stage 3 does not partition are left alone.
+        write: keep the changes that rank 0 makes to partitioned parameters. Otherwise they are lost at the end.
     """
     partitioned = [p for p in parameters if is_partitioned(p)]
     if not partitioned:
@@ -46,21 +52,25 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterato
         yield
 
 
-def settle(model: nn.Module) -> None:
-    """Wait for what stage 3 has prefetched for a forward that never came. Call it before `gathered`.
+def wait_for_prefetch(model: nn.Module) -> None:
+    """Wait for parameters that ZeRO stage 3 has prefetched for a forward that did not run. Call it before `gathered`.
 
-    After an evaluation some parameters are still in flight, and DeepSpeed asserts when they are to be partitioned.
+    After an evaluation some parameters are still in flight, and DeepSpeed raises an assertion when it partitions them.
     """
     prefetched = getattr(model, "ds_inflight_param_registry", {})
     for parameter in list(prefetched):
         prefetched.pop(parameter).wait()
 
 
-def let_leaf_inputs_have_gradients(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks for the modules that stage 3 treats as one (its leaf modules: the blocks of a mixture of experts).
+def require_grad_on_leaf_inputs(model: nn.Module) -> list[RemovableHandle]:
+    """Make the inputs of ZeRO stage 3's leaf modules (mixture-of-experts blocks) require a gradient.
 
-    DeepSpeed reduces their gradients in a full backward hook, which torch runs as soon as the inputs have theirs.
-    Below the first trained layer no input needs one: the hook would run before the parameters have their gradients.
+    DeepSpeed reduces the gradients of a leaf module in a full backward hook, which torch runs as soon as the gradients
+    of the module's inputs are ready. Before the first trained layer no input requires a gradient, so the hook would
+    run before the gradients of the parameters exist.
+
+    Returns:
+        The handles of the forward pre-hooks, one for each leaf module.
     """
     from deepspeed.utils import get_z3_leaf_modules
 
@@ -73,41 +83,47 @@ def _require_gradients(module: nn.Module, inputs: tuple) -> tuple:
     return tuple(x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
 
-def stage_of(engine: Any) -> int:
-    """The ZeRO stage of a DeepSpeed engine; 0 where there is no engine."""
+def zero_stage(engine: Any) -> int:
+    """The ZeRO stage of a DeepSpeed engine; 0 if `engine` is None."""
     return engine.zero_optimization_stage() if engine is not None else 0
 
 
-BUCKET_SCALARS = 2**24
-"""Of the largest bucket: 32 MiB in half precision keep any link busy, and the next one fills while they are sent."""
+MAX_BUCKET_SCALARS = 2**24
+"""Size of the largest gradient bucket. 32 MiB in half precision use the full bandwidth of any link, and the next
+bucket fills while this one is sent."""
 
 
-def fitted_bucket(trained: int) -> int:
-    """The bucket's scalars where so many are trained."""
-    return min(trained, BUCKET_SCALARS)
+def bucket_size(trained: int) -> int:
+    """The size of a gradient bucket, in scalars, for a model with `trained` trainable scalars."""
+    return min(trained, MAX_BUCKET_SCALARS)
 
 
 def fit_buckets(config: dict[str, Any], model: nn.Module) -> None:
-    """Make DeepSpeed's gradient buckets no larger than what `model` trains, where its configuration leaves that open.
+    """Set `zero_optimization.reduce_bucket_size` to the number of trainable scalars, at most `MAX_BUCKET_SCALARS`.
 
-    Every rank allocates `zero_optimization.reduce_bucket_size` scalars, twice with `overlap_comm`: half a billion if
-    there is no such key, and the square of the hidden size where Accelerate or the Trainer has replaced "auto".
-    SparseTrainer calls this; whoever calls deepspeed.initialize calls it before. In place; a number stays.
+    Every rank allocates `reduce_bucket_size` scalars, twice that with `overlap_comm`. The default is half a billion;
+    Accelerate and the Trainer replace "auto" with the square of the hidden size. `SparseTrainer` calls this function.
+    Call it yourself before `deepspeed.initialize`.
+
+    Args:
+        config: the DeepSpeed configuration, changed in place. A number that it already sets is kept.
+        model: the model whose trainable parameters are counted.
     """
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("reduce_bucket_size", "auto") == "auto":
         trained = sum(full_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
-        zero["reduce_bucket_size"] = fitted_bucket(trained)
+        zero["reduce_bucket_size"] = bucket_size(trained)
 
 
 def optimizer_state_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """What this rank holds for the optimizer: its moments, and under DeepSpeed its float32 partition.
+    """The tensors of this rank's optimizer state: the moments and, under DeepSpeed, the float32 master weights.
 
-    Args: optimizer: torch's, DeepSpeed's, or either inside Accelerate's wrapper, after its first step.
+    Args:
+        optimizer: a torch or DeepSpeed optimizer, or Accelerate's wrapper of one, after its first step.
     """
     tensors = []
     while True:
-        # Stages 1 and 2; stage 3; bfloat16 without partitions
+        # ZeRO stages 1 and 2; stage 3; bfloat16 without partitions
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
             tensors += getattr(optimizer, name, [])
         # Stage 0 in half precision
@@ -117,23 +133,24 @@ def optimizer_state_tensors(optimizer: Any) -> list[torch.Tensor]:
             break
         optimizer = optimizer.optimizer
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    # Adam counts its steps in a tensor of no dimension
+    # Adam counts its steps in a 0-dimensional tensor
     return list({id(tensor): tensor for tensor in tensors + states if tensor.dim() > 0}.values())
 
 
 def optimizer_bytes(optimizer: Any) -> int:
-    """Bytes of this rank's optimizer state: 12 x trainable / ranks under ZeRO, up to padding."""
+    """Size of this rank's optimizer state in bytes: 12 * trainable / world size under ZeRO, plus padding."""
     return sum(tensor.numel() * tensor.element_size() for tensor in optimizer_state_tensors(optimizer))
 
 
 def peak_memory_bytes() -> int:
-    """This process's peak so far: of the accelerator where there is one, else resident."""
+    """Peak memory of this process in bytes: accelerator memory if there is an accelerator, else resident memory."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name() -> str:
+    """The name of the GPU, or the CPU architecture and the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()

@@ -1,9 +1,9 @@
-"""Where this rank keeps the trained scalars in float32 and what the optimizer knows of them.
+"""This rank's partition of the trained scalars: float32 values and optimizer states, for checkpoints.
 
-Whatever the optimizer, its state is the same to the rest: fragments of named parameters, each with views of the value
-and of the moments that can be read for a checkpoint and written when resuming.
-    plain torch, DDP, DeepSpeed stage 0     every rank holds everything
-    ZeRO stages 1 and 2, bfloat16           contiguous slices, in DeepSpeed's map from parameter to partition
+All optimizers present the same interface: fragments of named parameters. Each fragment has a view of its values and of
+its moments, which is read to save a checkpoint and written to resume from one.
+    plain torch, DDP, DeepSpeed stage 0     every rank holds all scalars
+    ZeRO stages 1 and 2, bfloat16           contiguous slices, described by DeepSpeed's parameter-to-partition mapping
     ZeRO stage 3                            a slice of every parameter
 """
 
@@ -22,21 +22,29 @@ VALUE = "value"
 
 @dataclass(frozen=True)
 class Fragment:
-    """Scalars [start, start + count) of a flattened parameter, which lie in `holder` from `at` on."""
+    """Scalars [start, start + count) of a flattened parameter, stored in `master` at `offset`."""
 
     name: str
     start: int
     count: int
-    holder: torch.Tensor
-    """The tensor that the optimizer updates, and that keys its state."""
-    at: int
+    master: torch.Tensor
+    """The float32 tensor that the optimizer updates: the key of its state dictionary."""
+    offset: int
 
 
 class Partition:
-    """The trained scalars that this rank holds."""
+    """The trained scalars of this rank, with their optimizer states."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-        """Args: parameters: the trained ones by name; optimizer: torch's or DeepSpeed's, not Accelerate's wrapper."""
+        """Find this rank's fragments.
+
+        Args:
+            parameters: the trained parameters by name.
+            optimizer: a torch or DeepSpeed optimizer, not Accelerate's wrapper of one.
+
+        Raises:
+            UserError: no checkpoint can be made of this optimizer's state.
+        """
         self._parameters, self._zero = parameters, optimizer
         self.optimizer = _innermost(optimizer)
         self.fragments = sorted(_fragments(parameters, optimizer), key=_order(parameters))
@@ -44,70 +52,82 @@ class Partition:
             hasattr(optimizer, "fp32_partitioned_groups_flat")
             or any(hasattr(parameter, "_hp_mapping") for parameter in parameters.values())
         )
-        """Whether every rank holds every scalar."""
+        """Whether every rank holds all scalars."""
 
     def moments(self) -> list[str]:
-        """Names of what the optimizer keeps for each scalar (exp_avg and exp_avg_sq of Adam).
+        """Names of the optimizer's states that have one value per scalar (exp_avg and exp_avg_sq of Adam).
 
-        Raises UserError: it keeps something else, which cannot be cut into slices.
+        Raises:
+            UserError: the optimizer has another kind of state, which cannot be partitioned.
         """
         names: set[str] = set()
-        for holder in self._holders():
-            for name, value in self.optimizer.state.get(holder, {}).items():
+        for master in self._masters():
+            for name, value in self.optimizer.state.get(master, {}).items():
                 if name == "step" or value is None:
                     continue
-                if torch.is_tensor(value) and value.numel() == holder.numel():
+                if torch.is_tensor(value) and value.numel() == master.numel():
                     names.add(name)
                 else:
                     raise UserError(
-                        f"training.optim: {type(self.optimizer).__name__} keeps '{name}', which no checkpoint can cut "
-                        "into the ranks' slices; use adamw_torch"
+                        f"training.optim: {type(self.optimizer).__name__} has the state '{name}', which a sharded "
+                        "checkpoint cannot store; use adamw_torch"
                     )
         return sorted(names)
 
     def view(self, fragment: Fragment, kind: str) -> torch.Tensor:
-        """Args: kind: VALUE or one of `moments`.
+        """The values or a moment of a fragment.
 
-        Returns: (count,), a view; zeros for a moment that is not there yet.
+        Args:
+            kind: VALUE or one of `moments()`.
+
+        Returns:
+            A view of shape (count,). For a moment that does not exist yet: zeros.
         """
-        state = self.optimizer.state.get(fragment.holder, {})
-        tensor = fragment.holder.detach() if kind == VALUE else state.get(kind)
+        state = self.optimizer.state.get(fragment.master, {})
+        tensor = fragment.master.detach() if kind == VALUE else state.get(kind)
         if tensor is None:
             return torch.zeros(fragment.count)
-        return tensor.view(-1)[fragment.at : fragment.at + fragment.count]
+        return tensor.view(-1)[fragment.offset : fragment.offset + fragment.count]
 
     def steps(self) -> dict[str, int]:
-        """Optimizer steps by parameter, for those that this rank holds something of."""
-        groups = self._group_of_holder()
+        """Number of optimizer steps by parameter, for the parameters that have a fragment on this rank."""
+        groups = self._group_of_master()
         steps = {}
         for fragment in self.fragments:
-            state = self.optimizer.state.get(fragment.holder, {})
-            # FusedAdam counts in the group
-            steps[fragment.name] = int(state.get("step", groups[fragment.holder].get("step", 0)))
+            state = self.optimizer.state.get(fragment.master, {})
+            # FusedAdam counts its steps in the parameter group
+            steps[fragment.name] = int(state.get("step", groups[fragment.master].get("step", 0)))
         return steps
 
     def learning_rates(self) -> list[float]:
+        """The learning rate of each parameter group."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def prepare(self, moments: Iterable[str], steps: Mapping[str, int], learning_rates: list[float]) -> None:
-        """Give the optimizer the state that it has after its first step, so that `view` can be written to."""
-        step_of = {fragment.holder: steps[fragment.name] for fragment in self.fragments}
-        # A holder of nothing but padding counts its steps too.
-        for holder, group in self._group_of_holder().items():
-            state, step = self.optimizer.state[holder], step_of.get(holder, max(steps.values()))
+    def initialize_state(self, moments: Iterable[str], steps: Mapping[str, int], learning_rates: list[float]) -> None:
+        """Create the optimizer states that the first step would create, so that `view` can be written to.
+
+        Args:
+            moments: names of the states with one value per scalar.
+            steps: number of optimizer steps by parameter.
+            learning_rates: one for each parameter group; ignored if their number differs.
+        """
+        step_of = {fragment.master: steps[fragment.name] for fragment in self.fragments}
+        # A master tensor that contains only padding counts its steps, too.
+        for master, group in self._group_of_master().items():
+            state, step = self.optimizer.state[master], step_of.get(master, max(steps.values()))
             for name in moments:
                 if name not in state:
-                    state[name] = torch.zeros_like(holder.detach())
+                    state[name] = torch.zeros_like(master.detach())
             if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
                 on_device = group.get("capturable") or group.get("fused")
-                device = holder.device if on_device else "cpu"
+                device = master.device if on_device else "cpu"
                 state["step"] = torch.tensor(float(step), device=device)
             elif moments:
                 state["step"] = step
             if "step" in group:
                 group["step"] = step
         if hasattr(self.optimizer, "ds_opt_adam"):
-            _recount(self.optimizer, max(steps.values()))
+            _replay_cpu_adam_steps(self.optimizer, max(steps.values()))
         if len(learning_rates) == len(self.optimizer.param_groups):
             for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 if torch.is_tensor(group["lr"]):
@@ -116,32 +136,32 @@ class Partition:
                     group["lr"] = rate
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Bring the model's own parameters up to the values written here. Collective under ZeRO."""
+    def update_model(self) -> None:
+        """Copy the float32 values to the model's parameters. Collective under ZeRO."""
         zero = self._zero
         if hasattr(zero, "fp32_partitioned_groups_flat"):
-            _publish_stage_3(zero, list(self._parameters.values()))
+            _update_model_at_stage_3(zero, list(self._parameters.values()))
         elif hasattr(zero, "update_lp_params"):
             zero.update_lp_params()
         elif hasattr(zero, "fp32_groups_flat"):
             for group, flat in zip(zero.fp16_groups, zero.fp32_groups_flat, strict=True):
-                at = 0
+                offset = 0
                 for parameter in group:
-                    parameter.copy_(flat[at : at + parameter.numel()].view_as(parameter))
-                    at += parameter.numel()
+                    parameter.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
+                    offset += parameter.numel()
         elif hasattr(zero, "fp32_groups"):
-            for parameter, master in _pairs(zero):
+            for parameter, master in _parameters_with_masters(zero):
                 parameter.copy_(master)
 
-    def _holders(self) -> list[torch.Tensor]:
-        return list({id(fragment.holder): fragment.holder for fragment in self.fragments}.values())
+    def _masters(self) -> list[torch.Tensor]:
+        return list({id(fragment.master): fragment.master for fragment in self.fragments}.values())
 
-    def _group_of_holder(self) -> dict[torch.Tensor, dict[str, Any]]:
+    def _group_of_master(self) -> dict[torch.Tensor, dict[str, Any]]:
         groups = {}
         zero = self._zero
         for group in self.optimizer.param_groups:
             groups |= dict.fromkeys(group["params"], group)
-        # Stage 3 lends a partition to its group only for the time of a step.
+        # At stage 3 a parameter group contains its partition only during a step.
         for group, partition in zip(
             self.optimizer.param_groups, _partitions_by_group(zero) if len(groups) == 0 else [], strict=False
         ):
@@ -163,8 +183,8 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _order(parameters: Mapping[str, nn.Parameter]) -> Any:
-    place = {name: index for index, name in enumerate(parameters)}
-    return lambda fragment: (place[fragment.name], fragment.start)
+    position = {name: index for index, name in enumerate(parameters)}
+    return lambda fragment: (position[fragment.name], fragment.start)
 
 
 def _fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fragment]:
@@ -175,25 +195,26 @@ def _fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fr
     if hasattr(zero, "fp32_groups_flat"):
         return _flat_fragments(parameters, zero)
     if hasattr(zero, "fp32_groups"):
-        masters = {id(p): m for p, m in _pairs(zero)}
+        masters = {id(p): m for p, m in _parameters_with_masters(zero)}
         return [Fragment(name, 0, p.numel(), masters[id(p)], 0) for name, p in parameters.items()]
     if any(is_partitioned(parameter) for parameter in parameters.values()):
-        raise UserError(f"{type(zero).__name__}: no checkpoint can be made of what it holds")
+        raise UserError(f"{type(zero).__name__}: checkpoints of this ZeRO optimizer are not supported")
     return [Fragment(name, 0, p.numel(), p, 0) for name, p in parameters.items()]
 
 
 def _stage_3_fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fragment]:
     if zero.swap_optimizer:
         raise UserError(
-            "training.deepspeed: offload_optimizer to nvme: checkpoints need the states in memory; use cpu"
+            "training.deepspeed: offload_optimizer.device: nvme: checkpoints need the optimizer states in memory; "
+            "use device: cpu"
         )
     for name, parameter in parameters.items():
-        group, at, size = zero.grad_position[zero.get_param_id(parameter)]
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = zero._get_param_partition_rank(parameter) * size
-        # The last ranks' slices are padded
+        # The slices of the last ranks may be padded
         count = min(size, parameter.ds_numel - start)
         if count > 0:
-            yield Fragment(name, start, count, zero.fp32_partitioned_groups_flat[group], at)
+            yield Fragment(name, start, count, zero.fp32_partitioned_groups_flat[group], offset)
 
 
 def _mapped_fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fragment]:
@@ -209,28 +230,32 @@ def _mapped_fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iter
 def _flat_fragments(parameters: Mapping[str, nn.Parameter], zero: Any) -> Iterable[Fragment]:
     names = {id(parameter): name for name, parameter in parameters.items()}
     for group, flat in zip(zero.fp16_groups, zero.fp32_groups_flat, strict=True):
-        at = 0
+        offset = 0
         for parameter in group:
-            yield Fragment(names[id(parameter)], 0, parameter.numel(), flat, at)
-            at += parameter.numel()
+            yield Fragment(names[id(parameter)], 0, parameter.numel(), flat, offset)
+            offset += parameter.numel()
 
 
-def _pairs(zero: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Parameters in half precision and their float32 originals."""
+def _parameters_with_masters(zero: Any) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Each half-precision parameter with its float32 master copy."""
     for low, high in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
         yield from zip(low, high, strict=True)
 
 
-def _recount(optimizer: Any, steps: int) -> None:
-    """DeepSpeedCPUAdam multiplies its powers of the betas up, step by step; another way to them rounds differently."""
+def _replay_cpu_adam_steps(optimizer: Any, steps: int) -> None:
+    """Set the step count of DeepSpeedCPUAdam by running `steps` empty updates.
+
+    It computes the powers of its betas by one multiplication per step; any other way to compute them rounds
+    differently.
+    """
     group, nothing = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
     for step in range(1, steps + 1):
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *group["betas"], 1.0, 0.0, True, *nothing)
 
 
-def _publish_stage_3(zero: Any, parameters: list[nn.Parameter]) -> None:
+def _update_model_at_stage_3(zero: Any, parameters: list[nn.Parameter]) -> None:
     persistent = zero.persistent_parameters
-    # Copies that are whole now, be it for good or by prefetching, hold the old values.
+    # Parameters that are complete now (persistent or prefetched ones) have the old values.
     whole = [p for p in {id(p): p for p in (*persistent, *parameters)}.values() if is_whole(p)]
     if whole:
         whole[0].partition(whole)

@@ -1,7 +1,7 @@
-"""Who holds which scalars: pure functions over spans of the trained vector, which know nothing of files or ranks.
+"""Resharding arithmetic: which shard stores which scalars. Pure functions, without files and processes.
 
-All trained parameters, one after the other in a checkpoint's own order, make one vector. A span (start, end) is a
-half-open stretch of it. A shard holds the scalars of its spans, one span after the other.
+The trained parameters, flattened and concatenated in the checkpoint's order, form one vector. A span (start, end) is a
+half-open range of this vector. A shard stores the scalars of its spans, one span after the other.
 """
 
 import bisect
@@ -13,72 +13,85 @@ Span = tuple[int, int]
 
 
 class Read(NamedTuple):
-    """A copy of `count` scalars from a shard into what a rank wants."""
+    """A copy of `count` scalars from a shard to the scalars that a rank needs."""
 
     shard: int
-    at: int
-    """Where they begin among the shard's scalars."""
+    shard_offset: int
+    """Offset of the first one among the shard's scalars."""
     count: int
-    into: int
-    """Where they begin among the wanted scalars."""
+    target_offset: int
+    """Offset of the first one among the needed scalars."""
 
 
-def offsets(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Where each parameter begins in the vector. Args: sizes: scalars by name, in the vector's order."""
+def parameter_offsets(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The offset of each parameter in the vector.
+
+    Args:
+        sizes: number of scalars by parameter name, in the order of the vector.
+    """
     return dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
 
 
-def merged(spans: Iterable[Span]) -> list[Span]:
-    """The same scalars in the same order, with spans that continue each other joined."""
-    joined: list[Span] = []
+def merge_spans(spans: Iterable[Span]) -> list[Span]:
+    """Join each span that begins where the one before it ends. The scalars and their order stay the same."""
+    merged: list[Span] = []
     for start, end in spans:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], end)
         else:
-            joined.append((start, end))
-    return joined
+            merged.append((start, end))
+    return merged
 
 
-def even_share(total: int, rank: int, ranks: int) -> Span:
-    """What `rank` writes of a vector that every rank holds whole: shares differ by one scalar at most."""
-    return total * rank // ranks, total * (rank + 1) // ranks
+def even_slice(total: int, rank: int, world_size: int) -> Span:
+    """The slice that `rank` saves of a vector that every rank has. The slices' sizes differ by at most one scalar."""
+    return total * rank // world_size, total * (rank + 1) // world_size
 
 
 def plan_reads(wanted: Sequence[Span], shards: Sequence[Sequence[Span]]) -> list[Read]:
-    """How to assemble the scalars of `wanted`, one span after the other, from what each shard holds.
+    """Plan the copies that assemble the scalars of `wanted` from the shards.
 
-    Raises KeyError with the first span that no shard holds.
+    Args:
+        wanted: the spans that a rank needs; their scalars are assembled one span after the other.
+        shards: the spans that each shard stores.
+
+    Raises:
+        KeyError: no shard stores the start of this span (start, end).
     """
-    held = []
-    for number, spans in enumerate(shards):
-        at = 0
+    stored = []
+    for shard, spans in enumerate(shards):
+        offset = 0
         for start, end in spans:
             if end > start:
-                held.append((start, end, number, at))
-            at += end - start
-    held.sort()
-    starts = [start for start, *_ in held]
-    reads, into = [], 0
+                stored.append((start, end, shard, offset))
+            offset += end - start
+    stored.sort()
+    starts = [start for start, *_ in stored]
+    reads, target_offset = [], 0
     for start, end in wanted:
         while start < end:
             index = bisect.bisect_right(starts, start) - 1
-            if index < 0 or held[index][1] <= start:
+            if index < 0 or stored[index][1] <= start:
                 raise KeyError((start, end))
-            first, last, number, at = held[index]
+            first, last, shard, offset = stored[index]
             count = min(end, last) - start
-            reads.append(Read(number, at + start - first, count, into))
-            start, into = start + count, into + count
+            reads.append(Read(shard, offset + start - first, count, target_offset))
+            start, target_offset = start + count, target_offset + count
     return reads
 
 
-def share_batch(total: int, ranks: int, at_most: int) -> tuple[int, int] | None:
-    """How `ranks` share a step of `total` examples: (examples of a micro-batch on a rank, micro-batches).
+def split_batch(total: int, world_size: int, max_size: int) -> tuple[int, int] | None:
+    """Split a global batch of `total` examples evenly over the ranks.
 
-    The largest micro-batch of `at_most` examples or fewer, so that memory is never more than asked for; None where
-    the examples cannot be shared evenly.
+    Args:
+        max_size: the largest micro-batch of a rank, in examples, so that memory use does not grow.
+
+    Returns:
+        (size of a rank's micro-batch, number of micro-batches), with the largest possible micro-batch; None if the
+        examples cannot be split evenly.
     """
-    if total % ranks:
+    if total % world_size:
         return None
-    of_rank = total // ranks
-    size = max(size for size in range(1, min(at_most, of_rank) + 1) if of_rank % size == 0)
-    return size, of_rank // size
+    per_rank = total // world_size
+    size = max(size for size in range(1, min(max_size, per_rank) + 1) if per_rank % size == 0)
+    return size, per_rank // size

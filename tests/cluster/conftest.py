@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """n1, n2 and n3, connected."""
     need("hosts")
-    cpu.operator()  # built before anything is timed
+    cpu.load_operator()  # built before anything is timed
     hosts = Hosts(tmp_path_factory.mktemp("lab"), ["n1", "n2", "n3"], environment())
     yield hosts
     hosts.close()

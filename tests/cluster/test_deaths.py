@@ -103,11 +103,11 @@ def end(run: Command, hosts: Hosts, since: float) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("way", "harm", "victim", "said"),
     [
-        ("deepspeed", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
-        ("torchrun", kill_everything, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
-        ("slurm", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
-        ("srun by hand", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) died without a word"),
-        ("srun by hand", kill_rank, "n1", r"rank 0 on n1 died without a word"),
+        ("deepspeed", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) exited unexpectedly"),
+        ("torchrun", kill_everything, "n2", r"rank 1 on n2 \(process \d+\) exited unexpectedly"),
+        ("slurm", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) exited unexpectedly"),
+        ("srun by hand", kill_rank, "n2", r"rank 1 on n2 \(process \d+\) exited unexpectedly"),
+        ("srun by hand", kill_rank, "n1", r"rank 0 on n1 exited unexpectedly"),
         ("deepspeed", cut, "n2", rf"n2 \(rank 1\) has not answered for {SILENCE} s"),
         ("torchrun", power_off, "n2", rf"n2 \(rank 1\) has not answered for {SILENCE} s"),
     ],

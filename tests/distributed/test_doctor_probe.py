@@ -67,4 +67,4 @@ def test_ranks_that_nobody_joins_end_by_themselves(tmp_path):
     assert measured.status == 2
     found = [finding.message for finding in links.check_links(measured)]
     assert found[0].startswith("rank 1 of 2 did not start")
-    assert "rank 1 of 2 did not come within 2 s" in found[1]
+    assert "rank 1 of 2 did not join within 2 s" in found[1]

@@ -84,7 +84,7 @@ def drawn(model: nn.Module) -> Positions:
     """The positions that the selection draws from each selected weight."""
     seed = model.sparsity.config.seed
     return {
-        name: rules.positions(seed, name, weight.weight.numel(), weight.delta.numel())
+        name: rules.stratified_positions(seed, name, weight.weight.numel(), weight.delta.numel())
         for name, weight in model.sparsity.weights.items()
     }
 

@@ -11,7 +11,7 @@ from sparse_zero.adapters.files import Adapter, AdapterConfig, SelectedTensor, l
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import STORED, STRATIFIED, Draw, whole_rows
+from sparse_zero.selection.rules import STORED, STRATIFIED, Selection, row_positions
 
 if TYPE_CHECKING:
     from sparse_zero.adapters.exchange.architecture import Architecture
@@ -100,13 +100,15 @@ class Contents:
             if name in self.selected:
                 flat, deltas[name] = _sorted(self.origin, name, self.selected[name], shape)
             if not rows:
-                stored[name], draw = flat, Draw(STORED, name, shape, flat.numel())
+                stored[name], selection = flat, Selection(STORED, name, shape, flat.numel())
             elif flat.numel():
-                stored[name] = torch.cat([flat, whole_rows(torch.tensor(rows), shape[-1])]).sort().values
-                draw = Draw(STORED, name, shape, stored[name].numel(), whole_rows=rows)
+                stored[name] = torch.cat([flat, row_positions(torch.tensor(rows), shape[-1])]).sort().values
+                selection = Selection(STORED, name, shape, stored[name].numel(), whole_rows=rows)
             else:
-                draw = Draw(STRATIFIED, name, shape, len(rows) * shape[-1], whole_rows=rows)
-            tensors[name] = SelectedTensor.describe(draw, stored[name] if name in stored else draw.positions())
+                selection = Selection(STRATIFIED, name, shape, len(rows) * shape[-1], whole_rows=rows)
+            tensors[name] = SelectedTensor.describe(
+                selection, stored[name] if name in stored else selection.positions()
+            )
         if not self.trained:
             raise UserError(f"{self.origin}: holds no trained scalar")
         for name, values in self.whole.items():

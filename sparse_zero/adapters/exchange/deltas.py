@@ -25,7 +25,7 @@ def padded(
     if missing == 0:
         return flat, values
     # Of n + missing distinct positions, at most n are taken.
-    others = rules.positions(0, name, numel, count)
+    others = rules.stratified_positions(0, name, numel, count)
     others = others[~torch.isin(others, flat, assume_unique=True)]
     others = others[torch.arange(missing) * others.numel() // missing]
     every, order = torch.cat([flat, others]).sort()

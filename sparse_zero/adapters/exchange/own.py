@@ -25,12 +25,12 @@ def read(directory: Path, base: str | None) -> Contents:
     config = adapter.config
     selected, rows = {}, {}
     for name in config.tensors:
-        draw, flat = adapter.draw(name), checked_positions(adapter, name, directory)
+        selection, flat = adapter.selection(name), checked_positions(adapter, name, directory)
         if name in adapter.rows:
-            flat = flat[~row_mask(draw, flat)]
-            rows[name] = draw.whole_rows, adapter.rows[name]
+            flat = flat[~row_mask(selection, flat)]
+            rows[name] = selection.whole_rows, adapter.rows[name]
         if name in adapter.deltas:
-            selected[name] = Selected(flat, adapter.deltas[name], draw.shape)
+            selected[name] = Selected(flat, adapter.deltas[name], selection.shape)
     rules = sorted({entry.rule for entry in config.tensors.values()})
     return Contents(
         origin=directory,

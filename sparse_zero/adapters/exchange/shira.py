@@ -42,7 +42,7 @@ def read(directory: Path, base: str | None) -> Contents:
 def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     """Every weight gets as many scalars as the next r asks for, with deltas of zero at further positions."""
     targets = list(peft_files.linear_targets(adapter, TITLE))
-    shapes = {name: adapter.draw(name).shape for name, _, _ in targets}
+    shapes = {name: adapter.selection(name).shape for name, _, _ in targets}
     needed = {name: -(-flat.numel() // sum(shapes[name])) for name, flat, _ in targets}
     r = max(needed.values())
     tensors, added = {}, 0

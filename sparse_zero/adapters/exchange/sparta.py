@@ -207,8 +207,8 @@ def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> N
     if classifier and HEAD_NAME not in adapter.whole:
         raise UserError(f"'{HEAD_NAME}' was not trained whole, and the reference's loader needs all of it")
     for name in adapter.rows:
-        draw = adapter.draw(name)
-        known, size = architecture.shape(name)[0], draw.shape[0]
+        selection = adapter.selection(name)
+        known, size = architecture.shape(name)[0], selection.shape[0]
         if size == known:
             continue
         if not classifier:
@@ -216,7 +216,7 @@ def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> N
                 f"'{name}' has {size - known} rows of new tokens, and the reference's loader gives room to those of "
                 "sequence classifiers only; `sparse-zero merge` can write them"
             )
-        if set(range(known, size)) - set(draw.whole_rows):
+        if set(range(known, size)) - set(selection.whole_rows):
             raise UserError(f"'{name}' has new rows that were not trained whole, which the reference cannot hold")
         if len(adapter.config.new_tokens) != size - known:
             raise UserError(
@@ -228,20 +228,20 @@ def _refuse(adapter: Adapter, architecture: Architecture, classifier: bool) -> N
 def _new_rows(adapter: Adapter, name: str, architecture: Architecture) -> torch.Tensor:
     """(rows, columns) of those that the base model does not have."""
     known = architecture.shape(name)[0]
-    new = [place for place, row in enumerate(adapter.draw(name).whole_rows) if row >= known]
+    new = [place for place, row in enumerate(adapter.selection(name).whole_rows) if row >= known]
     return adapter.rows[name][new]
 
 
 def _with_rows(adapter: Adapter, name: str, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions and deltas of a weight with rows that were trained whole, in those rows that the base model has."""
-    config, draw, (known, columns) = adapter.config, adapter.draw(name), architecture.shape(name)
+    config, selection, (known, columns) = adapter.config, adapter.selection(name), architecture.shape(name)
     flat, rows = adapter.positions(name), adapter.rows[name]
-    old = [place for place, row in enumerate(draw.whole_rows) if row < known]
+    old = [place for place, row in enumerate(selection.whole_rows) if row < known]
     if old:
         weights = Checkpoint.open(config.base_model_name_or_path, config.revision, architecture).require([name])
-        before = weights.tensor(name)[[draw.whole_rows[place] for place in old]]
+        before = weights.tensor(name)[[selection.whole_rows[place] for place in old]]
         rows = difference(before, rows[old])
-    inside = row_mask(draw, flat)
+    inside = row_mask(selection, flat)
     values = rows.new_zeros(flat.numel())
     if name in adapter.deltas:
         values[~inside] = adapter.deltas[name].to(values.dtype)

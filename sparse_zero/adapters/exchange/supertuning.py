@@ -74,7 +74,7 @@ def _base_weights(contents: Contents, base: str | None, lacking: list[str]) -> C
 def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     """All weights get the share of the one that has the largest, with deltas of zero at further positions."""
     targets = list(peft_files.linear_targets(adapter, TITLE))
-    sizes = {name: adapter.draw(name).numel for name, _, _ in targets}
+    sizes = {name: adapter.selection(name).numel for name, _, _ in targets}
     sparsity = common_sparsity({name: (flat.numel(), sizes[name]) for name, flat, _ in targets})
     tensors, added = {}, 0
     for name, flat, values in targets:

@@ -1,5 +1,5 @@
-// What a step does at the selected positions of a weight, on a CPU: the gradient, the writing of the deltas, and the
-// Pattern that both follow. Names and shapes as in sampled_gradient.py and pattern.py.
+// CPU operators for the selected positions of a weight: the sampled gradient, the update of the weight, and the
+// Pattern that both use. Names and shapes as in sampled.py and pattern.py.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -18,15 +18,15 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int64_t VECTOR_BYTES = 64;
-constexpr int ROWS = 4;  // of a strip whose sums stay in registers together
+constexpr int ROWS = 4;  // rows of a strip that are computed together, so that their sums fit into registers
 #else
-constexpr int64_t VECTOR_BYTES = 32;  // the compiler cuts what is wider than the CPU has it
+constexpr int64_t VECTOR_BYTES = 32;  // the compiler splits vectors that are wider than those of the CPU
 constexpr int ROWS = 1;
 #endif
-constexpr int64_t QUAD = 4;  // columns whose sums are found together
-constexpr int64_t SIDE = 16;  // tokens are turned over by as many: a multiple of the lanes of any vector
-constexpr int64_t ROWS_AT_A_TIME = 256;
-constexpr int64_t STRIPS_OF_THREAD = 8192;  // at least, where a thread has little to do for each
+constexpr int64_t QUAD = 4;  // columns that are summed together
+constexpr int64_t TILE = 16;  // tokens are transposed in tiles of this size, a multiple of any vector's lanes
+constexpr int64_t CHUNK_ROWS = 256;  // rows that are transposed at a time
+constexpr int64_t STRIPS_PER_THREAD = 8192;  // at least, in loops with little work for each strip
 
 template <typename scalar_t, int64_t lanes>
 struct Vector {
@@ -40,8 +40,8 @@ struct Lanes {
   using index = std::conditional_t<sizeof(scalar_t) == 4, int32_t, int64_t>;
 };
 
-// Of lanes that are counted in twos of `step`: the first of each from a and the second from b where !second, that is
-// a0 b0 a2 b2 ... for step 1; and a1 b1 a3 b3 ... where second
+// Interleaves groups of `step` lanes of a and b: of each pair of groups the first ones, that is a0 b0 a2 b2 ... for
+// step 1, or the second ones, a1 b1 a3 b3 ...
 template <int64_t step, bool second, typename scalar_t, int64_t... lane>
 inline auto interleaved(typename Lanes<scalar_t>::vector a, typename Lanes<scalar_t>::vector b,
                         std::integer_sequence<int64_t, lane...>) {
@@ -61,7 +61,7 @@ inline auto interleaved(typename Lanes<scalar_t>::vector a, typename Lanes<scala
   return interleaved<step, second, scalar_t>(a, b, std::make_integer_sequence<int64_t, Lanes<scalar_t>::count>());
 }
 
-// A square of as many vectors as these have lanes
+// Transposes a square of as many vectors as a vector has lanes
 template <typename scalar_t, int64_t step = 1>
 inline void transpose(typename Lanes<scalar_t>::vector* square) {
   if constexpr (step < Lanes<scalar_t>::count) {
@@ -76,19 +76,20 @@ inline void transpose(typename Lanes<scalar_t>::vector* square) {
   }
 }
 
-int64_t rounded_up(int64_t tokens) { return (tokens + SIDE - 1) / SIDE * SIDE; }
+int64_t rounded_up(int64_t tokens) { return (tokens + TILE - 1) / TILE * TILE; }
 
-// turned[(feature - first) * width + token] = x_NX[start + token][feature], with zeros from `tokens` to `width`
+// transposed[(feature - first) * width + token] = x_NX[start + token][feature], with zeros from `tokens` to `width`
 template <typename sum_t, typename scalar_t>
-void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t first, int64_t last, sum_t* turned) {
+void copy_transposed(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t first, int64_t last,
+                     sum_t* transposed) {
   constexpr int64_t COUNT = Lanes<sum_t>::count;
   using Line = typename Lanes<sum_t>::vector;
   const int64_t by_token = x_NX.stride(0), by_feature = x_NX.stride(1), width = rounded_up(tokens);
   const scalar_t* x = x_NX.const_data_ptr<scalar_t>() + start * by_token;
-  const auto turn_square = [=](int64_t token, int64_t feature) {
+  const auto transpose_square = [=](int64_t token, int64_t feature) {
     const int64_t some_tokens = std::min(COUNT, tokens - token), some_features = std::min(COUNT, last - feature);
     const scalar_t* source = x + token * by_token + feature * by_feature;
-    sum_t* target = turned + (feature - first) * width + token;
+    sum_t* target = transposed + (feature - first) * width + token;
     if (some_tokens == COUNT && some_features == COUNT && by_feature == 1) {
       Line square[COUNT];
       for (int64_t t = 0; t < COUNT; ++t) {
@@ -106,17 +107,18 @@ void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t fi
             t < some_tokens ? static_cast<sum_t>(source[t * by_token + f * by_feature]) : sum_t(0);
   };
   for (int64_t token = 0; token < width; token += COUNT)
-    for (int64_t feature = first; feature < last; feature += COUNT) turn_square(token, feature);
+    for (int64_t feature = first; feature < last; feature += COUNT) transpose_square(token, feature);
 }
 
 template <typename sum_t>
-void turn_over(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t first, int64_t last, sum_t* turned) {
+void copy_transposed(const at::Tensor& x_NX, int64_t start, int64_t tokens, int64_t first, int64_t last,
+                     sum_t* transposed) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x_NX.scalar_type(), "sampled_product", [&] {
-    turn_over<sum_t, scalar_t>(x_NX, start, tokens, first, last, turned);
+    copy_transposed<sum_t, scalar_t>(x_NX, start, tokens, first, last, transposed);
   });
 }
 
-// sums[i * stride + j] += rows[i] . columns[j], over `width` tokens, for `some` of QUAD columns
+// sums[i * stride + j] += dot product of rows[i] and columns[j] over `width` tokens, for `some` of QUAD columns
 template <typename sum_t, int SOME_ROWS>
 inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t some, int64_t width, sum_t* sums,
                      int64_t stride) {
@@ -132,7 +134,7 @@ inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t som
       for (int j = 0; j < QUAD; ++j) totals[i][j] += row * column[j];
     }
   }
-  // The sums over lanes of four columns together: one by one they take longer than the products
+  // Sum over the lanes of four columns together: one by one this would take longer than the products
   for (int i = 0; i < SOME_ROWS; ++i) {
     const Line* const each = totals[i];
     const Line first = interleaved<1, false, sum_t>(each[0], each[1]) + interleaved<1, true, sum_t>(each[0], each[1]);
@@ -151,7 +153,7 @@ inline void add_dots(const sum_t* rows, const sum_t* const* columns, int64_t som
   }
 }
 
-// The strips of a block in some of its rows
+// The dot products of a block's strips for SOME_ROWS of its rows
 template <typename sum_t, int SOME_ROWS>
 void add_strips(const sum_t* rows, const sum_t* columns, const int32_t* strips, int64_t count, int64_t width,
                 sum_t* sums) {
@@ -163,7 +165,7 @@ void add_strips(const sum_t* rows, const sum_t* columns, const int32_t* strips, 
   }
 }
 
-// The strips of a block in all of its g rows: sums is (g, count)
+// The dot products of a block's strips for all of its g rows: sums is (g, count)
 template <typename sum_t>
 void add_block(const sum_t* rows, const sum_t* columns, const int32_t* strips, int64_t count, int64_t width, int64_t g,
                sum_t* sums) {
@@ -176,57 +178,57 @@ void add_block(const sum_t* rows, const sum_t* columns, const int32_t* strips, i
 
 // Returns rows_NR^T @ columns_NC at the positions of a Pattern: (n,) of `dtype`, float or double.
 //
-// The tokens are cut into groups with sums of their own, and those into pieces of `tokens`, a multiple of SIDE. A
-// thread turns over the columns of a piece, which then stay in its own cache, and the rows, some at a time. The order
-// of the sums follows from `tokens` and `groups`; at most `threads` take part.
+// The tokens are divided into groups with separate sums, and each group into chunks of `tokens` tokens, a multiple of
+// TILE. A thread transposes the columns of a chunk, which then stay in its core's cache, and some rows at a time. The
+// order of the sums depends on `tokens` and `groups` only, not on the number of threads, which is at most `threads`.
 at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_NC, const at::Tensor& block_starts,
                            const at::Tensor& strip_columns, int64_t g, int64_t tokens, int64_t groups, int64_t threads,
                            at::ScalarType dtype) {
   const int64_t N = rows_NR.size(0), R = rows_NR.size(1), C = columns_NC.size(1), n = strip_columns.numel() * g;
   const int64_t blocks = block_starts.numel() - 1;
   TORCH_CHECK(columns_NC.size(0) == N && g > 0 && blocks * g == R, "rows, columns and pattern do not fit together");
-  TORCH_CHECK(N > 0 && tokens > 0 && tokens % SIDE == 0 && groups > 0 && threads > 0, "nothing to sum");
+  TORCH_CHECK(N > 0 && tokens > 0 && tokens % TILE == 0 && groups > 0 && threads > 0, "nothing to sum");
   TORCH_CHECK(rows_NR.is_floating_point() && columns_NC.is_floating_point(), "rows and columns must be real numbers");
   TORCH_CHECK(block_starts.is_contiguous() && strip_columns.is_contiguous(), "the pattern must be contiguous");
   const int32_t* const starts = block_starts.const_data_ptr<int32_t>();
   const int32_t* const strips = strip_columns.const_data_ptr<int32_t>();
-  TORCH_CHECK(starts[0] == 0 && starts[blocks] == strip_columns.numel(), "the blocks are not those of the strips");
+  TORCH_CHECK(starts[0] == 0 && starts[blocks] == strip_columns.numel(), "block_starts does not fit strip_columns");
 
-  const int64_t tokens_of_group = rounded_up((N + groups - 1) / groups), width = std::min(tokens, tokens_of_group);
-  const int64_t parts = std::max<int64_t>(1, threads / groups), blocks_of_part = (blocks + parts - 1) / parts;
-  const int64_t blocks_at_a_time = std::max<int64_t>(1, ROWS_AT_A_TIME / g);
-  const int64_t room = (C + blocks_at_a_time * g) * width, tasks = groups * parts;
+  const int64_t tokens_per_group = rounded_up((N + groups - 1) / groups), width = std::min(tokens, tokens_per_group);
+  const int64_t parts = std::max<int64_t>(1, threads / groups), blocks_per_part = (blocks + parts - 1) / parts;
+  const int64_t blocks_per_chunk = std::max<int64_t>(1, CHUNK_ROWS / g);
+  const int64_t room = (C + blocks_per_chunk * g) * width, tasks = groups * parts;
   const at::Tensor sums = at::zeros({groups, n}, rows_NR.options().dtype(dtype));
   const at::Tensor result = groups == 1 ? sums[0] : at::empty({n}, sums.options());
-  const at::Tensor turned = at::empty({std::min(threads, tasks), room}, sums.options());
+  const at::Tensor transposed = at::empty({std::min(threads, tasks), room}, sums.options());
 
   AT_DISPATCH_FLOATING_TYPES(dtype, "sampled_product", [&] {
     using sum_t = scalar_t;
     sum_t* const all_sums = sums.mutable_data_ptr<sum_t>();
-    sum_t* const all_turned = turned.mutable_data_ptr<sum_t>();
+    sum_t* const all_transposed = transposed.mutable_data_ptr<sum_t>();
     at::parallel_for(0, tasks, (tasks + threads - 1) / threads, [&](int64_t first_task, int64_t last_task) {
-      sum_t* const columns = all_turned + at::get_thread_num() * room;
+      sum_t* const columns = all_transposed + at::get_thread_num() * room;
       sum_t* const rows = columns + C * width;
       for (int64_t task = first_task; task < last_task; ++task) {
-        const int64_t group = task / parts, end = std::min(N, (group + 1) * tokens_of_group);
-        const int64_t first = task % parts * blocks_of_part, last = std::min(blocks, first + blocks_of_part);
+        const int64_t group = task / parts, end = std::min(N, (group + 1) * tokens_per_group);
+        const int64_t first = task % parts * blocks_per_part, last = std::min(blocks, first + blocks_per_part);
         if (first >= last) continue;
-        for (int64_t start = group * tokens_of_group; start < end; start += width) {
+        for (int64_t start = group * tokens_per_group; start < end; start += width) {
           const int64_t some = std::min(width, end - start), length = rounded_up(some);
-          turn_over(columns_NC, start, some, 0, C, columns);
+          copy_transposed(columns_NC, start, some, 0, C, columns);
           for (int64_t block = first; block < last; ++block) {
-            const int64_t place = (block - first) % blocks_at_a_time;
-            if (place == 0)
-              turn_over(rows_NR, start, some, block * g, std::min(block + blocks_at_a_time, last) * g, rows);
+            const int64_t inside = (block - first) % blocks_per_chunk;
+            if (inside == 0)
+              copy_transposed(rows_NR, start, some, block * g, std::min(block + blocks_per_chunk, last) * g, rows);
             const int64_t strip = starts[block], count = starts[block + 1] - strip;
-            add_block(rows + place * g * length, columns, strips + strip, count, length, g,
+            add_block(rows + inside * g * length, columns, strips + strip, count, length, g,
                       all_sums + group * n + strip * g);
           }
         }
       }
     });
     if (groups == 1) return;
-    // torch's own sum has an order that depends on the threads
+    // The order of torch's own sum depends on the number of threads
     sum_t* const results = result.mutable_data_ptr<sum_t>();
     at::parallel_for(0, n, 16384, [&](int64_t first, int64_t last) {
       std::copy(all_sums + first, all_sums + last, results + first);
@@ -238,55 +240,57 @@ at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_
 }
 
 template <typename index_t>
-void check_ends(const at::Tensor& cells, int64_t limit) {
-  if (cells.numel() == 0) return;
-  const index_t* const all = cells.const_data_ptr<index_t>();
-  TORCH_CHECK(all[0] >= 0 && all[cells.numel() - 1] < limit, "cells beyond the weight");
+void check_ends(const at::Tensor& strip_indices, int64_t limit) {
+  if (strip_indices.numel() == 0) return;
+  const index_t* const all = strip_indices.const_data_ptr<index_t>();
+  TORCH_CHECK(all[0] >= 0 && all[strip_indices.numel() - 1] < limit, "strip indices outside of the weight");
 }
 
-// Calls use(block, first, last) for each block of rows, whose strips are cells[first:last]
+// Calls use(block, first, last) for each block of rows, whose strips are strip_indices[first:last]
 template <typename index_t, typename Use>
-void for_blocks(const at::Tensor& cells, int64_t blocks, int64_t columns, const Use& use) {
-  const index_t* const begin = cells.const_data_ptr<index_t>();
-  const index_t* const end = begin + cells.numel();
-  check_ends<index_t>(cells, blocks * columns);
-  const int64_t strips_of_block = std::max<int64_t>(1, cells.numel() / std::max<int64_t>(1, blocks));
-  const int64_t grain = std::max<int64_t>(1, STRIPS_OF_THREAD / strips_of_block);
+void for_blocks(const at::Tensor& strip_indices, int64_t blocks, int64_t columns, const Use& use) {
+  const index_t* const begin = strip_indices.const_data_ptr<index_t>();
+  const index_t* const end = begin + strip_indices.numel();
+  check_ends<index_t>(strip_indices, blocks * columns);
+  const int64_t strips_per_block = std::max<int64_t>(1, strip_indices.numel() / std::max<int64_t>(1, blocks));
+  const int64_t grain = std::max<int64_t>(1, STRIPS_PER_THREAD / strips_per_block);
   at::parallel_for(0, blocks, grain, [&](int64_t first_block, int64_t last_block) {
-    const index_t* cell = std::lower_bound(begin, end, first_block * columns);
+    const index_t* index = std::lower_bound(begin, end, first_block * columns);
     for (int64_t block = first_block; block < last_block; ++block) {
-      const index_t* const first = cell;
-      while (cell != end && *cell < (block + 1) * columns) ++cell;
-      use(block, first - begin, cell - begin);
+      const index_t* const first = index;
+      while (index != end && *index < (block + 1) * columns) ++index;
+      use(block, first - begin, index - begin);
     }
   });
 }
 
-void check_cells(const at::Tensor& cells) {
-  TORCH_CHECK(cells.dim() == 1 && cells.is_contiguous(), "cells must be contiguous, in one dimension");
+void check_strip_indices(const at::Tensor& strip_indices) {
+  TORCH_CHECK(strip_indices.dim() == 1 && strip_indices.is_contiguous(),
+              "strip indices must be contiguous and have one dimension");
 }
 
-// Returns what a Pattern holds of `cells`, sorted, in a grid of blocks x columns: int32 (blocks + 1,) and (n / g,).
-std::tuple<at::Tensor, at::Tensor> pattern(const at::Tensor& cells, int64_t blocks, int64_t columns) {
-  check_cells(cells);
-  const at::Tensor block_starts = at::empty({blocks + 1}, cells.options().dtype(at::kInt));
-  const at::Tensor strip_columns = at::empty({cells.numel()}, block_starts.options());
+// Returns the block_starts and strip_columns of a Pattern, int32 (blocks + 1,) and (n / g,), from sorted strip indices
+// in a grid of blocks x columns.
+std::tuple<at::Tensor, at::Tensor> pattern(const at::Tensor& strip_indices, int64_t blocks, int64_t columns) {
+  check_strip_indices(strip_indices);
+  const at::Tensor block_starts = at::empty({blocks + 1}, strip_indices.options().dtype(at::kInt));
+  const at::Tensor strip_columns = at::empty({strip_indices.numel()}, block_starts.options());
   int32_t* const starts = block_starts.mutable_data_ptr<int32_t>();
   int32_t* const strips = strip_columns.mutable_data_ptr<int32_t>();
-  AT_DISPATCH_INDEX_TYPES(cells.scalar_type(), "pattern", [&] {
-    const index_t* const all = cells.const_data_ptr<index_t>();
-    for_blocks<index_t>(cells, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
+  AT_DISPATCH_INDEX_TYPES(strip_indices.scalar_type(), "pattern", [&] {
+    const index_t* const all = strip_indices.const_data_ptr<index_t>();
+    for_blocks<index_t>(strip_indices, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
       starts[block] = static_cast<int32_t>(first);
       for (int64_t strip = first; strip < last; ++strip)
         strips[strip] = static_cast<int32_t>(all[strip] - block * columns);
     });
   });
-  starts[blocks] = static_cast<int32_t>(cells.numel());
+  starts[blocks] = static_cast<int32_t>(strip_indices.numel());
   return {block_starts, strip_columns};
 }
 
 template <typename weight_t, typename change_t>
-void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* change, const at::Tensor& cells,
+void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* change, const at::Tensor& strip_indices,
            int64_t columns, int64_t g) {
   using sum_t = std::conditional_t<std::is_same_v<weight_t, double>, double, float>;
   weight_t* const values = weight.mutable_data_ptr<weight_t>();
@@ -296,17 +300,17 @@ void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* c
     if (!added) return before[scalar];
     return static_cast<weight_t>(static_cast<sum_t>(before[scalar]) + static_cast<sum_t>(added[scalar]));
   };
-  AT_DISPATCH_INDEX_TYPES(cells.scalar_type(), "write", [&] {
-    const index_t* const all = cells.const_data_ptr<index_t>();
+  AT_DISPATCH_INDEX_TYPES(strip_indices.scalar_type(), "write", [&] {
+    const index_t* const all = strip_indices.const_data_ptr<index_t>();
     if (g == 1) {
-      check_ends<index_t>(cells, weight.numel());
-      at::parallel_for(0, cells.numel(), STRIPS_OF_THREAD, [=](int64_t first, int64_t last) {
+      check_ends<index_t>(strip_indices, weight.numel());
+      at::parallel_for(0, strip_indices.numel(), STRIPS_PER_THREAD, [=](int64_t first, int64_t last) {
         for (int64_t scalar = first; scalar < last; ++scalar) values[all[scalar]] = value(scalar);
       });
       return;
     }
     const int64_t blocks = weight.numel() / (g * columns);
-    for_blocks<index_t>(cells, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
+    for_blocks<index_t>(strip_indices, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
       int64_t scalar = first * g;
       for (int64_t row = block * (g - 1); row < block * (g - 1) + g; ++row)
         for (int64_t strip = first; strip < last; ++strip) values[row * columns + all[strip]] = value(scalar++);
@@ -314,22 +318,23 @@ void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* c
   });
 }
 
-// weight[selected] = base + change, summed in float or wider; or base. `weight` and `base` are of one dtype, `change`
-// (n,) of the same or float.
+// weight[selected] = base + change, summed in float or double; without `change`, weight[selected] = base. `base` (n,)
+// has the dtype of `weight`, `change` (n,) has the same dtype or float.
 void write_deltas(const at::Tensor& weight, const at::Tensor& base, const std::optional<at::Tensor>& change,
-                  const at::Tensor& cells, int64_t columns, int64_t g) {
-  check_cells(cells);
+                  const at::Tensor& strip_indices, int64_t columns, int64_t g) {
+  check_strip_indices(strip_indices);
   TORCH_CHECK(weight.is_contiguous() && g > 0 && columns > 0 && weight.numel() % (g * columns) == 0,
-              "the weight must be contiguous, in whole blocks");
-  TORCH_CHECK(base.is_contiguous() && base.numel() == cells.numel() * g && base.scalar_type() == weight.scalar_type(),
-              "base does not fit the weight and its cells");
+              "the weight must be contiguous and consist of complete blocks");
+  const int64_t n = strip_indices.numel() * g;
+  TORCH_CHECK(base.is_contiguous() && base.numel() == n && base.scalar_type() == weight.scalar_type(),
+              "base does not fit the weight and its strips");
   const at::Tensor* const added = change ? &*change : nullptr;
   TORCH_CHECK(!added || (added->is_contiguous() && added->numel() == base.numel()), "change does not fit base");
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "write_deltas", [&] {
     if (!added || added->scalar_type() == weight.scalar_type())
-      write<scalar_t, scalar_t>(weight, base, added, cells, columns, g);
+      write<scalar_t, scalar_t>(weight, base, added, strip_indices, columns, g);
     else
-      write<scalar_t, float>(weight, base, added, cells, columns, g);
+      write<scalar_t, float>(weight, base, added, strip_indices, columns, g);
   });
   weight.unsafeGetTensorImpl()->bump_version();
 }
@@ -337,9 +342,10 @@ void write_deltas(const at::Tensor& weight, const at::Tensor& base, const std::o
 }  // namespace
 
 TORCH_LIBRARY(sparse_zero, library) {
-  library.def("pattern(Tensor cells, int blocks, int columns) -> (Tensor, Tensor)");
+  library.def("pattern(Tensor strip_indices, int blocks, int columns) -> (Tensor, Tensor)");
   library.def(
-      "write_deltas(Tensor(a!) weight, Tensor base, Tensor? change, Tensor cells, int columns, int granularity) -> ()");
+      "write_deltas(Tensor(a!) weight, Tensor base, Tensor? change, Tensor strip_indices, int columns, "
+      "int granularity) -> ()");
   library.def(
       "sampled_product(Tensor rows, Tensor columns, Tensor block_starts, Tensor strip_columns, int granularity, "
       "int tokens, int groups, int threads, ScalarType dtype) -> Tensor");

@@ -201,7 +201,7 @@ def test_the_files_hold_the_trained_values_and_nothing_else(bases, tmp_path, fam
     logits(model)
     for name in model.sparsity.weights:
         values, expected = tensors[name], base[name].detach().clone()
-        flat = rules.positions(SPARSE.seed, name, expected.numel(), values.numel())
+        flat = rules.stratified_positions(SPARSE.seed, name, expected.numel(), values.numel())
         expected.view(-1)[flat] += values
         assert torch.equal(model.get_parameter(name), expected)
     for name in model.sparsity.whole:
@@ -296,7 +296,7 @@ def test_merging_changes_the_selected_scalars_only(bases, tmp_path, family, dtyp
     before = {prefix + name: tensor for name, tensor in before.items()}
     assert set(after) == set(before) | set(model.sparsity.whole)
     for name, weight in model.sparsity.weights.items():
-        flat = rules.positions(SPARSE.seed, name, before[name].numel(), weight.delta.numel())
+        flat = rules.stratified_positions(SPARSE.seed, name, before[name].numel(), weight.delta.numel())
         assert (before[name].view(-1)[flat] != after[name].view(-1)[flat]).float().mean() > 0.9
         before[name].view(-1)[flat] = after[name].view(-1)[flat] = 0
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
@@ -431,7 +431,7 @@ def test_a_model_sparsified_differently(bases, adapter, settings):
 
 
 def test_a_model_sparsified_without_the_head(bases, adapter):
-    draws = [tensor.draw(name) for name, tensor in read_config(adapter).tensors.items()]
+    draws = [tensor.selection(name) for name, tensor in read_config(adapter).tensors.items()]
     model = attach(fresh(bases["bert"]), SPARSE, draws, whole=[])
     assert "sparsified differently (seed, density, targets or modules_to_save)" in refusal(model, adapter)
 

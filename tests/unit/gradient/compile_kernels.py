@@ -1,9 +1,9 @@
-"""Compiles the kernels of sampled_triton for GPUs that need not be there, as a launch would.
+"""Compiles the kernels of triton_kernels.py as a launch would, for GPUs that need not be present.
 
-    python tests/unit/compile_kernels.py
+    python tests/unit/gradient/compile_kernels.py
 
-Prints as JSON, for each kernel and device, what the machine code takes: registers of a thread, bytes of stack (spilled
-registers), bytes of shared memory, and how often some instructions occur.
+For each kernel and device, prints the resources of the machine code as JSON: registers per thread, bytes of stack
+(spilled registers), bytes of shared memory, and the number of some instructions.
 """
 
 import itertools
@@ -24,13 +24,13 @@ from sparse_zero.gradient.cost import GATHER_TILE, LINE
 
 CAPABILITIES = (80, 90)
 STRIPS = [(8, 32), (16, 32), (16, 64), (64, 16)]
-"""Granularity, and strips of a tile."""
+"""Pairs of granularity and strips per tile."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INSTRUCTIONS = {"tensor cores": r"HG?MMA", "loads of 16 bytes": r"LDG\S*\.128|LDGSTS\S*\.128"}
 
 
 def variants() -> list[tuple]:
-    """(name, kernel, types of its pointers, arguments that are known when it is compiled, options of the launch)"""
+    """(name, kernel, types of its pointers, compile-time arguments, launch options)"""
     listed = []
 
     def add(name: str, kernel: triton.JITFunction, pointers: dict, constants: dict, **options: int) -> None:
@@ -41,20 +41,20 @@ def variants() -> list[tuple]:
         operands = dict.fromkeys(("first", "second", "out", "below"), pointer)
         constants = {"TOKENS": tokens, "FEATURES": 64, "stride_X": 1, "stride_Y": 1}
         add(f"tokens_last {dtype}", triton_kernels._tokens_last_kernel, operands, constants)
-        operands = {"last": pointer, "result": "*fp32", "cells": "*i32"}
+        operands = {"last": pointer, "result": "*fp32", "strip_indices": "*i32"}
         constants = {"POSITIONS": GATHER_TILE, "TOKENS": tokens, "FIRST": False}
         add(f"sampled {dtype}", triton_kernels._sampled_kernel, operands, constants)
-        operands = {"matrix": pointer, "base": pointer, "change": "*fp32", "result": "*fp32", "cells": "*i32"}
+        operands = {"matrix": pointer, "base": pointer, "change": "*fp32", "result": "*fp32", "strip_indices": "*i32"}
         for rows in (1, 16):
-            constants = {"CELLS": triton_kernels.CELLS, "ROWS": rows}
+            constants = {"STRIPS": triton_kernels.TILE_STRIPS, "ROWS": rows}
             known = {"block_starts": "*i32"} if rows > 1 else {}
             constants |= {} if known else {"block_starts": None}
-            for name, kernel in (("read", triton_kernels._read_kernel), ("write", triton_kernels._write_kernel)):
+            for name, kernel in (("gather", triton_kernels._gather_kernel), ("write", triton_kernels._write_kernel)):
                 add(f"{name} {dtype} {rows}", kernel, operands | known, constants)
     for dtype, (granularity, tile) in itertools.product(("bf16", "fp16", "fp32"), STRIPS):
         operands = {"rows": f"*{dtype}", "last": f"*{dtype}", "result": "*fp32"}
-        operands |= {"block_starts": "*i32", "cells": "*i32"}
-        padded = max(triton_kernels.LEAST_ROWS, granularity)
+        operands |= {"block_starts": "*i32", "strip_indices": "*i32"}
+        padded = max(triton_kernels.MIN_ROWS, granularity)
         launch = triton_kernels.strips_launch(tile, padded, 2048, DTYPES[dtype])
         constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "stride_R": 1, "FIRST": False}
         constants["TOKENS"] = launch.pop("TOKENS")
@@ -63,7 +63,7 @@ def variants() -> list[tuple]:
 
 
 def resources(kernel: triton.JITFunction, pointers: dict, constants: dict, options: dict, capability: int) -> dict:
-    """With what Triton's launcher would have found out: all sizes and strides are multiples of 16, but n is not."""
+    """Resources of a kernel, compiled as if all sizes and strides except n were multiples of 16."""
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")

@@ -1,4 +1,4 @@
-"""The operator in C++: what it is built with, how its work is cut, and what happens where it cannot be built."""
+"""The C++ operator: its compilation, the division of its work, and what happens if it cannot be compiled."""
 
 import logging
 import os
@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from sparse_zero.gradient import cpu as sampled_cpu
-from sparse_zero.gradient import sampled
-from sparse_zero.gradient.cpu import MOST_GROUPS, SIDE, TOKENS, Sizes
+from sparse_zero.gradient import cpu, sampled
+from sparse_zero.gradient.cpu import CHUNK_TOKENS, MAX_GROUPS, TILE, Tiling
 from sparse_zero.gradient.pattern import Pattern
 
 MIB = 2**20
@@ -34,12 +33,12 @@ def operands() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
-    """A new user, for whom nothing is built; what the process has loaded already stays loaded."""
-    assert sampled_cpu.operator() is not None
-    sampled_cpu.operator.cache_clear()
+    """An empty directory for extensions. What this process has already loaded stays loaded."""
+    assert cpu.load_operator() is not None
+    cpu.load_operator.cache_clear()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     yield tmp_path
-    sampled_cpu.operator.cache_clear()
+    cpu.load_operator.cache_clear()
 
 
 def reference(rows: torch.Tensor, columns: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -52,17 +51,17 @@ def reference(rows: torch.Tensor, columns: torch.Tensor, pattern: Pattern) -> to
     ("rows", "granularity"),
     [(600, 1), (600, 3), (602, 7), (600, 6), (576, 48), (600, 300), (257, 1), (3, 1)],
 )
-def test_rows_beyond_those_turned_over_together(rows, granularity, threads):
+def test_more_rows_than_are_transposed_at_a_time(rows, granularity, threads):
     torch.manual_seed(0)
     cells = torch.randperm(rows // granularity * C)[: 9 * max(1, 60 // granularity)].sort().values
     pattern = Pattern(cells, rows, C, granularity)
     operands = torch.randn(150, rows), torch.randn(150, C)
-    result = sampled_cpu.operator()(*operands, *pattern.by_blocks, 64, 3, threads, torch.float32)
+    result = cpu.load_operator()(*operands, *pattern.by_blocks, 64, 3, threads, torch.float32)
     torch.testing.assert_close(result.double(), reference(*operands, pattern), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(16, 1), (16, 8), (64, 3), (64, 8), (1024, 1)])
-def test_the_threads_do_not_change_a_bit(sizes):
+def test_the_result_does_not_depend_on_the_number_of_threads(sizes):
     torch.manual_seed(0)
     pattern = Pattern(torch.randperm(120 * 60)[:4100].sort().values, 120, 60)
     operands = torch.randn(N, 120), torch.randn(N, 60)
@@ -70,7 +69,7 @@ def test_the_threads_do_not_change_a_bit(sizes):
     try:
         for threads in (1, 2, 3, 65):
             torch.set_num_threads(threads)
-            found.append(sampled_cpu.operator()(*operands, *pattern.by_blocks, *sizes, threads, torch.float32))
+            found.append(cpu.load_operator()(*operands, *pattern.by_blocks, *sizes, threads, torch.float32))
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found[0].double(), reference(*operands, pattern), rtol=1e-5, atol=1e-4)
@@ -85,74 +84,74 @@ def test_the_threads_do_not_change_a_bit(sizes):
         (lambda rows, columns, pattern: (rows, columns, pattern[0], pattern[1], 2), "do not fit"),
         (lambda rows, columns, pattern: (rows[:, :0], columns, pattern[0][:1], pattern[1], 0), "do not fit"),
         (lambda rows, columns, pattern: (rows[:0], columns[:0], *pattern), "nothing to sum"),
-        (lambda rows, columns, pattern: (rows, columns, pattern[0], pattern[1][1:], 1), "not those of the strips"),
+        (lambda rows, columns, pattern: (rows, columns, pattern[0], pattern[1][1:], 1), "does not fit strip_columns"),
         (lambda rows, columns, pattern: (rows.int(), columns, *pattern), "real numbers"),
         (lambda rows, columns, pattern: (rows, columns, pattern[0].long(), pattern[1], 1), "Int"),
     ],
 )
-def test_what_does_not_fit_is_refused(pattern, operands, change, words):
+def test_arguments_that_do_not_fit_are_refused(pattern, operands, change, words):
     with pytest.raises(RuntimeError, match=words):
-        sampled_cpu.operator()(*change(*operands, pattern.by_blocks), 64, 1, 1, torch.float32)
+        cpu.load_operator()(*change(*operands, pattern.by_blocks), 64, 1, 1, torch.float32)
 
 
-def test_tokens_are_whole_blocks(pattern, operands):
+def test_the_number_of_tokens_must_be_a_multiple_of_the_tile(pattern, operands):
     with pytest.raises(RuntimeError, match="nothing to sum"):
-        sampled_cpu.operator()(*operands, *pattern.by_blocks, SIDE + 1, 1, 1, torch.float32)
+        cpu.load_operator()(*operands, *pattern.by_blocks, TILE + 1, 1, 1, torch.float32)
 
 
 def test_the_constants_are_those_of_the_source():
-    source = sampled_cpu.SOURCE.read_text()
-    assert f"SIDE = {sampled_cpu.SIDE};" in source
-    assert f"ROWS_AT_A_TIME = {sampled_cpu.ROWS_AT_A_TIME};" in source
+    source = cpu.SOURCE.read_text()
+    assert f"TILE = {cpu.TILE};" in source
+    assert f"CHUNK_ROWS = {cpu.CHUNK_ROWS};" in source
 
 
-def test_sizes(pattern):
-    def sizes(N: int, bound: int, threads: int = 4, C: int = C) -> Sizes | None:
-        return Sizes.of(N, C, pattern.count, pattern.granularity, torch.float32, bound, threads)
+def test_tiling(pattern):
+    def tiling(N: int, bound: int, threads: int = 4, C: int = C) -> Tiling | None:
+        return Tiling.fit(N, C, pattern.count, pattern.granularity, torch.float32, bound, threads)
 
-    assert sizes(10_000, 64 * MIB) == (TOKENS, MOST_GROUPS, 4)
-    assert sizes(100, 64 * MIB) == (TOKENS, 2, 4)
-    assert sizes(1, 64 * MIB) == (TOKENS, 1, 4)
-    assert sizes(10_000, 64 * MIB, threads=1) == (TOKENS, MOST_GROUPS, 1)
-    # Wide weights and many positions leave less room: for threads, for groups, for tokens, for nothing
-    assert sizes(10_000, MIB, threads=64, C=1000) == (TOKENS, MOST_GROUPS, 1)
-    assert sizes(10_000, 2 * 4 * 600, C=1) is None
-    assert sizes(10_000, 2 * 4 * 257 * SIDE, C=1) == (SIDE, MOST_GROUPS, 1)
+    assert tiling(10_000, 64 * MIB) == (CHUNK_TOKENS, MAX_GROUPS, 4)
+    assert tiling(100, 64 * MIB) == (CHUNK_TOKENS, 2, 4)
+    assert tiling(1, 64 * MIB) == (CHUNK_TOKENS, 1, 4)
+    assert tiling(10_000, 64 * MIB, threads=1) == (CHUNK_TOKENS, MAX_GROUPS, 1)
+    # Wide weights and many positions leave memory for fewer threads, fewer groups, fewer tokens, or no tiling
+    assert tiling(10_000, MIB, threads=64, C=1000) == (CHUNK_TOKENS, MAX_GROUPS, 1)
+    assert tiling(10_000, 2 * 4 * 600, C=1) is None
+    assert tiling(10_000, 2 * 4 * 257 * TILE, C=1) == (TILE, MAX_GROUPS, 1)
     many = Pattern(torch.zeros(MIB // 4), 1, C)
-    assert Sizes.of(10_000, C, many.count, many.granularity, torch.float32, 4 * MIB, 1).groups == 2
-    assert Sizes.of(10_000, C, many.count, many.granularity, torch.float64, 4 * MIB, 1).groups == 1
+    assert Tiling.fit(10_000, C, many.count, many.granularity, torch.float32, 4 * MIB, 1).groups == 2
+    assert Tiling.fit(10_000, C, many.count, many.granularity, torch.float64, 4 * MIB, 1).groups == 1
 
 
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT", "SVE256"])
-def test_is_built_for_the_cpu_that_torch_sees(monkeypatch, unbuilt, capability):
+def test_is_compiled_for_the_cpu_capability_that_torch_reports(monkeypatch, unbuilt, capability):
     seen = {}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(cpp_extension, "load", lambda name, sources, **options: seen.update(options, name=name))
-    assert sampled_cpu.operator() is not None
+    assert cpu.load_operator() is not None
     assert seen["build_directory"] == str(unbuilt / seen["name"])
     assert ("-mavx512f" in seen["extra_cflags"]) == (capability == "AVX512")
     assert ("-mavx2" in seen["extra_cflags"]) == (capability == "AVX2")
     assert not any("native" in flag for flag in seen["extra_cflags"])
 
 
-def test_another_source_torch_or_cpu_is_another_build(monkeypatch, tmp_path):
-    names = {sampled_cpu.build_name(["-O3"]), sampled_cpu.build_name(["-O3"]), sampled_cpu.build_name(["-O2"])}
+def test_the_build_name_depends_on_source_torch_and_cpu(monkeypatch, tmp_path):
+    names = {cpu.build_name(["-O3"]), cpu.build_name(["-O3"]), cpu.build_name(["-O2"])}
     monkeypatch.setattr(torch, "__version__", "9.9")
-    names.add(sampled_cpu.build_name(["-O3"]))
+    names.add(cpu.build_name(["-O3"]))
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    names.add(sampled_cpu.build_name(["-O3"]))
+    names.add(cpu.build_name(["-O3"]))
     changed = tmp_path / "sampled.cpp"
-    changed.write_text(sampled_cpu.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(sampled_cpu, "SOURCE", changed)
-    names.add(sampled_cpu.build_name(["-O3"]))
+    changed.write_text(cpu.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(cpu, "SOURCE", changed)
+    names.add(cpu.build_name(["-O3"]))
     assert len(names) == 5
 
 
 BUILD = """
 import torch
-from sparse_zero.gradient import cpu as sampled_cpu
+from sparse_zero.gradient import cpu
 from sparse_zero.gradient.pattern import Pattern
-product = sampled_cpu.operator()
+product = cpu.load_operator()
 pattern = Pattern(torch.tensor([1, 5, 6]), 8, 8, 4)
 rows, columns = torch.ones(20, 8), torch.full((20, 8), 2.0)
 result = product(rows, columns, *pattern.by_blocks, 16, 2, 2, torch.float32)
@@ -160,7 +159,7 @@ print(torch.backends.cpu.get_cpu_capability(), result.tolist())
 """
 
 
-def test_two_processes_build_at_once_for_an_older_cpu_and_a_third_needs_no_compiler(tmp_path):
+def test_two_processes_compile_at_once_for_an_older_cpu_and_a_third_needs_no_compiler(tmp_path):
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": "avx2"}
     command = [sys.executable, "-c", BUILD]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -172,7 +171,7 @@ def test_two_processes_build_at_once_for_an_older_cpu_and_a_third_needs_no_compi
 
 
 def test_a_build_does_not_change_the_name_of_the_next(monkeypatch, unbuilt):
-    """torch's loader writes into the lists that it is given."""
+    """torch's loader appends to the lists that it gets."""
     names = []
 
     def load(name, *_, **options):
@@ -183,20 +182,20 @@ def test_a_build_does_not_change_the_name_of_the_next(monkeypatch, unbuilt):
 
     monkeypatch.setattr(cpp_extension, "load", load)
     for _ in range(2):
-        sampled_cpu.operator()
-        sampled_cpu.operator.cache_clear()
+        cpu.load_operator()
+        cpu.load_operator.cache_clear()
     assert len(names) == 2
     assert names[0] == names[1]
 
 
-def test_a_build_that_was_cut_short_is_built_again(monkeypatch, unbuilt):
+def test_an_incomplete_build_is_built_again(monkeypatch, unbuilt):
     built = []
     monkeypatch.setattr(cpp_extension, "load", lambda name, *_, **__: built.append(name))
-    assert sampled_cpu.operator() is not None
+    assert cpu.load_operator() is not None
     (directory,) = unbuilt.iterdir()
     (directory / f"{directory.name}.so").write_bytes(b"\x7fELF, and no more")
-    sampled_cpu.operator.cache_clear()
-    assert sampled_cpu.operator() is not None
+    cpu.load_operator.cache_clear()
+    assert cpu.load_operator() is not None
     assert built == [directory.name] * 2
 
 
@@ -210,14 +209,14 @@ def test_a_build_that_was_cut_short_is_built_again(monkeypatch, unbuilt):
         (ImportError(), "ImportError"),
     ],
 )
-def test_without_a_compiler_the_gradient_is_read_from_dense_products(
+def test_without_a_compiler_the_gradient_uses_dense_products(
     monkeypatch, unbuilt, caplog, pattern, operands, error, reason
 ):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(cpp_extension, "load", fail)
-    monkeypatch.setattr(sampled, "cheaper_way", lambda *_: "sampled")
+    monkeypatch.setattr(sampled, "cheaper_method", lambda *_: "sampled")
     with caplog.at_level(logging.WARNING):
         found = [sampled.sampled_product(*operands, pattern) for _ in range(2)]
     torch.testing.assert_close(found[0].double(), reference(*operands, pattern), rtol=1e-5, atol=1e-4)
@@ -229,21 +228,21 @@ def test_without_a_compiler_the_gradient_is_read_from_dense_products(
 
 def test_a_compiler_that_fails(monkeypatch, unbuilt, caplog, pattern, operands):
     monkeypatch.setenv("CXX", "false")
-    assert sampled_cpu.operator() is None
-    assert "cannot be built" in caplog.text
+    assert cpu.load_operator() is None
+    assert "cannot be compiled" in caplog.text
     assert sampled.sampled_product(*operands, pattern).shape == (200,)
 
 
-def test_finds_ninja_where_no_environment_is_activated(monkeypatch, unbuilt):
+def test_finds_ninja_without_an_activated_environment(monkeypatch, unbuilt):
     seen = []
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setattr(cpp_extension, "load", lambda *_, **__: seen.append(os.environ["PATH"]))
-    sampled_cpu.operator()
+    cpu.load_operator()
     assert seen == [f"/usr/bin:{sysconfig.get_path('scripts')}"]
     assert os.environ["PATH"] == "/usr/bin"
 
 
 def test_the_source_is_in_the_package():
-    assert sampled_cpu.SOURCE.is_file()
+    assert cpu.SOURCE.is_file()
     configuration = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     assert '"sparse_zero.gradient" = ["csrc/*.cpp"]' in configuration

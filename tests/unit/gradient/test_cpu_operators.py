@@ -1,4 +1,4 @@
-"""What the C++ operators do beside the gradient: the same bits as torch, which does it where they are not loaded."""
+"""The C++ operators other than the gradient give the same bits as torch, which is used if they are not loaded."""
 
 import copy
 
@@ -13,17 +13,17 @@ from sparse_zero.gradient.pattern import Pattern
 
 @pytest.fixture(params=["torch", "operators"])
 def path(request, monkeypatch) -> str:
-    """The way that is taken from here on."""
+    """Which implementation is used in the test."""
     if request.param == "operators":
         assert operators() is not None
     else:
-        monkeypatch.setattr(cpu, "loaded", lambda _: None)
+        monkeypatch.setattr(cpu, "loaded_operators", lambda _: None)
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def threads():
-    """As many as share out the larger weights, whatever the machine."""
+    """Enough threads to divide the larger weights, on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -31,8 +31,8 @@ def threads():
 
 
 def operators():
-    assert cpu.operator() is not None
-    return cpu.loaded(torch.empty(0))
+    assert cpu.load_operator() is not None
+    return cpu.loaded_operators(torch.empty(0))
 
 
 def draw(count: int, of: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -45,28 +45,28 @@ def draw(count: int, of: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     ("rows", "columns", "granularity", "count"),
     [(6, 5, 1, 11), (6, 5, 1, 30), (6, 5, 3, 1), (6, 5, 1, 0), (1, 300_000, 1, 90_000), (90_000, 3, 2, 60_000)],
 )
-def test_a_pattern_of_cells(path, rows, columns, granularity, count, dtype, apart):
+def test_a_pattern_of_strip_indices(path, rows, columns, granularity, count, dtype, apart):
     blocks = rows // granularity
-    cells = draw(count, blocks * columns, dtype)
-    given = cells.repeat_interleave(2)[::2] if apart else cells
+    strip_indices = draw(count, blocks * columns, dtype)
+    given = strip_indices.repeat_interleave(2)[::2] if apart else strip_indices
     pattern = Pattern(given, rows, columns, granularity)
-    inside = torch.bincount(cells // columns, minlength=blocks)
+    inside = torch.bincount(strip_indices // columns, minlength=blocks)
     assert pattern.block_starts.tolist() == [0, *inside.cumsum(0).tolist()]
-    assert torch.equal(pattern.strip_columns.long(), cells.long() % columns)
+    assert torch.equal(pattern.strip_columns.long(), strip_indices.long() % columns)
     assert pattern.block_starts.dtype == pattern.strip_columns.dtype == torch.int32
 
 
-def test_cells_beyond_two_billion(path):
-    """Blocks x columns that no int32 holds."""
+def test_strip_indices_above_two_billion(path):
+    """blocks * columns exceeds int32."""
     rows, columns = 2**17, 2**15
-    cells = torch.tensor([0, 2**31 - 1, 2**31, rows * columns - 1])
-    pattern = Pattern(cells, rows, columns)
+    strip_indices = torch.tensor([0, 2**31 - 1, 2**31, rows * columns - 1])
+    pattern = Pattern(strip_indices, rows, columns)
     assert pattern.strip_columns.tolist() == [0, columns - 1, 0, columns - 1]
     assert pattern.block_starts[[0, 1, 2**16 - 1, 2**16, 2**16 + 1, rows - 1, rows]].tolist() == [0, 1, 1, 2, 3, 3, 4]
 
 
 class Layers(nn.Module):
-    """The last is larger than what a thread takes at least."""
+    """The last one is divided among threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ KINDS = [{}, {"granularity": 4}, {"selection": "bernoulli"}, {"trainable_token_i
 @pytest.mark.parametrize("settings", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_weight_is_the_original_plus_the_delta(path, dtype, settings, indices):
-    """Against a sum written out here."""
+    """Compared with an explicit sum."""
     torch.manual_seed(0)
     plain = Layers().to(dtype)
     model = sparsify(
@@ -104,7 +104,7 @@ def test_the_weight_is_the_original_plus_the_delta(path, dtype, settings, indice
             weight.write(forwards)
             assert torch.equal(weight.weight.detach().view(-1), expected)
             assert not torch.equal(weight.weight, plain.get_parameter(name))
-            # Graphs from before see that it has changed
+            # Autograd detects the change in graphs that have saved the weight
             assert weight.weight._version > version
             weight.enabled = False
             weight.write()
@@ -112,51 +112,51 @@ def test_the_weight_is_the_original_plus_the_delta(path, dtype, settings, indice
             weight.enabled = True
 
 
-WEIGHT, CELLS = torch.zeros(24), torch.tensor([1, 4])
+WEIGHT, STRIP_INDICES = torch.zeros(24), torch.tensor([1, 4])
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((WEIGHT, torch.zeros(2), torch.zeros(2), torch.tensor([1, 24]), 6, 1), "beyond the weight"),
-        ((WEIGHT, torch.zeros(2), torch.zeros(2), torch.tensor([-1, 4]), 6, 1), "beyond the weight"),
-        ((WEIGHT, torch.zeros(4), torch.zeros(4), torch.tensor([1, 12]), 6, 2), "beyond the weight"),
-        ((WEIGHT, torch.zeros(3), torch.zeros(2), CELLS, 6, 1), "base does not fit"),
-        ((WEIGHT, torch.zeros(2).double(), torch.zeros(2), CELLS, 6, 1), "base does not fit"),
-        ((WEIGHT, torch.zeros(2), torch.zeros(3), CELLS, 6, 1), "change does not fit"),
-        ((WEIGHT, torch.zeros(2), torch.zeros(4)[::2], CELLS, 6, 1), "change does not fit"),
-        ((WEIGHT, torch.zeros(2), torch.zeros(2).double(), CELLS, 6, 1), "Float"),
-        ((WEIGHT, torch.zeros(2), None, CELLS.float(), 6, 1), "Float"),
+        ((WEIGHT, torch.zeros(2), torch.zeros(2), torch.tensor([1, 24]), 6, 1), "outside of the weight"),
+        ((WEIGHT, torch.zeros(2), torch.zeros(2), torch.tensor([-1, 4]), 6, 1), "outside of the weight"),
+        ((WEIGHT, torch.zeros(4), torch.zeros(4), torch.tensor([1, 12]), 6, 2), "outside of the weight"),
+        ((WEIGHT, torch.zeros(3), torch.zeros(2), STRIP_INDICES, 6, 1), "base does not fit"),
+        ((WEIGHT, torch.zeros(2).double(), torch.zeros(2), STRIP_INDICES, 6, 1), "base does not fit"),
+        ((WEIGHT, torch.zeros(2), torch.zeros(3), STRIP_INDICES, 6, 1), "change does not fit"),
+        ((WEIGHT, torch.zeros(2), torch.zeros(4)[::2], STRIP_INDICES, 6, 1), "change does not fit"),
+        ((WEIGHT, torch.zeros(2), torch.zeros(2).double(), STRIP_INDICES, 6, 1), "Float"),
+        ((WEIGHT, torch.zeros(2), None, STRIP_INDICES.float(), 6, 1), "Float"),
         ((WEIGHT, torch.zeros(4), None, torch.arange(8)[::4], 6, 2), "contiguous"),
-        ((WEIGHT[::2], torch.zeros(2), None, CELLS, 6, 1), "contiguous"),
-        ((WEIGHT, torch.zeros(10), None, CELLS, 6, 5), "whole blocks"),
-        ((WEIGHT, torch.zeros(0), None, CELLS, 6, 0), "whole blocks"),
+        ((WEIGHT[::2], torch.zeros(2), None, STRIP_INDICES, 6, 1), "contiguous"),
+        ((WEIGHT, torch.zeros(10), None, STRIP_INDICES, 6, 5), "complete blocks"),
+        ((WEIGHT, torch.zeros(0), None, STRIP_INDICES, 6, 0), "complete blocks"),
     ],
 )
-def test_what_does_not_fit_is_not_written(arguments, words):
+def test_nothing_is_written_if_the_arguments_do_not_fit(arguments, words):
     with pytest.raises(RuntimeError, match=words):
         operators().write_deltas(*arguments)
     assert not WEIGHT.any()
 
 
-@pytest.mark.parametrize("cells", [torch.tensor([1, 12]), torch.tensor([-1, 3]), torch.zeros(2, 2).long()])
-def test_cells_outside_the_grid_have_no_pattern(cells):
-    with pytest.raises(RuntimeError, match=r"beyond|one dimension"):
-        operators().pattern(cells, 3, 4)
+@pytest.mark.parametrize("strip_indices", [torch.tensor([1, 12]), torch.tensor([-1, 3]), torch.zeros(2, 2).long()])
+def test_strip_indices_outside_of_the_grid_have_no_pattern(strip_indices):
+    with pytest.raises(RuntimeError, match=r"outside|one dimension"):
+        operators().pattern(strip_indices, 3, 4)
 
 
-def test_nothing_is_built_to_write_deltas(monkeypatch):
-    cpu.operator.cache_clear()
-    monkeypatch.setattr(cpu, "_load", lambda: pytest.fail("built"))
+def test_nothing_is_compiled_to_write_deltas(monkeypatch):
+    cpu.load_operator.cache_clear()
+    monkeypatch.setattr(cpu, "_load", lambda: pytest.fail("compiled"))
     model = sparsify(nn.Sequential(nn.Linear(8, 8)), SparseConfig(density=0.5, targets="all"))
     model(torch.ones(1, 8)).sum().backward()
-    assert cpu.loaded(torch.empty(0)) is None
+    assert cpu.loaded_operators(torch.empty(0)) is None
 
 
 @pytest.mark.parametrize(
     ("weight_dtype", "delta_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float64)], ids=str
 )
-def test_dtypes_that_the_operator_does_not_take_are_written_by_torch(weight_dtype, delta_dtype):
+def test_dtypes_that_the_operator_does_not_support_are_written_by_torch(weight_dtype, delta_dtype):
     assert operators() is not None
     model = sparsify(nn.Sequential(nn.Linear(8, 8)).to(weight_dtype), SparseConfig(density=0.5, targets="all-linear"))
     (weight,) = model.sparsity.weights.values()

@@ -1,4 +1,4 @@
-"""What a GPU does, where there is one: whole models against the CPU, and against their own dense gradients."""
+"""Complete models on a GPU, if there is one, compared with the CPU and with their dense gradients."""
 
 import copy
 
@@ -11,7 +11,7 @@ from sparse_zero.gradient import cost, pattern, sampled
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.selection.config import SparseConfig
 
-sampled_triton = pytest.importorskip("sparse_zero.gradient.triton_kernels", exc_type=ImportError)
+triton_kernels = pytest.importorskip("sparse_zero.gradient.triton_kernels", exc_type=ImportError)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,11 +32,11 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def chosen(monkeypatch) -> list[str]:
-    """The kernels that ran."""
+    """The names of the kernels that ran."""
     ran = []
-    for name in ("sampled", "strips", "read", "write_deltas"):
-        kernel = getattr(sampled_triton, name)
-        monkeypatch.setattr(sampled_triton, name, lambda *a, name=name, kernel=kernel: ran.append(name) or kernel(*a))
+    for name in ("sampled", "strips", "gather", "write_deltas"):
+        kernel = getattr(triton_kernels, name)
+        monkeypatch.setattr(triton_kernels, name, lambda *a, name=name, kernel=kernel: ran.append(name) or kernel(*a))
     return ran
 
 
@@ -45,13 +45,12 @@ def chosen(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
 def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dtype, way):
-    """The deltas' gradients against those of a dense model that holds the same weights, and the next weights against
-    base + delta."""
+    """The deltas' gradients equal those of a dense model with the same weights, and the weights equal base + delta."""
     monkeypatch.setattr(sampled, "kernel_is_cheaper", lambda *_: way == "kernel")
     settings = {"density": 0.1, "targets": "all-linear"} | KINDS[kind]
     if family == "qwen2_moe":
-        settings["exclude_modules"] = ["shared_expert_gate"]  # of one row
-    # Grouped products of half precision take rows of whole 16 bytes
+        settings["exclude_modules"] = ["shared_expert_gate"]  # it has only one row
+    # Grouped products in half precision need rows of a multiple of 16 bytes
     experts = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32} if family == "qwen2_moe" else {}
     base = tiny(family, "causal-lm", hidden_size=32, **experts).to("cuda", dtype)
     model = sparsify(copy.deepcopy(base), SparseConfig(**settings))
@@ -78,12 +77,12 @@ def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dt
         torch.testing.assert_close(found, expected * (1 if factor is None else factor), rtol=0, atol=tolerance * scale)
     kernel = "strips" if "granularity" in settings else "sampled"
     assert (kernel in chosen) == (way == "kernel")
-    assert ("read" in chosen) == (way == "dense" and "granularity" in settings)
+    assert ("gather" in chosen) == (way == "dense" and "granularity" in settings)
     assert "write_deltas" in chosen
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_selection_is_that_of_the_cpu(kind):
+def test_the_selection_is_that_of_the_cpu(kind):
     config = SparseConfig(**{"density": 0.1, "targets": "all-linear"} | KINDS[kind])
     base = tiny("llama", "causal-lm")
     on_cpu, on_gpu = sparsify(copy.deepcopy(base), config), sparsify(base.cuda(), config)
@@ -91,7 +90,7 @@ def test_selection_is_that_of_the_cpu(kind):
         assert torch.equal(weight.flat_positions(), on_gpu.sparsity.weights[name].flat_positions().cpu())
 
 
-def test_a_model_that_moves_takes_its_positions_along():
+def test_the_positions_move_with_the_model():
     model = sparsify(tiny("llama", "causal-lm"), SparseConfig(density=0.1, granularity=8))
     places = {name: weight.flat_positions() for name, weight in model.sparsity.weights.items()}
     for device in ("cuda", "cpu", "cuda"):
@@ -100,17 +99,17 @@ def test_a_model_that_moves_takes_its_positions_along():
         for name, weight in model.sparsity.weights.items():
             assert weight.pattern.block_starts.device.type == device
             assert torch.equal(torch.cat([*weight.pattern.flat_chunks()]).cpu(), places[name])
-    # What was found of the positions goes when these go
-    assert len(pattern._STARTS) <= len(places)
+    # Cached block starts are removed together with their positions
+    assert len(pattern._BLOCK_STARTS) <= len(places)
 
 
-def test_a_rank_is_not_asked_for_its_clock_rates_twice(monkeypatch):
-    """The driver takes a millisecond to tell, and a step has hundreds of gradients."""
-    asked, tell = [], torch.cuda.get_device_properties
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or tell(device))
+def test_the_clock_rates_are_read_once(monkeypatch):
+    """The driver needs a millisecond, and a step has hundreds of gradients."""
+    queries, read = [], torch.cuda.get_device_properties
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: queries.append(device) or read(device))
     cost._properties.cache_clear()
     layer = sparsify(nn.Sequential(nn.Linear(256, 320)).cuda(), SparseConfig(density=0.1, targets="all-linear"))
     for tokens in range(1, 6):
         layer(torch.randn(tokens, 256, device="cuda")).sum().backward()
-    # Others ask too, by a number
-    assert len([device for device in asked if isinstance(device, torch.device)]) == 1
+    # Other code reads them as well, by device number
+    assert len([device for device in queries if isinstance(device, torch.device)]) == 1

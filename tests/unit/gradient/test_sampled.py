@@ -1,3 +1,5 @@
+"""The sampled gradient on a CPU, by each method, and patterns of positions."""
+
 import gc
 from collections.abc import Callable
 
@@ -8,27 +10,27 @@ from peak_bytes import peak_bytes
 from sparse_zero.gradient import cpu, sampled
 from sparse_zero.gradient import pattern as pattern_module
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.gradient.sampled import _WAYS, cheaper_way, embedding_product, sampled_product
-from sparse_zero.selection.rules import strips
+from sparse_zero.gradient.sampled import _METHODS, cheaper_method, embedding_product, sampled_product
+from sparse_zero.selection.rules import stratified_strips
 
-WAYS = [("sampled", 1), ("sampled", 4), ("sampled", 2), ("dense", 1), ("dense", 4)]
-"""Each way, and the granularities that it takes."""
+METHODS = [("sampled", 1), ("sampled", 4), ("sampled", 2), ("dense", 1), ("dense", 4)]
+"""Each method with several granularities."""
 
 MIB = 2**20
 
 ROOM = 80_000
-"""Bytes with which the sampled way has room for all matrices here that are given a bound."""
+"""A memory limit in bytes that is large enough for the sampled method in all tests with a limit."""
 
 
 def draw(rows: int, columns: int, density: float, granularity: int = 1) -> torch.Tensor:
-    """Sorted cells of a matrix's grid, at least one, as many as the density says: of any blocks."""
+    """Random strip indices of a matrix, sorted, at least one."""
     grid = rows // granularity * columns
     return torch.randperm(grid)[: max(1, round(density * grid))].sort().values
 
 
-def places(cells: torch.Tensor, rows: int, columns: int, granularity: int) -> torch.Tensor:
-    """The scalars of these strips by their definition: block by block, row by row, column by column."""
-    blocks, chosen = cells // columns, cells % columns
+def places(strip_indices: torch.Tensor, rows: int, columns: int, granularity: int) -> torch.Tensor:
+    """The positions of the strips by their definition: block by block, row by row, column by column."""
+    blocks, chosen = strip_indices // columns, strip_indices % columns
     flat = []
     for block in range(rows // granularity):
         for row in range(block * granularity, (block + 1) * granularity):
@@ -46,24 +48,24 @@ def reference(rows_NR: torch.Tensor, columns_NC: torch.Tensor, flat: torch.Tenso
 
 
 def assert_product(
-    way: str,
+    method: str,
     rows_NR: torch.Tensor,
     columns_NC: torch.Tensor,
-    cells: torch.Tensor,
+    strip_indices: torch.Tensor,
     granularity: int = 1,
     transient_bytes: int = 64 * MIB,
 ) -> None:
     (N, R), C = rows_NR.shape, columns_NC.shape[1]
-    pattern = Pattern(cells, R, C, granularity)
+    pattern = Pattern(strip_indices, R, C, granularity)
     dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
-    if way == "sampled" and transient_bytes >= ROOM:
-        assert cpu.Sizes.of(N, C, pattern.count, pattern.granularity, dtype, transient_bytes, 1), (
-            "this would be the dense way"
+    if method == "sampled" and transient_bytes >= ROOM:
+        assert cpu.Tiling.fit(N, C, pattern.count, pattern.granularity, dtype, transient_bytes, 1), (
+            "this would be the dense method"
         )
-        assert cpu.operator()
-    result = _WAYS[way](rows_NR, columns_NC, pattern, dtype, transient_bytes)
+        assert cpu.load_operator()
+    result = _METHODS[method](rows_NR, columns_NC, pattern, dtype, transient_bytes)
     assert result.dtype == dtype
-    expected = reference(rows_NR, columns_NC, places(cells, R, C, granularity))
+    expected = reference(rows_NR, columns_NC, places(strip_indices, R, C, granularity))
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6 * max(1.0, N**0.5))
 
 
@@ -76,9 +78,9 @@ def seeded():
 @pytest.mark.parametrize(
     ("N", "R", "C"), [(1, 4, 1), (5, 4, 40), (5, 40, 1), (33, 16, 29), (300, 64, 96), (129, 200, 7)]
 )
-@pytest.mark.parametrize(("way", "granularity"), WAYS)
-def test_equals_the_dense_product_gathered(way, granularity, N, R, C, density):
-    assert_product(way, *operands(N, R, C), draw(R, C, density, granularity), granularity)
+@pytest.mark.parametrize(("method", "granularity"), METHODS)
+def test_equals_the_dense_product_gathered(method, granularity, N, R, C, density):
+    assert_product(method, *operands(N, R, C), draw(R, C, density, granularity), granularity)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +93,11 @@ def test_equals_the_dense_product_gathered(way, granularity, N, R, C, density):
         (torch.float32, torch.float64),
     ],
 )
-@pytest.mark.parametrize(("way", "granularity"), WAYS)
-def test_sums_in_float32_or_better(way, granularity, rows_dtype, columns_dtype):
-    # Half precision operands are exact in float32, so the float64 reference is met as closely as by float32 ones.
+@pytest.mark.parametrize(("method", "granularity"), METHODS)
+def test_sums_in_float32_or_better(method, granularity, rows_dtype, columns_dtype):
+    # Half-precision operands are exact in float32, so the tolerance is the same as for float32 operands.
     rows, columns = operands(300, 24, 40)
-    assert_product(way, rows.to(rows_dtype), columns.to(columns_dtype), draw(24, 40, 0.1, granularity), granularity)
+    assert_product(method, rows.to(rows_dtype), columns.to(columns_dtype), draw(24, 40, 0.1, granularity), granularity)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,44 +112,44 @@ def test_sums_in_float32_or_better(way, granularity, rows_dtype, columns_dtype):
     ],
     ids=["transposed", "strided", "one-row", "one-column", "scalar"],
 )
-@pytest.mark.parametrize(("way", "granularity"), WAYS)
-def test_operands_of_any_strides(way, granularity, layout, dtype):
+@pytest.mark.parametrize(("method", "granularity"), METHODS)
+def test_operands_of_any_strides(method, granularity, layout, dtype):
     rows, columns = operands(140, 20, 30, dtype)
-    cells = draw(20, 30, 0.2, granularity)
+    strip_indices = draw(20, 30, 0.2, granularity)
     for bound in (64 * MIB, ROOM, 5000):
-        assert_product(way, layout(rows), columns, cells, granularity, bound)
-        assert_product(way, rows, layout(columns), cells, granularity, bound)
+        assert_product(method, layout(rows), columns, strip_indices, granularity, bound)
+        assert_product(method, rows, layout(columns), strip_indices, granularity, bound)
 
 
-def test_pieces_of_half_precision_are_not_rounded_one_after_the_other():
-    """As an accelerator takes the dense way: in half precision, with float32 sums within a product."""
+def test_chunks_of_half_precision_are_not_rounded_one_after_another():
+    """The dense method as on an accelerator: in half precision, with float32 sums within a product."""
     rows, columns = (x.t().contiguous().t().bfloat16()[::2] for x in operands(8192, 8, 8))
     rows, columns = (torch.stack([x, x], dim=-1)[..., 0] for x in (rows.abs(), columns.abs()))
-    cells = draw(8, 8, 1.0, 1)
-    pattern = Pattern(cells, 8, 8)
-    result = _WAYS["dense"](rows, columns, pattern, torch.bfloat16, 4096)
+    strip_indices = draw(8, 8, 1.0, 1)
+    pattern = Pattern(strip_indices, 8, 8)
+    result = _METHODS["dense"](rows, columns, pattern, torch.bfloat16, 4096)
     expected = (rows.double().t() @ columns.double()).flatten()
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("way", "granularity"), WAYS)
+@pytest.mark.parametrize(("method", "granularity"), METHODS)
 @pytest.mark.parametrize("used", [[0], [11], [2, 3, 7]])
-def test_blocks_without_strips(way, granularity, used):
-    cells = torch.cat([block * 40 + torch.arange(0, 40, 3) for block in used])
+def test_blocks_without_strips(method, granularity, used):
+    strip_indices = torch.cat([block * 40 + torch.arange(0, 40, 3) for block in used])
     for bound in (64 * MIB, ROOM, 3000):
-        assert_product(way, *operands(9, 12 * granularity, 40), cells, granularity, bound)
+        assert_product(method, *operands(9, 12 * granularity, 40), strip_indices, granularity, bound)
 
 
 @pytest.mark.parametrize("bound", [1, 1000, 4000, 16_000, ROOM, 100_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("way", "granularity"), WAYS)
-def test_any_bound_gives_the_same(way, granularity, dtype, bound):
+@pytest.mark.parametrize(("method", "granularity"), METHODS)
+def test_the_result_is_the_same_for_any_memory_limit(method, granularity, dtype, bound):
     for density in (0.05, 1.0):
-        assert_product(way, *operands(77, 24, 30, dtype), draw(24, 30, density, granularity), granularity, bound)
+        assert_product(method, *operands(77, 24, 30, dtype), draw(24, 30, density, granularity), granularity, bound)
 
 
 def peak_of_transient(function: Callable[[], torch.Tensor]) -> int:
-    """The most bytes that a function held at once beside its result."""
+    """Peak memory of a function in bytes, without its result."""
     size = function().untyped_storage().nbytes()
     return peak_bytes(function) - size
 
@@ -164,18 +166,18 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed, strided])
 @pytest.mark.parametrize("density", [0.02, 1.0])
 @pytest.mark.parametrize("C", [320, 256], ids=["in chunks", "at once"])
-@pytest.mark.parametrize(("way", "granularity"), WAYS)
-def test_transient_memory_is_within_the_bound(way, granularity, C, density, layout, dtype):
+@pytest.mark.parametrize(("method", "granularity"), METHODS)
+def test_transient_memory_is_within_the_bound(method, granularity, C, density, layout, dtype):
     N, R, bound = 3000, 256, MIB // 2
     rows, columns = map(layout, operands(N, R, C, dtype))
     pattern = Pattern(draw(R, C, density, granularity), R, C, granularity)
     before = torch.get_num_threads()
-    torch.set_num_threads(3)  # each has a copy of a piece
+    torch.set_num_threads(3)  # each has a copy of a chunk
     try:
-        peak = peak_of_transient(lambda: _WAYS[way](rows, columns, pattern, torch.float32, bound))
+        peak = peak_of_transient(lambda: _METHODS[method](rows, columns, pattern, torch.float32, bound))
     finally:
         torch.set_num_threads(before)
-    # Cast or copied as a whole the inputs alone would exceed it
+    # A cast or copy of a complete input would exceed it
     assert 0 < peak <= bound
     assert 4 * bound < N * (R + C) * 4
 
@@ -200,7 +202,7 @@ def test_transient_memory_of_an_embedding(words, settings, density, granularity,
 @pytest.mark.parametrize("N", [0, 1, 200])
 def test_embedding_equals_the_dense_gradient_gathered(N, granularity, dtype):
     R, C = 24, 10
-    cells = draw(R, C, 0.3, granularity)
+    strip_indices = draw(R, C, 0.3, granularity)
     ids, grad = torch.randint(R, (N,)), torch.randn(N, C).to(dtype)
     for settings in ({}, {"padding_idx": 5}, {"by_frequency": True}, {"padding_idx": 0, "by_frequency": True}):
         factor = torch.ones(N, dtype=torch.float64)
@@ -208,9 +210,9 @@ def test_embedding_equals_the_dense_gradient_gathered(N, granularity, dtype):
             factor = 1 / (ids[:, None] == ids).sum(1).double()
         factor[ids == settings.get("padding_idx", -1)] = 0
         dense = torch.zeros(R, C, dtype=torch.float64).index_add_(0, ids, grad.double() * factor[:, None])
-        expected = dense.flatten()[places(cells, R, C, granularity)]
+        expected = dense.flatten()[places(strip_indices, R, C, granularity)]
         for bound in (64 * MIB, 2000, 1):
-            pattern = Pattern(cells, R, C, granularity)
+            pattern = Pattern(strip_indices, R, C, granularity)
             result = embedding_product(ids, grad, pattern, bound, **settings)
             torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -225,10 +227,10 @@ def test_an_empty_batch_gives_zeros(granularity):
 
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("density", [0.03, 0.9])
-@pytest.mark.parametrize("way", ["sampled", "dense"])
-def test_gradcheck(monkeypatch, way, granularity, density):
-    """Against finite differences of a linear layer of which some weights vary."""
-    monkeypatch.setattr(sampled, "cheaper_way", lambda *_: way)
+@pytest.mark.parametrize("method", ["sampled", "dense"])
+def test_gradcheck(monkeypatch, method, granularity, density):
+    """Compared with finite differences, for a linear layer with some trainable scalars."""
+    monkeypatch.setattr(sampled, "cheaper_method", lambda *_: method)
     R, C = 8, 12
     pattern = Pattern(draw(R, C, density, granularity), R, C, granularity)
     flat, frozen = torch.cat([*pattern.flat_chunks()]), torch.randn(R, C, dtype=torch.float64)
@@ -252,73 +254,73 @@ def test_gradcheck(monkeypatch, way, granularity, density):
 @pytest.mark.parametrize(("R", "C"), [(4, 1), (4, 9), (12, 1), (12, 31)])
 @pytest.mark.parametrize("density", [1e-9, 0.3, 1.0])
 @pytest.mark.parametrize("granularity", [1, 2, 4])
-def test_a_pattern_gives_its_positions_back(R, C, density, granularity):
-    cells = draw(R, C, density, granularity)
-    pattern = Pattern(cells, R, C, granularity)
+def test_a_pattern_returns_its_positions(R, C, density, granularity):
+    strip_indices = draw(R, C, density, granularity)
+    pattern = Pattern(strip_indices, R, C, granularity)
     mask = torch.zeros(R // granularity, C)
-    mask.view(-1)[cells] = 1
+    mask.view(-1)[strip_indices] = 1
     expected = mask.to_sparse_csr()
     assert pattern.block_starts.dtype == pattern.strip_columns.dtype == torch.int32
     assert pattern.block_starts.tolist() == expected.crow_indices().tolist()
     assert pattern.strip_columns.tolist() == expected.col_indices().tolist()
-    flat = places(cells, R, C, granularity)
+    flat = places(strip_indices, R, C, granularity)
     assert torch.equal(torch.cat([*pattern.flat_chunks()]), flat)
     for start, stop in [(0, 1), (flat.numel() // 3, flat.numel()), (flat.numel() // 2, flat.numel() // 2 + 1)]:
         assert torch.equal(pattern.flat_positions(slice(start, stop)), flat[start:stop])
 
 
-def test_a_pattern_is_made_in_pieces(monkeypatch):
-    cells = draw(12, 31, 0.5, 2)
-    whole = Pattern(cells, 12, 31, 2)
+def test_a_pattern_is_computed_in_chunks(monkeypatch):
+    strip_indices = draw(12, 31, 0.5, 2)
+    whole = Pattern(strip_indices, 12, 31, 2)
     flat = torch.cat([*whole.flat_chunks()])
     monkeypatch.setattr("sparse_zero.gradient.pattern.SHARED_CHUNK", 7)
-    cut = Pattern(cells, 12, 31, 2)
+    cut = Pattern(strip_indices, 12, 31, 2)
     assert all(torch.equal(a, b) for a, b in zip(cut.by_blocks[:2], whole.by_blocks[:2], strict=True))
     assert len([*cut.flat_chunks()]) > 20
     assert torch.equal(torch.cat([*cut.flat_chunks()]), flat)
 
 
-def test_an_accelerator_searches_for_blocks_once_and_forgets_with_the_cells(monkeypatch):
+def test_an_accelerators_block_starts_are_cached_as_long_as_the_strip_indices(monkeypatch):
     monkeypatch.setattr(pattern_module, "has_kernels", lambda tensor: True)
-    monkeypatch.setattr(pattern_module.cpu, "loaded", lambda tensor: None)
+    monkeypatch.setattr(pattern_module.cpu, "loaded_operators", lambda tensor: None)
     searched, search = [], torch.searchsorted
     monkeypatch.setattr(torch, "searchsorted", lambda *a, **k: searched.append(a) or search(*a, **k))
-    cells, before = draw(12, 31, 0.5, 2), len(pattern_module._STARTS)
-    starts = Pattern(cells, 12, 31, 2).block_starts
-    assert Pattern(cells, 12, 31, 2).block_starts is starts
+    strip_indices, before = draw(12, 31, 0.5, 2), len(pattern_module._BLOCK_STARTS)
+    starts = Pattern(strip_indices, 12, 31, 2).block_starts
+    assert Pattern(strip_indices, 12, 31, 2).block_starts is starts
     assert len(searched) == 1
-    # The same cells of another grid
-    assert Pattern(cells, 62, 6).block_starts.numel() == 63
+    # The same strip indices in another grid
+    assert Pattern(strip_indices, 62, 6).block_starts.numel() == 63
     assert len(searched) == 2
-    assert len(pattern_module._STARTS) == before + 1
+    assert len(pattern_module._BLOCK_STARTS) == before + 1
     searched.clear()
-    del cells
+    del strip_indices
     gc.collect()
-    assert len(pattern_module._STARTS) == before
+    assert len(pattern_module._BLOCK_STARTS) == before
 
 
-def test_chunks_of_a_dense_product_begin_where_tensor_cores_like_it(monkeypatch):
+def test_chunks_of_a_dense_product_are_aligned_for_tensor_cores(monkeypatch):
     rows, columns = operands(5, 1000, 16)
-    cells, seen = draw(1000, 16, 0.1), []
-    reader = sampled._reader
-    monkeypatch.setattr(sampled, "_reader", lambda p, chunks, b: seen.extend(chunks) or reader(p, chunks, b))
-    assert_product("dense", rows, columns, cells, transient_bytes=2 * 4 * 16 * 300)
+    strip_indices, seen = draw(1000, 16, 0.1), []
+    make_gather = sampled._make_gather
+    monkeypatch.setattr(sampled, "_make_gather", lambda p, chunks, b: seen.extend(chunks) or make_gather(p, chunks, b))
+    assert_product("dense", rows, columns, strip_indices, transient_bytes=2 * 4 * 16 * 300)
     assert [chunk.start for chunk in seen] == [0, 256, 512, 768]
     seen.clear()
     assert_product("dense", rows, columns, draw(1000, 16, 0.1, 5), 5, transient_bytes=2 * 4 * 16 * 700)
     assert [chunk.start for chunk in seen] == [0, 640]
 
 
-def test_a_pattern_holds_what_selection_draws():
+def test_a_pattern_has_the_positions_of_a_selection():
     count = 33 * 8
-    flat = strips(3, "w", (64, 50), count, 8)
-    cells = torch.unique(flat // 50 // 8 * 50 + flat % 50)
-    assert torch.equal(torch.cat([*Pattern(cells, 64, 50, 8).flat_chunks()]), flat)
+    flat = stratified_strips(3, "w", (64, 50), count, 8)
+    strip_indices = torch.unique(flat // 50 // 8 * 50 + flat % 50)
+    assert torch.equal(torch.cat([*Pattern(strip_indices, 64, 50, 8).flat_chunks()]), flat)
 
 
-def test_few_positions_are_sampled_and_many_are_read_from_the_dense_product():
+def test_few_positions_are_sampled_and_many_use_the_dense_product():
     N, size = 1024, 2048
-    assert cheaper_way(N, size, size, size * size // 100) == "sampled"
-    assert cheaper_way(N, size, size, size * size // 2) == "dense"
-    # What is turned over is not worth it where a weight is small
-    assert cheaper_way(N, 32, 32, 10) == "dense"
+    assert cheaper_method(N, size, size, size * size // 100) == "sampled"
+    assert cheaper_method(N, size, size, size * size // 2) == "dense"
+    # The transposition is too expensive for a small weight
+    assert cheaper_method(N, 32, 32, 10) == "dense"

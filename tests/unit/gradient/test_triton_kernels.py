@@ -1,4 +1,4 @@
-"""The kernels against dense products: on a GPU where there is one, else under Triton's interpreter."""
+"""The kernels compared with dense products, on a GPU if there is one, else in Triton's interpreter."""
 
 import importlib.util
 import os
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """For these tests alone, and not where the kernels can run."""
+    """Triton's interpreter, for these tests only and only without a GPU."""
     torch.manual_seed(0)
     if DEVICE == "cuda":
         return
@@ -54,7 +54,7 @@ def interpreter(monkeypatch):
             return x
         return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
 
-    # The interpreter keeps bfloat16 as integers, and multiplies these
+    # The interpreter stores bfloat16 as integers and multiplies these
     dot = InterpreterBuilder.create_dot
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *r: dot(self, widened(a), widened(b), *r))
 
@@ -64,7 +64,7 @@ def interpreter(monkeypatch):
         bits = x.data.view("uint32")
         return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16"), tl.bfloat16)
 
-    # Nor does it round to bfloat16 as a GPU does: it cuts off
+    # It truncates to bfloat16, and a GPU rounds
     narrow = InterpreterBuilder.create_fp_trunc
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", narrowed)
 
@@ -79,19 +79,19 @@ def draw(R: int, C: int, density: float) -> torch.Tensor:
 
 
 def draw_strips(R: int, C: int, granularity: int, count: int) -> tuple[torch.Tensor, Pattern]:
-    """stratified-v1's positions, and their pattern."""
-    flat = rules.strips(3, "weight", (R, C), count * granularity, granularity)
+    """Positions of stratified-v1 and their pattern."""
+    flat = rules.stratified_strips(3, "weight", (R, C), count * granularity, granularity)
     return flat.to(DEVICE), strip_pattern(flat, R, C, granularity)
 
 
 def strip_pattern(flat: torch.Tensor, R: int, C: int, granularity: int) -> Pattern:
-    """By the first rows of the strips, block by block."""
+    """The pattern of some strips, given their positions."""
     first = flat[flat // C % granularity == 0]
     return Pattern((first // (C * granularity) * C + first % C).int().to(DEVICE), R, C, granularity)
 
 
 def assert_close(result: torch.Tensor, rows_NR: torch.Tensor, columns_NC: torch.Tensor, flat: torch.Tensor) -> None:
-    """Half precision operands are exact in float32, so the float64 reference is met as closely as by float32 ones."""
+    """Half-precision operands are exact in float32, so the tolerance is the same as for float32 operands."""
     reference = (rows_NR.double().t() @ columns_NC.double()).flatten()[flat]
     assert result.dtype == torch.float32
     scale = max(1.0, rows_NR.shape[0] ** 0.5)
@@ -124,7 +124,7 @@ def test_strips_equal_the_dense_product_in_the_order_of_the_selection(granularit
     assert_close(triton_kernels.strips(rows, columns, strips, BOUND), rows, columns, flat)
 
 
-def test_strips_that_are_crowded_in_one_block_of_rows():
+def test_many_strips_in_one_block_of_rows():
     R, C, granularity = 32, 150, 8
     flat = (8 * C + torch.arange(8)[:, None] * C + torch.arange(0, C, 2)).flatten()
     last = (24 + torch.arange(8)) * C + 149
@@ -136,8 +136,8 @@ def test_strips_that_are_crowded_in_one_block_of_rows():
 
 
 @pytest.mark.parametrize("granularity", [1, 8, 16])
-def test_what_is_not_finite_stays_where_it_belongs(granularity):
-    # Padding is multiplied too, and must be stored nowhere
+def test_nan_affects_only_its_own_positions(granularity):
+    # Padding is multiplied as well, and must not be stored
     R, C = 48, 40
     rows, columns = operands(20, R, C)
     flat, strips = draw_strips(R, C, granularity, 120 // granularity)
@@ -170,7 +170,7 @@ def test_operands_of_two_dtypes(rows_dtype, columns_dtype):
     assert_close(triton_kernels.strips(rows, columns, strips, BOUND), rows, columns, flat)
 
 
-def test_nothing_to_add_or_nowhere_to_put_it():
+def test_no_tokens_or_no_positions():
     rows, columns = operands(0, 16, 20)
     flat, strips = draw_strips(16, 20, 8, 9)
     assert torch.equal(assert_sampled(rows, columns, flat.sort().values), torch.zeros(72, device=DEVICE))
@@ -179,7 +179,7 @@ def test_nothing_to_add_or_nowhere_to_put_it():
     nowhere = torch.empty(0, dtype=torch.int64, device=DEVICE)
     assert assert_sampled(rows, columns, nowhere).shape == (0,)
     assert triton_kernels.strips(rows, columns, Pattern(nowhere, 16, 20, 8), BOUND).shape == (0,)
-    triton_kernels.read(columns, 0, Pattern(nowhere, 5, 20), nowhere.float())
+    triton_kernels.gather(columns, 0, Pattern(nowhere, 5, 20), nowhere.float())
     triton_kernels.write_deltas(columns.view(-1), nowhere.float(), None, Pattern(nowhere, 5, 20))
 
 
@@ -192,11 +192,11 @@ def test_rows_of_the_weight_without_positions(used):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 16, 40, 128, 10_000])
-def test_what_is_allocated_stays_within_the_bound(tokens, dtype):
+def test_temporary_memory_is_within_the_limit(tokens, dtype):
     N, R, C = 400, 32, 30
     bound = tokens * (R + C) * dtype.itemsize
     rows, columns = operands(N, R, C, dtype)
-    # No multiple of a tile: what fills up the last one must not be stored
+    # Not a multiple of a tile: the padding of the last tile must not be stored
     flat, (strip_flat, strips) = draw(R, C, 0.105), draw_strips(R, C, 16, 12)
     assert strips.block_starts.numel() == 3
     pattern = Pattern(flat, R, C)
@@ -211,8 +211,8 @@ def test_what_is_allocated_stays_within_the_bound(tokens, dtype):
     assert 0 < allocated.bytes - result.nbytes <= max(bound, least)
 
 
-def test_a_sum_does_not_depend_on_what_else_is_computed():
-    # So nothing is added in an order that a scheduler decides
+def test_a_sum_does_not_depend_on_the_other_positions():
+    # This also shows that the order of the sums does not depend on the scheduler
     rows, columns = operands(300, 24, 40, torch.bfloat16)
     flat = draw(24, 40, 1.0)
     whole = assert_sampled(rows, columns, flat)
@@ -223,7 +223,7 @@ def test_a_sum_does_not_depend_on_what_else_is_computed():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_offsets_beyond_32_bits(transposed):
-    """Of the last token, or of the last row of the weight; only a few pages of the memory are touched."""
+    """Of the last token, or of the last row of the weight. Only a few pages of the memory are used."""
     N, R, C = 3, 16, 20
     storage = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device=DEVICE)
     rows = storage.as_strided((N, R), (1, 2**31 // 15 + 1) if transposed else (2**30 + 5, 1))
@@ -235,25 +235,25 @@ def test_offsets_beyond_32_bits(transposed):
 
 
 @pytest.mark.parametrize("cheaper", [True, False])
-def test_the_sampled_gradient_takes_the_cheaper_way(monkeypatch, cheaper):
+def test_single_positions_use_the_cheaper_method(monkeypatch, cheaper):
     rows, columns = operands(20, 16, 20, torch.bfloat16)
     flat = draw(16, 20, 0.2)
-    asked, ran = [], []
-    monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *a: asked.append(a) or cheaper)
+    queries, ran = [], []
+    monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *a: queries.append(a) or cheaper)
     kernel = triton_kernels.sampled
     monkeypatch.setattr(triton_kernels, "sampled", lambda *a: ran.append(a) or kernel(*a))
     pattern = Pattern(flat, 16, 20)
-    # What a GPU runs: on the CPU sampled_product has other ways
+    # The function for GPUs: on a CPU sampled_product uses other methods
     result = sampled_gradient._on_accelerator(rows, columns, pattern, BOUND)
     torch.testing.assert_close(
         result.double(), (rows.double().t() @ columns.double()).flatten()[flat], rtol=1e-2, atol=1e-2
     )
-    assert [a[2:] for a in asked] == [(64, 1, BOUND)]
+    assert [a[2:] for a in queries] == [(64, 1, BOUND)]
     assert [a[3] for a in ran] == [BOUND] * cheaper
 
 
 @pytest.mark.parametrize("cheaper", [True, False])
-def test_strips_take_the_cheaper_way(monkeypatch, cheaper):
+def test_strips_use_the_cheaper_method(monkeypatch, cheaper):
     rows, columns = operands(20, 32, 20, torch.bfloat16)
     flat, strips = draw_strips(32, 20, 16, 6)
     monkeypatch.setattr(sampled_gradient, "kernel_is_cheaper", lambda *a: cheaper)
@@ -272,49 +272,49 @@ def test_strips_take_the_cheaper_way(monkeypatch, cheaper):
 def test_a_dense_product_is_read_chunk_by_chunk(monkeypatch, dtype, room, granularity):
     R, C = 96, 20
     rows, columns = operands(30, R, C, dtype)
-    cells = draw(R // granularity, C, 0.3).int()
-    pattern = Pattern(cells, R, C, granularity)
+    strip_indices = draw(R // granularity, C, 0.3).int()
+    pattern = Pattern(strip_indices, R, C, granularity)
     bound = 2 * room * granularity * C * dtype.itemsize
-    # float32 and more, so that a sum that is rounded early does not pass for a wrong one
+    # In float32 or float64, so that early rounding does not look like a wrong sum
     wide = torch.promote_types(dtype, torch.float32)
     expected = sampled_gradient._dense(rows.to(wide), columns.to(wide), pattern, wide, 64 * bound)
     monkeypatch.setattr(sampled_gradient, "has_kernels", lambda tensor: True)
-    read, asked = triton_kernels.read, []
-    monkeypatch.setattr(triton_kernels, "read", lambda *a: asked.append(a) or read(*a))
+    gather, calls = triton_kernels.gather, []
+    monkeypatch.setattr(triton_kernels, "gather", lambda *a: calls.append(a) or gather(*a))
     result = sampled_gradient._dense(rows, columns, pattern, dtype, bound)
     assert result.dtype == wide
     tolerance = 1e-5 if dtype.itemsize > 2 else 2e-2
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
-    # Single positions in the only chunk are where their cells are
-    assert len(asked) == (-(-R // granularity // room) if room < 100 or granularity > 1 else 0)
+    # Without strips and with one chunk only, the positions are the strip indices
+    assert len(calls) == (-(-R // granularity // room) if room < 100 or granularity > 1 else 0)
 
 
 @pytest.mark.parametrize("granularity", [1, 3, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cells_dtype", [torch.int32, torch.int64])
-def test_deltas_are_written_with_torchs_bits(dtype, cells_dtype, granularity):
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_deltas_are_written_with_torchs_bits(dtype, index_dtype, granularity):
     R, C = 96, 20
     for count in (1, 90):
-        cells = torch.randperm(R // granularity * C)[:count].sort().values.to(DEVICE, cells_dtype)
-        flat = torch.cat([*Pattern(cells, R, C, granularity).flat_chunks()])
+        strip_indices = torch.randperm(R // granularity * C)[:count].sort().values.to(DEVICE, index_dtype)
+        flat = torch.cat([*Pattern(strip_indices, R, C, granularity).flat_chunks()])
         matrix, base, delta = (torch.randn(x).to(DEVICE) for x in (R * C, flat.numel(), flat.numel()))
         matrix, base = matrix.to(dtype), base.to(dtype)
         for change in (delta, delta.to(dtype), None):
             written, expected = matrix.clone(), matrix.clone()
             expected[flat] = base if change is None else (base.float() + change).to(dtype)
             version = written._version
-            triton_kernels.write_deltas(written, base, change, Pattern(cells, R, C, granularity))
+            triton_kernels.write_deltas(written, base, change, Pattern(strip_indices, R, C, granularity))
             assert torch.equal(written, expected)
             assert not torch.equal(written, matrix)
-            # Graphs from before see that it has changed
+            # Autograd detects the change in graphs that have saved the weight
             assert written._version > version
 
 
 @pytest.mark.parametrize("indices", ["stored", "regenerated"])
 @pytest.mark.parametrize("granularity", [1, 8])
-def test_a_weight_is_written_by_the_kernel_and_drawn_once(monkeypatch, granularity, indices):
+def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monkeypatch, granularity, indices):
     monkeypatch.setattr(sparse_weight, "has_kernels", lambda tensor: True)
-    monkeypatch.setattr(sparse_weight.cpu, "loaded", lambda tensor: None)
+    monkeypatch.setattr(sparse_weight.cpu, "loaded_operators", lambda tensor: None)
     config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity, indices=indices)
     model = sparsify(torch.nn.Sequential(torch.nn.Linear(20, 16)).to(DEVICE), config)
     (weight,) = model.sparsity.weights.values()
@@ -327,44 +327,44 @@ def test_a_weight_is_written_by_the_kernel_and_drawn_once(monkeypatch, granulari
     weight.write()
     assert torch.equal(weight.weight.detach().view(-1), expected)
     assert len(written) == 1
-    # Single positions that are regenerated come in pieces of their own
+    # Regenerated single positions are drawn in chunks
     assert len(drawn) == (indices == "regenerated" and granularity > 1)
 
 
-def test_a_cell_beyond_32_bits_is_read():
+def test_a_strip_index_above_32_bits_is_read():
     columns = 2**16
-    cells = torch.tensor([5, 2**31 - 1, 2**31 + 3, 2**31 + columns + 1], device=DEVICE)
+    strip_indices = torch.tensor([5, 2**31 - 1, 2**31 + 3, 2**31 + columns + 1], device=DEVICE)
     result = torch.zeros(4, device=DEVICE)
     row = torch.arange(columns, dtype=torch.float32, device=DEVICE)[None]
-    triton_kernels.read(row, 2**15, Pattern(cells, 2**15 + 2, columns), result)
+    triton_kernels.gather(row, 2**15, Pattern(strip_indices, 2**15 + 2, columns), result)
     assert result.tolist() == [0, 0, 3, 0]
 
 
-def test_what_does_not_fit_is_refused():
+def test_arguments_that_do_not_fit_are_refused():
     rows, columns = operands(5, 16, 20)
-    cells = torch.tensor([3, 7], device=DEVICE)
+    strip_indices = torch.tensor([3, 7], device=DEVICE)
     for kernel in (triton_kernels.sampled, triton_kernels.strips):
         with pytest.raises(AssertionError):
-            kernel(rows, columns, Pattern(cells, 20, 16), BOUND)
+            kernel(rows, columns, Pattern(strip_indices, 20, 16), BOUND)
     with pytest.raises(AssertionError):
-        triton_kernels.read(rows, 0, Pattern(cells, 16, 16), torch.zeros(3, device=DEVICE))
+        triton_kernels.gather(rows, 0, Pattern(strip_indices, 16, 16), torch.zeros(3, device=DEVICE))
     for matrix, base, change in ((320, 1, 2), (320, 2, 1), (319, 2, 2)):
         sizes = (torch.zeros(size, device=DEVICE) for size in (matrix, base, change))
         with pytest.raises(AssertionError):
-            triton_kernels.write_deltas(*sizes, Pattern(cells, 16, 20))
+            triton_kernels.write_deltas(*sizes, Pattern(strip_indices, 16, 20))
 
 
-def test_a_cell_beyond_32_bits_is_written():
+def test_a_strip_index_above_32_bits_is_written():
     columns = 2**16
     matrix = torch.empty(2**15 + 1, columns, dtype=torch.bfloat16, device=DEVICE).view(-1)
-    cells = torch.tensor([2**31 - 1, 2**31, 2**31 + 5], device=DEVICE)
+    strip_indices = torch.tensor([2**31 - 1, 2**31, 2**31 + 5], device=DEVICE)
     base, change = torch.ones(3, dtype=torch.bfloat16, device=DEVICE), torch.arange(3.0, device=DEVICE)
-    triton_kernels.write_deltas(matrix, base, change, Pattern(cells, 2**15 + 1, columns))
-    assert matrix[cells].tolist() == [1, 2, 3]
+    triton_kernels.write_deltas(matrix, base, change, Pattern(strip_indices, 2**15 + 1, columns))
+    assert matrix[strip_indices].tolist() == [1, 2, 3]
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """Of all tensors that operations return, but for views."""
+    """Counts the bytes of all tensors that operations return, except views."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,10 +33,10 @@ def test_a_key_with_its_type_default_and_meaning(capsys):
     assert printed(capsys, "sparse.selection").splitlines()[0] == (
         "sparse.selection: stratified | bernoulli | magnitude | magnitude-smallest = stratified"
     )
-    assert "\n    How scalars are chosen. stratified: exactly as many" in printed(capsys, "sparse.selection")
+    assert "\n    How scalars are selected. stratified: exactly the" in printed(capsys, "sparse.selection")
     assert printed(capsys, "data.path").startswith("data.path: str, required\n")
     assert printed(capsys, "sparse.density").startswith("sparse.density: float | null (> 0, <= 1) = null\n")
-    assert "null: the task head" in printed(capsys, "sparse.modules_to_save").replace("\n    ", " ")
+    assert "null: the classification head" in printed(capsys, "sparse.modules_to_save").replace("\n    ", " ")
     assert printed(capsys, "model").startswith("model, required\n")
     assert printed(capsys, "model.trust_remote_code") == "model.trust_remote_code: bool = false\n"
     assert printed(capsys, "sparse.trainable_token_indices").startswith(
@@ -47,7 +47,7 @@ def test_a_key_with_its_type_default_and_meaning(capsys):
 
 def test_a_section_alone(capsys):
     out = printed(capsys, "rpn")
-    assert out.startswith("rpn\n    How embeddings are disturbed")
+    assert out.startswith("rpn\n    Which noise is added to the embeddings")
     assert "rpn.probability: float (> 0, <= 1) = 0.1\n" in out
     assert "sparse." not in out
 
@@ -74,7 +74,9 @@ def test_the_schema_is_the_one_that_reads_recipes(capsys, tmp_path):
     schema = json.loads(printed(capsys, "--json"))
     sparse = schema["$defs"]["SparseConfig"]
     assert sparse["additionalProperties"] is False
-    assert sparse["properties"]["granularity"]["description"].startswith("Scalars that are selected together")
+    assert sparse["properties"]["granularity"]["description"].startswith(
+        "Number of scalars that are selected together"
+    )
     recipe = {"model": {"name": "m"}, "data": {"path": "d", "columns": {"text": "t", "label": "l"}}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -198,7 +198,7 @@ def test_each_attempt_has_a_new_watchdog(monkeypatch: pytest.MonkeyPatch) -> Non
         assert address == watchdog.address
         assert Path("out/launch/hostfile").is_file()
         assert grace_seconds == 7
-        assert (watchdog._silence_seconds, watchdog._arrival_seconds, watchdog._world_size) == (8, 9, 3)
+        assert (watchdog._silence_seconds, watchdog._join_seconds, watchdog._world_size) == (8, 9, 3)
         seen.append((watchdog, address))
         return DIED if len(seen) == 1 else DONE
 
@@ -213,7 +213,7 @@ def test_each_attempt_has_a_new_watchdog(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_there_is_no_deadline_for_a_step_in_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> RunExit:
-        assert watchdog._arrival_deadline is None
+        assert watchdog._join_deadline is None
         return DONE
 
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparse_zero.model.layers import sparse_class
 from sparse_zero.model.sparsify import disable_adapter, merge_and_unload, sparsify, unload
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.targets import find_targets, find_whole
+from sparse_zero.selection.targets import find_modules_to_save, find_targets
 
 TOKENS = torch.tensor([[3, 4, 5, 4, 4, 9], [7, 3, 0, 3, 95, 94]])
 
@@ -148,14 +148,14 @@ def build(kind: str, **settings: object) -> tuple[nn.Module, nn.Module, Callable
 def density_within(base: nn.Module, targets: list[str] | str) -> float:
     """The density of the whole model that selects DENSITY of these targets, which are small parts of some models."""
     config = SparseConfig(targets=targets)
-    heads = find_whole(base, config)
+    heads = find_modules_to_save(base, config)
     sizes = [target.shape.numel() for target in find_targets(base, config, heads).values()]
     whole = sum(p.numel() for name in heads for p in base.get_submodule(name).parameters())
     return (DENSITY * sum(sizes) + whole + len(sizes)) / sum(p.numel() for p in base.parameters())
 
 
 def positions(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.draw.positions() for name, weight in model.sparsity.weights.items()}
+    return {name: weight.selection.positions() for name, weight in model.sparsity.weights.items()}
 
 
 def nudge(model: nn.Module) -> None:

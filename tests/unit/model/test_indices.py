@@ -87,16 +87,16 @@ def test_experts_draw_their_own_strips(monkeypatch, settings, together):
     (weight,) = model.sparsity.weights.values()
     # What is passed on of a slice is as many in any case; what a rule without slices has drawn for it is not
     method = "chunks" if together else "strip_chunks"
-    drawn, plain = [], getattr(type(weight.draw), method)
+    drawn, plain = [], getattr(type(weight.selection), method)
 
     def counted(*args):
         for chunk in plain(*args):
             drawn.append(chunk.numel())
             yield chunk
 
-    monkeypatch.setattr(type(weight.draw), method, counted)
+    monkeypatch.setattr(type(weight.selection), method, counted)
     model(torch.randn(5, 12)).backward()
-    assert weight.draw.strip_count <= sum(drawn) <= 2 * weight.draw.strip_count
+    assert weight.selection.strip_count <= sum(drawn) <= 2 * weight.selection.strip_count
 
 
 def replicated_bytes(weight: SparseWeight) -> int:
@@ -122,7 +122,7 @@ def test_bytes_of_each_scalar_in_half_precision(settings, most):
     model(torch.arange(12)).float().square().sum().backward()
     for weight in model.sparsity.weights.values():
         assert weight.delta.dtype == torch.bfloat16
-        assert replicated_bytes(weight) == most * weight.draw.count
+        assert replicated_bytes(weight) == most * weight.selection.count
 
 
 def test_positions_that_no_rule_draws_are_stored_and_it_is_said(caplog):
@@ -131,7 +131,7 @@ def test_positions_that_no_rule_draws_are_stored_and_it_is_said(caplog):
     assert "sparse.indices: regenerated: no rule draws the positions of" in caplog.text
     for weight in model.sparsity.weights.values():
         module, name = weight.owners[0]
-        assert getattr(module, f"{name}_strips").numel() == weight.draw.count
+        assert getattr(module, f"{name}_strips").numel() == weight.selection.count
 
 
 def test_the_gradient_is_held_to_the_setting(monkeypatch):

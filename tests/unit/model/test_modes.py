@@ -133,9 +133,9 @@ def test_rank_equivalent_counts_as_lora(rank):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"density": 0.1, "sparsity": 0.9}, "density and sparsity both say how many"),
-        ({"sparsity": 0.9, "rank_equivalent": 4}, "sparsity and rank_equivalent both say"),
-        ({"granularity": 2, "selection": "bernoulli"}, "strips are drawn by selection: stratified"),
+        ({"density": 0.1, "sparsity": 0.9}, "density and sparsity exclude each other"),
+        ({"sparsity": 0.9, "rank_equivalent": 4}, "sparsity and rank_equivalent exclude each other"),
+        ({"granularity": 2, "selection": "bernoulli"}, "granularity: 2 requires selection: stratified"),
         ({"density": 0}, "greater than 0"),
         ({"sparsity": 1}, "less than 1"),
         ({"dropout": 1}, "less than 1"),
@@ -151,11 +151,14 @@ def test_settings_that_contradict(settings, message):
     ("settings", "message"),
     [
         ({"density": 0.9}, r"lower the density to at most 0\.\d+, or add targets \(.*up_proj"),
-        ({"sparsity": 0.1}, r"sparse.sparsity: 0.1 asks for"),
+        ({"sparsity": 0.1}, r"sparse.sparsity: 0.1 requires"),
         ({"rank_equivalent": 9}, r"rank_equivalent: 9 \* .* lower it to at most 5"),
         ({"granularity": 5, "targets": ["up_proj"]}, "granularity: 5 does not divide the 24 rows of .*up_proj"),
         ({"rank_equivalent": 1, "targets": ["norm"]}, "is a vector, and only matrices have a rank"),
-        ({"trainable_token_indices": [96]}, "96 is not in the vocabulary of 96: call model.resize_token_embeddings"),
+        (
+            {"trainable_token_indices": [96]},
+            "96 is not in the vocabulary of 96 tokens: call model.resize_token_embeddings",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(settings, message):
@@ -184,10 +187,10 @@ def test_explicit_positions(tmp_path):
     ("name", "flat", "message"),
     [
         ("model.norm.wieght", [1], "no parameter 'model.norm.wieght'; did you mean 'model.norm.weight'"),
-        ("model.norm.weight", [], "must be increasing, within 0 to 15, and at least one"),
-        ("model.norm.weight", [3, 3], "must be increasing"),
-        ("model.norm.weight", [3, 16], "within 0 to 15"),
-        ("model.norm.weight", [-1, 3], "within 0 to 15"),
+        ("model.norm.weight", [], "needs at least one position, strictly increasing, in 0 to 15"),
+        ("model.norm.weight", [3, 3], "strictly increasing"),
+        ("model.norm.weight", [3, 16], "in 0 to 15"),
+        ("model.norm.weight", [-1, 3], "in 0 to 15"),
     ],
 )
 def test_positions_that_cannot_be(name, flat, message):
@@ -196,7 +199,7 @@ def test_positions_that_cannot_be(name, flat, message):
 
 
 def test_positions_in_a_module_that_is_trained_whole():
-    with pytest.raises(UserError, match=r"'classifier\.bias' is trained whole already"):
+    with pytest.raises(UserError, match=r"'classifier\.bias' is already trained in full"):
         sparsify(tiny("bert", "sequence-classification"), SparseConfig(), positions={"classifier.bias": torch.ones(1)})
 
 

@@ -46,7 +46,7 @@ def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
     sparsify(model, SparseConfig(density=0.05, targets="all-linear"))
     sizes = read_recipe(load_recipe(recipe)).sizes
     weights = model.sparsity.weights.values()
-    assert sorted(sizes.selected) == sorted(weight.draw.count for weight in weights)
+    assert sorted(sizes.selected) == sorted(weight.selection.count for weight in weights)
     assert sum(sizes.base) == model.sparsity.total_parameters
     assert sizes.index_bytes == sum(weight.strips().nbytes for weight in weights)
 
@@ -122,7 +122,7 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
     def draws(*_: object) -> None:
         raise AssertionError("drew positions")
 
-    for name in ("positions", "strips", "bernoulli_chunks", "by_magnitude"):
+    for name in ("stratified_positions", "stratified_strips", "bernoulli_chunks", "by_magnitude"):
         monkeypatch.setattr(positions, name, draws)
     for selection in ("bernoulli", "magnitude"):
         overrides = [f"model.name={SHAPES / 'llama-3.1-405b'}", f"sparse.selection={selection}"]

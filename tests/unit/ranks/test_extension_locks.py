@@ -1,4 +1,4 @@
-"""Locks of torch's loader: those of living processes stay, those of killed ones go."""
+"""Locks of torch's extension loader: those of live processes stay, those of killed ones are removed."""
 
 import os
 import subprocess
@@ -31,12 +31,12 @@ def lock(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return directory / "lock"
 
 
-def test_a_lock_goes_when_its_process_was_killed(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension_locks, "_may_be_held_unseen", lambda lock: False)
+def test_the_lock_of_a_killed_process_is_removed(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension_locks, "_may_be_held_elsewhere", lambda lock: False)
     with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         extension_locks.remove_abandoned_locks()
-        assert lock.exists(), "taken from a living process"
+        assert lock.exists(), "removed from a live process"
         holder.kill()
     assert lock.exists()
     extension_locks.remove_abandoned_locks()
@@ -44,49 +44,51 @@ def test_a_lock_goes_when_its_process_was_killed(lock: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("device", "namespace", "unseen"),
+    ("device", "namespace", "elsewhere"),
     [
-        (8, extension_locks.FIRST_NAMESPACE, False),
-        (0, extension_locks.FIRST_NAMESPACE, True),
+        (8, extension_locks.INITIAL_PID_NAMESPACE, False),
+        (0, extension_locks.INITIAL_PID_NAMESPACE, True),
         (8, "pid:[4026532000]", True),
     ],
 )
-def test_who_may_hold_a_lock_unseen(lock: Path, monkeypatch, device: int, namespace: str, unseen: bool) -> None:
-    """A process of another host, or one outside of this container."""
+def test_where_the_holder_of_a_lock_may_be(
+    lock: Path, monkeypatch, device: int, namespace: str, elsewhere: bool
+) -> None:
+    """On another host, or outside of this container."""
     lock.touch()
     monkeypatch.setattr(extension_locks.os, "major", lambda _: device)
     monkeypatch.setattr(extension_locks.os, "readlink", lambda _: namespace)
-    assert extension_locks._may_be_held_unseen(lock.stat()) == unseen
+    assert extension_locks._may_be_held_elsewhere(lock.stat()) == elsewhere
 
 
-def test_a_lock_that_has_passed_on_stays(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its new holder had none yet when it was looked at, the old one none any more."""
+def test_a_lock_that_has_a_new_holder_stays(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new holder did not have it yet when it was examined, and the old holder no longer."""
     lock.touch()
-    monkeypatch.setattr(extension_locks, "_may_be_held_unseen", lambda _: False)
+    monkeypatch.setattr(extension_locks, "_may_be_held_elsewhere", lambda _: False)
 
-    def pass_on(_: Path) -> bool:
+    def replace(_: Path) -> bool:
         other = lock.with_name("other")
         other.touch()
         other.replace(lock)
         return False
 
-    monkeypatch.setattr(extension_locks, "_is_open_here", pass_on)
+    monkeypatch.setattr(extension_locks, "_is_open_here", replace)
     extension_locks.remove_abandoned_locks()
     assert lock.exists()
 
 
-def test_a_lock_that_may_be_held_unseen_stays_for_as_long_as_compiling_takes(lock: Path, monkeypatch) -> None:
-    monkeypatch.setattr(extension_locks, "_may_be_held_unseen", lambda _: True)
+def test_a_lock_that_may_be_held_elsewhere_stays_for_the_time_of_a_compilation(lock: Path, monkeypatch) -> None:
+    monkeypatch.setattr(extension_locks, "_may_be_held_elsewhere", lambda _: True)
     lock.touch()
     extension_locks.remove_abandoned_locks()
     assert lock.exists()
-    before = time.time() - extension_locks.UNSEEN_SECONDS - 1
+    before = time.time() - extension_locks.STALE_SECONDS - 1
     os.utime(lock, (before, before))
     extension_locks.remove_abandoned_locks()
     assert not lock.exists()
 
 
-def test_nothing_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_no_extension_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "absent"))
-    assert list(extension_locks.directories()) == []
+    assert list(extension_locks.extension_directories()) == []
     extension_locks.remove_abandoned_locks()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparse_zero import UserError
-from sparse_zero.ranks.rank_log import open_rank_log, without_redraws
+from sparse_zero.ranks.rank_log import open_rank_log, without_progress_bars
 
 OPEN = """
 import os, sys
@@ -22,7 +22,7 @@ def opened():
 
 
 def run(directory: Path, rank: int, code: str, status: int = 0) -> tuple[str, str, str]:
-    """Returns: the log without its header, and what came through to stdout and stderr, which are pipes."""
+    """Returns the log without its header, and the text on stdout and stderr, which are pipes."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", OPEN + code, str(directory), str(rank)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -31,7 +31,7 @@ def run(directory: Path, rank: int, code: str, status: int = 0) -> tuple[str, st
     return log.partition("\n")[2], process.stdout, process.stderr
 
 
-def test_the_header_tells_the_attempt(tmp_path: Path) -> None:
+def test_the_header_counts_the_attempts(tmp_path: Path) -> None:
     directory = tmp_path / "out" / "logs"
     for _ in range(2):
         run(directory, 3, "assert opened() == Path(sys.argv[1], 'rank-00003.log')\nprint('hello')")
@@ -43,7 +43,7 @@ def test_the_header_tells_the_attempt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_everything_python_writes_is_in_the_log(tmp_path: Path, rank: int) -> None:
+def test_all_output_of_python_is_in_the_log(tmp_path: Path, rank: int) -> None:
     code = """
 import logging, warnings
 early = logging.getLogger("early")
@@ -72,7 +72,7 @@ raise ValueError("the end")
         assert (out, err) == ("before\n", "")
 
 
-def test_what_c_libraries_and_children_print_is_in_the_log_of_the_other_ranks(tmp_path: Path) -> None:
+def test_output_of_c_libraries_and_child_processes_is_in_the_log_of_other_ranks(tmp_path: Path) -> None:
     code = """
 import ctypes, subprocess
 opened()
@@ -90,21 +90,21 @@ print("last")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_no_line_is_lost_at_a_sudden_end(tmp_path: Path, rank: int) -> None:
+def test_no_line_is_lost_by_os_exit(tmp_path: Path, rank: int) -> None:
     code = "opened()\nprint('said', end=' ')\nprint('at once')\nprint('and this', file=sys.stderr)\nos._exit(5)"
     log, *_ = run(tmp_path, rank, code, status=5)
     assert log == "said at once\nand this\n"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_crash_leaves_the_stack(tmp_path: Path, rank: int) -> None:
+def test_a_crash_writes_the_stack(tmp_path: Path, rank: int) -> None:
     code = "import ctypes\ndef the_culprit():\n    ctypes.string_at(0)\nopened()\nthe_culprit()"
     log, *_ = run(tmp_path, rank, code, status=-11)
     assert "Fatal Python error: Segmentation fault" in log
     assert "in the_culprit" in log
 
 
-def test_bars_are_not_in_the_log(tmp_path: Path) -> None:
+def test_progress_bars_are_not_in_the_log(tmp_path: Path) -> None:
     code = """
 from tqdm import tqdm
 opened()
@@ -125,7 +125,7 @@ print("done")
     assert out == "done\n"
 
 
-def test_the_console_stays_what_it_is(tmp_path: Path) -> None:
+def test_the_console_does_not_change(tmp_path: Path) -> None:
     code = """
 before = [(s, s.isatty(), s.encoding, s.errors, s.fileno(), s.line_buffering) for s in (sys.stdout, sys.stderr)]
 opened()
@@ -141,11 +141,11 @@ except TypeError:
     assert log == out == "four4\n"
 
 
-def test_the_log_imports_no_torch(tmp_path: Path) -> None:
+def test_the_log_does_not_import_torch(tmp_path: Path) -> None:
     run(tmp_path, 0, "opened()\nassert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()")
 
 
-def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_stop_the_rank(tmp_path: Path) -> None:
     code = """
 import resource, signal
 opened()
@@ -158,7 +158,7 @@ print("does not fit")
     assert (log, out) == ("fits\n", "fits\ndoes not fit\n")
 
 
-def test_forked_helpers_write_to_the_same_log(tmp_path: Path) -> None:
+def test_forked_processes_write_to_the_same_log(tmp_path: Path) -> None:
     code = "opened()\nif os.fork() == 0:\n    print('helper')\n    os._exit(0)\nos.wait()\nprint('rank')"
     for rank in (0, 1):
         assert run(tmp_path, rank, code)[0] == "helper\nrank\n"
@@ -187,5 +187,5 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
         ("a\rb", True, "a\rb"),
     ],
 )
-def test_without_redraws(text: str, is_line_empty: bool, kept: str) -> None:
-    assert without_redraws(text, is_line_empty) == kept
+def test_without_progress_bars(text: str, is_line_empty: bool, kept: str) -> None:
+    assert without_progress_bars(text, is_line_empty) == kept

@@ -1,4 +1,4 @@
-"""What a rank works out before it meets the others."""
+"""What a rank checks and chooses before it joins the process group."""
 
 import json
 
@@ -7,16 +7,16 @@ import pytest
 from sparse_zero.errors import UserError
 from sparse_zero.ranks import rendezvous
 from sparse_zero.ranks.placement import Placement
-from sparse_zero.ranks.rendezvous import check_alike
+from sparse_zero.ranks.rendezvous import check_ranks_match
 
 SAME = {"torch": "2.13.0", "a recipe of checksum": "ab12"}
 
 
 class Store(dict):
-    """What of torch's store is asked for."""
+    """The part of torch's store that is used."""
 
     def __init__(self, hosts: list[str]) -> None:
-        super().__init__({f"came/{rank}": json.dumps([host, SAME]) for rank, host in enumerate(hosts)})
+        super().__init__({f"joined/{rank}": json.dumps([host, SAME]) for rank, host in enumerate(hosts)})
 
     get = dict.__getitem__
 
@@ -31,7 +31,9 @@ class Store(dict):
         (2, None, "towards n1"),
     ],
 )
-def test_the_interface_leads_to_another_host(monkeypatch, rank: int, own: str | None, chosen: str | None) -> None:
+def test_the_chosen_interface_leads_to_another_host(
+    monkeypatch, rank: int, own: str | None, chosen: str | None
+) -> None:
     here = "n1" if rank < 2 else "n2"
 
     def look_up(name: str) -> str:
@@ -47,14 +49,14 @@ def test_the_interface_leads_to_another_host(monkeypatch, rank: int, own: str | 
     assert (rendezvous.os.environ["GLOO_SOCKET_IFNAME"] or None) == chosen
 
 
-def test_an_interface_that_was_given_stays(monkeypatch) -> None:
+def test_a_given_interface_is_kept(monkeypatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     rendezvous._choose_interface(Store([]), Placement(0, 4, 0, 2, "n1", 1))
     assert rendezvous.os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 @pytest.mark.parametrize(
-    ("came", "nodes", "complaint"),
+    ("joined", "nodes", "message"),
     [
         (
             [("n1", SAME), ("n2", {**SAME, "torch": "2.0"})],
@@ -62,15 +64,15 @@ def test_an_interface_that_was_given_stays(monkeypatch) -> None:
             "rank 1 on n2 has torch 2.0, rank 0 on n1 has 2.13.0",
         ),
         ([("n1", SAME), ("n2", {"torch": "2.13.0"})], None, "rank 1 on n2 has a recipe of checksum None"),
-        ([("n1", SAME), ("n1", SAME)], 2, "2 are asked for, the ranks are on 1 (n1)"),
+        ([("n1", SAME), ("n1", SAME)], 2, "launch.nodes is 2, but the ranks are on 1 host (n1)"),
     ],
 )
-def test_ranks_that_differ_are_named(came, nodes, complaint: str) -> None:
+def test_ranks_that_differ_are_named(joined, nodes, message: str) -> None:
     with pytest.raises(UserError) as error:
-        check_alike(came, nodes)
-    assert complaint in str(error.value)
+        check_ranks_match(joined, nodes)
+    assert message in str(error.value)
 
 
-def test_ranks_that_are_alike_may_go_on() -> None:
-    check_alike([("n1", SAME), ("n2", SAME)], None)
-    check_alike([("n1", SAME), ("n2", SAME)], 2)
+def test_ranks_that_match_pass_the_check() -> None:
+    check_ranks_match([("n1", SAME), ("n2", SAME)], None)
+    check_ranks_match([("n1", SAME), ("n2", SAME)], 2)

@@ -91,7 +91,7 @@ def test_an_unknown_key_names_the_nearest_known_one(write, override, expected):
         ),
         ("rpn.probability=2", "rpn.probability: input should be less than or equal to 1, not 2"),
         ("rpn={clean: false, passes: 0}", "rpn: clean: false leaves no loss to train on"),
-        ("rpn.std=0.5", "rpn: std is a setting of noise: gaussian, which noise: rpn does not have; leave it out"),
+        ("rpn.std=0.5", "rpn: std is a setting of noise: gaussian, not of noise: rpn; remove it"),
         ("data.train_size=0", "data.train_size: input should be greater than 0, not 0"),
         ("data.max_length=0", "data.max_length: input should be greater than 0, not 0"),
         ("model.task=translation", "model.task: input should be 'sequence-classification' or 'causal-lm'"),

@@ -1,3 +1,5 @@
+"""The targets and the fully trained modules of many families of models."""
+
 import logging
 
 import pytest
@@ -10,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.targets import find_targets, find_whole
+from sparse_zero.selection.targets import find_modules_to_save, find_targets
 from sparse_zero.training.trainer import SparseTrainer
 
 SELF_ATTENTION = [
@@ -54,11 +56,11 @@ def task_of(family: str) -> str:
 
 def targets_of(model: nn.Module, targets: str | list[str] | None = None, whole: list[str] | None = None) -> list[str]:
     config = SparseConfig(targets=targets, modules_to_save=whole)
-    return [name.removesuffix(".weight") for name in find_targets(model, config, find_whole(model, config))]
+    return [name.removesuffix(".weight") for name in find_targets(model, config, find_modules_to_save(model, config))]
 
 
 def refusal(model: nn.Module, **settings) -> str:
-    """What sparsify says; the model must come out of it as it went in."""
+    """The message of the error that sparsify raises. The model must not change."""
     kinds = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(UserError) as error:
         sparsify(model, SparseConfig(**settings))
@@ -78,7 +80,7 @@ def test_default_targets_are_the_value_and_output_projections_of_each_layer(fami
 
 
 @pytest.mark.parametrize("family", ["bert", "electra", "t5"])
-def test_default_targets_without_a_decoder_or_with_one_more(family):
+def test_default_targets_of_encoders_and_of_encoder_decoder_models(family):
     if family == "t5":
         found = targets_of(tiny("t5", "sequence-classification"))
         assert len(found) == 6 * LAYERS
@@ -91,7 +93,7 @@ def test_default_targets_without_a_decoder_or_with_one_more(family):
     ("family", "task"),
     [(f, "causal-lm") for f in DECODERS] + [(f, "sequence-classification") for f in [*ENCODERS, "gpt2", "t5"]],
 )
-def test_all_linear_means_every_linear_layer_but_the_head(family, task):
+def test_all_linear_is_every_linear_layer_except_the_head(family, task):
     model = tiny(family, task)
     head = [model.get_output_embeddings()] if task == "causal-lm" else []
     heads = HEADS.get(family, []) if task == "sequence-classification" else []
@@ -122,17 +124,17 @@ def test_patterns(pattern, expected):
     assert targets_of(tiny("llama"), [pattern]) == expected
 
 
-def test_a_pattern_matches_whole_parts_of_a_name_only():
+def test_a_pattern_matches_complete_parts_of_a_name_only():
     assert "matches no module" in refusal(tiny("llama"), targets=["_proj"])
 
 
-def test_overlapping_patterns_give_each_target_once_in_the_order_of_the_model():
+def test_overlapping_patterns_give_each_target_once_in_model_order():
     found = targets_of(tiny("llama"), ["*.1.*.v_proj", "v_proj", "q_proj"])
     attention = "model.layers.{}.self_attn.{}"
     assert found == [attention.format(layer, end) for layer in range(LAYERS) for end in ("q_proj", "v_proj")]
 
 
-def test_a_pattern_over_several_kinds_of_modules_takes_the_linear_ones():
+def test_a_pattern_that_matches_several_kinds_of_modules_selects_the_linear_ones():
     model = nn.ModuleDict({"part": nn.ModuleDict({"linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})})
     assert targets_of(model, ["part.*"]) == ["part.linear"]
 
@@ -141,23 +143,23 @@ def test_a_pattern_over_several_kinds_of_modules_takes_the_linear_ones():
     ("pattern", "near"),
     [("v_porj", "v_proj"), ("self_attn.value_proj", "self_attn.v_proj"), ("model.layers.7.mlp.up_proj", "up_proj")],
 )
-def test_a_pattern_that_matches_nothing_lists_near_misses(pattern, near):
+def test_a_pattern_that_matches_nothing_lists_similar_names(pattern, near):
     message = refusal(tiny("llama"), targets=["q_proj", pattern])
     assert f"'{pattern}' matches no module" in message
-    assert near in message.partition("near misses: ")[2]
+    assert near in message.partition("similar names: ")[2]
 
 
-def test_a_pattern_unlike_anything_lists_what_there_is():
+def test_a_pattern_without_similar_names_lists_all_names():
     message = refusal(tiny("llama"), targets=["xyz"])
     assert all(name in message for name in ("q_proj", "v_proj", "up_proj"))
 
 
-def test_a_pattern_that_matches_a_container_says_so():
+def test_a_pattern_that_matches_a_container_is_an_error():
     message = refusal(tiny("bert", "sequence-classification"), targets=["layer.1.attention"])
-    assert "matches bert.encoder.layer.1.attention, a BertAttention; write 'layer.1.attention.*'" in message
+    assert "matches bert.encoder.layer.1.attention, a BertAttention; use 'layer.1.attention.*'" in message
 
 
-def test_a_pattern_that_matches_something_without_parameters_says_so():
+def test_a_pattern_that_matches_a_module_without_parameters_is_an_error():
     message = refusal(tiny("llama"), targets=["act_fn"])
     assert "matches model.layers.0.mlp.act_fn, a SiLUActivation, which has no parameters" in message
 
@@ -186,7 +188,7 @@ def test_any_parameter_by_pattern(patterns, expected):
     assert found == expected
 
 
-def test_all_linear_holds_the_experts_and_no_norm():
+def test_all_linear_includes_the_experts_and_no_norm():
     found = targets_of(tiny("qwen2_moe"), "all-linear")
     assert {name.rpartition(".")[2] for name in found} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "gate_proj", "up_proj"),
@@ -194,7 +196,7 @@ def test_all_linear_holds_the_experts_and_no_norm():
     }
 
 
-def test_all_is_every_parameter_but_those_trained_whole():
+def test_all_is_every_parameter_that_is_not_trained_in_full():
     model = tiny("bert", "sequence-classification")
     names = [name for name, _ in model.named_parameters()]
     found = find_targets(model, SparseConfig(targets="all"), ["classifier"])
@@ -215,8 +217,8 @@ def test_excluded_modules_stay_frozen(excluded, left):
     assert [name.removesuffix(".weight") for name in find_targets(model, config, [])] == left
 
 
-def test_what_exclude_modules_cannot_mean():
-    assert "no module matches 'self_atn'; near misses: self_attn" in refusal(
+def test_invalid_exclude_modules():
+    assert "no module matches 'self_atn'; similar names: self_attn" in refusal(
         tiny("llama"), exclude_modules=["self_atn"]
     )
     assert "every target is excluded" in refusal(tiny("llama"), targets=["v_proj"], exclude_modules=["layers.?"])
@@ -225,13 +227,13 @@ def test_what_exclude_modules_cannot_mean():
 def test_quantized_weights_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match=r"1\.weight is int8"):
+    with pytest.raises(UserError, match=r"1\.weight has dtype int8"):
         sparsify(model, SparseConfig(targets="all-linear"))
 
 
-def test_a_pattern_that_matches_the_head_says_that_it_is_trained_whole():
+def test_a_pattern_that_matches_the_fully_trained_head_is_an_error():
     message = refusal(tiny("bert", "sequence-classification"), targets=["classifier"])
-    assert "'classifier' is trained whole already" in message
+    assert "'classifier' is already trained in full" in message
 
 
 @pytest.mark.parametrize(
@@ -253,16 +255,16 @@ def test_an_unknown_family_warns_and_falls_back_to_all_linear_layers(caplog):
     with caplog.at_level(logging.WARNING):
         found = targets_of(model)
     assert found == ["0", "2"]
-    assert "no value and output projections are known for Sequential" in caplog.text
+    assert "the value and output projections of Sequential are not known" in caplog.text
 
 
-def test_a_family_of_which_only_the_value_projection_is_known_falls_back_too(caplog):
+def test_a_family_with_only_a_known_value_projection_falls_back_as_well(caplog):
     # BART's projections are v_proj, as Llama's, and out_proj.
     heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
     model = tiny("bart", "seq2seq-lm", d_model=16, encoder_layers=1, decoder_layers=1, **heads)
     found = targets_of(model)
     assert {"out_proj", "v_proj", "fc1"} <= {name.rpartition(".")[2] for name in found}
-    assert "no value and output projections are known for bart" in caplog.text
+    assert "the value and output projections of bart are not known" in caplog.text
 
 
 def test_a_model_without_linear_layers_is_refused():
@@ -275,7 +277,7 @@ def test_the_output_projection_of_multihead_attention_is_a_target():
     assert targets_of(model, "all-linear") == ["self_attn.out_proj", "linear1", "linear2"]
 
 
-def test_an_embedding_that_renormalises_itself_is_refused():
+def test_an_embedding_with_max_norm_is_refused():
     message = refusal(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), targets=["0"])
     assert "0.weight: an embedding with max_norm" in message
 
@@ -284,13 +286,13 @@ def test_an_embedding_that_renormalises_itself_is_refused():
 
 
 @pytest.mark.parametrize("family", sorted(HEADS))
-def test_the_head_of_a_sequence_classifier_is_trained_whole(family):
-    assert find_whole(tiny(family, "sequence-classification"), SparseConfig()) == HEADS[family]
+def test_the_head_of_a_sequence_classifier_is_trained_in_full(family):
+    assert find_modules_to_save(tiny(family, "sequence-classification"), SparseConfig()) == HEADS[family]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
-def test_a_language_model_has_no_head_that_is_trained_whole(family):
-    assert find_whole(tiny(family), SparseConfig()) == []
+def test_no_module_of_a_language_model_is_trained_in_full(family):
+    assert find_modules_to_save(tiny(family), SparseConfig()) == []
 
 
 @pytest.mark.parametrize(
@@ -304,10 +306,10 @@ def test_a_language_model_has_no_head_that_is_trained_whole(family):
 )
 def test_modules_to_save_by_pattern(patterns, expected):
     model = tiny("bert", "sequence-classification")
-    assert find_whole(model, SparseConfig(modules_to_save=patterns)) == expected
+    assert find_modules_to_save(model, SparseConfig(modules_to_save=patterns)) == expected
 
 
-def test_modules_trained_whole_are_never_targets():
+def test_fully_trained_modules_are_never_targets():
     model = tiny("bert", "sequence-classification")
     found = targets_of(model, ["attention.self.value", "dense"], whole=["encoder.layer.0"])
     assert found
@@ -317,7 +319,7 @@ def test_modules_trained_whole_are_never_targets():
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
-        ("clasifier", "no module matches 'clasifier'; near misses: classifier"),
+        ("clasifier", "no module matches 'clasifier'; similar names: classifier"),
         ("dropout", "'dropout' has no parameters to train"),
     ],
 )
@@ -326,14 +328,14 @@ def test_modules_to_save_that_cannot_be_trained_are_refused(pattern, expected):
     assert expected in refusal(model, modules_to_save=["classifier", pattern])
 
 
-def test_a_tied_head_that_is_trained_whole_trains_the_embedding_that_it_shares():
+def test_a_fully_trained_tied_head_trains_the_shared_embedding():
     model = sparsify(tiny("gpt2"), SparseConfig(density=0.2, modules_to_save=["lm_head"]))
     assert model.sparsity.whole == ["transformer.wte.weight"]
     assert model.lm_head.weight.requires_grad
     assert model.sparsity.trainable_parameters == round(0.2 * model.sparsity.total_parameters)
 
 
-# What SparseTrainer counts on
+# Properties of the models on which SparseTrainer depends
 
 
 @pytest.mark.parametrize("family", DECODERS)

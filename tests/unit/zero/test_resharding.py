@@ -1,26 +1,26 @@
-"""Partition arithmetic, against vectors that are cut and put together by hand."""
+"""Resharding arithmetic, compared with vectors that are split and assembled explicitly."""
 
 import random
 
 import pytest
 
-from sparse_zero.zero.resharding import Span, even_share, merged, offsets, plan_reads, share_batch
+from sparse_zero.zero.resharding import Span, even_slice, merge_spans, parameter_offsets, plan_reads, split_batch
 
 
 def test_offsets() -> None:
-    assert offsets({"a": 3, "b": 0, "c": 5}) == {"a": 0, "b": 3, "c": 3}
+    assert parameter_offsets({"a": 3, "b": 0, "c": 5}) == {"a": 0, "b": 3, "c": 3}
 
 
 def test_merged_keeps_the_order() -> None:
-    assert merged([(0, 2), (2, 5), (7, 8), (5, 7)]) == [(0, 5), (7, 8), (5, 7)]
-    assert merged([]) == []
+    assert merge_spans([(0, 2), (2, 5), (7, 8), (5, 7)]) == [(0, 5), (7, 8), (5, 7)]
+    assert merge_spans([]) == []
 
 
 @pytest.mark.parametrize(("total", "ranks"), [(10, 3), (2, 5), (0, 2), (454_280, 8)])
-def test_even_shares_cover_the_vector(total: int, ranks: int) -> None:
-    shares = [even_share(total, rank, ranks) for rank in range(ranks)]
-    assert merged(shares) == ([(0, total)])
-    sizes = [end - start for start, end in shares]
+def test_even_slices_cover_the_vector(total: int, ranks: int) -> None:
+    slices = [even_slice(total, rank, ranks) for rank in range(ranks)]
+    assert merge_spans(slices) == [(0, total)]
+    sizes = [end - start for start, end in slices]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -30,7 +30,7 @@ def contiguous(total: int, ranks: int, rng: random.Random) -> list[list[Span]]:
 
 
 def sliced(sizes: list[int], ranks: int) -> list[list[Span]]:
-    """As at stage 3: a slice of every parameter, the last ones shorter."""
+    """As at ZeRO stage 3: a slice of every parameter, the last ones shorter."""
     shards: list[list[Span]] = [[] for _ in range(ranks)]
     start = 0
     for size in sizes:
@@ -56,17 +56,19 @@ def test_reads_assemble_any_partition_from_any_other(seed: int) -> None:
         found = [-1] * len(expected)
         for read in plan_reads(spans, saved):
             assert read.count > 0
-            found[read.into : read.into + read.count] = files[read.shard][read.at : read.at + read.count]
+            found[read.target_offset : read.target_offset + read.count] = files[read.shard][
+                read.shard_offset : read.shard_offset + read.count
+            ]
         assert found == expected
 
 
-def test_the_same_partition_is_read_in_one_piece_from_one_shard() -> None:
+def test_the_same_partition_is_one_read_from_one_shard() -> None:
     shards = [[(0, 5)], [(5, 9)], [(9, 20)]]
     assert plan_reads([(5, 9)], shards) == [(1, 0, 4, 0)]
 
 
 @pytest.mark.parametrize("wanted", [(3, 5), (8, 12), (20, 21)])
-def test_a_gap_is_named(wanted: Span) -> None:
+def test_a_gap_is_an_error(wanted: Span) -> None:
     with pytest.raises(KeyError):
         plan_reads([wanted], [[(0, 4)], [(5, 9)], [(10, 20)]])
 
@@ -83,5 +85,5 @@ def test_a_gap_is_named(wanted: Span) -> None:
         (7, 1, 4, (1, 7)),
     ],
 )
-def test_share_batch(total: int, ranks: int, at_most: int, expected: tuple[int, int] | None) -> None:
-    assert share_batch(total, ranks, at_most) == expected
+def test_split_batch(total: int, ranks: int, at_most: int, expected: tuple[int, int] | None) -> None:
+    assert split_batch(total, ranks, at_most) == expected

@@ -265,7 +265,7 @@ def test_memory_is_bounded(tmp_path):
     assert 1024 * int(done.stdout.split()[-1]) < 0.2 * size
     adapter = read_adapter(tmp_path / "ours")
     assert list(adapter.deltas) == ["model.layers.1.mlp.up_proj.weight"]
-    (shape,) = {adapter.draw(name).shape for name in adapter.deltas}
+    (shape,) = {adapter.selection(name).shape for name in adapter.deltas}
     changed = torch.zeros(shape)
     changed[::7, ::11] = 1
     assert torch.equal(adapter.positions("model.layers.1.mlp.up_proj.weight"), changed.flatten().nonzero().squeeze(1))

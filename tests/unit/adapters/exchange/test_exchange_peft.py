@@ -45,7 +45,7 @@ def scattered(adapter):
     """The deltas of an adapter, dense, without zeros of padding."""
     dense = {}
     for name, values in adapter.deltas.items():
-        dense[name] = torch.zeros(adapter.draw(name).numel, dtype=values.dtype)
+        dense[name] = torch.zeros(adapter.selection(name).numel, dtype=values.dtype)
         dense[name][adapter.positions(name)] = values
     return dense
 

@@ -1,4 +1,4 @@
-"""The size of DeepSpeed's gradient buckets, where a configuration leaves it open."""
+"""The size of DeepSpeed's gradient buckets, if the configuration does not set it."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.zero.parameters import BUCKET_SCALARS, fit_buckets
+from sparse_zero.zero.parameters import MAX_BUCKET_SCALARS, fit_buckets
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize("given", [{}, {"reduce_bucket_size": "auto"}])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_left_open_becomes_the_number_of_trained_scalars(model: nn.Module, stage: int, given: dict) -> None:
+def test_the_default_is_the_number_of_trained_scalars(model: nn.Module, stage: int, given: dict) -> None:
     config = {"zero_optimization": {"stage": stage, **given}}
     fit_buckets(config, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -29,14 +29,14 @@ def test_what_is_left_open_becomes_the_number_of_trained_scalars(model: nn.Modul
 @pytest.mark.parametrize(
     "config", [{}, {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}, {"zero_optimization": True}]
 )
-def test_what_is_said_stays(model: nn.Module, config: dict[str, Any]) -> None:
+def test_a_configured_size_is_kept(model: nn.Module, config: dict[str, Any]) -> None:
     before = copy.deepcopy(config)
     fit_buckets(config, model)
     assert config == before
 
 
-def test_a_large_model_is_reduced_in_several_buckets() -> None:
+def test_a_large_model_has_several_buckets() -> None:
     config: dict[str, Any] = {"zero_optimization": {"stage": 2}}
     with torch.device("meta"):
         fit_buckets(config, nn.Linear(2**13, 2**13))
-    assert config["zero_optimization"]["reduce_bucket_size"] == BUCKET_SCALARS
+    assert config["zero_optimization"]["reduce_bucket_size"] == MAX_BUCKET_SCALARS

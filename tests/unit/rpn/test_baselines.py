@@ -1,4 +1,4 @@
-"""The noises that RPN is compared with: their definitions, where they may go, and their streams."""
+"""The noises with which RPN is compared: their definitions, which tokens they change, and their random streams."""
 
 import functools
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rpn.peers import FreeLB, gaussian, neftune, salt_and_pepper
+from rpn.baselines import FreeLB, gaussian, neftune, salt_and_pepper
 from rpn.streams import Stream
 
 HIDDEN = 64
@@ -27,7 +27,7 @@ def embeddings() -> torch.Tensor:
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("name", NOISES)
-def test_disturbs_real_tokens_only_and_not_its_argument(name: str, scope: str, embeddings: torch.Tensor) -> None:
+def test_changes_real_tokens_only_and_not_its_argument(name: str, scope: str, embeddings: torch.Tensor) -> None:
     before = embeddings.clone()
     disturbed = NOISES[name](embeddings, KEEP, Stream(scope=scope))
     assert torch.equal(embeddings, before)
@@ -59,7 +59,9 @@ def test_sequence_scope_does_not_depend_on_ranks_or_padding(name: str, embedding
 
 @pytest.mark.parametrize("name", NOISES)
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-def test_repeats_by_place_whatever_the_global_generator(name: str, scope: str, embeddings: torch.Tensor) -> None:
+def test_repeats_by_position_for_any_state_of_the_global_generator(
+    name: str, scope: str, embeddings: torch.Tensor
+) -> None:
     torch.manual_seed(0)
     first = NOISES[name](embeddings, KEEP, Stream(scope=scope))
     torch.manual_seed(1)
@@ -90,7 +92,7 @@ def test_salt_is_the_largest_value_and_pepper_is_zero(embeddings: torch.Tensor) 
         assert abs((changed & salt).sum() / changed.sum() - 0.5) < 5 * 0.5 / math.sqrt(changed.sum())
 
 
-def test_salt_and_pepper_pass_no_gradient(embeddings: torch.Tensor) -> None:
+def test_overwritten_scalars_have_no_gradient(embeddings: torch.Tensor) -> None:
     embeddings.requires_grad_()
     disturbed = salt_and_pepper(embeddings, KEEP, Stream(), probability=0.3)
     disturbed.sum().backward()
@@ -114,7 +116,7 @@ def ascend(noise: FreeLB, embeddings: torch.Tensor, slope: torch.Tensor, pass_in
     return (disturbed - embeddings).detach()
 
 
-def test_freelb_climbs_the_normalised_gradient_of_each_example(embeddings: torch.Tensor) -> None:
+def test_freelb_moves_along_the_normalized_gradient_of_each_example(embeddings: torch.Tensor) -> None:
     noise = FreeLB(step=0.1, radius=100.0)
     slope = torch.randn(4, 20, HIDDEN) * torch.tensor([1.0, 1e3, 1.0, 1e-3])[:, None, None]
     first, second = (ascend(noise, embeddings, slope, k) for k in (0, 1))
@@ -127,14 +129,14 @@ def test_freelb_stays_within_its_radius(embeddings: torch.Tensor) -> None:
     noise = FreeLB(step=0.5, radius=0.3)
     slope = torch.randn(4, 20, HIDDEN)
     norms = torch.stack([ascend(noise, embeddings, slope, k).flatten(1).norm(dim=1) for k in range(3)])
-    # the start is uniform in +-radius / sqrt(n): its norm is about radius / sqrt(3)
+    # The first perturbation is uniform in +-radius / sqrt(n): its norm is about radius / sqrt(3)
     torch.testing.assert_close(norms[0, 0], torch.tensor(0.3 / 3**0.5), rtol=0.1, atol=0)
     real = torch.tensor(LENGTHS) > 0
     torch.testing.assert_close(norms[1:, real], torch.full_like(norms[1:, real], 0.3))
 
 
 @pytest.mark.parametrize("overflow", [torch.inf, torch.nan, 0.0])
-def test_freelb_stays_where_it_is_without_a_direction(overflow: float, embeddings: torch.Tensor) -> None:
+def test_freelb_keeps_its_perturbation_without_a_direction(overflow: float, embeddings: torch.Tensor) -> None:
     noise = FreeLB(step=0.1, radius=1.0)
     slope = torch.ones(4, 20, HIDDEN)
     slope[0, :20] = overflow
@@ -143,7 +145,7 @@ def test_freelb_stays_where_it_is_without_a_direction(overflow: float, embedding
     assert not torch.equal(second[1], first[1])
 
 
-def test_freelb_needs_the_backward_of_the_pass_before(embeddings: torch.Tensor) -> None:
+def test_freelb_needs_the_backward_of_the_previous_pass(embeddings: torch.Tensor) -> None:
     noise = FreeLB(step=0.1, radius=1.0)
     noise(embeddings, KEEP, Stream())
     with pytest.raises(RuntimeError, match="pass 1 needs the gradient of pass 0"):

@@ -1,4 +1,4 @@
-"""Random Position Noise as pure functions: against a slow reference, its statistics, its streams and its gradient."""
+"""Random Position Noise as pure functions: a slow reference, statistics, random streams and gradients."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ SCOPES = ("batch", "sequence")
 
 
 def distinct(batch: int, length: int, hidden: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Embeddings in which no value occurs twice, so that a value tells where it came from."""
+    """Embeddings in which no value occurs twice, so that each value identifies its original position."""
     return torch.arange(batch * length * hidden).to(dtype).view(batch, length, hidden)
 
 
@@ -34,7 +34,7 @@ def test_equals_the_definition_written_out(scope: str, probability: float) -> No
     batch, length, hidden = 4, 7, 6
     stream = Stream(seed=3, scope=scope)
     embeddings = torch.randn(batch, length, hidden)
-    # pi, from where every value goes when all are sent
+    # The permutation, from a call in which all scalars move
     sent_from, sent_to = random_positions(stream.groups(keep), hidden, probability=1)
     pi = dict(zip(sent_to.tolist(), sent_from.tolist(), strict=True))
     allowed = keep[:, :, None].expand(-1, -1, hidden).flatten().nonzero().flatten().tolist()
@@ -91,15 +91,15 @@ def test_sources_targets_and_their_pairs_are_uniform(keep: torch.Tensor) -> None
     for counts in (pairs.sum(1), pairs.sum(0), pairs.flatten()):
         expected = counts.mean()
         assert ((counts - expected) ** 2 / expected).sum() < chi_square_bound(len(counts) - 1)
-    # scalars are selected independently of one another, within a token as between tokens
+    # Scalars are selected independently of each other, within a token and between tokens
     both = together[~torch.eye(n, dtype=torch.bool)]
     expected = draws * 0.4**2
     assert ((both - expected) ** 2 / expected).sum() / 2 < chi_square_bound(n * (n - 1) // 2)
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (1, 2), (1, 1)])
-def test_neighbours_part(shape: tuple[int, int]) -> None:
-    # a permutation that only turned tokens or channels would pass every test of single positions
+def test_adjacent_scalars_are_separated(shape: tuple[int, int]) -> None:
+    # A permutation that only rotates tokens or channels would pass all tests of single positions
     keep, hidden, draws = torch.ones(shape, dtype=torch.bool), 32, 200
     next_channel, next_token = [], []
     for step in range(draws):
@@ -131,11 +131,11 @@ def test_batch_scope_crosses_examples_and_sequence_scope_does_not() -> None:
     owner = torch.arange(4.0)[:, None, None].expand(4, 6, 10)
     assert torch.equal(move_scalars(owner, keep, Stream(scope="sequence"), probability=0.5), owner)
     mixed = move_scalars(owner, keep, Stream(scope="batch"), probability=1.0)
-    # all values are sent: three of four come from another example
+    # All values move: three of four come from another example
     assert abs((mixed != owner).float().mean() - 0.75) < 0.1
 
 
-def test_no_value_crosses_into_a_neighbour_of_a_packed_row() -> None:
+def test_no_value_moves_to_another_sequence_of_a_packed_row() -> None:
     pieces = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
     keep = torch.ones_like(pieces, dtype=torch.bool)
     owner = (pieces + 10 * torch.arange(2)[:, None])[:, :, None].expand(2, 6, 12).float()
@@ -143,13 +143,13 @@ def test_no_value_crosses_into_a_neighbour_of_a_packed_row() -> None:
     assert torch.equal(move_scalars(owner, keep, stream, probability=1.0), owner)
     embeddings = distinct(2, 6, 12)
     moved = move_scalars(embeddings, keep, stream, probability=1.0)
-    # every piece is disturbed, each by noise of its own
+    # Every packed sequence has noise
     assert all((moved[owner == name] != embeddings[owner == name]).any() for name in owner.unique())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_steps", [1, 2])
-def test_sequence_scope_is_a_function_of_the_place_in_the_global_batch(world_size: int, micro_steps: int) -> None:
+def test_sequence_scope_depends_only_on_the_position_in_the_global_batch(world_size: int, micro_steps: int) -> None:
     lengths = (9, 3, 5, 8, 1, 4, 7, 2)
     hidden = 10
     embeddings = torch.randn(8, 9, hidden)
@@ -160,7 +160,7 @@ def test_sequence_scope_is_a_function_of_the_place_in_the_global_batch(world_siz
         for rank in range(world_size):
             first = (micro_step * world_size + rank) * batch
             rows = slice(first, first + batch)
-            # padded to the longest of this micro-batch, as a data collator would
+            # Padded to the longest example of this micro-batch, as by a data collator
             longest = max(lengths[rows])
             stream = Stream(step=5, micro_step=micro_step, rank=rank, world_size=world_size, scope="sequence")
             part = move_scalars(embeddings[rows, :longest], keep[rows, :longest], stream, probability=0.4)
@@ -169,7 +169,9 @@ def test_sequence_scope_is_a_function_of_the_place_in_the_global_batch(world_siz
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("coordinate", ["seed", "step", "micro_step", "pass_index", "rank"])
-def test_each_coordinate_has_noise_of_its_own_and_the_same_place_repeats_it(scope: str, coordinate: str) -> None:
+def test_the_noise_depends_on_each_coordinate_and_is_repeated_at_the_same_position(
+    scope: str, coordinate: str
+) -> None:
     keep = torch.ones(2, 8, dtype=torch.bool)
     embeddings = torch.randn(2, 8, 16)
 
@@ -181,11 +183,11 @@ def test_each_coordinate_has_noise_of_its_own_and_the_same_place_repeats_it(scop
     torch.manual_seed(1)
     assert torch.equal(noise(world_size=2), first)
     other = noise(world_size=2, **{coordinate: 1})
-    # two independent draws disturb few positions alike
+    # Two independent noises change few positions in the same way
     assert ((other != embeddings) & (other == first)).float().mean() < 0.02
 
 
-def test_examples_of_one_batch_draw_independently() -> None:
+def test_the_examples_of_a_batch_have_independent_noise() -> None:
     keep = torch.ones(2, 16, dtype=torch.bool)
     same = torch.randn(1, 16, 32).expand(2, -1, -1)
     first, second = move_scalars(same, keep, Stream(scope="sequence"), probability=0.3)
@@ -193,13 +195,13 @@ def test_examples_of_one_batch_draw_independently() -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_gradient_goes_to_where_a_value_came_from(scope: str) -> None:
+def test_the_gradient_flows_to_the_original_position(scope: str) -> None:
     keep = ragged(5, 2)
     stream = Stream(scope=scope)
     embeddings = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda e: move_scalars(e, keep, stream, probability=0.6), embeddings)
 
-    # the rule as torch differentiates it
+    # The same operation, differentiated by torch
     sources, targets = (i.long() for i in random_positions(stream.groups(keep), 3, 0.6))
     upstream = torch.randn(2, 5, 3, dtype=torch.float64)
     flat = embeddings.flatten()
@@ -219,7 +221,7 @@ def test_keeps_the_dtype_and_does_not_modify_its_argument(dtype: torch.dtype) ->
     assert torch.equal(embeddings, before)
 
 
-def test_takes_embeddings_that_are_not_contiguous() -> None:
+def test_embeddings_may_be_non_contiguous() -> None:
     embeddings = torch.randn(4, 3, 6).transpose(0, 1).requires_grad_()
     keep = torch.ones(3, 4, dtype=torch.bool)
     moved = move_scalars(embeddings, keep, Stream(), probability=0.5)
@@ -239,7 +241,7 @@ def test_takes_embeddings_that_are_not_contiguous() -> None:
     ],
     ids=["all-padding", "nothing-selected", "one-scalar", "empty-batch"],
 )
-def test_where_nothing_can_move_nothing_changes(scope, shape, keep, probability) -> None:
+def test_nothing_changes_if_no_scalar_can_move(scope, shape, keep, probability) -> None:
     embeddings = torch.randn(shape, requires_grad=True)
     moved = move_scalars(embeddings, keep, Stream(scope=scope), probability=probability)
     assert torch.equal(moved, embeddings)
@@ -247,8 +249,8 @@ def test_where_nothing_can_move_nothing_changes(scope, shape, keep, probability)
     assert torch.equal(embeddings.grad, torch.ones(shape))
 
 
-def test_positions_never_change_unnoticed() -> None:
-    """A resumed run must repeat its noise: a change of the rule has to be seen and told."""
+def test_golden_positions() -> None:
+    """A resumed run must repeat its noise, so a change of the positions is a breaking change."""
     digest = hashlib.sha256()
     for scope in SCOPES:
         for positions in random_positions(Stream(seed=1, step=2, scope=scope).groups(ragged(7, 5)), 11, 0.3):
@@ -257,14 +259,14 @@ def test_positions_never_change_unnoticed() -> None:
 
 
 def test_hash_is_splitmix64() -> None:
-    # the first outputs of the published generator at seed 1234567
+    # The first outputs of the published generator for seed 1234567
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     numbers = mix(1234567, torch.arange(1, 4))
     assert [number % 2**64 for number in numbers.tolist()] == expected
     assert mix(torch.tensor([1234567]), 3).item() % 2**64 == expected[2]
 
 
-def test_keys_of_neighbouring_coordinates_differ() -> None:
+def test_keys_of_similar_coordinates_differ() -> None:
     assert len({stream_key(1, 23), stream_key(12, 3), stream_key(1, 2, 3), stream_key(123)}) == 4
 
 

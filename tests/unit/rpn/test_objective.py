@@ -1,4 +1,4 @@
-"""The training objective: the gradient of the whole sum with the memory of one pass."""
+"""The training objective: the gradient of the sum of all passes, with the memory of one pass."""
 
 import weakref
 
@@ -21,7 +21,7 @@ OWN_SETTINGS = {
 
 
 class Trainer:
-    """A tiny BERT with its noise, and what happened to it in which order."""
+    """A tiny BERT with noise, and a record of its forwards and backwards."""
 
     def __init__(self, config: RPNConfig, noise=None):
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_equals_the_summed_loss_in_one_graph(noise: str, clean: bool) -> None:
     total = 0.4 * sum(noisy) + (0.7 * clean_loss if clean else 0)
     total.backward()
     assert_same_gradients(actual, trainer.take_gradients())
-    # each pass met a noise of its own
+    # Each pass had different noise
     assert len({loss.item() for loss in [clean_loss, *noisy]}) == 4
     torch.testing.assert_close(losses["total"], total.detach())
     torch.testing.assert_close(losses["noisy"], (sum(noisy) / 3).detach())
@@ -107,14 +107,14 @@ def test_equals_the_summed_loss_in_one_graph(noise: str, clean: bool) -> None:
         ({"noise": "freelb", "passes": 2}, [False, False, True]),
     ],
 )
-def test_each_pass_ends_before_the_next_and_only_the_final_one_is_last(settings: dict, backwards: list[bool]) -> None:
+def test_passes_run_one_after_another_and_only_the_last_one_is_last(settings: dict, backwards: list[bool]) -> None:
     trainer = Trainer(RPNConfig(**settings))
     trainer.run()
     assert trainer.events == [event for last in backwards for event in ("forward", ("backward", last))]
 
 
 @pytest.mark.parametrize("settings", [{"passes": 0}, {"noise": "none", "passes": 2}])
-def test_without_noise_it_is_the_plain_loss(settings: dict) -> None:
+def test_without_noise_it_is_the_clean_loss(settings: dict) -> None:
     trainer = Trainer(RPNConfig(**settings))
     losses = trainer.run()
     actual = trainer.take_gradients()
@@ -126,13 +126,13 @@ def test_without_noise_it_is_the_plain_loss(settings: dict) -> None:
     assert rpn.run_passes(None, RPNConfig(passes=2), trainer.loss, trainer.backward) == losses
 
 
-def test_holds_the_graph_of_one_pass_only() -> None:
+def test_keeps_the_graph_of_one_pass_only() -> None:
     trainer = Trainer(RPNConfig(passes=3))
     alive_before: list[int] = []
     graphs: list[weakref.ref] = []
 
     class Saved(torch.autograd.Function):
-        """Lives as long as the graph of its pass, and so does what it saved."""
+        """Its saved tensor lives as long as the graph of its pass."""
 
         @staticmethod
         def forward(ctx, x: Tensor) -> Tensor:
@@ -155,7 +155,9 @@ def test_holds_the_graph_of_one_pass_only() -> None:
 
 @pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb"])
 @pytest.mark.parametrize(("ranks", "micro_steps"), [(2, 1), (4, 1), (2, 2), (1, 4)])
-def test_sequence_scope_trains_alike_on_any_number_of_ranks(noise: str, ranks: int, micro_steps: int) -> None:
+def test_sequence_scope_gives_the_same_training_on_any_number_of_ranks(
+    noise: str, ranks: int, micro_steps: int
+) -> None:
     trainer = Trainer(RPNConfig(noise=noise, passes=2, scope="sequence", seed=5, **OWN_SETTINGS[noise]))
     trainer.handle.place(step=1)
     whole = trainer.run()
@@ -180,7 +182,7 @@ def test_sequence_scope_trains_alike_on_any_number_of_ranks(noise: str, ranks: i
     assert_same_gradients(trainer.take_gradients(), expected)
 
 
-def test_batch_scope_draws_apart_on_each_rank() -> None:
+def test_batch_scope_has_different_noise_on_each_rank() -> None:
     trainer = Trainer(RPNConfig(clean=False))
     losses = set()
     for rank in range(3):
@@ -200,7 +202,7 @@ def test_resuming_repeats_the_noise() -> None:
     assert resumed.run() == losses
 
 
-def test_freelb_climbs_from_pass_to_pass() -> None:
+def test_the_loss_increases_from_pass_to_pass_with_freelb() -> None:
     trainer = Trainer(RPNConfig(noise="freelb", clean=False, passes=4, ascent_step=0.5, ascent_radius=2.0))
     losses: list[float] = []
 
@@ -214,15 +216,15 @@ def test_freelb_climbs_from_pass_to_pass() -> None:
     assert losses == sorted(losses)
     assert losses[-1] > losses[0] + 0.01
     assert total.item() == pytest.approx(sum(losses))
-    # a frozen model is no obstacle: the gradient of the perturbation is asked for all the same
+    # It works with a frozen model as well: the perturbation still requires a gradient
     trainer.model.bert.requires_grad_(False)
     assert trainer.run()["total"] == total
-    # and the next step starts anew
+    # The next step starts with a new perturbation
     trainer.handle.place(step=1)
     assert trainer.run()["total"] != total
 
 
-def test_a_noise_of_ones_own_meets_every_pass() -> None:
+def test_a_custom_noise_is_called_in_every_pass() -> None:
     seen: list[int] = []
 
     def count(embeddings: Tensor, keep: Tensor, stream: Stream) -> Tensor:
@@ -234,7 +236,7 @@ def test_a_noise_of_ones_own_meets_every_pass() -> None:
     assert seen == [0, 1, 2]
 
 
-def test_no_term_at_all_is_an_error() -> None:
+def test_an_objective_without_terms_is_an_error() -> None:
     config = RPNConfig(clean=False)
     with pytest.raises(ValueError, match="no loss to train on"):
         rpn.run_passes(None, config, lambda: torch.zeros(()), lambda loss, last: None)
@@ -279,7 +281,7 @@ def test_a_setting_of_another_noise_is_an_error_that_names_both(
         assert getattr(RPNConfig(noise=noise, **{setting: value}), setting) == value
         return
     with pytest.raises(
-        ValidationError, match=f"{setting} is a setting of noise: {' and '.join(owners)}, .*: {noise} "
+        ValidationError, match=f"{setting} is a setting of noise: {' and '.join(owners)}, not of noise: {noise};"
     ):
         RPNConfig(noise=noise, **{setting: value})
 
@@ -290,7 +292,7 @@ def test_defaults_belong_to_every_noise(noise: str) -> None:
     assert RPNConfig(**config.model_dump()) == config
 
 
-def test_noise_none_switches_off_whatever_is_set() -> None:
+def test_noise_none_allows_any_setting() -> None:
     assert RPNConfig(noise="none", **{key: value for own in OWN_SETTINGS.values() for key, value in own.items()})
 
 

@@ -1,12 +1,12 @@
-"""The noises that Random Position Noise is compared with. Each takes (embeddings, keep, stream), like a user's own.
+"""The noises with which Random Position Noise is compared. Their arguments are those of a custom noise function:
 
-    embeddings  (batch, length, hidden), any float dtype; never modified
-    keep        bool (batch, length), False where no noise may go
+    embeddings  (batch, length, hidden), any float dtype; not modified
+    keep        bool (batch, length), False where no noise is allowed
     stream      rpn.streams.Stream
     returns     (batch, length, hidden)
 
-Gaussian and uniform numbers come from torch's generators, seeded by the streams' keys: they repeat exactly on one kind
-of device, whatever the padding and the number of ranks, but differ between CPU and GPU.
+Gaussian and uniform numbers are drawn by torch's generators, seeded by the keys of the stream. They are the same for
+any padding and any number of ranks, but differ between CPU and GPU.
 """
 
 import math
@@ -18,22 +18,22 @@ from torch import Tensor
 from rpn.noise import flat_positions, select
 from rpn.streams import Groups, Stream, mix
 
-# keeps the choice between salt and pepper apart from the draws of rpn.noise
+# Separates the random choice between salt and pepper from the random numbers of rpn.noise
 _SALT = 1 << 32
 
 
 def gaussian(embeddings: Tensor, keep: Tensor, stream: Stream, *, std: float) -> Tensor:
-    """Adds N(0, std^2) to every scalar (the first baseline of arXiv 2212.05961)."""
+    """Add N(0, std^2) to every scalar (the first baseline of arXiv 2212.05961)."""
     groups = stream.groups(keep)
     noise = _draw(groups, embeddings.shape[-1], lambda part, generator: part.normal_(0, std, generator=generator))
     return _add(embeddings, groups, noise)
 
 
 def salt_and_pepper(embeddings: Tensor, keep: Tensor, stream: Stream, *, probability: float) -> Tensor:
-    """Overwrites each scalar with `probability`: with 0 (pepper) or the largest value of its group (salt), evenly.
+    """Overwrite each scalar with `probability`: with 0 (pepper) or the largest value of its group (salt), half each.
 
-    The second baseline of arXiv 2212.05961, with the two values of the authors' code. The group is the micro-batch or
-    the example, as the stream's scope says. Overwritten scalars pass no gradient.
+    This is the second baseline of arXiv 2212.05961, with the two values of the authors' code. A group is the
+    micro-batch or the example, according to the stream's scope. Overwritten scalars have no gradient.
     """
     groups = stream.groups(keep)
     hidden = embeddings.shape[-1]
@@ -51,17 +51,17 @@ def salt_and_pepper(embeddings: Tensor, keep: Tensor, stream: Stream, *, probabi
 
 
 def neftune(embeddings: Tensor, keep: Tensor, stream: Stream, *, alpha: float) -> Tensor:
-    """Adds uniform noise in +-alpha / sqrt(L * hidden), L the disturbed tokens of the example (arXiv 2310.05914)."""
+    """Add uniform noise in +-alpha / sqrt(L * hidden) for L tokens with noise in the example (arXiv 2310.05914)."""
     groups = stream.groups(keep, per_example=True)
     return _add(embeddings, groups, _scaled_uniform(groups, embeddings.shape[-1], alpha))
 
 
 class FreeLB:
-    """Adversarial perturbations, algorithm 1 of arXiv 1909.11764. Holds the perturbation between a step's passes.
+    """Adversarial perturbations, algorithm 1 of arXiv 1909.11764. Keeps the perturbation between the passes of a step.
 
-    Pass 0 draws delta, uniform in +-radius / sqrt(L * hidden). Each later pass first moves it by `step` along the
-    gradient that the backward of the pass before has left, then projects it onto the ball of `radius`; both norms are
-    taken over an example's disturbed tokens. Unlike the paper's, dropout masks differ between the passes.
+    Pass 0 draws delta uniformly in +-radius / sqrt(L * hidden). Each later pass moves it by `step` along the gradient
+    of the previous pass, and then projects it onto the ball of `radius`. Both norms are computed over the tokens with
+    noise of an example. Unlike in the paper, dropout masks differ between the passes.
     """
 
     def __init__(self, step: float, radius: float):
@@ -69,7 +69,11 @@ class FreeLB:
         self.delta: Tensor | None = None
 
     def __call__(self, embeddings: Tensor, keep: Tensor, stream: Stream) -> Tensor:
-        """Raises RuntimeError in a pass after the first where no backward has left a gradient."""
+        """Add the perturbation to the embeddings.
+
+        Raises:
+            RuntimeError: in a pass after the first, if the previous pass left no gradient.
+        """
         groups = stream.groups(keep, per_example=True)
         hidden = embeddings.shape[-1]
         if stream.pass_index == 0:
@@ -87,14 +91,15 @@ class FreeLB:
             )
         gradient = self.delta.grad
         norm = _norm_of_groups(gradient, groups)
-        # an overflow of fp16 loss scaling (norm inf or nan) leaves no direction: such an example stays where it is
+        # With an overflow of fp16 loss scaling (norm inf or nan) there is no direction: the perturbation stays the
+        # same
         stride = torch.where(norm > 0, self.step / norm, 0)
         delta = self.delta.detach() + stride * gradient.nan_to_num(0, 0, 0)
         return delta * (self.radius / _norm_of_groups(delta, groups).clamp(min=self.radius))
 
 
 def _norm_of_groups(values: Tensor, groups: Groups) -> Tensor:
-    """The norm of each group's part of `values` (tokens, hidden), repeated for its tokens: (tokens, 1)."""
+    """The norm of each group's part of `values` (tokens, hidden), repeated for each of its tokens: (tokens, 1)."""
     norms = [part.norm() for part in values.split(groups.lengths.tolist())]
     return torch.stack(norms)[groups.index_of_rows(), None] if norms else values.new_zeros(0, 1)
 
@@ -110,7 +115,7 @@ def _scaled_uniform(groups: Groups, hidden: int, scale: float) -> Tensor:
 
 
 def _draw(groups: Groups, hidden: int, fill: Callable[[Tensor, torch.Generator], object]) -> Tensor:
-    """float32 (tokens, hidden): each group's part filled from the group's own key."""
+    """float32 (tokens, hidden). `fill` draws each group's part, with a generator that is seeded by the group's key."""
     values = torch.empty(len(groups.rows), hidden, device=groups.rows.device)
     generator = torch.Generator(values.device)
     for key, part in zip(groups.keys.tolist(), values.split(groups.lengths.tolist()), strict=True):
