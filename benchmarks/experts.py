@@ -27,7 +27,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from turns import in_turns, ratio
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.model import readers
+from sparse_zero.model import weight_tensor
 from sparse_zero.zero.parameters import device_name
 
 Step = Callable[[torch.Tensor], None]
@@ -84,7 +84,7 @@ def steps(arguments: argparse.Namespace, implementation: str) -> dict[str, Step]
     model = mixture(arguments, implementation)
     return {
         "sparse": trained(copy.deepcopy(model), arguments, contextlib.nullcontext()),
-        "dense": trained(copy.deepcopy(model), arguments, mock.patch.dict(readers.RULES, clear=True)),
+        "dense": trained(copy.deepcopy(model), arguments, mock.patch.dict(weight_tensor.RULES, clear=True)),
         "frozen": frozen(model),
     }
 

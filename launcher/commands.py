@@ -144,7 +144,7 @@ def convert(arguments: argparse.Namespace) -> int:
     """Write an adapter, or a fine-tuned model's changes, in another format."""
     source = _adapter_directory(arguments.adapter)
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.adapters.exchange.convert import convert
+        from sparse_zero.adapters.formats.convert import convert
 
         facts = convert(source, Path(arguments.out), arguments.to, arguments.base, arguments.max_density)
     if arguments.json:

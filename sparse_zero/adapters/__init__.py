@@ -1,4 +1,4 @@
-"""The adapter directory: saved, loaded, switched, combined, inspected, and converted from and to other formats.
+"""Adapter directories: save, load, switch, combine, inspect, and convert from and to other formats.
 
-Others import from `combine`, `exchange.convert`, `files`, `inspection`, `model_card`, `save_and_load`, `switching`.
+Others import from `combine`, `files`, `formats.convert`, `inspection`, `model_card`, `save_and_load`, `switching`.
 """

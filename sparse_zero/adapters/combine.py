@@ -1,7 +1,7 @@
-"""Several adapters of one base model as one: a weighted sum of their deltas, with PEFT's ways to settle conflicts.
+"""Combine adapters of one base model: a weighted sum of their deltas, with PEFT's methods to reduce interference.
 
-The adapters may have selected different scalars: each position is handled with the values of those adapters that have
-it, and zeros of the others, as PEFT's functions do for dense matrices.
+The adapters may have different positions. At each position an adapter that has not selected it counts as zero, as in
+PEFT's functions for dense matrices (peft.utils.merge_utils).
 """
 
 import math
@@ -22,15 +22,16 @@ from sparse_zero.adapters.files import (
 )
 from sparse_zero.adapters.model_card import model_card
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import differences
+from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import STORED, Selection, row_positions, stream_key
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-"""linear: the weighted sum. ties (arXiv 2306.01708): of each adapter the largest deltas are kept; at each position the
-sign with the larger sum is elected, and the deltas that have it are averaged. dare_linear, dare_ties
-(arXiv 2311.03099): deltas are dropped at random and the others scaled up, before either. magnitude_prune: the largest
-deltas of each adapter, summed."""
+"""linear: the weighted sum.
+magnitude_prune: the weighted sum of the largest deltas of each adapter.
+ties (arXiv 2306.01708): the largest deltas of each adapter are kept. At each position a sign is elected by the sum of
+the deltas, and the deltas with this sign are averaged.
+dare_linear, dare_ties (arXiv 2311.03099): linear or ties, after dropping deltas at random and rescaling the others."""
 
 
 def combine_adapters(
@@ -41,18 +42,30 @@ def combine_adapters(
     density: float = 1.0,
     seed: int = 0,
 ) -> Adapter:
-    """Write the combination of several adapter directories as a new one.
+    """Combine adapters of the same base model into one, and write it.
 
-    Args: weights: one for each adapter; None: 1 with the ties ways, which average by themselves, else 1 / adapters.
-        density: the fraction of each adapter's deltas that are kept,
-        in all ways but linear. seed: of dare's random choice.
-    Returns: what was written. Raises UserError: adapters of different base models, tasks or tokens; damaged files;
-        weights or a density that do not fit.
+        combine_adapters(["adapters/math", "adapters/code"], "adapters/both", weights=[0.7, 0.3])
+        combine_adapters(["adapters/math", "adapters/code"], "adapters/ties", combination_type="ties", density=0.5)
+
+    Args:
+        directories: the adapters to combine.
+        out: the directory to write.
+        weights: one for each adapter. None for 1 with ties and dare_ties, which average, and for 1 / number of
+            adapters otherwise.
+        combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune"; see `CombinationType`.
+        density: the fraction of each adapter's deltas to keep, above 0 and at most 1. Not used by "linear".
+        seed: of the random choice in "dare_linear" and "dare_ties".
+
+    Returns: the adapter that was written.
+
+    Raises:
+        UserError: the adapters have different base models, fully trained modules, tokens or labels; files are damaged;
+            or weights, density or combination_type are invalid.
     """
     if Path(out).resolve() in {Path(directory).resolve() for directory in directories}:
-        raise UserError(f"{out}: is one of the adapters to combine; name another directory")
+        raise UserError(f"{out}: is one of the adapters to combine; choose another directory")
     adapters = [read_adapter(directory) for directory in directories]
-    _check_alike(adapters, [str(directory) for directory in directories])
+    _check_compatible(adapters, [str(directory) for directory in directories])
     combined = combine(adapters, weights, combination_type, density, seed, [str(d) for d in directories])
     write_adapter(combined, out, model_card(combined.config))
     return combined
@@ -66,7 +79,15 @@ def combine(
     seed: int = 0,
     names: Sequence[str] = (),
 ) -> Adapter:
-    """`combine_adapters` in memory. Parameters and rows trained whole are averaged, by the size of their weights."""
+    """`combine_adapters` in memory.
+
+    Fully trained parameters and rows are averaged, weighted by the absolute values of `weights`.
+
+    Args:
+        adapters: the adapters to combine; they must be compatible.
+        names: what the adapters are called in errors.
+        weights, combination_type, density, seed: see `combine_adapters`.
+    """
     names = names or [f"adapter {i + 1}" for i in range(len(adapters))]
     elect = "ties" in combination_type
     if weights is None:
@@ -75,30 +96,30 @@ def combine(
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
     for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         for name in adapter.config.tensors:
-            flat, values = _scattered(adapter, name, names[i])
-            kept = _pruned(values, combination_type, density, f"{seed}/{i}/{name}")
+            flat, values = _positions_and_deltas(adapter, name, names[i])
+            kept = _prune(values, combination_type, density, f"{seed}/{i}/{name}")
             parts.setdefault(name, []).append((flat, kept, weight))
     first = adapters[0].config
     shapes = {name: tensor.shape for adapter in adapters for name, tensor in adapter.config.tensors.items()}
-    result = Adapter(first, deltas={}, whole=_averaged([a.whole for a in adapters], weights))
-    result.rows = _averaged([adapter.rows for adapter in adapters], weights)
+    result = Adapter(first, deltas={}, whole=_weighted_mean([a.whole for a in adapters], weights))
+    result.rows = _weighted_mean([adapter.rows for adapter in adapters], weights)
     tensors = {}
     for name, part in parts.items():
         flat, values = _sum(part, elect)
         if values.numel():
             result.deltas[name] = values.to(_dtype(adapters, name))
         if all(adapter.config.tensors.get(name) == first.tensors.get(name) for adapter in adapters):
-            # All have drawn the same: what can be drawn again need not be stored
+            # The same selection in all adapters: positions that can be drawn again are not stored
             tensors[name] = first.tensors[name]
-            if name in adapters[0].stored:
-                result.stored[name] = adapters[0].stored[name]
+            if name in adapters[0].stored_positions:
+                result.stored_positions[name] = adapters[0].stored_positions[name]
             continue
         rows = sorted({row for a in adapters if name in a.config.tensors for row in a.config.tensors[name].whole_rows})
         if rows:
             flat = torch.cat([flat, row_positions(torch.tensor(rows), shapes[name][-1])]).sort().values
         selection = Selection(STORED, name, tuple(shapes[name]), flat.numel(), whole_rows=tuple(rows))
-        result.stored[name] = flat
-        tensors[name] = SelectedTensor.describe(selection, flat)
+        result.stored_positions[name] = flat
+        tensors[name] = SelectedTensor.from_selection(selection, flat)
     trained = sum(t.count for t in tensors.values()) + sum(values.numel() for values in result.whole.values())
     update = {
         "sparse": SparseConfig(density=trained / first.total_parameters, modules_to_save=first.sparse.modules_to_save),
@@ -111,16 +132,16 @@ def combine(
     return result
 
 
-def _scattered(adapter: Adapter, name: str, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and float32 deltas of one weight, without rows trained whole."""
+def _positions_and_deltas(adapter: Adapter, name: str, origin: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions and the float32 deltas of a weight, without fully trained rows: (n,) and (n,)."""
     flat, selection = checked_positions(adapter, name, origin), adapter.selection(name)
     if selection.whole_rows:
         flat = flat[~row_mask(selection, flat)]
     return flat, adapter.deltas[name].float() if name in adapter.deltas else torch.zeros(0)
 
 
-def _pruned(values: torch.Tensor, combination_type: CombinationType, density: float, key: str) -> torch.Tensor:
-    """The values with all but a fraction of them set to zero, by size or at random."""
+def _prune(values: torch.Tensor, combination_type: CombinationType, density: float, key: str) -> torch.Tensor:
+    """Keep a fraction of the values, the largest or a random choice, and set the others to zero."""
     if combination_type == "linear" or density == 1:
         return values
     if combination_type.startswith("dare"):
@@ -133,28 +154,29 @@ def _pruned(values: torch.Tensor, combination_type: CombinationType, density: fl
 
 
 def _sum(part: list[tuple[torch.Tensor, torch.Tensor, float]], elect: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions that any adapter has, and the weighted sum of what they have there.
+    """The union of the adapters' positions, and the weighted sum of their values there.
 
-    Args: part: (positions, values, weight) of each adapter; elect: at each position only the values count that have
-        the sign of their unweighted sum, and the result is their mean.
+    Args:
+        part: (positions, values, weight) of each adapter.
+        elect: as in ties, use only the values with the sign of their unweighted sum, and return their mean.
     """
-    flat, place = torch.cat([flat for flat, _, _ in part]).unique(return_inverse=True)
+    flat, index = torch.cat([flat for flat, _, _ in part]).unique(return_inverse=True)
     values = torch.cat([values for _, values, _ in part])
     weighted = torch.cat([values * weight for _, values, weight in part])
     if not elect:
-        return flat, torch.zeros(flat.numel()).index_add_(0, place, weighted)
-    total = torch.zeros(flat.numel()).index_add_(0, place, values)
-    agrees = values.sign() == torch.where(total >= 0, 1.0, -1.0)[place]
-    agreed = torch.zeros_like(total).index_add_(0, place, weighted * agrees)
-    voters = torch.zeros_like(total).index_add_(0, place, agrees.float())
-    return flat, agreed / voters.clamp(min=1)
+        return flat, torch.zeros(flat.numel()).index_add_(0, index, weighted)
+    total = torch.zeros(flat.numel()).index_add_(0, index, values)
+    agrees = values.sign() == torch.where(total >= 0, 1.0, -1.0)[index]
+    agreeing = torch.zeros_like(total).index_add_(0, index, weighted * agrees)
+    counts = torch.zeros_like(total).index_add_(0, index, agrees.float())
+    return flat, agreeing / counts.clamp(min=1)
 
 
-def _averaged(parts: Sequence[dict[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    size = sum(map(abs, weights))
+def _weighted_mean(parts: Sequence[dict[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:
+    total = sum(map(abs, weights))
     names = dict.fromkeys(name for part in parts for name in part)
     return {
-        name: sum(p[name].float() * (abs(w) / size) for p, w in zip(parts, weights, strict=True)).to(
+        name: sum(p[name].float() * (abs(w) / total) for p, w in zip(parts, weights, strict=True)).to(
             parts[0][name].dtype
         )
         for name in names
@@ -170,29 +192,30 @@ def _check_settings(
     adapters: Sequence[Adapter], weights: Sequence[float], combination_type: str, density: float
 ) -> None:
     if len(weights) != len(adapters):
-        raise UserError(f"weights: {len(weights)} for {len(adapters)} adapters; give one for each")
+        raise UserError(f"weights: {len(weights)} for {len(adapters)} adapters; pass one for each")
     if not adapters or not all(map(math.isfinite, weights)) or not any(weights):
-        raise UserError("weights: give finite numbers that are not all zero, for at least one adapter")
+        raise UserError("weights: pass finite numbers that are not all zero, for at least one adapter")
     if combination_type not in get_args(CombinationType):
         raise UserError(f"combination_type: '{combination_type}'; known: {', '.join(get_args(CombinationType))}")
     if not 0 < density <= 1:
         raise UserError(
-            f"density: {density:g}; give the fraction of each adapter's deltas to keep, above 0, at most 1"
+            f"density: {density:g}; pass the fraction of each adapter's deltas to keep, above 0 and at most 1"
         )
 
 
-def _check_alike(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
+def _check_compatible(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
     first = adapters[0]
     for adapter, name in zip(adapters[1:], names[1:], strict=True):
         pair = f"{names[0]} and {name}"
-        if odd := differences(first.config.base_fingerprint, adapter.config.base_fingerprint):
+        if odd := differing_parameters(first.config.base_fingerprint, adapter.config.base_fingerprint):
             raise UserError(
-                f"{pair}: made for different base models, {first.config.base_model_name_or_path} and "
-                f"{adapter.config.base_model_name_or_path} ('{odd[0]}' differs); only adapters of one base combine"
+                f"{pair}: trained on different base models, {first.config.base_model_name_or_path} and "
+                f"{adapter.config.base_model_name_or_path} ('{odd[0]}' differs); only adapters of the same base model "
+                "can be combined"
             )
         for kind, one, other in (
-            ("parameters trained whole", _shapes(first.whole), _shapes(adapter.whole)),
-            ("tokens trained whole", _shapes(first.rows), _shapes(adapter.rows)),
+            ("fully trained parameters", _shapes(first.whole), _shapes(adapter.whole)),
+            ("fully trained tokens", _shapes(first.rows), _shapes(adapter.rows)),
             ("new tokens", first.config.new_tokens, adapter.config.new_tokens),
             ("labels", first.config.model_settings.get("id2label"), adapter.config.model_settings.get("id2label")),
         ):
@@ -201,7 +224,7 @@ def _check_alike(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
         for entry in first.config.tensors.keys() & adapter.config.tensors.keys():
             one, other = first.config.tensors[entry], adapter.config.tensors[entry]
             if (one.shape, one.whole_rows) != (other.shape, other.whole_rows):
-                raise UserError(f"{pair}: '{entry}' has other shapes or rows trained whole in each")
+                raise UserError(f"{pair}: '{entry}' has a different shape or different fully trained rows in each")
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:

@@ -1,9 +1,9 @@
-"""The adapter directory, as files: no model is needed to read, check, write or describe one.
+"""The files of an adapter directory. They are read, checked and written without a model.
 
-adapter_config.json             base model and its fingerprint, task, what was drawn from which weight, checksums
-adapter_model.safetensors       by the base model's own parameter names: deltas (n,) of the selected scalars, the
-                                parameters trained whole, and as NAME.rows the rows trained whole (rows, columns)
-adapter_positions.safetensors   only where positions cannot be drawn again: int32 or int64 (n,) by parameter name
+adapter_config.json             the base model and its fingerprint, the task, the selection of each weight, checksums
+adapter_model.safetensors       by the base model's parameter names: deltas (n,) of the selected scalars, fully trained
+                                parameters, and as NAME.rows the fully trained rows of a matrix (rows, columns)
+adapter_positions.safetensors   only for positions that cannot be drawn again: int32 or int64 (n,) by parameter name
 README.md                       the model card
 """
 
@@ -33,11 +33,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 POSITIONS_NAME = "adapter_positions.safetensors"
 CARD_NAME = "README.md"
 FORMAT_VERSION = 1
-ROWS = ".rows"
+ROWS_SUFFIX = ".rows"
 
 
 class SelectedTensor(BaseModel):
-    """What was drawn from one weight."""
+    """The selection of one weight."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,23 +49,24 @@ class SelectedTensor(BaseModel):
     granularity: int = 1
     whole_rows: list[int] = []
     positions: str
-    """Checksum of the positions, so that a changed rule can never place values wrongly."""
+    """Checksum of the positions. It detects a change of the rule, which would misplace the deltas."""
 
     @classmethod
-    def describe(cls, selection: Selection, positions: torch.Tensor) -> "SelectedTensor":
-        """Args: positions: int64 (count,)"""
-        known = dataclasses.asdict(selection)
-        del known["name"]
-        known |= {"shape": list(selection.shape), "whole_rows": list(selection.whole_rows)}
-        return cls(**known, positions=rules.checksum(positions))
+    def from_selection(cls, selection: Selection, positions: torch.Tensor) -> "SelectedTensor":
+        """Describe a selection whose positions are `positions`, int64 (count,)."""
+        fields = dataclasses.asdict(selection)
+        del fields["name"]
+        fields |= {"shape": list(selection.shape), "whole_rows": list(selection.whole_rows)}
+        return cls(**fields, positions=rules.checksum(positions))
 
     def selection(self, name: str) -> Selection:
-        known = self.model_dump(exclude={"positions"})
-        return Selection(name=name, **known | {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)})
+        """The selection for the parameter `name`."""
+        fields = self.model_dump(exclude={"positions"})
+        return Selection(name=name, **fields | {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)})
 
 
 class AdapterConfig(BaseModel):
-    """adapter_config.json"""
+    """The contents of adapter_config.json."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -74,40 +75,45 @@ class AdapterConfig(BaseModel):
     base_model_name_or_path: str | None
     revision: str | None
     base_fingerprint: dict[str, str] = {}
-    """A short hash of each weight of the base model, by parameter name."""
+    """A hash of each parameter of the base model, by name. See `model.fingerprint`."""
     tokenizer: str | None = None
+    """The source of the tokenizer if it is not the base model."""
     new_tokens: list[str] = []
     """Tokens that were added to the tokenizer."""
     task: str | None
     dtype: str
-    """Of the base model when the adapter was trained."""
+    """The dtype of the base model in training."""
     model_settings: dict[str, Any] = {}
+    """Entries of the model's config that the task sets (id2label, pad_token_id)."""
     sparse: SparseConfig
     total_parameters: int
+    """Number of scalars of the base model."""
     trainable_parameters: int
+    """Number of trained scalars."""
     tensors: dict[str, SelectedTensor]
+    """The selection of each weight, by parameter name."""
     modules_to_save: list[str]
-    """The parameters that were trained whole."""
+    """Names of the fully trained parameters."""
     results: dict[str, Any] = {}
-    """Figures of the run, as the model card tells them."""
+    """Metrics of the run, for the model card."""
     files: dict[str, str] = {}
-    """Checksum (xxh3, 128 bits) of each other file."""
+    """Checksum (xxh3, 128 bits) of each safetensors file."""
     library_versions: dict[str, str] = {}
 
 
 @dataclasses.dataclass
 class Adapter:
-    """An adapter in memory."""
+    """An adapter in memory. All tensors are by the base model's parameter names."""
 
     config: AdapterConfig
     deltas: dict[str, torch.Tensor]
-    """(n,) of each selected weight, in the order of its positions, without rows trained whole."""
+    """(n,): the deltas in the order of the positions, without fully trained rows."""
     whole: dict[str, torch.Tensor]
-    """Parameters trained whole."""
+    """The values of fully trained parameters."""
     rows: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    """(rows, columns) of the rows trained whole: their values, for what new rows held before is not to be known."""
-    stored: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    """int64 (n,) of each weight whose positions cannot be drawn again, rows trained whole included."""
+    """(rows, columns): the values, not deltas, of fully trained rows: rows of new tokens have no original values."""
+    stored_positions: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """int64 (n,): positions that cannot be drawn again, fully trained rows included."""
 
     def __repr__(self) -> str:
         config = self.config
@@ -116,8 +122,8 @@ class Adapter:
             f"{len(config.tensors)} weights of {config.base_model_name_or_path})"
         )
 
-    def copied(self) -> "Adapter":
-        """With values of its own: those that were read are views of the file, which may be gone one day."""
+    def clone(self) -> "Adapter":
+        """A copy in memory. The values that `read_adapter` returns are mapped from the file, which may be deleted."""
         parts = {
             part: {name: tensor.clone() for name, tensor in getattr(self, part).items()}
             for part in ("deltas", "whole", "rows")
@@ -125,37 +131,48 @@ class Adapter:
         return dataclasses.replace(self, **parts)
 
     def positions(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Returns: int64 (count,), rows trained whole included."""
-        return self.stored[name].to(device) if name in self.stored else self.selection(name).positions(device)
+        """The positions of a selected weight, fully trained rows included: int64 (count,)."""
+        stored = self.stored_positions.get(name)
+        return self.selection(name).positions(device) if stored is None else stored.to(device)
 
     def selection(self, name: str) -> Selection:
+        """The selection of a weight."""
         return self.config.tensors[name].selection(name)
 
 
 def row_mask(selection: Selection, positions: torch.Tensor) -> torch.Tensor:
-    """Which positions are those of rows trained whole. Returns: bool (count,)"""
+    """Whether each position belongs to a fully trained row: bool (count,)."""
     rows = torch.tensor(selection.whole_rows, device=positions.device)
     return torch.isin(torch.div(positions, selection.shape[-1], rounding_mode="trunc"), rows)
 
 
 def library_versions() -> dict[str, str]:
+    """The installed versions of Python and of the libraries that matter for results."""
     names = ("torch", "transformers", "deepspeed", "sparse-zero")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def write_adapter(adapter: Adapter, directory: str | Path, card: str | None = None) -> None:
-    """Write an adapter's files. The config comes last: without it, or with the old one, nothing opens by mistake.
+    """Write an adapter's files.
 
-    Args: card: the text of README.md.
-    Raises UserError: the directory cannot be written.
+    The config is written last. If writing is interrupted, the directory has no config, or one whose checksums do not
+    match the files, so it cannot be loaded by mistake.
+
+    Args:
+        adapter: the adapter.
+        directory: created if necessary; files of another adapter in it are replaced.
+        card: the text of README.md; None for no change.
+
+    Raises:
+        UserError: the directory cannot be written.
     """
     directory = Path(directory)
-    tensors = adapter.deltas | adapter.whole | {name + ROWS: values for name, values in adapter.rows.items()}
+    tensors = adapter.deltas | adapter.whole | {name + ROWS_SUFFIX: values for name, values in adapter.rows.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         files = {WEIGHTS_NAME: _write_tensors(directory / WEIGHTS_NAME, tensors)}
-        if adapter.stored:
-            files[POSITIONS_NAME] = _write_tensors(directory / POSITIONS_NAME, _narrow(adapter))
+        if adapter.stored_positions:
+            files[POSITIONS_NAME] = _write_tensors(directory / POSITIONS_NAME, _narrow_positions(adapter))
         else:
             (directory / POSITIONS_NAME).unlink(missing_ok=True)
         if card is not None:
@@ -166,24 +183,26 @@ def write_adapter(adapter: Adapter, directory: str | Path, card: str | None = No
         raise UserError(f"{directory}: the adapter cannot be written ({error})") from None
 
 
-def _narrow(adapter: Adapter) -> dict[str, torch.Tensor]:
-    fits = {name: adapter.selection(name).numel < 2**31 for name in adapter.stored}
-    return {name: flat.to(torch.int32 if fits[name] else torch.int64) for name, flat in adapter.stored.items()}
+def _narrow_positions(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The stored positions as int32 where that is possible."""
+    fits = {name: adapter.selection(name).numel < 2**31 for name in adapter.stored_positions}
+    positions = adapter.stored_positions.items()
+    return {name: flat.to(torch.int32 if fits[name] else torch.int64) for name, flat in positions}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Returns: the file's checksum."""
-    # The old file stays whole until the new one is; and a model may have it mapped.
-    aside = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
-    os.replace(aside, path)
+    # Not written in place: the old file stays complete until the end, and a model may have it mapped
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
     return _checksum_of_file(path)
 
 
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _checksum_of_file(path: Path) -> str:
@@ -192,19 +211,25 @@ def _checksum_of_file(path: Path) -> str:
 
 
 def read_config(directory: str | Path) -> AdapterConfig:
-    """Raises UserError: not an adapter directory, a file that is damaged, or one of a newer version."""
+    """Read and check adapter_config.json.
+
+    Raises:
+        UserError: the directory is not an adapter, or the file is damaged or has a newer format.
+    """
     path = Path(directory) / CONFIG_NAME
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{directory}: not an adapter directory ({CONFIG_NAME} is not there)") from None
+        raise UserError(f"{directory}: not an adapter directory (it has no {CONFIG_NAME})") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(raw, dict) or raw.get("adapter_type") != "sparse-zero":
-        raise UserError(f"{path}: not a sparse-zero adapter; `sparse-zero convert` makes one of other formats")
+        raise UserError(f"{path}: not a sparse-zero adapter; `sparse-zero convert` converts some other formats")
     newer = raw.get("format_version")
     if isinstance(newer, int) and newer > FORMAT_VERSION:
-        raise UserError(f"{path}: format {newer} is newer than {FORMAT_VERSION}, the newest that this version reads")
+        raise UserError(
+            f"{path}: format {newer} is newer than {FORMAT_VERSION}, which this version supports; update sparse-zero"
+        )
     try:
         return AdapterConfig.model_validate(raw)
     except ValidationError as error:
@@ -213,12 +238,15 @@ def read_config(directory: str | Path) -> AdapterConfig:
 
 
 def read_adapter(directory: str | Path) -> Adapter:
-    """Read and check an adapter's files. Positions that can be drawn again are not drawn here.
+    """Read and check an adapter's files.
 
-    Returns: its values are views of the mapped file: no copy is made of what is to be copied into a model.
+    Positions that can be drawn again are not drawn or checked here; see `checked_positions`.
 
-    Raises UserError: see `read_config`; a file that is missing, cut short, changed since, or that does not fit the
-    config.
+    Returns: the adapter. Its values are mapped from the file, not copied into memory.
+
+    Raises:
+        UserError: see `read_config`; also a file that is missing, truncated, modified, or inconsistent with the
+            config.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -227,7 +255,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     counts = {name: selection.count - selection.whole_row_scalars for name, selection in selected.items()}
     shapes = {name: [count] for name, count in counts.items() if count}
     shapes |= {
-        f"{n}{ROWS}": [len(selection.whole_rows), selection.shape[-1]]
+        f"{n}{ROWS_SUFFIX}": [len(selection.whole_rows), selection.shape[-1]]
         for n, selection in selected.items()
         if selection.whole_rows
     }
@@ -235,52 +263,55 @@ def read_adapter(directory: str | Path) -> Adapter:
     for name, shape in shapes.items():
         if list(tensors[name].shape) != shape:
             raise UserError(
-                f"{directory / WEIGHTS_NAME}: '{name}' has shape {list(tensors[name].shape)}, "
-                f"{CONFIG_NAME} says {', '.join(map(str, shape))}"
+                f"{directory / WEIGHTS_NAME}: '{name}' has the shape {list(tensors[name].shape)} instead of {shape}, "
+                f"which {CONFIG_NAME} requires"
             )
-    to_store = {name for name, selection in selected.items() if selection.rule == STORED}
-    stored = _read_tensors(directory / POSITIONS_NAME, config) if to_store else {}
-    _check_names(directory / POSITIONS_NAME, stored, to_store)
+    with_positions = {name for name, selection in selected.items() if selection.rule == STORED}
+    positions = _read_tensors(directory / POSITIONS_NAME, config) if with_positions else {}
+    _check_names(directory / POSITIONS_NAME, positions, with_positions)
     adapter = Adapter(
         config=config,
         deltas={name: tensors[name] for name, count in counts.items() if count},
         whole={name: tensors[name] for name in config.modules_to_save},
-        rows={name: tensors[name + ROWS] for name, selection in selected.items() if selection.whole_rows},
-        stored={name: flat.to(torch.int64) for name, flat in stored.items()},
+        rows={name: tensors[name + ROWS_SUFFIX] for name, selection in selected.items() if selection.whole_rows},
+        stored_positions={name: flat.to(torch.int64) for name, flat in positions.items()},
     )
-    for name in to_store:
+    for name in with_positions:
         _check_positions(adapter, name, directory)
     return adapter
 
 
 def checked_positions(adapter: Adapter, name: str, directory: str | Path) -> torch.Tensor:
-    """The positions of one weight: int64 (count,). Raises UserError where they are not those it was trained with."""
+    """The positions of a selected weight, int64 (count,). Raises UserError if their checksum is wrong."""
     flat = adapter.positions(name)
-    _compare(rules.checksum(flat), adapter, name, directory)
+    _check_checksum(rules.checksum(flat), adapter, name, directory)
     return flat
 
 
-def checked_chunks(
+def checked_position_chunks(
     adapter: Adapter, name: str, directory: str | Path, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
-    """The same some at a time. That they are not the right ones is known, and raised, after the last ones."""
-    digest, stored = rules.Checksum(), adapter.stored.get(name)
+    """`checked_positions` in chunks. If the checksum is wrong, UserError is raised after the last chunk."""
+    digest, stored = rules.Checksum(), adapter.stored_positions.get(name)
     chunks = adapter.selection(name).chunks(device) if stored is None else rules.in_chunks(stored.to(device))
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
-    _compare(digest.hexdigest(), adapter, name, directory)
+    _check_checksum(digest.hexdigest(), adapter, name, directory)
 
 
-def _compare(checksum: str, adapter: Adapter, name: str, directory: str | Path) -> None:
+def _check_checksum(checksum: str, adapter: Adapter, name: str, directory: str | Path) -> None:
     if checksum != adapter.config.tensors[name].positions:
-        raise UserError(f"{directory}: the positions of '{name}' are not those that it was trained with")
+        raise UserError(f"{directory}: the positions of '{name}' differ from those it was trained with")
 
 
 def _check_positions(adapter: Adapter, name: str, directory: Path) -> None:
     flat, selection = checked_positions(adapter, name, directory), adapter.selection(name)
     if flat.numel() != selection.count or bool((flat.diff() <= 0).any()) or flat[0] < 0 or flat[-1] >= selection.numel:
-        raise UserError(f"{directory / POSITIONS_NAME}: '{name}' are no positions of a weight of {selection.shape}")
+        raise UserError(
+            f"{directory / POSITIONS_NAME}: damaged: the positions of '{name}' are not valid for its shape "
+            f"{list(selection.shape)}"
+        )
 
 
 def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], expected: set[str]) -> None:
@@ -293,15 +324,17 @@ def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
         checksum = _checksum_of_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: not there") from None
+        raise UserError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
     if checksum != config.files.get(path.name):
-        raise UserError(f"{path}: damaged, or from another save (its checksum is not the one in {CONFIG_NAME})")
+        raise UserError(
+            f"{path}: damaged, or from a different save than {CONFIG_NAME}, which has another checksum for it"
+        )
     return tensors
 
 
 def adapter_bytes(directory: str | Path) -> int:
-    """Bytes of an adapter's files, without its model card."""
+    """Size of an adapter's files in bytes, without the model card."""
     names = (CONFIG_NAME, WEIGHTS_NAME, POSITIONS_NAME)
     return sum(path.stat().st_size for path in (Path(directory) / name for name in names) if path.exists())

@@ -1,4 +1,4 @@
-"""What `sparse-zero inspect` shows of an adapter of any format. The base model is read only where it must be."""
+"""`sparse-zero inspect`: facts about an adapter of any format. The base model is read only if that is necessary."""
 
 import re
 from collections import Counter
@@ -8,24 +8,29 @@ from typing import Any
 
 import torch
 
-from sparse_zero.adapters.exchange import format_of, read
-from sparse_zero.adapters.exchange.contents import Contents
-from sparse_zero.adapters.exchange.files import adapter_bytes
+from sparse_zero.adapters.formats import format_module, read
+from sparse_zero.adapters.formats.contents import Contents
+from sparse_zero.adapters.formats.files import adapter_bytes
 from sparse_zero.data.package import resolve
 from sparse_zero.errors import UserError
 
 SMALLEST = -8
-"""The power of ten below which the histogram does not tell magnitudes apart: they vanish beside any weight."""
+"""The histogram has one bin for all magnitudes below this power of ten. They are negligible for any weight."""
 
 LARGEST = 10
-"""How many of the largest changes are listed."""
+"""Number of the largest changes that are listed."""
 
 
 def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
-    """Facts of an adapter and of each of its tensors.
+    """Facts about an adapter and each of its tensors.
 
-    Args: base: the original of a fine-tuned model; the base model of an adapter whose positions depend on its weights.
-    Raises UserError: no known format, a file that is damaged.
+    Args:
+        directory: an adapter of any format, or a fine-tuned model.
+        base: the base model's directory or hub id. Needed for a fine-tuned model, and for an adapter whose positions
+            depend on the base model's weights.
+
+    Raises:
+        UserError: the format is not known, or a file is damaged.
     """
     contents = read(directory, base)
     _add_shapes(contents)
@@ -33,7 +38,7 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
     changes = {name: entry.values.float() for name, entry in contents.selected.items()}
     size = adapter_bytes(Path(directory))
     facts = {
-        "format": format_of(contents.format).TITLE,
+        "format": format_module(contents.format).TITLE,
         "base_model": contents.base,
         "revision": contents.revision,
         "task": contents.task,
@@ -51,7 +56,7 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
         "notes": contents.notes,
     }
     if contents.format == "model":
-        # The bytes of the whole model say nothing of its changes.
+        # The size of the whole model says nothing about its changes
         del facts["bytes"], facts["bytes_per_scalar"]
     return facts | {
         "kinds": _grouped(tensors, _kind),
@@ -63,7 +68,7 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
 
 
 def _add_shapes(contents: Contents) -> None:
-    """What the directory does not tell of the base model, where that needs no download."""
+    """Add the shapes of the weights if the directory does not have them and the base model is available locally."""
     if contents.total is not None:
         return
     try:
@@ -71,7 +76,7 @@ def _add_shapes(contents: Contents) -> None:
             return
         architecture = contents.architecture()
     except UserError as error:
-        contents.notes.append(f"the weights' shapes are not known ({error})")
+        contents.notes.append(f"the shapes of the weights are unknown ({error})")
         return
     contents.total = architecture.total
     for name, entry in contents.selected.items():
@@ -105,12 +110,12 @@ def _entry(
 
 
 def _kind(name: str) -> str:
-    """The same weight of all layers has one name."""
+    """The name with layer numbers replaced, the same for a weight of all layers."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _layer(name: str) -> str:
-    """Up to the first number: `model.layers.3`; what is outside of the layers by its own name."""
+    """The name up to the first number, as `model.layers.3`; the whole name outside of the layers."""
     found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
     return found.group() if found else name
 
@@ -130,9 +135,9 @@ def _grouped(tensors: list[dict[str, Any]], group: Any) -> list[dict[str, Any]]:
 
 
 def histogram(changes: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
-    """How many deltas have a magnitude of [10^k, 10^(k+1)), empty ranges in between included.
+    """Count the deltas with a magnitude in [10^k, 10^(k+1)), including empty ranges between others.
 
-    Zeros come first (`from` and `to` are 0), then, as one, those below 10^SMALLEST.
+    The first bin is for zeros (`from` and `to` are 0), the next for all magnitudes below 10^SMALLEST.
     """
     zeros, decades = 0, Counter()
     for values in changes:

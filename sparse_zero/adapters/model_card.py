@@ -1,4 +1,4 @@
-"""The model card of an adapter: README.md with the front matter that the hub reads."""
+"""The model card of an adapter: README.md with the metadata that the Hugging Face hub reads."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _METRICS = {
 
 
 def model_card(config: AdapterConfig) -> str:
-    """What was trained, on what, how well, and how to open it."""
+    """The text of README.md: what was trained, the results, how to load it, and versions."""
     base = config.base_model_name_or_path
     local = base is None or "://" in base or base.startswith(("/", "."))
     front: dict[str, Any] = {"library_name": "sparse-zero", "tags": ["sparse-zero", "sparta", "adapter"]}
@@ -26,58 +26,58 @@ def model_card(config: AdapterConfig) -> str:
         front["pipeline_tag"] = "text-classification" if "classification" in config.task else "text-generation"
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# Sparse adapter of {base or 'a model of its own'}",
-        _trained(config),
-        _figures(config.results),
-        _opening(config),
+        f"# Sparse adapter of {base or 'a custom model'}",
+        _training(config),
+        _results(config.results),
+        _usage(config),
         "## Versions\n\n" + ", ".join(f"{name} {number}" for name, number in config.library_versions.items()),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _trained(config: AdapterConfig) -> str:
+def _training(config: AdapterConfig) -> str:
     trainable, total = config.trainable_parameters, config.total_parameters
     rules = sorted({entry.rule for entry in config.tensors.values()})
     lines = [
-        f"{trainable:,} of {total:,} scalars ({100 * trainable / total:.3g}%) were trained; the rest is the base's.",
+        f"{trainable:,} of {total:,} scalars ({100 * trainable / total:.3g}%) were trained; the others are unchanged.",
         "",
         f"- selected from {len(config.tensors)} weights, {config.sparse.budget}, positions {', '.join(rules)}",
-        f"- trained whole: {', '.join(config.modules_to_save) or 'nothing'}",
+        f"- fully trained: {', '.join(config.modules_to_save) or 'nothing'}",
     ]
     if config.new_tokens:
         lines.append(f"- new tokens: {', '.join(f'`{token}`' for token in config.new_tokens)}")
     return "\n".join(lines)
 
 
-def _figures(results: dict[str, Any]) -> str:
+def _results(results: dict[str, Any]) -> str:
     rows = [
-        f"| {shown} | {_figure(results.get(f'{name}_before'))} | {_figure(results[name])} |"
+        f"| {shown} | {_number(results.get(f'{name}_before'))} | {_number(results[name])} |"
         for name, shown in _METRICS.items()
         if name in results
     ]
     if not rows:
         return ""
-    counted = f" on {results['eval_examples']:,} held-out examples" if "eval_examples" in results else ""
-    return f"## Results{counted}\n\n| | before | after |\n|---|---|---|\n" + "\n".join(rows)
+    count = f" on {results['eval_examples']:,} held-out examples" if "eval_examples" in results else ""
+    return f"## Results{count}\n\n| | before | after |\n|---|---|---|\n" + "\n".join(rows)
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _opening(config: AdapterConfig) -> str:
+def _usage(config: AdapterConfig) -> str:
     if config.task is None:
         return ""
-    kind, labels = "AutoModelForCausalLM", ""
+    auto_class, labels = "AutoModelForCausalLM", ""
     if config.task == "sequence-classification":
-        kind = "AutoModelForSequenceClassification"
+        auto_class = "AutoModelForSequenceClassification"
         labels = f", num_labels={len(config.model_settings.get('id2label', ()))}"
     base, imports = f'"{config.base_model_name_or_path}"', ""
     if "://" in base:
         base, imports = f"resolve({base})", "from sparse_zero.data.package import resolve\n"
     return (
         "## Use\n\n```python\n"
-        f"from sparse_zero import load_adapter\n{imports}from transformers import {kind}\n\n"
-        f"model = {kind}.from_pretrained({base}{labels})\n"
+        f"from sparse_zero import load_adapter\n{imports}from transformers import {auto_class}\n\n"
+        f"model = {auto_class}.from_pretrained({base}{labels})\n"
         'load_adapter(model, "path/to/this/directory")\n```'
     )

@@ -1,4 +1,4 @@
-"""Adapters and models: what a sparse model saves, and an adapter that is put onto its base model."""
+"""Save the adapter of a sparse model, load an adapter on its base model, and write a merged model."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ from sparse_zero.adapters.files import (
     Adapter,
     AdapterConfig,
     SelectedTensor,
-    checked_chunks,
+    checked_position_chunks,
     checked_positions,
     library_versions,
     read_adapter,
@@ -23,47 +23,61 @@ from sparse_zero.adapters.files import (
     write_adapter,
 )
 from sparse_zero.adapters.model_card import model_card
-from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, make_room
+from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings
 from sparse_zero.data.package import resolve
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import differences, fingerprint
-from sparse_zero.model.sparsify import Sparsity, attach, merge_and_unload, set_scale, sparsity_of, unwrap
+from sparse_zero.model.fingerprint import differing_parameters, fingerprint
+from sparse_zero.model.sparsify import Sparsity, apply_selection, merge_and_unload, set_scale, sparsity_of, unwrap
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.zero.parameters import full_shape, gathered, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
 
-# What a task adds to the base model's own configuration, without which a merged model would not be the trained one.
+# Entries that a task sets in the base model's config, and that a merged model needs
 _MODEL_SETTINGS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
 def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool = True) -> None:
-    """Write a sparse model's adapter. Under ZeRO stage 3 every rank must call it; the main process writes.
+    """Write the active adapter of a sparse model to a directory.
 
-    Raises UserError: the model is not sparse; the directory cannot be written.
+        save_adapter(model, "adapter")
+        save_adapter(model, "adapter", is_main_process=accelerator.is_main_process)  # on all ranks
+
+    The directory contains adapter_config.json, adapter_model.safetensors, a model card, and
+    adapter_positions.safetensors if the positions cannot be drawn again from the config.
+
+    Args:
+        model: a sparse model, which may be wrapped by DDP, Accelerate or DeepSpeed.
+        directory: created if necessary; files of another adapter in it are replaced.
+        is_main_process: whether this rank writes. Under ZeRO stage 3, all ranks must call the function.
+
+    Raises:
+        UserError: the model is not sparse, or the directory cannot be written.
     """
-    adapter = collect(model, keep=is_main_process)
+    adapter = extract_adapter(model, keep=is_main_process)
     if is_main_process:
         write_adapter(adapter, directory, model_card(adapter.config))
 
 
-def collect(model: nn.Module, keep: bool = True) -> Adapter:
-    """A sparse model's active adapter, on the CPU. Collective under ZeRO stage 3.
+def extract_adapter(model: nn.Module, keep: bool = True) -> Adapter:
+    """Copy the active adapter of a sparse model to the CPU. Under ZeRO stage 3, all ranks must call it.
 
-    Args: keep: whether this rank wants the values; without it only the config is filled.
+    Args:
+        model: a sparse model, which may be wrapped.
+        keep: whether to return the values on this rank. Otherwise only the config is filled.
     """
     sparsity, inner = sparsity_of(model), unwrap(model)
     parameters = dict(inner.named_parameters())
     wait_for_prefetch(inner)
     positions = {name: weight.flat_positions() for name, weight in sparsity.weights.items()} if keep else {}
-    adapter = Adapter(describe_config(inner, sparsity, positions), deltas={}, whole={})
+    adapter = Adapter(adapter_config(inner, sparsity, positions), deltas={}, whole={})
     for name, weight in sparsity.weights.items():
         with gathered([weight.delta]):
             if not keep:
                 continue
             values = weight.delta.detach()
             if weight.selection.rule == STORED:
-                adapter.stored[name] = positions[name].cpu()
+                adapter.stored_positions[name] = positions[name].cpu()
             if weight.selection.whole_rows:
                 inside = row_mask(weight.selection, positions[name])
                 rows = weight.base[inside].to(torch.promote_types(weight.base.dtype, values.dtype)) + values[inside]
@@ -78,8 +92,14 @@ def collect(model: nn.Module, keep: bool = True) -> Adapter:
     return adapter
 
 
-def describe_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str, torch.Tensor]) -> AdapterConfig:
-    """What adapter_config.json says of a sparse model. Args: positions: int64 (count,) of each selected weight."""
+def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str, torch.Tensor]) -> AdapterConfig:
+    """The adapter_config.json of a sparse model.
+
+    Args:
+        model: the model without wrappers.
+        sparsity: its state.
+        positions: int64 (count,) of each selected weight, by name. Weights that are missing here are left out.
+    """
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
     some_weight = dict(model.named_parameters())[next(iter([*sparsity.weights, *sparsity.whole]))]
@@ -95,7 +115,9 @@ def describe_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
-        tensors={n: SelectedTensor.describe(sparsity.weights[n].selection, flat) for n, flat in positions.items()},
+        tensors={
+            n: SelectedTensor.from_selection(sparsity.weights[n].selection, flat) for n, flat in positions.items()
+        },
         modules_to_save=sparsity.whole,
         results=sparsity.results,
         library_versions=library_versions(),
@@ -110,12 +132,25 @@ def _task_of(model: nn.Module) -> str | None:
 
 
 def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> nn.Module:
-    """Put an adapter onto its base model (which becomes sparse), or its values into a model sparsified alike.
+    """Load an adapter on a model, in place. Under ZeRO stage 3, all ranks must call it.
 
-    Args: adapter_name: of a sparse model, keep the adapter under this name until `set_adapter` asks for it.
-    Under ZeRO stage 3 every rank must call it. In place; nothing is touched before everything fits.
+        model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+        load_adapter(model, "adapter")
 
-    Raises UserError: a damaged file, another base model, positions that this version draws differently.
+    - A base model becomes sparse, with the deltas written into its weights.
+    - A sparse model with the same selection gets the adapter's values.
+    - With the name of another adapter, a sparse model keeps it inactive, in CPU memory, until `set_adapter`.
+
+    Args:
+        model: the base model or a sparse model, which may be wrapped.
+        directory: an adapter directory.
+        adapter_name: the name of the adapter. None for the active adapter of a sparse model, or "default".
+
+    Returns: the same model.
+
+    Raises:
+        UserError: the files are damaged, or the adapter was trained on a different base model or has a different
+            selection than the sparse model. The model is then unchanged.
     """
     inner = unwrap(model)
     adapter = read_adapter(directory)
@@ -127,17 +162,23 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
         _check_base(inner, adapter, directory, inner.sparsity.fingerprint)
         for name in adapter.config.tensors:
             checked_positions(adapter, name, directory)
-        inner.__dict__.setdefault("parked_adapters", {})[adapter_name] = adapter.copied()
+        inner.__dict__.setdefault("inactive_adapters", {})[adapter_name] = adapter.clone()
     else:
-        put_on(inner, adapter, directory, adapter_name or "default")
+        apply_adapter(inner, adapter, directory, adapter_name or "default")
     return model
 
 
-def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name: str = "default") -> None:
-    """Make a base model sparse with an adapter. In place. Collective under ZeRO stage 3.
+def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name: str = "default") -> None:
+    """Make a base model sparse with an adapter, in place. Under ZeRO stage 3, all ranks must call it.
 
-    Args: origin: what the adapter is called in errors.
-    Raises UserError where it does not fit, with the model as it was.
+    Args:
+        inner: the base model without wrappers.
+        adapter: the adapter.
+        origin: the adapter's directory or name, for errors.
+        adapter_name: the name it gets.
+
+    Raises:
+        UserError: the adapter does not fit the model, which is then unchanged.
     """
     config = adapter.config
     wait_for_prefetch(inner)
@@ -148,11 +189,11 @@ def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name:
     selections = [adapter.selection(name) for name in config.tensors]
 
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
-        return checked_chunks(adapter, selection.name, origin, device)
+        return checked_position_chunks(adapter, selection.name, origin, device)
 
-    # What a row trained whole adds is known once its original values are
+    # The deltas of fully trained rows depend on the rows' original values, which are known afterwards
     deltas = {name: values for name, values in adapter.deltas.items() if name not in adapter.rows}
-    attach(inner, config.sparse, selections, list(config.modules_to_save), chunks, base, deltas)
+    apply_selection(inner, config.sparse, selections, list(config.modules_to_save), chunks, base, deltas)
     sparsity = inner.sparsity
     sparsity.name = adapter_name
     sparsity.base_model, sparsity.revision = config.base_model_name_or_path, config.revision
@@ -163,7 +204,7 @@ def put_on(inner: nn.Module, adapter: Adapter, origin: str | Path, adapter_name:
 
 @torch.no_grad()
 def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -> None:
-    """Args: selected: the weights whose deltas are to be set."""
+    """Set the deltas of the weights `selected`, and all fully trained parameters."""
     wait_for_prefetch(inner)
     parameters = dict(inner.named_parameters())
     for name in selected:
@@ -185,31 +226,35 @@ def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -
 
 def _check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None:
     config, parameters = adapter.config, dict(model.named_parameters())
-    base = f"{origin}: made for {config.base_model_name_or_path}, does not fit {type(model).__name__}"
+    where = f"{origin}: trained on {config.base_model_name_or_path}, does not fit {type(model).__name__}"
     shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
     shapes |= {name: list(values.shape) for name, values in adapter.whole.items()}
     for name, saved in shapes.items():
         if name not in parameters:
-            raise UserError(f"{base}: it has no parameter '{name}'")
+            raise UserError(f"{where}: the model has no parameter '{name}'")
         shape = list(full_shape(parameters[name]))
         if shape != saved:
             grown = config.tensors[name].whole_rows if name in config.tensors else ()
-            hint = f"; model.resize_token_embeddings({saved[0]}) makes room for its new tokens" if grown else ""
-            raise UserError(f"{base}: '{name}' has shape {shape} there and {saved} in the adapter{hint}")
+            hint = f"; call model.resize_token_embeddings({saved[0]}) for its new tokens" if grown else ""
+            raise UserError(f"{where}: '{name}' has shape {shape} in the model and {saved} in the adapter{hint}")
 
 
 def _check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: dict[str, str]) -> None:
     config = adapter.config
     half = {str(p.dtype) == "torch.float16" for p in model.parameters() if p.is_floating_point()}
     if any(half) != (config.dtype == "float16"):
-        logger.warning("%s: not checked against the base model's weights: only one of them is in float16", origin)
+        logger.warning(
+            "%s: not checked against the base model's weights, because only one of them is in float16, which changes "
+            "the fingerprint",
+            origin,
+        )
         return
-    if odd := differences(base, config.base_fingerprint):
+    if odd := differing_parameters(base, config.base_fingerprint):
         at = f" at revision {config.revision}" if config.revision else ""
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise UserError(
-            f"{origin}: made for {config.base_model_name_or_path}{at}, and this model has other weights: "
-            f"'{odd[0]}'{more}; load that base model, in the revision that the adapter was trained on"
+            f"{origin}: trained on {config.base_model_name_or_path}{at}, but this model has different weights: "
+            f"'{odd[0]}'{more}; load the base model and revision that the adapter was trained on"
         )
 
 
@@ -217,29 +262,40 @@ def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | 
     config = adapter.config
     same = sparsity.weights.keys() == config.tensors.keys() and set(sparsity.whole) == set(config.modules_to_save)
     for name, weight in sparsity.weights.items() if same else ():
-        here = SelectedTensor.describe(weight.selection, weight.flat_positions())
+        here = SelectedTensor.from_selection(weight.selection, weight.flat_positions())
         same = same and here.positions == config.tensors[name].positions
     if not same:
         raise UserError(
-            f"{origin}: this model was sparsified differently (seed, density, targets or modules_to_save); "
-            "give an adapter_name to keep it beside the active adapter"
+            f"{origin}: the model has a different selection (seed, density, targets or modules_to_save); pass an "
+            "adapter_name to load the adapter in addition to the active one"
         )
 
 
 def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> dict[str, Any]:
-    """Write the base model with an adapter's values in its weights, as a plain Hugging Face model directory.
+    """Merge an adapter into its base model and write the result as a Hugging Face model directory.
 
-    Args: scale: how often the deltas count.
-    Returns: facts for the user. Raises UserError: see `load_adapter`; a base model that cannot be loaded.
+    Args:
+        directory: an adapter directory.
+        out: the directory to write.
+        scale: the factor of the deltas; see `set_scale`.
+
+    Returns: facts for the user.
+
+    Raises:
+        UserError: see `load_adapter` and `load_model`; also `out` is a file or the base model's directory, or the
+            adapter does not name a base model and task.
     """
     started = time.perf_counter()
     config = read_config(directory)
     if config.task is None or config.base_model_name_or_path is None:
-        raise UserError(f"{directory}: made in a program of your own; load it there and call merge_and_unload(model)")
+        raise UserError(
+            f"{directory}: does not say which base model to load, or for which task; load the adapter in your program "
+            "and call merge_and_unload(model)"
+        )
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: is a file; the merged model is a directory")
     if Path(out).resolve() == Path(resolve(config.base_model_name_or_path)).resolve():
-        raise UserError(f"{out}: is the base model, which merging there would overwrite; name another directory")
+        raise UserError(f"{out}: is the base model, which would be overwritten; choose another directory")
     model = load_model(
         config.base_model_name_or_path,
         config.task,
@@ -250,7 +306,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
     tokenizer = _tokenizer_of(config)
     if config.new_tokens:
         add_tokens(tokenizer, config.new_tokens)
-        make_room(model, tokenizer)
+        resize_embeddings(model, tokenizer)
     load_adapter(model, directory)
     set_scale(model, scale)
     merge_and_unload(model)
@@ -259,7 +315,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
         tokenizer.save_pretrained(out)
     return {
         "out": str(out),
-        **({} if tokenizer else {"tokenizer": "none, as with the base model"}),
+        **({} if tokenizer else {"tokenizer": "none, because the base model has none"}),
         "base_model": config.base_model_name_or_path,
         "task": config.task,
         "class": type(model).__name__,
@@ -269,7 +325,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
 
 
 def _tokenizer_of(config: AdapterConfig) -> PreTrainedTokenizerBase | None:
-    """That of the adapter's run, or of its base model; None where a program of the user's own had a base without."""
+    """The tokenizer of the training run, else the base model's; None if the base model has none."""
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     try:

@@ -18,13 +18,13 @@ from sparse_zero.adapters.files import (
     CARD_NAME,
     CONFIG_NAME,
     POSITIONS_NAME,
-    ROWS,
+    ROWS_SUFFIX,
     WEIGHTS_NAME,
     AdapterConfig,
     row_mask,
 )
 from sparse_zero.adapters.model_card import model_card
-from sparse_zero.adapters.save_and_load import describe_config
+from sparse_zero.adapters.save_and_load import adapter_config
 from sparse_zero.checkpoint.directory import FIXED_NAME, Checkpoint, newest_complete
 from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_tensors
 from sparse_zero.errors import UserError
@@ -41,7 +41,7 @@ _POSITIONS, _BASE = "positions.", "base."
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
     """The content of adapter_config.json for a sparse model. Every checkpoint contains it."""
     sparsity = sparsity_of(model)
-    return describe_config(unwrap(model), sparsity, _LazyPositions(sparsity.weights)).model_dump(mode="json")
+    return adapter_config(unwrap(model), sparsity, _LazyPositions(sparsity.weights)).model_dump(mode="json")
 
 
 class _LazyPositions(Mapping[str, torch.Tensor]):
@@ -177,7 +177,7 @@ class _AdapterTensors:
             if others := selection.count - selection.whole_row_scalars:
                 entries.append(Entry(name, dtype, (others,), self._outside_rows(name, dtype)))
             rows = (len(selection.whole_rows), selection.shape[-1])
-            entries.append(Entry(name + ROWS, dtype, rows, self._rows(name, dtype)))
+            entries.append(Entry(name + ROWS_SUFFIX, dtype, rows, self._rows(name, dtype)))
         return entries
 
     def positions(self) -> list[Entry]:

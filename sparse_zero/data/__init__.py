@@ -1,4 +1,4 @@
-"""Base models, tokenizers and data sets: loaded, encoded, sampled and measured.
+"""Base models, tokenizers and data: loading, tokenisation, packing, samplers and metrics.
 
-Others import from `datasets`, `encoding`, `metrics`, `models`, `package`, `sampling`.
+Others import from `datasets`, `metrics`, `models`, `package`, `packing`, `sampling`.
 """

@@ -1,10 +1,10 @@
-"""From the `data` section of a recipe to tokenised examples: load, filter, split, encode, pack, collate.
+"""The `data` section of a recipe: load, filter, split, tokenise, pack and collate examples.
 
     train, evaluation = load_splits(recipe.data)
-    prepared = prepare(recipe.data, recipe.model.task, tokenizer, train, evaluation, model_limit=512)
+    data = prepare_data(recipe.data, recipe.model.task, tokenizer, train, evaluation, model_limit=512)
 
-Nothing here depends on the rank: every rank computes, or reads from the cache of `datasets`, the same examples in the
-same order.
+Nothing here depends on the rank: all ranks compute the same examples in the same order, or read them from the cache of
+`datasets`.
 """
 
 import copy
@@ -26,7 +26,7 @@ from datasets import ClassLabel, Dataset, DatasetBuilder, Value, load_dataset_bu
 from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from sparse_zero.data import encoding
+from sparse_zero.data import packing, tokenization
 from sparse_zero.data.models import check_max_length
 from sparse_zero.data.package import resolve
 from sparse_zero.errors import UserError, did_you_mean
@@ -35,30 +35,33 @@ from sparse_zero.recipe.recipe import Columns, DataSection, Task
 logger = logging.getLogger(__name__)
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-_LABEL_KINDS = ("bool", "int", "uint", "float", "string", "large_string")
+_LABEL_TYPES = ("bool", "int", "uint", "float", "string", "large_string")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a Trainer needs of the data."""
+class PreparedData:
+    """The data for a Trainer."""
 
     train: Dataset
     evaluation: Dataset
     collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
     id2label: dict[int, str] | None
-    """The classes of a sequence classification; None for a language model."""
+    """The classes of a sequence classifier; None for a language model."""
     max_length: int | None
-    """Tokens at which examples were cut, and of a packed sequence. None: they were not cut."""
+    """The length in tokens that examples are truncated to, and that packed sequences may have; None for no limit."""
 
 
 def load_splits(data: DataSection) -> tuple[Dataset, Dataset]:
-    """The raw training and evaluation examples, filtered and cut to size.
+    """Load the raw training and evaluation examples, filtered and limited to the sizes that the recipe sets.
 
-    Without `data.eval_split` the evaluation examples are held out from the training split, disjoint from what trains.
-    A split may be a slice ("train[:80%]"). A subset is drawn at random by `data.split_seed`.
+    Without `data.eval_split`, evaluation examples are held out from the training split and not used for training. A
+    split may be a slice ("train[:80%]"). Subsets are drawn at random with `data.split_seed`.
 
-    Raises UserError: missing files, an unknown split or filter column, a split that is empty or too small, or
-    whatever `datasets` could not read.
+    Returns: the training examples and the evaluation examples.
+
+    Raises:
+        UserError: a missing file, an unknown split or filter column, a split that is empty or too small, or data that
+            `datasets` cannot read.
     """
     builder = _open(data)
     train = _read(builder, data, "train_split")
@@ -75,22 +78,24 @@ def _open(data: DataSection) -> DatasetBuilder:
             near = did_you_mean(path, map(str, Path(path).parent.glob(f"*{suffix}")))
             raise UserError(f"data.path: no such file '{path}'{near}")
         if files is not None:
-            raise UserError(f"data.data_files: '{path}' is a file already; set path to '{_BUILDERS[suffix]}' instead")
+            raise UserError(
+                f"data.data_files: data.path '{path}' is a file as well; set data.path to '{_BUILDERS[suffix]}'"
+            )
         path, files = _BUILDERS[suffix], path
         options = {"sep": "\t"} if suffix == ".tsv" else {}
     elif path in _BUILDERS.values() and files is None:
-        # `datasets` would read every file below the working directory.
-        raise UserError(f"data.data_files is missing: the files that the '{path}' builder is to read")
+        # `datasets` would read all files below the working directory
+        raise UserError(f"data.data_files is missing: name the files that the '{path}' builder should read")
     try:
         builder = load_dataset_builder(path, data.name, data_files=files, revision=data.revision, **options)
         builder.download_and_prepare()
-    except Exception as error:  # `datasets` passes on whatever pandas, pyarrow and the hub's client raise
+    except Exception as error:  # `datasets` does not catch the errors of pandas, pyarrow and huggingface_hub
         raise UserError(f"data.path '{data.path}' cannot be loaded: {_message(error)}") from error
     return builder
 
 
 def _message(error: Exception) -> str:
-    """One line. The message of a DatasetGenerationError itself is that there was an error."""
+    """The error's message in one line. That of a DatasetGenerationError is in its cause."""
     cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
     return textwrap.shorten(str(cause) or type(cause).__name__, 400, placeholder=" ...")
 
@@ -111,13 +116,14 @@ def _read(builder: DatasetBuilder, data: DataSection, key: str) -> Dataset:
         _require_column(dataset, column, f"data.filter: split '{split}'")
         if not isinstance(dataset.features[column], Value | ClassLabel):
             raise UserError(
-                f"data.filter: column '{column}' holds {_kind(dataset.features[column])}, not single values"
+                f"data.filter: column '{column}' has the type {_type_name(dataset.features[column])}; filters need "
+                "single values"
             )
     wanted = [value if isinstance(value, list) else [value] for value in data.filter.values()]
     kept = _filter(dataset, _matches, list(data.filter), wanted=wanted)
     if len(kept) == 0:
         seen = "; ".join(f"{column} has {reprlib.repr(dataset.unique(column))}" for column in data.filter)
-        raise UserError(f"data.filter: {data.filter} keeps none of the {len(dataset)} examples of '{split}'; {seen}")
+        raise UserError(f"data.filter: {data.filter} matches none of the {len(dataset)} examples of '{split}'; {seen}")
     return kept
 
 
@@ -133,7 +139,7 @@ def _hold_out(dataset: Dataset, data: DataSection) -> tuple[Dataset, Dataset]:
     if rest < 1 or rest + held_out > total:
         raise UserError(
             f"data.train_split '{data.train_split}': {max(rest, 1)} training and {held_out} held-out evaluation "
-            f"examples do not fit in {total}; lower data.train_size or data.eval_size, or name a data.eval_split"
+            f"examples are more than its {total}; reduce data.train_size or data.eval_size, or set data.eval_split"
         )
     splits = dataset.train_test_split(test_size=held_out, train_size=rest, seed=data.split_seed)
     return splits["train"], splits["test"]
@@ -149,46 +155,55 @@ def _subset(dataset: Dataset, data: DataSection, role: str) -> Dataset:
 def _count(size: int | float, available: int, role: str) -> int:
     count = int(size * available) if isinstance(size, float) and size <= 1 else int(size)
     if size > 1 and count != size:
-        raise UserError(f"data.{role}_size: {size} is neither a number of examples nor a fraction below 1")
+        raise UserError(f"data.{role}_size: {size} is neither a number of examples nor a fraction of at most 1")
     if not 1 <= count <= available:
         raise UserError(
-            f"data.{role}_size: {size} asks for {count} examples; the split has {available}, once filtered"
+            f"data.{role}_size: {size} means {count} examples; the split has {available} (after data.filter)"
         )
     return count
 
 
-def prepare(
+def prepare_data(
     data: DataSection,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     evaluation: Dataset,
     model_limit: int | None,
-) -> Prepared:
-    """Tokenise both splits into the columns that the model takes, and choose what makes batches of them.
+) -> PreparedData:
+    """Tokenise both splits into the model's input columns, and choose a collator.
 
-    `model_limit` is the longest input, in tokens, that the model takes; None if it has no limit. The loss of a
-    language model counts every token of a plain text, the completion of a prompt, or the assistant's turns of a
-    conversation. Examples without a value, or with no token left that counts, are dropped with a warning.
+    The loss of a language model is computed on all tokens of plain text, on the completion of a prompt, or on the
+    assistant's turns of a conversation. Examples that lack a value, or that have no token for the loss after
+    truncation, are dropped with a warning.
 
-    Raises UserError: a column that is absent or of the wrong type, labels that are no classes, a tokenizer that
-    lacks what the examples need, a max_length that the model cannot take.
+    Args:
+        data: the recipe's section.
+        task: the model's task.
+        tokenizer: not changed.
+        train: the raw training examples.
+        evaluation: the raw evaluation examples.
+        model_limit: the maximum sequence length of the model in tokens; None for no limit.
+
+    Raises:
+        UserError: a column that is missing or has the wrong type, labels that are not classes, a tokenizer without a
+            token or chat template that the examples need, or a max_length that the model does not support.
     """
     max_length = _max_length(data, tokenizer, model_limit)
     splits = {"training": train, "evaluation": evaluation}
     for name, split in splits.items():
         _check_columns(split, data.columns, name)
-        splits[name] = _complete(split, list(data.columns.model_dump(exclude_none=True).values()), name)
-    tokenizer = _for_padding(tokenizer)
+        splits[name] = _drop_incomplete(split, list(data.columns.model_dump(exclude_none=True).values()), name)
+    tokenizer = _padding_right(tokenizer)
     if task == "sequence-classification":
         encoded, id2label = _classification(data.columns, tokenizer, splits, max_length)
-        return Prepared(*encoded, DataCollatorWithPadding(tokenizer), id2label, max_length)
+        return PreparedData(*encoded, DataCollatorWithPadding(tokenizer), id2label, max_length)
     encoded = _language_model(data, tokenizer, splits, max_length)
     if not data.packing:
-        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=encoding.IGNORED)
-        return Prepared(*encoded, collator, None, max_length)
-    packed = [_map(split, encoding.pack_batch, batch_size=10_000, max_length=max_length) for split in encoded]
-    return Prepared(*packed, encoding.PackedCollator(tokenizer.pad_token_id), None, max_length)
+        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=tokenization.IGNORED)
+        return PreparedData(*encoded, collator, None, max_length)
+    packed = [_map(split, packing.pack_batch, batch_size=10_000, max_length=max_length) for split in encoded]
+    return PreparedData(*packed, packing.PackedCollator(tokenizer.pad_token_id), None, max_length)
 
 
 def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_limit: int | None) -> int | None:
@@ -196,12 +211,12 @@ def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_lim
         check_max_length(data.max_length, model_limit)
         added = tokenizer.num_special_tokens_to_add(pair=data.columns.text_pair is not None)
         if data.max_length <= added:
-            raise UserError(f"data.max_length: {data.max_length} leaves no room beside {added} special tokens")
+            raise UserError(f"data.max_length: {data.max_length} leaves no room for text and {added} special tokens")
         return data.max_length
-    # A tokenizer that knows no limit says 10^30.
+    # model_max_length is 10^30 if the tokenizer has no limit
     limits = [limit for limit in (model_limit, tokenizer.model_max_length) if limit is not None and limit < 10**9]
     if data.packing and not limits:
-        raise UserError("data.max_length is missing: packing needs a length, and the model has no limit of its own")
+        raise UserError("data.max_length is missing: packing needs it because the model's config gives no limit")
     return min(limits, default=None)
 
 
@@ -212,9 +227,9 @@ def _check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
         feature = dataset.features[column]
         dtype = getattr(feature, "dtype", None)
         if role in ("text", "text_pair", "prompt", "completion") and dtype not in ("string", "large_string"):
-            raise UserError(f"{where} holds {_kind(feature)} in column '{column}', not text")
+            raise UserError(f"{where} has the type {_type_name(feature)} in column '{column}', not text")
         if role == "messages" and isinstance(feature, Value | ClassLabel):
-            raise UserError(f"{where} holds {_kind(feature)} in column '{column}', not lists of messages")
+            raise UserError(f"{where} has the type {_type_name(feature)} in column '{column}', not lists of messages")
 
 
 def _require_column(dataset: Dataset, column: str, where: str) -> None:
@@ -223,35 +238,40 @@ def _require_column(dataset: Dataset, column: str, where: str) -> None:
         raise UserError(f"{where} has no column '{column}'{near}; its columns: {', '.join(dataset.column_names)}")
 
 
-def _kind(feature: Any) -> str:
+def _type_name(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def _complete(dataset: Dataset, columns: list[str], name: str) -> Dataset:
+def _drop_incomplete(dataset: Dataset, columns: list[str], name: str) -> Dataset:
     if not any(dataset.data.column(column).null_count for column in columns):
         return dataset
-    return _drop(dataset, _filter(dataset, _present, columns), name, f"lack a value of {' or '.join(columns)}")
+    return _report_dropped(
+        dataset, _filter(dataset, _present, columns), name, f"have no value for {' or '.join(columns)}"
+    )
 
 
 def _present(*columns: list) -> list[bool]:
     return [None not in row for row in zip(*columns, strict=True)]
 
 
-def _drop(before: Dataset, after: Dataset, name: str, reason: str) -> Dataset:
+def _report_dropped(before: Dataset, after: Dataset, name: str, reason: str) -> Dataset:
     if len(after) == 0:
         raise UserError(f"no {name} example is left: all {len(before)} {reason}")
     if len(after) < len(before):
-        logger.warning("%d of %d %s examples %s: dropped", len(before) - len(after), len(before), name, reason)
+        logger.warning("dropped %d of %d %s examples: they %s", len(before) - len(after), len(before), name, reason)
     return after
 
 
-def _for_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that pads on the right, so that an example's positions do not depend on its neighbours in the batch."""
+def _padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads on the right, so that the positions of an example do not depend on the rest of its batch."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has neither a pad nor an eos token")
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} has neither a pad nor an eos token; set model.tokenizer "
+                "to one that has"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -259,21 +279,21 @@ def _for_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _classification(
     columns: Columns, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset], max_length: int | None
 ) -> tuple[list[Dataset], dict[int, str]]:
-    """Both splits with the same class ids, which are taken from both."""
+    """Tokenise both splits. Class ids are assigned to the labels that occur in either split."""
     classes = {name: _classes(split, columns.label, name) for name, split in splits.items()}
     known = list(dict.fromkeys(label for of_split in classes.values() for label in of_split.values()))
     where = f"data.columns.label: column '{columns.label}'"
     if len({type(label) for label in known}) > 1:
-        raise UserError(f"{where} holds labels of different types in the two splits: {reprlib.repr(known)}")
+        raise UserError(f"{where} has labels of different types in the two splits: {reprlib.repr(known)}")
     if len(known) < 2:
-        raise UserError(f"{where} holds the label {known[0]} only; a classifier needs two classes")
+        raise UserError(f"{where} has only the label {known[0]}; a classifier needs at least two classes")
     if not isinstance(splits["training"].features[columns.label], ClassLabel):
         known.sort()
     ids = {label: id for id, label in enumerate(known)}
     encoded = [
         _map(
             split,
-            encoding.encode_for_classification,
+            tokenization.encode_for_classification,
             tokenizer=tokenizer,
             text=columns.text,
             text_pair=columns.text_pair,
@@ -287,22 +307,24 @@ def _classification(
 
 
 def _classes(dataset: Dataset, column: str, name: str) -> dict[Any, str | int | bool]:
-    """The label that each value of the column stands for."""
+    """The label for each value of the column."""
     feature = dataset.features[column]
-    kind = _kind(feature)
+    type_name = _type_name(feature)
     where = f"data.columns.label: column '{column}' of the {name} data"
-    if not isinstance(feature, ClassLabel) and not kind.startswith(_LABEL_KINDS):
-        raise UserError(f"{where} holds {kind}; a label is a string, an integer or a boolean")
+    if not isinstance(feature, ClassLabel) and not type_name.startswith(_LABEL_TYPES):
+        raise UserError(f"{where} has the type {type_name}; a label is a string, an integer or a boolean")
     values = dataset.unique(column)
     if isinstance(feature, ClassLabel):
         if min(values) < 0:
-            raise UserError(f"{where} has unlabelled examples ({min(values)}); choose another split or a filter")
+            raise UserError(
+                f"{where} has unlabelled examples ({min(values)}); choose another split or set data.filter"
+            )
         return dict(enumerate(feature.names))
-    if kind.startswith("float"):
-        # A column of integers with a gap becomes one of floats on its way through pandas.
+    if type_name.startswith("float"):
+        # pandas turns an integer column with missing values into floats
         fractions = [value for value in values if not value.is_integer()]
         if fractions:
-            raise UserError(f"{where} holds fractions such as {fractions[0]}; regression is not supported")
+            raise UserError(f"{where} has fractions such as {fractions[0]}; regression is not supported")
         return {value: int(value) for value in values}
     return {value: value for value in values}
 
@@ -317,39 +339,44 @@ def _language_model(
         except ValueError:
             raise UserError(
                 f"data.columns.messages: the tokenizer of {tokenizer.name_or_path} has no chat template; set "
-                "model.tokenizer to one that has, or give prompt and completion columns"
+                "model.tokenizer to one that has, or use data.columns.prompt and data.columns.completion"
             ) from None
-        encode, names = encoding.encode_conversations, {"messages": columns.messages}
+        encode, names = tokenization.encode_conversations, {"messages": columns.messages}
     elif tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos token to end an example with")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no eos token, which ends each example; set "
+            "model.tokenizer to one that has"
+        )
     elif data.example == "prompt-completion":
-        encode, names = encoding.encode_completions, {"prompt": columns.prompt, "completion": columns.completion}
+        encode, names = tokenization.encode_completions, {"prompt": columns.prompt, "completion": columns.completion}
     else:
-        encode, names = encoding.encode_plain_text, {"text": columns.text}
-    reason = f"have no token to learn from within {max_length or 'any number of'} tokens (data.max_length)"
+        encode, names = tokenization.encode_plain_text, {"text": columns.text}
+    reason = "have no token to train on"
+    if max_length is not None:
+        reason += f" in their first {max_length} tokens (data.max_length)"
     encoded = []
     for name, split in splits.items():
         after = _map(split, encode, tokenizer=tokenizer, max_length=max_length, **names)
-        encoded.append(_drop(split, after, name, reason))
+        encoded.append(_report_dropped(split, after, name, reason))
     return encoded
 
 
 def _map(
     dataset: Dataset, function: Callable[..., dict[str, list]], batch_size: int = 1000, **arguments: Any
 ) -> Dataset:
-    """The columns that `function` makes of batches, in place of what was there."""
+    """Replace all columns by those that `function` returns for batches."""
     return dataset.map(
         _versioned(function, arguments), batched=True, batch_size=batch_size, remove_columns=dataset.column_names
     )
 
 
 def _filter(dataset: Dataset, function: Callable[..., list[bool]], columns: list[str], **arguments: Any) -> Dataset:
-    """The rows for which `function`, given a list of values per column, says True."""
+    """The rows for which `function`, called with a list of values per column, returns True."""
     return dataset.filter(_versioned(function, arguments), input_columns=columns, batched=True)
 
 
 def _versioned(function: Callable, arguments: dict[str, Any]) -> Callable:
-    """`function` with its arguments, such that the cache of `datasets` forgets what an older version of it made."""
+    """`function` with its arguments, such that the cache of `datasets` is not used after the code has changed."""
     return partial(_apply, function, _version(), arguments)
 
 
@@ -359,7 +386,7 @@ def _apply(function: Callable, _: str, arguments: dict[str, Any], *batch: Any) -
 
 @cache
 def _version() -> str:
-    """What the code computes, and with which tokenizers: `datasets` knows an imported function by its name alone."""
-    sources = b"".join(Path(file).read_bytes() for file in (__file__, encoding.__file__))
+    """A hash of this code and the tokenizer libraries. `datasets` identifies imported functions only by name."""
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, tokenization.__file__, packing.__file__))
     releases = f"{transformers.__version__} {tokenizers.__version__}".encode()
     return hashlib.sha256(sources + releases).hexdigest()

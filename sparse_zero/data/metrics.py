@@ -1,4 +1,4 @@
-"""What an evaluation reports: scores of a classifier, the exact loss per token of a language model."""
+"""Metrics of an evaluation: scores of a classifier, and the exact loss per token of a language model."""
 
 import numpy as np
 import torch
@@ -8,12 +8,17 @@ from transformers import EvalPrediction
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss, accuracy, F1 and Matthews correlation of logits [examples, classes] against labels [examples].
+    """Loss, accuracy, F1 and Matthews correlation of a classifier.
 
-    The loss is the mean over all examples, in nats; the Trainer's own is a mean of batch means, in which the examples
-    that fill up the last batch of a rank count twice.
+    Args:
+        prediction: logits (examples, classes) and labels (examples,).
 
-    F1 is that of class 1 where there are two classes, else the mean over the classes that occur.
+    Returns:
+        `example_loss`: the mean over all examples, in nats. The Trainer's own loss is a mean of batch means, in which
+            examples that pad the last batch of a rank count twice.
+        `accuracy`.
+        `f1`: of class 1 for two classes, otherwise the mean over the classes that occur.
+        `matthews_correlation`.
     """
     logits = _first(prediction.predictions)
     predicted, labels = logits.argmax(-1), prediction.label_ids
@@ -28,14 +33,19 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 @torch.no_grad()
 def token_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """Summed loss in nats and number of predicted tokens of each example: float32 [batch, 2].
+    """Sum the loss of each example of a causal language model, and count its predicted tokens.
 
-    Takes a causal model's logits [batch, tokens, vocabulary] and the labels [batch, tokens] of the same positions
-    (the shift by one happens here; -100 is not counted). Given to the Trainer as `preprocess_logits_for_metrics`, it
-    gathers two numbers per example instead of its logits, and duplicates that fill the last batch of a rank are
-    dropped before they are summed. The loss that the Trainer reports is a mean of batch means.
+    As the Trainer's `preprocess_logits_for_metrics`, it gathers two numbers per example instead of all logits, and
+    duplicates that pad the last batch of a rank are removed before the sum. The Trainer's own loss is a mean of batch
+    means.
+
+    Args:
+        logits: (batch, tokens, vocabulary), or a tuple that starts with them.
+        labels: (batch, tokens), not shifted; -100 is ignored.
+
+    Returns: float32 (batch, 2), the summed loss in nats and the number of predicted tokens.
     """
-    # One example at a time: a float32 copy of a whole batch of logits is often the largest tensor of an evaluation.
+    # One example at a time: a float32 copy of all logits would often be the largest tensor of an evaluation
     return torch.stack([_token_loss(*example) for example in zip(_first(logits), labels, strict=True)])
 
 
@@ -46,7 +56,11 @@ def _token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean loss per token in nats, and its exponential, from the output of `token_losses` [examples, 2]."""
+    """The mean loss per token in nats and its exponential, the perplexity.
+
+    Args:
+        prediction: the output of `token_losses` for all examples, (examples, 2).
+    """
     loss, tokens = _first(prediction.predictions).astype(np.float64).sum(axis=0)
     token_loss = loss / tokens
     with np.errstate(over="ignore"):
@@ -54,5 +68,5 @@ def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _first(outputs):
-    """The logits alone, where the model returns more (hidden states, router logits, a cache)."""
+    """The logits, if the model also returns hidden states, router logits or a cache."""
     return outputs[0] if isinstance(outputs, tuple) else outputs

@@ -1,4 +1,4 @@
-"""Base models and tokenizers, from the hub, a local directory or an installed package."""
+"""Base models and tokenizers from the hub, a local directory or an installed package."""
 
 import logging
 from collections.abc import Sequence
@@ -36,17 +36,28 @@ def load_model(
     settings: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """The base model with the head of its task, built under deepspeed.zero.Init where a stage 3 run is configured.
+    """Load a base model with the head for a task. In a run with ZeRO stage 3 it is built under deepspeed.zero.Init.
 
-    Args: settings: entries of the model's configuration to set (id2label, pad_token_id); kwargs: for from_pretrained.
-    Raises UserError: no such model, or one that has no such head.
+    Weights that the model does not have (a new head) are initialised at random, with a warning unless they belong to
+    a classifier's head.
+
+    Args:
+        name: a hub id, a directory, or package://PACKAGE/PATH.
+        task: "causal-lm" or "sequence-classification".
+        revision: of the hub's repository.
+        dtype: "auto" for the dtype of the saved weights.
+        settings: entries of the model's config to set (id2label, pad_token_id).
+        kwargs: for from_pretrained.
+
+    Raises:
+        UserError: the model cannot be loaded, is damaged, or has no head for the task.
     """
     settings = dict(settings or {})
     if "id2label" in settings:
-        # JSON has made the keys strings
+        # JSON only has strings as keys
         settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
     verbosity = transformers_logging.get_verbosity()
-    # Its report on a new head's missing weights alarms people; what it would say of others is said below.
+    # No report on the missing weights of a new head, which is normal. Other missing weights are reported below.
     transformers_logging.set_verbosity_error()
     try:
         model, report = _AUTO_CLASS[task].from_pretrained(
@@ -54,7 +65,7 @@ def load_model(
             revision=revision,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head for another number of labels is a new head
+            ignore_mismatched_sizes=True,  # a head for a different number of labels is replaced by a new one
             **settings,
             **kwargs,
         )
@@ -66,68 +77,82 @@ def load_model(
     for key, saved, expected in sorted(report["mismatched_keys"]):
         if key.startswith(prefix):
             raise UserError(
-                f"model.name: {name} is damaged: {key} has shape {list(saved)}, its config says {list(expected)}"
+                f"model.name: {name} is damaged: {key} has the shape {list(saved)} instead of {list(expected)}, which "
+                "config.json requires"
             )
     missing = sorted(key for key in report["missing_keys"] if task == "causal-lm" or key.startswith(prefix))
     if missing:
-        logger.warning("%s has no weights for %s: they start at random", name, ", ".join(missing))
+        logger.warning("%s has no weights for %s: they are initialised at random", name, ", ".join(missing))
     return model
 
 
-def model_without_values(
+def meta_model(
     config: PreTrainedConfig, task: Task, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """What `load_model` would load, on the meta device: names and shapes, no values.
+    """Build a model on the meta device: as from `load_model`, but without values.
 
-    Raises UserError: a configuration that has no such head.
+    Raises:
+        UserError: the model cannot be built, or has no head for the task.
     """
     try:
         with torch.device("meta"):
             return _AUTO_CLASS[task].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a model's own code makes of its settings
+    except Exception as error:  # a model's own code may raise any error
         raise UserError(
             f"model.name: {config.name_or_path} cannot be built for {task}: {_first_line(error)}"
         ) from error
 
 
 def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer that can pad: one without a padding token pads with its end-of-sequence token.
+    """Load a tokenizer. One without a padding token gets its end-of-sequence token as padding token.
 
-    Raises UserError: there is none.
+    Raises:
+        UserError: the tokenizer cannot be loaded.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer: {name} has no tokenizer that loads: {_first_line(error)}") from error
+        raise UserError(f"model.tokenizer: the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    """Add tokens to a tokenizer, in place. Raises UserError: one that is there already."""
+    """Add tokens to a tokenizer, in place.
+
+    Raises:
+        UserError: the tokenizer has one of the tokens already.
+    """
     if known := [token for token in tokens if token in tokenizer.get_vocab()]:
-        raise UserError(f"model.new_tokens: '{known[0]}' is in the tokenizer's vocabulary already")
+        raise UserError(f"model.new_tokens: '{known[0]}' is already in the tokenizer's vocabulary")
     tokenizer.add_tokens(list(tokens), special_tokens=True)
 
 
-def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model's embeddings a row for each token, in place. Collective under ZeRO stage 3."""
-    # Many models have spare rows
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Resize the model's embeddings if the tokenizer has more tokens than they have rows, in place.
+
+    Under ZeRO stage 3, all ranks must call it.
+    """
+    # Many models have unused rows
     if len(tokenizer) > full_shape(model.get_input_embeddings().weight)[0]:
         model.resize_token_embeddings(len(tokenizer))
 
 
 def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedConfig:
-    """Raises UserError: no such model."""
+    """Load a model's config.
+
+    Raises:
+        UserError: the config cannot be loaded.
+    """
     try:
         return AutoConfig.from_pretrained(resolve(name), revision=revision, **kwargs)
-    except Exception as error:  # whatever a model's own code makes of its settings
+    except Exception as error:  # a model's own code may raise any error
         raise UserError(f"model.name: {name} cannot be loaded: {_first_line(error)}") from error
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence, in tokens, that a model takes; None where its configuration does not say."""
+    """The maximum sequence length of a model in tokens; None if its config has none."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     # RoBERTa counts positions from padding_idx + 1
@@ -136,12 +161,12 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def check_max_length(tokens: int, model_limit: int | None) -> None:
-    """Raises UserError: more tokens than the model takes; None where its configuration does not say."""
+    """Raise UserError if sequences of `tokens` are longer than the model's `max_positions`."""
     if model_limit is not None and tokens > model_limit:
-        raise UserError(f"data.max_length: {tokens} tokens, but the model takes {model_limit} at most")
+        raise UserError(f"data.max_length: {tokens} tokens, but the model supports at most {model_limit}")
 
 
 def _first_line(error: Exception) -> str:
-    """Of a configuration that was refused the last one: the first says which method has refused it."""
+    """The first line of an error's message; the last for an invalid config, whose first line only names a method."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()

@@ -1,4 +1,4 @@
-"""The order of the training examples as a function of (seed, epoch): what a resumed run can meet again."""
+"""Samplers whose order of the training examples depends on (seed, epoch) only, so that a resumed run reproduces it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,10 +8,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Examples of like length together, in an order that is a function of (seed, epoch, examples of a step).
+    """Groups examples of similar length. The order is a function of (seed, epoch, examples per step).
 
-    The Trainer's own is shuffled by whatever state torch's generator is in, which no resumed run meets again, and by
-    groups that depend on the number of ranks.
+    The order of transformers' sampler depends on the state of torch's generator, which a resumed run cannot reproduce,
+    and on the number of ranks.
     """
 
     def __init__(self, examples_per_step: int, lengths: list[int], seed: int) -> None:
@@ -27,7 +27,10 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Also through the wrapper in which Accelerate skips batches, where its own set_epoch gets lost."""
+    """Set the epoch of a data loader's samplers, also inside Accelerate's wrapper that skips batches.
+
+    That wrapper does not pass `set_epoch` on.
+    """
     while loader is not None:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)

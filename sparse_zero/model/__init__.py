@@ -1,5 +1,5 @@
-"""The parametrisation: a frozen weight with a trainable delta at its selected positions, and `sparsify`,
-which gives it to a model.
+"""The sparse parametrisation: frozen weights with a trainable delta at their selected positions, and `sparsify`, which
+applies it to a model.
 
 Others import from `fingerprint`, `sparsify`, `weight`.
 """

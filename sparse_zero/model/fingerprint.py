@@ -1,4 +1,4 @@
-"""What tells one base model from another: a few scalars of each weight, hashed."""
+"""The fingerprint of a base model: a hash of a few scalars of each parameter. It detects another base model."""
 
 import functools
 from collections.abc import Collection
@@ -10,34 +10,42 @@ from torch import nn
 from sparse_zero.selection.rules import stratified_positions
 from sparse_zero.zero.parameters import gathered
 
-SAMPLES = 64
-"""Scalars of each weight. Any fine-tuning of a model changes nearly all of them."""
+SAMPLES_PER_PARAMETER = 64
+"""Few are enough: fine-tuning changes nearly all scalars of a model."""
 
 
-def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, str]:
-    """A short hash of each parameter, the same whether a model was loaded in bfloat16 or its float32 original.
+def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, str]:
+    """Hash each parameter of a base model.
 
-    Args: leave_out: parameters that are not the base model's own (a new head, embeddings of new tokens).
-    Collective under ZeRO stage 3.
+    The samples are rounded to bfloat16 first, so that a float32 model and its bfloat16 copy have the same hashes.
+    Under ZeRO stage 3, all ranks must call it.
+
+    Args:
+        model: the base model.
+        exclude: names of parameters that do not come from the base model (a new head, embeddings of new tokens).
+
+    Returns: 32-bit hexadecimal hashes by parameter name.
     """
     samples: dict[str, torch.Tensor] = {}
-    # Most weights of a model have the size of others
-    drawn = functools.cache(
-        lambda numel, device: stratified_positions(0, "fingerprint", numel, min(SAMPLES, numel), device=device)
+    # Cached because many weights have the same size
+    sampled_positions = functools.cache(
+        lambda numel, device: stratified_positions(
+            0, "fingerprint", numel, min(SAMPLES_PER_PARAMETER, numel), device=device
+        )
     )
     for name, parameter in model.named_parameters():
-        if name in leave_out:
+        if name in exclude:
             continue
         with gathered([parameter]):
             flat = parameter.detach().view(-1)
             if flat.numel():
-                sample = flat[drawn(flat.numel(), flat.device)]
+                sample = flat[sampled_positions(flat.numel(), flat.device)]
                 samples[name] = sample.to(torch.bfloat16) if flat.is_floating_point() else sample
     return {name: _hash(sample) for name, sample in samples.items()}
 
 
-def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    """Names of the parameters that both have, with other values."""
+def differing_parameters(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """Names of the parameters that are in both fingerprints with different hashes."""
     return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
 
 

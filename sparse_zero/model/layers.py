@@ -1,9 +1,9 @@
-"""Modules with selected parameters: what leads the gradient to their deltas.
+"""Sparse modules: subclasses that compute the gradients of the deltas.
 
-The class of a module that holds such parameters becomes a subclass of what it was, in two ways:
-- Reading a selected parameter gives a tensor that leads the gradient to the delta (`read_gradient`). That covers
-  every module, and every reader of a parameter; products and lookups have a sampled gradient there too.
-- The forward of a linear layer or an embedding yields the gradient at the selected positions alone
+A module with selected parameters gets a subclass of its own class, which does two things:
+- An access to a selected parameter returns a tensor whose graph includes the delta (see `weight_tensor`). This works
+  for any module and any use of the parameter; products and lookups get a sampled gradient.
+- The forward of a linear layer or an embedding computes the gradient only at the selected positions
   (`_SampledGradient`).
 """
 
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
 from sparse_zero.model.products import kept_input
-from sparse_zero.model.weight import SparseWeight, UpdateClock, scaled
+from sparse_zero.model.weight import SparseWeight, StepCounter, scaled
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
@@ -26,7 +26,7 @@ from sparse_zero.zero.parameters import is_partitioned, is_whole
 
 
 class _SampledGradient(torch.autograd.Function):
-    """The identity on a module's output; its backward adds the gradient of the delta."""
+    """The identity on a module's output, whose backward also returns the gradient of the delta."""
 
     @staticmethod
     def forward(
@@ -37,31 +37,34 @@ class _SampledGradient(torch.autograd.Function):
         module: "SampledModule",
         sparse_weight: SparseWeight,
     ) -> torch.Tensor:
-        ctx.module, ctx.sparse_weight, ctx.forwards = module, sparse_weight, sparse_weight.dropping
+        ctx.module, ctx.sparse_weight, ctx.dropout_step = module, sparse_weight, sparse_weight.dropout_step
         ctx.save_for_backward(inputs)
-        # Not a view: autograd forbids in-place operations (a ReLU) on views that a Function made. None of the wrapped
-        # modules needs its own output in backward, so sharing the memory is safe.
+        # Not a view: autograd forbids in-place operations (a ReLU) on views that a Function returns. Sharing memory is
+        # safe because none of the wrapped modules needs its own output in backward.
         return output.data
 
     @staticmethod
-    @once_differentiable  # the module itself takes the weight for a constant
+    @once_differentiable  # the module treats the weight as a constant
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         (inputs,) = ctx.saved_tensors
         weight = ctx.sparse_weight
-        # This node runs before the module's own backward, which reads the weight. A stage-3 copy may be gathered anew,
-        # without the deltas; any other weight still holds what the forward saw, or autograd refuses it.
+        # This node runs before the module's own backward, which reads the weight. ZeRO stage 3 may have gathered the
+        # weight again, without the deltas. Other weights are unchanged since the forward, or autograd raises an error.
         if ctx.module.backward_reads_weight and is_partitioned(weight.weight):
-            weight.refresh_copy(ctx.forwards)
+            weight.refresh_copy(ctx.dropout_step)
         gradient = ctx.module.delta_gradient(inputs, grad_output, weight)
-        return grad_output, None, scaled(gradient, weight, ctx.forwards), None, None
+        return grad_output, None, scaled(gradient, weight, ctx.dropout_step), None, None
 
 
 class SparseModule:
-    """Mixed into the class of a module with selected parameters, which its class reads through properties."""
+    """A mixin for modules with selected parameters. Each of these parameters is read through a property."""
 
     plain_class: ClassVar[type[nn.Module]]
+    """The original class of the module."""
     selected_names: ClassVar[frozenset[str]]
+    """Names of the selected parameters within the module."""
     sparse_weights: dict[str, SparseWeight]
+    """The selected parameters by these names."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -70,62 +73,62 @@ class SparseModule:
         copies = [w for w in weights if is_partitioned(w.weight) and is_whole(w.weight)]
         with ExitStack() as stack:
             for weight in weights:
-                stack.enter_context(weight.read_once())
+                stack.enter_context(weight.share_reads())
             if copies:
-                stack.enter_context(_Regathered(copies))
+                stack.enter_context(_SavedByReference(copies))
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new_module, (self.plain_class, self.selected_names), self.__dict__
 
 
-class _Regathered(torch.autograd.graph.saved_tensors_hooks):
-    """Keeps stage 3's gathered copies out of the graph, which would hold on to them until backward.
+class _SavedByReference(torch.autograd.graph.saved_tensors_hooks):
+    """Saves a reference for backward instead of the weight that ZeRO stage 3 gathered, so that it can be freed.
 
-    Of a parameter itself autograd keeps no copy; but what its readers get here is computed.
+    Autograd saves a parameter by reference, but here the module reads a computed tensor instead of the parameter.
     """
 
     def __init__(self, weights: list[SparseWeight]) -> None:
         def pack(tensor: torch.Tensor) -> Any:
             for weight in weights:
-                if (start := _start_within(tensor, weight.weight)) is not None:
-                    return weight, weight.dropping, tensor.size(), tensor.stride(), start
+                if (offset := _offset_in(weight.weight, tensor)) is not None:
+                    return weight, weight.dropout_step, tensor.size(), tensor.stride(), offset
             return tensor
 
         def unpack(packed: Any) -> torch.Tensor:
             if isinstance(packed, torch.Tensor):
                 return packed
-            weight, forwards, size, stride, start = packed
-            weight.refresh_copy(forwards)
+            weight, dropout_step, size, stride, offset = packed
+            weight.refresh_copy(dropout_step)
             copy = weight.weight.data
-            return copy.as_strided(size, stride, copy.storage_offset() + start)
+            return copy.as_strided(size, stride, copy.storage_offset() + offset)
 
         super().__init__(pack, unpack)
 
 
-def _start_within(tensor: torch.Tensor, whole: torch.Tensor) -> int | None:
-    """Where a view of `whole` begins in it, in scalars; None of anything else."""
-    if tensor.layout != torch.strided or tensor.dtype != whole.dtype or not tensor.numel():
+def _offset_in(weight: torch.Tensor, tensor: torch.Tensor) -> int | None:
+    """The offset of a view of `weight` within it, in scalars. None if `tensor` is not such a view."""
+    if tensor.layout != torch.strided or tensor.dtype != weight.dtype or not tensor.numel():
         return None
-    start = (tensor.data_ptr() - whole.data_ptr()) // whole.element_size()
-    # One storage may hold several gathered parameters
-    return start if 0 <= start < whole.numel() else None
+    offset = (tensor.data_ptr() - weight.data_ptr()) // weight.element_size()
+    # Storages are not compared: one storage may contain several gathered parameters
+    return offset if 0 <= offset < weight.numel() else None
 
 
 class SampledModule(SparseModule):
-    """A module whose `weight` is selected, and whose forward tells the gradient at the selected positions."""
+    """A module whose `weight` is selected and whose forward computes the gradient at the selected positions."""
 
     backward_reads_weight: ClassVar[bool] = True
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Of one argument: each of these classes has a name of its own for it."""
+        """Run the module on its single argument, which has a different name in each of these classes."""
         weight = self.sparse_weights["weight"]
         weight.refresh()
-        weight.passes_plain = True
+        weight.reads_plain = True
         try:
             output = super().forward(*args, **kwargs)
         finally:
-            weight.passes_plain = False
+            weight.reads_plain = False
         if not weight.trains:
             return output
         (inputs,) = (*args, *kwargs.values())
@@ -133,7 +136,7 @@ class SampledModule(SparseModule):
 
 
 class SparseLinear(SampledModule, nn.Linear):
-    """weight (out, in)"""
+    """nn.Linear with a selected weight (out, in)."""
 
     @staticmethod
     def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
@@ -142,7 +145,7 @@ class SparseLinear(SampledModule, nn.Linear):
 
 
 class SparseConv1D(SampledModule, Conv1D):
-    """GPT-2's linear layer: weight (in, out)"""
+    """GPT-2's linear layer with a selected weight (in, out)."""
 
     @staticmethod
     def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
@@ -151,7 +154,7 @@ class SparseConv1D(SampledModule, Conv1D):
 
 
 class SparseEmbedding(SampledModule, nn.Embedding):
-    """weight (rows, columns)"""
+    """nn.Embedding with a selected weight (rows, columns)."""
 
     backward_reads_weight = False
 
@@ -167,26 +170,26 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 _SAMPLED = {nn.Linear: SparseLinear, Conv1D: SparseConv1D, nn.Embedding: SparseEmbedding}
 
-# nn.Linear but for its rounding: x @ W.T + b. By name, for to import it takes seconds.
-_LINEAR_IN_OTHER_WORDS = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+# Same as nn.Linear except for rounding: x @ W.T + b. By name because the import takes seconds.
+_EQUIVALENT_TO_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 
 
 @functools.cache
 def sparse_class(plain: type[nn.Module], names: frozenset[str]) -> type[SparseModule]:
-    """What a module of class `plain` becomes when its parameters `names` are selected."""
+    """The subclass of `plain` for a module whose parameters `names` are selected."""
     sampled = next((base for base in _SAMPLED if issubclass(plain, base)), None) if "weight" in names else None
     if sampled is None:
         bases: tuple[type, ...] = (SparseModule, plain)
     elif plain is sampled:
         bases = (_SAMPLED[sampled],)
-    elif plain.forward is sampled.forward or f"{plain.__module__}.{plain.__qualname__}" in _LINEAR_IN_OTHER_WORDS:
+    elif plain.forward is sampled.forward or f"{plain.__module__}.{plain.__qualname__}" in _EQUIVALENT_TO_LINEAR:
         bases = (_SAMPLED[sampled], plain)
     else:
-        # Its forward calls that of nn.Linear or nn.Embedding, or reads the weight itself: both are right.
+        # Its forward may call that of nn.Linear or nn.Embedding, or read the weight itself. Both give right gradients.
         bases = (plain, _SAMPLED[sampled])
     members = {name: property(functools.partial(_read, name=name)) for name in names}
     members |= {"plain_class": plain, "selected_names": names}
-    # DeepSpeed, transformers and others know some classes by their names.
+    # DeepSpeed, transformers and other libraries compare names of classes
     members |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     return type(plain.__name__, bases, members)
 
@@ -200,9 +203,12 @@ def _new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
     return kind.__new__(kind)
 
 
-def attach(target: Target, selection: Selection, clock: UpdateClock, config: SparseConfig) -> SparseWeight:
-    """Select scalars of a parameter, in place: every module that holds it becomes a sparse one. `begin` comes next."""
-    weight = SparseWeight(target, selection, clock, config)
+def attach(target: Target, selection: Selection, counter: StepCounter, config: SparseConfig) -> SparseWeight:
+    """Select scalars of a parameter, in place. Each module that owns the parameter becomes a sparse module.
+
+    Call `initialize` of the returned weight next.
+    """
+    weight = SparseWeight(target, selection, counter, config)
     for module, name in target.owners:
         weights = module.__dict__.setdefault("sparse_weights", {})
         weights[name] = weight
@@ -211,7 +217,7 @@ def attach(target: Target, selection: Selection, clock: UpdateClock, config: Spa
 
 
 def detach(weight: SparseWeight) -> None:
-    """Turn the modules of a selected parameter back into what they were; it keeps the values that it holds now."""
+    """Give the modules of a selected parameter their original classes. The parameter keeps its current values."""
     weight.remove()
     for module, name in weight.owners:
         del module.sparse_weights[name]

@@ -1,10 +1,10 @@
-"""Products with rows of a selected weight: the gradient of the delta beside the function's own result.
+"""Gradients of the delta for products and lookups with rows of a selected weight.
 
-A batch times a matrix is x @ V with V = W or V = W^T; the gradient of W is x^T @ g or g^T @ x, of which the selected
-positions alone are computed. Where there are E matrices, each takes a part of the batch: as many rows each (bmm), the
-rows up to an offset (grouped_mm), or the samples that have gathered it.
+A product of a batch and a matrix is x @ V with V = W or V = W^T. The gradient of W is x^T @ g or g^T @ x; it is
+computed only at the selected positions. With E matrices, each is multiplied with a group of the batch: N / E rows each
+(bmm), the rows up to an offset (grouped_mm), or the samples that use this matrix (an expert index per sample).
 
-Shapes: N rows of a batch, W (R, C), E matrices, n selected scalars.
+Shapes: N rows of a batch, S samples, W (R, C), E matrices, n selected scalars.
 """
 
 import itertools
@@ -20,43 +20,50 @@ from sparse_zero.model.row_range import RowRange
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """How a batch x meets a weight.
+    """A product of a batch x and a tensor V that shows rows of a weight."""
 
-    `gradient` takes x, what has arrived for the product, and what parts the batch (None: as many rows for each):
-    the ends of the parts, (E,), or the matrix of each sample, (S,). It returns (n,).
-    """
-
-    rows_shown: RowRange
-    by_rows: bool = False
-    """Whether it is x @ shown^T, as in F.linear, and not x @ shown."""
+    row_range: RowRange
+    transposed: bool = False
+    """Whether the product is x @ V^T, as in F.linear, instead of x @ V."""
     is_left: bool = False
-    """Whether the weight comes first: shown @ x, which is (x^T @ shown^T)^T."""
-    parts: Literal["even", "ends", "samples"] = "even"
+    """Whether the weight is the left factor: V @ x, which is (x^T @ V^T)^T."""
+    grouping: Literal["even", "ends", "samples"] = "even"
+    """How the batch is divided among E matrices."""
 
-    def gradient(self, x: torch.Tensor, grad_output: torch.Tensor, parting: torch.Tensor | None) -> torch.Tensor:
-        matrices = self.rows_shown.shape[:-2].numel()
+    def gradient(self, x: torch.Tensor, grad_output: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+        """Compute the gradient of the delta.
+
+        Args:
+            x: the batch.
+            grad_output: the gradient of the product.
+            groups: for grouping "ends" the end of each group, (E,); for "samples" the index of each sample's
+                matrix, (S,); None for "even".
+
+        Returns: (n,), at least float32.
+        """
+        matrices = self.row_range.shape[:-2].numel()
         if self.is_left and x.dim() > 1:
             x, grad_output = x.mT, grad_output.mT
-        if self.parts == "samples":
-            order = parting.argsort(stable=True)
-            parting = parting.bincount(minlength=matrices).cumsum(0) * x.shape[1]
+        if self.grouping == "samples":
+            order = groups.argsort(stable=True)
+            groups = groups.bincount(minlength=matrices).cumsum(0) * x.shape[1]
             x, grad_output = x[order], grad_output[order]
         x, grad_output = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad_output))
-        # W itself is what x meets where it is seen as it is, or turned twice
-        turned = self.rows_shown.transposed != (self.by_rows or self.is_left)
-        rows, columns = (grad_output, x) if turned else (x, grad_output)
-        each = x.shape[0] // matrices
-        ends = [each * (i + 1) for i in range(matrices)] if parting is None else parting.tolist()
-        bound, first = self.rows_shown.weight.transient_bytes, 0
+        # x is multiplied with W itself if W is not transposed, or twice
+        by_transpose = self.row_range.transposed != (self.transposed or self.is_left)
+        rows, columns = (grad_output, x) if by_transpose else (x, grad_output)
+        size = x.shape[0] // matrices
+        ends = [size * (i + 1) for i in range(matrices)] if groups is None else groups.tolist()
+        bound, first = self.row_range.weight.transient_bytes, 0
         gradients = (
             (pattern.count, sampled_product(rows[start:end], columns[start:end], pattern, bound))
-            for (start, end), pattern in zip(itertools.pairwise([0, *ends]), self.rows_shown.patterns(), strict=True)
+            for (start, end), pattern in zip(itertools.pairwise([0, *ends]), self.row_range.patterns(), strict=True)
         )
         if matrices == 1:
             return next(gradients)[1]
-        # One after the other into their places: to keep all and join them would take as much again
+        # Written one by one into the result: torch.cat would need twice the memory
         dtype = torch.promote_types(torch.promote_types(x.dtype, grad_output.dtype), torch.float32)
-        result = x.new_empty(self.rows_shown.change.numel(), dtype=dtype)
+        result = x.new_empty(self.row_range.delta.numel(), dtype=dtype)
         for count, gradient in gradients:
             result[first : first + count] = gradient
             first += count
@@ -65,27 +72,27 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """Rows of a matrix, looked up by a tensor of integers."""
+    """A lookup of rows of a matrix by integer indices, as in F.embedding."""
 
-    rows_shown: RowRange
+    row_range: RowRange
     padding_idx: int | None = None
-    by_frequency: bool = False
+    scale_grad_by_freq: bool = False
 
     def gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, _: None) -> torch.Tensor:
         """Args: ids (...), grad_output (..., C). Returns: (n,)"""
-        rows, bound = self.rows_shown.rows, self.rows_shown.weight.transient_bytes
+        rows, bound = self.row_range.rows, self.row_range.weight.transient_bytes
         padding = None if self.padding_idx is None else self.padding_idx % rows
         ids, grad_NC = ids.reshape(-1) % rows, grad_output.reshape(-1, grad_output.shape[-1])
-        return embedding_product(ids, grad_NC, self.rows_shown.pattern(), bound, padding, self.by_frequency)
+        return embedding_product(ids, grad_NC, self.row_range.pattern(), bound, padding, self.scale_grad_by_freq)
 
 
 def kept_input(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """What a product's backward needs of its input: under autocast, what it was made to before it was used."""
+    """The input to save for a product's backward. Under autocast it is saved in the lower precision of the output."""
     if not inputs.is_floating_point() or inputs.element_size() <= output.element_size():
         return inputs
-    if inputs.is_leaf:  # an optimizer may change it unseen
+    if inputs.is_leaf:  # not cached: an optimizer may change it without a new version
         return inputs.detach().to(output.dtype)
-    # On the tensor itself: several layers of one input keep one copy
+    # Cached on the tensor: layers with the same input share one copy
     state, kept = getattr(inputs, "_sparse_zero_kept", (None, None))
     if state != (inputs._version, output.dtype):
         state, kept = (inputs._version, output.dtype), inputs.detach().to(output.dtype)
@@ -93,27 +100,27 @@ def kept_input(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-class SampledUse(torch.autograd.Function):
-    """The identity on the result of a use of the weight; its backward adds the gradient of the delta."""
+class SampledGradient(torch.autograd.Function):
+    """The identity on the result of a product or lookup, whose backward also returns the gradient of the delta."""
 
     @staticmethod
     def forward(
         ctx: Any,
         output: torch.Tensor,
         inputs: torch.Tensor,
-        parting: torch.Tensor | None,
-        change: torch.Tensor,
+        groups: torch.Tensor | None,
+        delta: torch.Tensor,
         use: Product | Lookup,
     ) -> torch.Tensor:
         ctx.use = use
-        ctx.save_for_backward(inputs, parting)
-        # Not a view: autograd forbids in-place operations (adding a bias) on views that a Function made. None of these
-        # functions needs its own result in backward, so sharing the memory is safe.
+        ctx.save_for_backward(inputs, groups)
+        # Not a view: autograd forbids in-place operations (adding a bias) on views that a Function returns. Sharing
+        # memory is safe because none of these functions needs its own result in backward.
         return output.data
 
     @staticmethod
-    @once_differentiable  # the function itself takes the weight for a constant
+    @once_differentiable  # the function treats the weight as a constant
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
-        inputs, parting = ctx.saved_tensors
-        gradient = ctx.use.gradient(inputs, grad_output, parting)
+        inputs, groups = ctx.saved_tensors
+        gradient = ctx.use.gradient(inputs, grad_output, groups)
         return grad_output, None, None, gradient, None

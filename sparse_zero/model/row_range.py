@@ -1,6 +1,6 @@
-"""Which rows of a selected weight a tensor shows, and which part of its delta lies in them.
+"""Ranges of rows of a selected weight, and the part of the delta that belongs to them.
 
-Shapes: W a weight as a matrix of R x C, or E of them; n selected scalars within what is shown.
+Shapes: a range is a matrix (R, C) or E matrices (E, R, C), with n selected scalars.
 """
 
 import functools
@@ -15,33 +15,33 @@ from sparse_zero.selection.rules import Selection
 
 
 class SelectedWeight(Protocol):
-    """What is asked of a weight here and by its readers; `model.weight.SparseWeight` has it."""
+    """The part of `model.weight.SparseWeight` that this module and `weight_tensor` use."""
 
     weight: torch.Tensor
     selection: Selection
     shape: torch.Size
     transient_bytes: int
-    told_of_dense_gradient: bool
+    warned_of_dense_gradient: bool
 
-    def change(self) -> torch.Tensor: ...
-    def span(self, first: int, rows: int) -> slice: ...
-    def patterns(self, first: int, rows: int, each: int) -> Iterator[Pattern]: ...
+    def effective_delta(self) -> torch.Tensor: ...
+    def row_slice(self, first: int, rows: int) -> slice: ...
+    def patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern]: ...
     def flat_positions(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class RowRange:
-    """Rows of a weight, one after another, as a matrix (R, C) or as E of them."""
+    """Consecutive rows of a weight, as a matrix (R, C) or E matrices."""
 
     weight: SelectedWeight
-    change: torch.Tensor
-    """(n,), in the graph of the delta."""
+    delta: torch.Tensor
+    """(n,), in the autograd graph of the weight's delta."""
     first: int
     """The first row, counted in the weight as a single matrix."""
     shape: torch.Size
     """(R, C) or (E, R, C), before any transposition."""
     transposed: bool = False
-    """Whether the last two dimensions are shown the other way round."""
+    """Whether the last two dimensions are swapped."""
 
     @property
     def rows(self) -> int:
@@ -53,53 +53,55 @@ class RowRange:
 
     @functools.cached_property
     def matrices(self) -> list["RowRange"]:
-        """Each of E. All together they cost one gradient of the delta, not one each."""
-        several, shape = self.shape[0], self.shape[1:]
-        firsts = [self.first + i * shape[0] for i in range(several)]
-        spans = [self.weight.span(first, shape[0]) for first in firsts]
-        changes = self.change.split([span.stop - span.start for span in spans])
-        return [RowRange(self.weight, change, first, shape) for change, first in zip(changes, firsts, strict=True)]
+        """Each of the E matrices. They share one split of the delta, so that backward makes one gradient of it."""
+        count, shape = self.shape[0], self.shape[1:]
+        firsts = [self.first + i * shape[0] for i in range(count)]
+        slices = [self.weight.row_slice(first, shape[0]) for first in firsts]
+        deltas = self.delta.split([each.stop - each.start for each in slices])
+        return [RowRange(self.weight, delta, first, shape) for delta, first in zip(deltas, firsts, strict=True)]
 
     def part(self, first: int, shape: torch.Size, transposed: bool) -> "RowRange | None":
-        """Some of its rows, in any shape of C columns. None where they cut through strips."""
-        rows, each = shape[:-1].numel(), self.shape[-2]
+        """The rows from `first` on, in any shape with C columns. None if the boundaries cut through strips."""
+        rows, matrix_rows = shape[:-1].numel(), self.shape[-2]
         if first % self.weight.selection.granularity or shape[-2] % self.weight.selection.granularity:
             return None
         if (first, rows) == (self.first, self.rows):
             return replace(self, shape=shape, transposed=transposed)
-        matrix, last = (first - self.first) // each, (first + rows - 1 - self.first) // each
+        matrix, last = (first - self.first) // matrix_rows, (first + rows - 1 - self.first) // matrix_rows
         if not self.is_matrix and matrix == last:
             return self.matrices[matrix].part(first, shape, transposed)
-        whole, some = self.weight.span(self.first, self.rows), self.weight.span(first, rows)
-        change = self.change[some.start - whole.start : some.stop - whole.start]
-        return RowRange(self.weight, change, first, shape, transposed)
+        here, there = self.weight.row_slice(self.first, self.rows), self.weight.row_slice(first, rows)
+        delta = self.delta[there.start - here.start : there.stop - here.start]
+        return RowRange(self.weight, delta, first, shape, transposed)
 
-    def of_view(self, view: torch.Tensor, shown: torch.Tensor) -> "RowRange | None":
-        """What a view of `shown`, which shows these rows, shows. Told by where it lies in memory, whatever made it.
+    def of_view(self, view: torch.Tensor, tensor: torch.Tensor) -> "RowRange | None":
+        """The rows that a view of `tensor` shows, where `tensor` shows this range.
 
-        Returns: None unless that is whole rows, one after another, in 2 or 3 dimensions.
+        It is determined from the memory layout, so it does not depend on the function that made the view.
+
+        Returns: None unless the view consists of whole consecutive rows, in 2 or 3 dimensions.
         """
         columns = self.shape[-1]
-        if view.dim() not in (2, 3) or view.dtype != shown.dtype or not view.numel():
+        if view.dim() not in (2, 3) or view.dtype != tensor.dtype or not view.numel():
             return None
-        if view.untyped_storage().data_ptr() != shown.untyped_storage().data_ptr():
+        if view.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             return None
-        row, rest = divmod(view.storage_offset() - shown.storage_offset(), columns)
+        row, rest = divmod(view.storage_offset() - tensor.storage_offset(), columns)
         for rows, transposed in ((view, False), (view.mT, True)):
             if rows.shape[-1] == columns and rows.is_contiguous() and not rest:
                 return self.part(self.first + row, rows.shape, transposed)
         return None
 
     def pattern(self) -> Pattern:
-        """Of its rows as one matrix."""
+        """The pattern of all rows as one matrix."""
         return next(self.weight.patterns(self.first, self.rows, self.rows))
 
     def patterns(self) -> Iterator[Pattern]:
-        """Of each matrix."""
+        """The pattern of each matrix."""
         return self.weight.patterns(self.first, self.rows, self.shape[-2])
 
     def flat_positions(self) -> torch.Tensor:
-        """Returns: int64 (n,), the selected positions in its flattened rows."""
+        """The selected positions in the flattened rows, int64 (n,)."""
         if self.rows == self.weight.shape[:-1].numel():
             return self.weight.flat_positions()
         return torch.cat([*self.pattern().flat_chunks()])

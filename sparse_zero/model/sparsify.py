@@ -1,4 +1,7 @@
-"""`sparsify`: freeze a model but for a random subset of its scalars, and take that back, merge it or pause it."""
+"""`sparsify` makes a small random subset of a model's scalars trainable. Also here: merge, unload, disable and scale.
+
+The method is SpaRTA (https://arxiv.org/abs/2502.15975).
+"""
 
 import contextlib
 import logging
@@ -12,7 +15,7 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers
 from sparse_zero.model.fingerprint import fingerprint
-from sparse_zero.model.weight import SparseWeight, UpdateClock
+from sparse_zero.model.weight import SparseWeight, StepCounter
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
@@ -22,103 +25,135 @@ from sparse_zero.zero.parameters import gathered, is_partitioned, require_grad_o
 
 logger = logging.getLogger(__name__)
 
-Chunks = Callable[[Selection, torch.device], Iterable[torch.Tensor]]
+PositionChunks = Callable[[Selection, torch.device], Iterable[torch.Tensor]]
+"""Returns the positions of a selection in chunks: int64, sorted, on the device."""
 
 
 @dataclass
 class Sparsity:
-    """What `sparsify` did to a model. Held by the model as `model.sparsity`."""
+    """The state of a sparse model, `model.sparsity`."""
 
     config: SparseConfig
     weights: dict[str, SparseWeight]
     """The selected weights by parameter name, as in the base model's state dict."""
     whole: list[str]
-    """Names of the parameters that are trained whole."""
+    """Names of the fully trained parameters."""
     originals: dict[str, torch.Tensor] = field(repr=False)
-    """What these held before, on the CPU."""
+    """Their original values, on the CPU."""
     total_parameters: int
-    """Scalars of the base model, tied ones once."""
+    """Number of scalars of the base model; tied parameters count once."""
     selected_parameters: int
+    """Number of selected scalars."""
     whole_parameters: int
-    clock: UpdateClock = field(repr=False)
+    """Number of scalars of the fully trained parameters."""
+    counter: StepCounter = field(repr=False)
     fingerprint: dict[str, str] = field(repr=False)
-    """Of the base model; adapters carry it."""
+    """The fingerprint of the base model; saved in adapters."""
     name: str = "default"
-    """Of the adapter, where a model has several."""
+    """The name of the active adapter."""
     base_model: str | None = None
-    """Where the base model came from: a hub id, a directory or package://...; adapters carry it."""
+    """The source of the base model: a hub id, a directory or package://...; saved in adapters."""
     revision: str | None = None
     tokenizer: str | None = None
-    """Where the tokenizer came from, if not from the base model."""
+    """The source of the tokenizer if it is not the base model."""
     new_tokens: list[str] = field(default_factory=list)
-    """Tokens that were added to it."""
+    """Tokens that were added to the tokenizer."""
     results: dict[str, Any] = field(default_factory=dict)
-    """Figures of the run that trained it, for the model card."""
+    """Metrics of the training run, for the model card."""
     hooks: list[Any] = field(default_factory=list, repr=False)
-    leaves_settled: bool = False
+    """Handles of the model's hooks, removed by `unload`."""
+    has_leaf_hooks: bool = False
 
     @property
     def trainable_parameters(self) -> int:
+        """Number of trainable scalars."""
         return self.selected_parameters + self.whole_parameters
 
 
 def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-    """Make a part of the model's scalars trainable and freeze the rest, in place.
+    """Make a subset of a model's scalars trainable and freeze the others, in place.
 
-    The result computes what it did before, and is trained by anything that trains `parameters()` which require a
-    gradient: a plain torch loop, Accelerate, deepspeed.initialize at any ZeRO stage, transformers.Trainer.
-    Works on models built under deepspeed.zero.Init (every rank must call it).
+    The outputs of the model do not change. Each selected weight W gets a trainable delta, a 1-D parameter with one
+    value for each selected scalar, and the model computes with W[positions] = w0 + delta. The deltas start with zeros.
+    Anything that optimises the parameters with `requires_grad` can train them: a PyTorch loop, Accelerate,
+    transformers.Trainer, or deepspeed.initialize at any ZeRO stage. For models built under deepspeed.zero.Init, all
+    ranks must call it.
 
-    Args: positions: int64 (n,) by parameter name, indices into the flattened parameters: train these scalars, whatever
-        the config says of targets, budget and selection.
-    Returns: the same model. Raises UserError: nothing to select from, an impossible budget, a model that already is
-    sparse, positions that do not fit.
+        model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+        sparsify(model, SparseConfig(density=0.01))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        ...
+        save_adapter(model, "adapter")
+
+    Args:
+        model: any module.
+        config: which scalars to train, and how many.
+        positions: train these scalars instead of those that the config's targets, budget and selection give. By
+            parameter name: int64 (n,), indices into the flattened parameter.
+
+    Returns: the same model.
+
+    Raises:
+        UserError: no weight to select from, a budget that cannot be met, a model that is sparse already, or positions
+            that do not fit the model.
     """
-    refuse_sparse(model)
+    check_not_sparse(model)
     whole_modules = find_modules_to_save(model, config)
     selections, stored = select_scalars(model, config, whole_modules, positions)
 
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
         return in_chunks(stored[selection.name].to(device)) if selection.name in stored else selection.chunks(device)
 
-    return attach(model, config, selections, parameter_names(model, whole_modules), chunks)
+    return apply_selection(model, config, selections, parameter_names(model, whole_modules), chunks)
 
 
-def attach(
+def apply_selection(
     model: nn.Module,
     config: SparseConfig,
     selections: Iterable[Selection],
     whole: list[str],
-    chunks: Chunks = Selection.chunks,
+    chunks: PositionChunks = Selection.chunks,
     base_fingerprint: dict[str, str] | None = None,
     deltas: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """`sparsify` with everything decided: what is drawn from which weights, and the parameters trained whole.
+    """Make a model sparse with given selections. See `sparsify`.
 
-    Args: chunks: the positions of a draw, int64, sorted, some at a time; deltas: (n,) of weights that start with
-        these, which are written into them; the others start with zeros.
-    Raises UserError where the model is sparse already, and what `chunks` raises, with the model as it was.
+    Args:
+        model: the base model.
+        config: how the deltas are trained, and what adapters save as their configuration.
+        selections: the selection of each weight.
+        whole: names of the parameters to train fully.
+        chunks: returns the positions of a selection.
+        base_fingerprint: the fingerprint of the base model; None to compute it.
+        deltas: (n,) by parameter name: initial deltas, which are written into the weights. Zeros for other weights.
+
+    Returns: the same model.
+
+    Raises:
+        UserError: the model is sparse already, or `chunks` raised it. The model is then unchanged.
     """
-    refuse_sparse(model)
+    check_not_sparse(model)
     wait_for_prefetch(model)
     parameters = all_targets(model)
     selections = list(selections)
     if config.indices == "regenerated" and (
-        kept := [selection.name for selection in selections if not selection.can_regenerate]
+        stored := [selection.name for selection in selections if not selection.can_regenerate]
     ):
         logger.warning(
-            "sparse.indices: regenerated: no rule draws the positions of %s: they are stored", ", ".join(kept)
+            "sparse.indices: the positions of %s cannot be regenerated: they are stored",
+            ", ".join(stored),
         )
     total = sum(target.shape.numel() for target in parameters.values())
     with_new_rows = {selection.name for selection in selections if selection.whole_rows}
     base = fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint
     originals = {name: _copy(parameters[name].parameter) for name in whole}
-    clock = UpdateClock()
+    counter = StepCounter()
     weights = {
-        selection.name: layers.attach(parameters[selection.name], selection, clock, config) for selection in selections
+        selection.name: layers.attach(parameters[selection.name], selection, counter, config)
+        for selection in selections
     }
     try:
-        _begin(weights, chunks, deltas or {})
+        _initialize(weights, chunks, deltas or {})
     except UserError:
         for weight in weights.values():
             layers.detach(weight)
@@ -136,29 +171,31 @@ def attach(
         total_parameters=total,
         selected_parameters=sum(selection.count for selection in selections),
         whole_parameters=sum(parameters[name].shape.numel() for name in whole),
-        clock=clock,
+        counter=counter,
         fingerprint=base,
         base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
-        hooks=[model.register_forward_pre_hook(clock.before_forward), model.register_forward_pre_hook(_settle_leaves)],
+        hooks=[model.register_forward_pre_hook(hook) for hook in (counter.before_forward, _add_leaf_hooks)],
     )
     return model
 
 
-def _begin(weights: Mapping[str, SparseWeight], chunks: Chunks, deltas: Mapping[str, torch.Tensor]) -> None:
-    """Raises what `chunks` raises, with the weights as they were."""
+def _initialize(
+    weights: Mapping[str, SparseWeight], chunks: PositionChunks, deltas: Mapping[str, torch.Tensor]
+) -> None:
+    """Initialize the weights. If `chunks` raises an error, restore their values and raise it again."""
 
-    def begin(name: str) -> None:
+    def initialize(name: str) -> None:
         weight = weights[name]
-        weight.begin(chunks(weight.selection, weight.weight.device), deltas.get(name))
+        weight.initialize(chunks(weight.selection, weight.weight.device), deltas.get(name))
 
-    # Stage 3 gathers in one order on every rank, and an accelerator's work is queued
-    alone = any(is_partitioned(w.weight) or w.weight.device.type != "cpu" for w in weights.values())
+    # ZeRO stage 3 must gather in the same order on all ranks, and an accelerator gains nothing from threads
+    sequential = any(is_partitioned(w.weight) or w.weight.device.type != "cpu" for w in weights.values())
     try:
-        if alone:
+        if sequential:
             for name in weights:
-                begin(name)
+                initialize(name)
         else:
-            map_in_threads(begin, weights)
+            map_in_threads(initialize, weights)
     except UserError:
         for weight in weights.values():
             if weight.is_written:
@@ -167,13 +204,13 @@ def _begin(weights: Mapping[str, SparseWeight], chunks: Chunks, deltas: Mapping[
         raise
 
 
-def _settle_leaves(model: nn.Module, _: Any) -> None:
-    """DeepSpeed decides on leaf modules, after `sparsify`: the first forward on a partitioned base knows them."""
+def _add_leaf_hooks(model: nn.Module, _: Any) -> None:
+    """A forward pre-hook that adds hooks to ZeRO's leaf modules. DeepSpeed chooses these after `sparsify`."""
     sparsity = model.sparsity
     partitioned = any(is_partitioned(weight.weight) for weight in sparsity.weights.values())
-    if partitioned and not sparsity.leaves_settled:
+    if partitioned and not sparsity.has_leaf_hooks:
         sparsity.hooks += require_grad_on_leaf_inputs(model)
-        sparsity.leaves_settled = True
+        sparsity.has_leaf_hooks = True
 
 
 def _copy(parameter: nn.Parameter) -> torch.Tensor:
@@ -181,16 +218,17 @@ def _copy(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach().to("cpu", copy=True)
 
 
-def refuse_sparse(model: nn.Module) -> None:
-    """Raises UserError where the model is sparse."""
+def check_not_sparse(model: nn.Module) -> None:
+    """Raise UserError if the model is sparse."""
     if hasattr(model, "sparsity"):
         raise UserError("this model is sparse already: call merge_and_unload(model) or unload(model) first")
 
 
 def sparsity_of(model: nn.Module) -> Sparsity:
-    """The record that `sparsify` left on a model, also through the wrappers of DDP, Accelerate and DeepSpeed.
+    """The `Sparsity` of a model, which may be wrapped by DDP, Accelerate or DeepSpeed.
 
-    Raises UserError where the model is not sparse.
+    Raises:
+        UserError: the model is not sparse.
     """
     inner = unwrap(model)
     if not hasattr(inner, "sparsity"):
@@ -203,17 +241,26 @@ def sparsity_of(model: nn.Module) -> Sparsity:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the wrappers that hold it as `.module`."""
-    # DeepSpeed's engine answers for its module's attributes, so hasattr would take it for the model
+    """Remove wrappers that have the model as their attribute `module`."""
+    # Not hasattr: DeepSpeed's engine forwards attribute access to its module
     while "sparsity" not in vars(model) and isinstance(model._modules.get("module"), nn.Module):
         model = model.module
     return model
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Write the deltas into the weights for good and remove everything that `sparsify` added. In place.
+    """Write the deltas into the weights and remove everything else that `sparsify` added, in place.
 
-    Under ZeRO stage 3 every rank must call it; the pieces then hold the merged weights.
+    The result is a plain model, e.g. for `save_pretrained`. It cannot be undone; see `merge_adapter`. Under ZeRO stage
+    3, all ranks must call it, and the model stays partitioned.
+
+    Args:
+        model: a sparse model, which may be wrapped.
+
+    Returns: the model, without wrappers.
+
+    Raises:
+        UserError: the model is not sparse.
     """
     model = unwrap(model)
     wait_for_prefetch(model)
@@ -224,22 +271,42 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Give the base model's weights back, bit for bit, and remove everything that `sparsify` added. In place."""
+    """Restore the base model's weights bit for bit and remove everything that `sparsify` added, in place.
+
+    Under ZeRO stage 3, all ranks must call it.
+
+    Args:
+        model: a sparse model, which may be wrapped.
+
+    Returns: the model, without wrappers.
+
+    Raises:
+        UserError: the model is not sparse.
+    """
     model = unwrap(model)
     with disable_adapter(model):
         for weight in model.sparsity.weights.values():
             with gathered([weight.weight], write=True):
                 weight.write()
-        # Taken out here, so that leaving the block does not bring the trained values back
+        # So that the end of the block does not restore the trained values
         model.sparsity.whole.clear()
     return _remove(model)
 
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within this block the model computes with its original weights, those of modules trained whole included.
+    """A context in which the model computes with its original weights, those of fully trained modules included.
 
-    Under ZeRO stage 3 every rank must enter and leave it.
+        with disable_adapter(model):
+            reference = model(**batch).logits
+
+    Under ZeRO stage 3, all ranks must enter and leave it.
+
+    Args:
+        model: a sparse model, which may be wrapped.
+
+    Raises:
+        UserError: the model is not sparse.
     """
     model = unwrap(model)
     sparsity = sparsity_of(model)
@@ -249,23 +316,31 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     trained = {name: _copy(parameters[name]) for name in sparsity.whole}
     for weight in before:
         weight.enabled = False
-    _set(parameters, {name: sparsity.originals[name] for name in sparsity.whole})
+    _copy_into(parameters, {name: sparsity.originals[name] for name in sparsity.whole})
     try:
         yield
     finally:
         for weight, enabled in before.items():
             weight.enabled = enabled
-        _set(parameters, {name: trained[name] for name in sparsity.whole})
+        _copy_into(parameters, {name: trained[name] for name in sparsity.whole})
 
 
 def set_scale(model: nn.Module, scale: float) -> None:
-    """Let the deltas count `scale` times: W = w0 + scale * delta. Modules trained whole are not scaled."""
+    """Scale the deltas: W[positions] = w0 + scale * delta. Fully trained modules are not scaled.
+
+    Args:
+        model: a sparse model, which may be wrapped.
+        scale: 1 for the trained model, 0 for the base model's weights.
+
+    Raises:
+        UserError: the model is not sparse.
+    """
     for weight in sparsity_of(model).weights.values():
         weight.scale = float(scale)
 
 
 @torch.no_grad()
-def _set(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+def _copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
     for name, value in values.items():
         with gathered([parameters[name]], write=True):
             parameters[name].copy_(value)

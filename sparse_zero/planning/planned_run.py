@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparse_zero.data.models import check_max_length, load_config, max_positions, model_without_values
+from sparse_zero.data.models import check_max_length, load_config, max_positions, meta_model
 from sparse_zero.errors import UserError
 from sparse_zero.planning.activations import UNKNOWN, Activations, activations
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
@@ -114,7 +114,7 @@ def read_recipe(recipe: Recipe) -> PlannedRun:
     if section.attn_implementation == "eager":
         config._attn_implementation = "eager"
     trained_dtype = half or dtype
-    model = model_without_values(config, section.task, trained_dtype, section.trust_remote_code)
+    model = meta_model(config, section.task, trained_dtype, section.trust_remote_code)
     # For any selection: the exact count of stratified is the expected count of bernoulli
     sparse = recipe.sparse.model_copy(update={"selection": "stratified"})
     whole_modules = find_modules_to_save(model, sparse)

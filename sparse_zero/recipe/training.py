@@ -1,4 +1,4 @@
-"""The `training` section's names: transformers.TrainingArguments' own, and ours."""
+"""The `training` section of a recipe: the fields of transformers.TrainingArguments and a few more."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,18 +12,24 @@ from sparse_zero.errors import UserError, did_you_mean
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers.TrainingArguments that also say how checkpoints are written."""
+    """transformers.TrainingArguments with options for writing checkpoints."""
 
     async_save: bool = field(
         default=False,
-        metadata={"help": "Copy a checkpoint and write it in the background; the next one waits for it."},
+        metadata={
+            "help": "Copy each checkpoint in memory and write it in the background. The next checkpoint waits for it."
+        },
     )
 
 
 def check_training(training: Mapping[str, Any]) -> None:
-    """Raises UserError: a name that TrainingArguments does not have, or no number where it has one.
+    """Check the `training` section of a recipe.
 
-    It takes a string for a learning rate, and the optimizer fails on it after the data is ready.
+    Types are checked here because TrainingArguments accepts e.g. a string as learning rate. The optimizer would fail
+    on it later, after the data has been prepared.
+
+    Raises:
+        UserError: TrainingArguments has no field of this name, or a boolean or number has another type.
     """
     known = {each.name for each in fields(TrainingArguments) if each.init}
     kinds = get_type_hints(TrainingArguments)
@@ -31,7 +37,7 @@ def check_training(training: Mapping[str, Any]) -> None:
         if key not in known:
             raise UserError(
                 f"unknown key '{key}' in section 'training'{did_you_mean(key, known)} "
-                "(the names are those of transformers.TrainingArguments)"
+                "(the keys are the fields of transformers.TrainingArguments)"
             )
         if kinds[key] in (bool, int, float):
             try:
@@ -42,5 +48,5 @@ def check_training(training: Mapping[str, Any]) -> None:
 
 
 def default_of(key: str) -> Any:
-    """What TrainingArguments has where a recipe says nothing."""
+    """The default of a field of TrainingArguments."""
     return next(each.default for each in fields(TrainingArguments) if each.name == key)

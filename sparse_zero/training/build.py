@@ -6,10 +6,17 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_zero.data.datasets import Prepared, load_splits, prepare
-from sparse_zero.data.encoding import check_packing
+from sparse_zero.data.datasets import PreparedData, load_splits, prepare_data
 from sparse_zero.data.metrics import classification_metrics, language_model_metrics, token_losses
-from sparse_zero.data.models import add_tokens, load_config, load_model, load_tokenizer, make_room, max_positions
+from sparse_zero.data.models import (
+    add_tokens,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    resize_embeddings,
+)
+from sparse_zero.data.packing import check_packing
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import TrainingArguments, check_training
@@ -48,11 +55,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedTokenizerBase, Prepared, PreTrainedModel]:
+def build(
+    recipe: Recipe, arguments: TrainingArguments
+) -> tuple[PreTrainedTokenizerBase, PreparedData, PreTrainedModel]:
     """Load the tokenizer, the tokenised examples and the base model. A collective call: the first rank of each host
     prepares the data, and the others read its cache.
 
-    Raises UserError: see `load_splits`, `prepare` and `load_model`.
+    Raises UserError: see `load_splits`, `prepare_data` and `load_model`.
     """
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
@@ -63,7 +72,7 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedToken
     add_tokens(tokenizer, section.new_tokens)
     limit = max_positions(load_config(section.name, **origin))
     with arguments.main_process_first(desc="data"):
-        prepared = prepare(recipe.data, section.task, tokenizer, *load_splits(recipe.data), limit)
+        prepared = prepare_data(recipe.data, section.task, tokenizer, *load_splits(recipe.data), limit)
     settings: dict[str, Any] = {}
     if prepared.id2label is not None:
         settings["id2label"] = prepared.id2label
@@ -78,14 +87,14 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> tuple[PreTrainedToken
         **origin,
     )
     if section.new_tokens:
-        make_room(model, tokenizer)
+        resize_embeddings(model, tokenizer)
     if recipe.data.packing:
         rows = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
         check_packing(model.config._attn_implementation, rows)
     return tokenizer, prepared, model
 
 
-def evaluation_settings(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def evaluation_settings(recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The arguments of a Trainer for the evaluation of a recipe: the examples, the collator and the metrics."""
     shared = {
         "eval_dataset": prepared.evaluation,

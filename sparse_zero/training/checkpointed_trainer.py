@@ -28,7 +28,7 @@ from sparse_zero.checkpoint.manifest import Manifest, Progress
 from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
 from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import differences
+from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.model.sparsify import sparsity_of, unwrap
 from sparse_zero.ranks.agreement import Ranks
 from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
@@ -166,7 +166,7 @@ class CheckpointedTrainer(Trainer):
             epoch_ended=self._epoch_ended,
             postponed_evaluation=evaluation,
             postponed_save=save,
-            forwards=sparsity_of(self.model).clock.forwards,
+            forwards=sparsity_of(self.model).counter.training_forwards,
         )
 
     def _trainer_state(self) -> str:
@@ -244,7 +244,7 @@ class CheckpointedTrainer(Trainer):
         deepspeed_state.restore_engine_counters(self.deepspeed, manifest.engine)
         deepspeed_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
         sparsity = sparsity_of(self.model)
-        sparsity.clock.forwards = manifest.progress.forwards
+        sparsity.counter.training_forwards = manifest.progress.forwards
         for weight in sparsity.weights.values():
             weight.invalidate()
         self._random_states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
@@ -259,7 +259,7 @@ class CheckpointedTrainer(Trainer):
                     f"{checkpoint.directory}: has another selection ({key} differ): resume with the `sparse` section "
                     "with which the run was started"
                 )
-        if different := differences(saved.get("base_fingerprint", {}), here["base_fingerprint"]):
+        if different := differing_parameters(saved.get("base_fingerprint", {}), here["base_fingerprint"]):
             raise UserError(
                 f"{checkpoint.directory}: was saved with a base model whose weights differ in '{different[0]}': "
                 "resume with the base model with which the run was started"

@@ -1,11 +1,11 @@
-"""Data sections and rows that the tests of data share."""
+"""Data sections and rows for the tests of data."""
 
 from pathlib import Path
 
 from datasets import Dataset
 
-from sparse_zero.data.datasets import load_splits, prepare
-from sparse_zero.data.encoding import IGNORED
+from sparse_zero.data.datasets import load_splits, prepare_data
+from sparse_zero.data.tokenization import IGNORED
 from sparse_zero.recipe.recipe import DataSection
 
 TEXT = {"text": "text"}
@@ -23,14 +23,14 @@ def numbered(count: int) -> list[dict]:
 
 
 def prepared(data: DataSection, tokenizer, task: str = "causal-lm", model_limit: int | None = 512):
-    return prepare(data, task, tokenizer, *load_splits(data), model_limit)
+    return prepare_data(data, task, tokenizer, *load_splits(data), model_limit)
 
 
 def counted(row: dict, tokenizer) -> str:
-    """The text of the tokens that the loss counts."""
+    """The text of the tokens with a loss."""
     return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
 
 
 def language(tokenizer, columns: dict, rows: dict, model_limit: int | None = 512, **settings):
     dataset = Dataset.from_dict(rows)
-    return prepare(section("unused", columns, **settings), "causal-lm", tokenizer, dataset, dataset, model_limit)
+    return prepare_data(section("unused", columns, **settings), "causal-lm", tokenizer, dataset, dataset, model_limit)

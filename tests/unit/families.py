@@ -1,4 +1,4 @@
-"""Tiny random models of the families that the tests walk through."""
+"""Tiny random models of many families."""
 
 import torch
 from transformers import (
@@ -57,7 +57,7 @@ NO_DROPOUT = {
 
 
 def tiny(family: str, task: str = "causal-lm", seed: int = 0, **settings: object) -> PreTrainedModel:
-    """A random model of two layers, in training mode; without dropout where a test trains the family."""
+    """A random model of two layers in training mode. Families that tests train have no dropout."""
     settings = SIZES | OWN_SIZES.get(family, {}) | NO_DROPOUT.get(family, {}) | settings
     torch.manual_seed(seed)
     return TASKS[task].from_config(AutoConfig.for_model(family, **settings)).train()

@@ -1,4 +1,4 @@
-"""What torch's CPU allocator gave out while a function ran."""
+"""The peak of the memory that torch's CPU allocator allocates during a function."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that `work` held at once beyond what was there before it."""
+    """The peak during `work`, in bytes, above what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Small models to sparsify, batches to train them on, and what dense training makes of them."""
+"""Small models and batches for tests of sparse training, and dense training as the reference."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ def base_model(case: str) -> nn.Module:
 
 
 def both(case: str, **settings) -> tuple[nn.Module, nn.Module]:
-    """The base model, and a copy of it that was sparsified."""
+    """The base model, and a sparse copy of it."""
     base = base_model(case)
     return base, sparsify(copy.deepcopy(base), CASES[case].model_copy(update=settings))
 
@@ -81,7 +81,7 @@ def train(model: nn.Module, steps: Iterable[Batch]) -> list[float]:
 
 
 def drawn(model: nn.Module) -> Positions:
-    """The positions that the selection draws from each selected weight."""
+    """The positions of each selected weight, by name."""
     seed = model.sparsity.config.seed
     return {
         name: rules.stratified_positions(seed, name, weight.weight.numel(), weight.delta.numel())
@@ -90,7 +90,7 @@ def drawn(model: nn.Module) -> Positions:
 
 
 def train_reference(model: nn.Module, drawn: Positions, whole: list[str], steps: Iterable[Batch]) -> list[float]:
-    """Dense gradients, masked; what is selected decays towards its pretrained value."""
+    """Train with masked dense gradients. Weight decay pulls selected scalars to their pretrained values."""
     weights = dict(model.named_parameters())
     pretrained = {name: weights[name].detach().clone() for name in drawn}
     masks = {name: torch.zeros_like(weights[name]).flatten() for name in drawn}
@@ -113,7 +113,7 @@ def train_reference(model: nn.Module, drawn: Positions, whole: list[str], steps:
 
 
 def nudge(model: nn.Module, seed: int = 3) -> None:
-    """Give the deltas values that matter, as training would."""
+    """Give the deltas large random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.sparsity.weights.values():
@@ -121,7 +121,7 @@ def nudge(model: nn.Module, seed: int = 3) -> None:
 
 
 def dense_copy(base: nn.Module, model: nn.Module) -> nn.Module:
-    """The base model with the deltas of `model` added to its weights by plain arithmetic."""
+    """The base model with the deltas of `model` added to its weights."""
     dense = copy.deepcopy(base)
     weights = dict(dense.named_parameters())
     with torch.no_grad():
@@ -135,7 +135,7 @@ def dense_copy(base: nn.Module, model: nn.Module) -> nn.Module:
 def assert_gradients(
     model: nn.Module, dense: nn.Module, backward: Callable[[nn.Module], None], rtol: float = 1e-5, atol: float = 1e-7
 ) -> None:
-    """`backward(model)` gives the deltas the dense model's weight gradients, at the selected positions."""
+    """After `backward(model)`, the deltas have the dense model's weight gradients at the selected positions."""
     backward(dense)
     backward(model)
     weights = dict(dense.named_parameters())
@@ -148,7 +148,7 @@ def assert_gradients(
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the base model's own entries in the state dict."""
+    """Copies of the base model's entries in the state dict, without the deltas."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.endswith("_delta")}
 
 

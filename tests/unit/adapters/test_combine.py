@@ -47,12 +47,12 @@ def overlapping(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory) -> list[Path]:
-    """Adapters that have drawn the same positions."""
+    """Adapters with the same positions."""
     return [make(OVERLAPPING[0], tmp_path_factory.mktemp("adapter"), seed) for seed in range(3)]
 
 
 def dense(directory: Path) -> dict[str, torch.Tensor]:
-    """The adapter's deltas as matrices, by the model's own arithmetic."""
+    """The adapter's deltas as matrices, from the difference of merged and base weights."""
     base = tiny("llama")
     merged = merge_and_unload(load_adapter(copy.deepcopy(base), directory))
     return {name: p.detach() - base.get_parameter(name).detach() for name, p in merged.named_parameters()}
@@ -138,11 +138,11 @@ def test_heads_and_tokens_are_averaged(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": [1.0]}, "weights: 1 for 3 adapters; give one for each"),
+        ({"weights": [1.0]}, "weights: 1 for 3 adapters; pass one for each"),
         ({"weights": [0.0, 0.0, 0.0]}, "not all zero"),
         ({"weights": [1.0, 1.0, float("nan")]}, "finite"),
         ({"combination_type": "svd"}, "combination_type: 'svd'; known: linear, ties"),
-        ({"density": 0.0}, "density: 0; give the fraction"),
+        ({"density": 0.0}, "density: 0; pass the fraction"),
     ],
 )
 def test_settings_that_cannot_be(alike, tmp_path, settings, message):
@@ -153,13 +153,13 @@ def test_settings_that_cannot_be(alike, tmp_path, settings, message):
 
 def test_adapters_that_do_not_belong_together(alike, tmp_path):
     other_base = make(OVERLAPPING[0], tmp_path / "base", 0, tiny("llama", seed=1))
-    with pytest.raises(UserError, match=r"made for different base models.*'lm_head.weight' differs"):
+    with pytest.raises(UserError, match=r"trained on different base models.*'lm_head.weight' differs"):
         combine_adapters([alike[0], other_base], tmp_path / "out")
     with_head = make(OVERLAPPING[0].model_copy(update={"modules_to_save": ["norm"]}), tmp_path / "head", 0)
-    with pytest.raises(UserError, match="different parameters trained whole"):
+    with pytest.raises(UserError, match="different fully trained parameters"):
         combine_adapters([alike[0], with_head], tmp_path / "out")
     tokens = make(OVERLAPPING[0].model_copy(update={"trainable_token_indices": [3]}), tmp_path / "tokens", 0)
-    with pytest.raises(UserError, match="different tokens trained whole"):
+    with pytest.raises(UserError, match="different fully trained tokens"):
         combine_adapters([alike[0], tokens], tmp_path / "out")
     with pytest.raises(UserError, match="is one of the adapters to combine"):
         combine_adapters(alike, alike[1])

@@ -3,13 +3,13 @@ import shutil
 
 import pytest
 import torch
-from exchange_cases import CAUSAL, CLASSIFIER, open_base, peft_adapter, save_base, sparta_adapter
+from format_cases import CAUSAL, CLASSIFIER, open_base, peft_adapter, save_base, sparta_adapter
 
 from launcher.cli import main
 from sparse_zero import SparseConfig, UserError, merge_and_unload, save_adapter, sparsify
-from sparse_zero.adapters.exchange import format_of
-from sparse_zero.adapters.exchange.convert import convert
 from sparse_zero.adapters.files import adapter_bytes, read_adapter
+from sparse_zero.adapters.formats import format_module
+from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe, histogram
 
 NAME = "model.layers.1.self_attn.o_proj.weight"
@@ -22,7 +22,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own(base, tmp_path_factory):
-    """Every delta is 0.02, but for -3 at one position and 0 at another."""
+    """All deltas are 0.02, except -3 at one position and 0 at another."""
     model = sparsify(open_base(base, CAUSAL), SparseConfig(density=0.03, trainable_token_indices=[5]))
     model.sparsity.results = {"accuracy": 0.75}
     with torch.no_grad():
@@ -89,9 +89,9 @@ def test_other_formats(base, tmp_path, kind, base_is_there):
     if not base_is_there:
         shutil.rmtree(here)
     facts = describe(tmp_path / "theirs")
-    assert facts["format"] == format_of(kind).TITLE
+    assert facts["format"] == format_module(kind).TITLE
     same = ["base_model", "task", "trainable_parameters", "norm", "histogram", "kinds", "layers"]
-    # The reference's directory has the base model's configuration in it.
+    # The reference's directory contains the base model's config
     shapes_known = base_is_there or kind == "sparta"
     same += ["tensors", "total_parameters", "density"] if shapes_known else []
     for key in same:
@@ -115,7 +115,7 @@ def test_a_fine_tuned_model(base, own, tmp_path):
             weight.delta.fill_(0.5)
     count = model.sparsity.selected_parameters
     merge_and_unload(model).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="a whole model; --base names"):
+    with pytest.raises(UserError, match=r"is a model, not an adapter; pass .* with --base"):
         describe(tmp_path)
     facts = describe(tmp_path, str(base))
     assert facts["trainable_parameters"] == count
@@ -137,7 +137,7 @@ def test_histogram_of_nothing_and_of_the_edges():
     assert histogram([torch.zeros(3)]) == [{"from": 0.0, "to": 0.0, "scalars": 3}]
     bars = histogram([torch.tensor([1e-3, -9.99e-3]), torch.tensor([1.0, 0.0])])
     assert [(bar["from"], bar["scalars"]) for bar in bars] == [(0.0, 1), (1e-3, 2), (1e-2, 0), (0.1, 0), (1, 1)]
-    # Whatever is tiny is one bar.
+    # All tiny values are in one bin
     bars = histogram([torch.tensor([1e-30, -9e-9, 2e-7])])
     assert [(bar["from"], bar["to"], bar["scalars"]) for bar in bars] == [
         (0, 1e-8, 2),
@@ -155,7 +155,7 @@ def test_unknown_directories(tmp_path, capsys, monkeypatch, command):
     (tmp_path / "some").mkdir()
     assert main([command[0], "some", *command[1:]]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("sparse-zero: error: some: no known adapter or model: looked for adapter_config.json")
+    assert error.startswith("sparse-zero: error: some: no known adapter or model: expected adapter_config.json")
     assert "sparse_deltas.pt (peft-sparta)" in error
     assert error.count("\n") == 1
     assert main([command[0], "nowhere", *command[1:]]) == 2
@@ -164,7 +164,7 @@ def test_unknown_directories(tmp_path, capsys, monkeypatch, command):
 
 def test_out_must_be_new(own, tmp_path, capsys):
     assert main(["convert", str(own), str(tmp_path / "a" / "new"), "--to", "shira"]) == 2
-    assert "has rows that were trained whole" in capsys.readouterr().err
+    assert "has fully trained rows" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "file").touch()
@@ -172,7 +172,7 @@ def test_out_must_be_new(own, tmp_path, capsys):
         assert main(["convert", str(own), str(tmp_path / name), "--to", "shira"]) == 2
         assert f"{name}: already exists" in capsys.readouterr().err
     assert main(["convert", str(own), str(tmp_path / "new")]) == 2
-    assert "is a sparse-zero adapter already" in capsys.readouterr().err
+    assert "already has the format sparse-zero" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
 
 

@@ -1,4 +1,4 @@
-"""Tokens that a recipe adds: from the tokenizer to the merged model."""
+"""Tokens that a recipe adds, from the tokenizer to the merged model."""
 
 import copy
 import shutil
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparse_zero import SparseConfig, UserError, load_adapter, save_adapter, sparsify
 from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.save_and_load import write_merged
-from sparse_zero.data.models import add_tokens, load_tokenizer, make_room
+from sparse_zero.data.models import add_tokens, load_tokenizer, resize_embeddings
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.run import _with_tokens
 
@@ -21,7 +21,7 @@ NEW = ["<question>", "<answer>"]
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def base(request, tmp_path: Path, tokenizer_dir: Path) -> Path:
-    """A model whose vocabulary is as large as its tokenizer's."""
+    """A model with as many embeddings as its tokenizer has tokens."""
     shutil.copytree(tokenizer_dir, tmp_path / "base")
     size = len(AutoTokenizer.from_pretrained(tokenizer_dir))
     tiny("llama", vocab_size=size, tie_word_embeddings=request.param).save_pretrained(tmp_path / "base")
@@ -40,7 +40,7 @@ def test_from_a_recipe_to_a_merged_model(base: Path, tmp_path: Path) -> None:
     tokenizer, model = load_tokenizer(str(base)), AutoModelForCausalLM.from_pretrained(base)
     before = len(tokenizer)
     add_tokens(tokenizer, recipe.model.new_tokens)
-    make_room(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     config = _with_tokens(recipe, tokenizer)
     assert config.trainable_token_indices == [7, before, before + 1]
     sparsify(model, config)
@@ -65,7 +65,7 @@ def test_from_a_recipe_to_a_merged_model(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_token_that_is_there_already(base: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.new_tokens: '<bos>' is in the tokenizer's vocabulary already"):
+    with pytest.raises(UserError, match=r"model\.new_tokens: '<bos>' is already in the tokenizer's vocabulary"):
         add_tokens(load_tokenizer(str(base)), ["<new>", "<bos>"])
 
 
@@ -73,7 +73,7 @@ def test_spare_rows_are_used_before_the_embedding_grows(base: Path) -> None:
     tokenizer, model = load_tokenizer(str(base)), AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(len(tokenizer) + 8)
     add_tokens(tokenizer, NEW)
-    make_room(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) + 6
 
 
@@ -81,8 +81,8 @@ def test_the_adapter_asks_for_room(base: Path, tmp_path: Path) -> None:
     tokenizer, model = load_tokenizer(str(base)), AutoModelForCausalLM.from_pretrained(base)
     plain = copy.deepcopy(model)
     add_tokens(tokenizer, NEW)
-    make_room(model, tokenizer)
+    resize_embeddings(model, tokenizer)
     rows = tokenizer.convert_tokens_to_ids(NEW)
     save_adapter(sparsify(model, SparseConfig(density=0.01, trainable_token_indices=rows)), tmp_path / "adapter")
-    with pytest.raises(UserError, match=rf"resize_token_embeddings\({len(tokenizer)}\) makes room"):
+    with pytest.raises(UserError, match=rf"resize_token_embeddings\({len(tokenizer)}\) for its new tokens"):
         load_adapter(plain, tmp_path / "adapter")

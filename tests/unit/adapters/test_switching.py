@@ -1,4 +1,4 @@
-"""Several adapters on one model; merging that can be undone; scaling."""
+"""Several adapters on one model, reversible merging, and scaling."""
 
 import copy
 
@@ -54,7 +54,7 @@ def trained(config: SparseConfig, dtype: torch.dtype = torch.float32) -> nn.Modu
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def saved(request, tmp_path_factory):
-    """The dtype; for each adapter its directory, and the logits that it gives."""
+    """The dtype, and for each adapter its directory and its logits."""
     found = {}
     for name, config in CONFIGS.items():
         model = trained(config, request.param)
@@ -104,9 +104,9 @@ def test_adapters_can_be_deleted(saved):
     model = with_all(saved)
     delete_adapter(model, "second")
     assert adapter_names(model) == ["first", "third"]
-    with pytest.raises(UserError, match="no adapter 'second' on this model"):
+    with pytest.raises(UserError, match="the model has no adapter 'second'; its adapters: first, third"):
         set_adapter(model, "second")
-    with pytest.raises(UserError, match="no adapter 'thrid' on this model; did you mean 'third'"):
+    with pytest.raises(UserError, match="the model has no adapter 'thrid'; did you mean 'third'"):
         delete_adapter(model, "thrid")
     with pytest.raises(UserError, match="'first' is the active adapter"):
         delete_adapter(model, "first")
@@ -118,7 +118,7 @@ def test_an_adapter_of_another_base_is_refused_beside_others(saved):
     with torch.no_grad():
         other.get_parameter("model.layers.0.mlp.down_proj.weight").add_(1)
     model = sparsify(other, CONFIGS["first"])
-    with pytest.raises(UserError, match="this model has other weights"):
+    with pytest.raises(UserError, match="this model has different weights"):
         load_adapter(model, found["second"][0], adapter_name="second")
     assert adapter_names(model) == ["default"]
 

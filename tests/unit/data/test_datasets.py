@@ -31,7 +31,7 @@ def test_resolve_leaves_other_names_alone():
     [
         ("package://no_such_thing/model", r"'no_such_thing' is not an installed package.*pip install no-such-thing"),
         ("package://csv/x.csv", "'csv' is not an installed package"),
-        ("package://datasets/nowhere/x.csv", r"'datasets' is installed, but has no 'nowhere/x.csv'"),
+        ("package://datasets/nowhere/x.csv", r"the package 'datasets' has no 'nowhere/x.csv'"),
         ("package://os.path/x", "write package://PACKAGE/PATH"),
         ("package://", "write package://PACKAGE/PATH"),
     ],
@@ -55,7 +55,7 @@ def test_packaged_reviews_are_filtered_and_split(reviews_csv):
     assert (len(train), len(evaluation)) == (400, 100)
     assert set(train["source"]) | set(evaluation["source"]) == {"rotten_tomatoes"}
     assert not set(train["text"]) & set(evaluation["text"])
-    # The file is sorted by label; what is drawn from it is not.
+    # The file is sorted by label, the random subset is not
     assert 150 < sum(train["label"]) < 250
     again = load_splits(data)
     assert (again[0]["text"], again[1]["text"]) == (train["text"], evaluation["text"])
@@ -115,15 +115,15 @@ def test_a_changed_file_is_read_again(write_rows):
         ({"eval_split": "test"}, r"data.eval_split: .* no split 'test'; its splits: train"),
         ({"train_split": "train[:x]"}, r"data.train_split: split 'train\[:x\]' of"),
         ({"filter": {"lable": 1}}, r"data.filter: .* no column 'lable'; did you mean 'label'\?; .*text, label"),
-        ({"filter": {"tags": "x"}}, "data.filter: column 'tags' holds List, not single values"),
-        ({"filter": {"label": 7}}, r"data.filter: \{'label': 7\} keeps none of the 20 .*label has \[0, 1\]"),
-        ({"train_size": 19, "eval_size": 2}, "19 training and 2 held-out evaluation examples do not fit in 20"),
-        ({"eval_size": 20}, "do not fit in 20"),
-        ({"train_size": 21, "eval_split": "train"}, "data.train_size: 21 asks for 21 examples; .* has 20"),
-        ({"eval_size": 21}, "data.eval_size: 21 asks for 21 examples; .* has 20"),
-        ({"eval_size": 0.01, "eval_split": "train"}, "data.eval_size: 0.01 asks for 0 examples"),
+        ({"filter": {"tags": "x"}}, "data.filter: column 'tags' has the type List; filters need single values"),
+        ({"filter": {"label": 7}}, r"data.filter: \{'label': 7\} matches none of the 20 .*label has \[0, 1\]"),
+        ({"train_size": 19, "eval_size": 2}, "19 training and 2 held-out evaluation examples are more than its 20"),
+        ({"eval_size": 20}, "examples are more than its 20"),
+        ({"train_size": 21, "eval_split": "train"}, "data.train_size: 21 means 21 examples; .* has 20"),
+        ({"eval_size": 21}, "data.eval_size: 21 means 21 examples; .* has 20"),
+        ({"eval_size": 0.01, "eval_split": "train"}, "data.eval_size: 0.01 means 0 examples"),
         ({"train_size": 2.5}, "data.train_size: 2.5 is neither"),
-        ({"data_files": "other.csv"}, "data.data_files: .* is a file already; set path to 'json'"),
+        ({"data_files": "other.csv"}, "data.data_files: .* is a file as well; set data.path to 'json'"),
     ],
 )
 def test_load_errors(settings, message, write_rows):

@@ -24,7 +24,7 @@ def set_in_config(base: Path, **settings) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_whole_model_is_loaded_without_a_word(tmp_path, caplog, family):
+def test_a_whole_model_is_loaded_without_a_message(tmp_path, caplog, family):
     model = tiny(family)
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), "causal-lm")
@@ -32,7 +32,7 @@ def test_a_whole_model_is_loaded_without_a_word(tmp_path, caplog, family):
     assert not caplog.records
 
 
-def test_the_heads_of_classifiers_start_without_a_word(tmp_path, caplog):
+def test_the_heads_of_classifiers_start_without_a_message(tmp_path, caplog):
     tiny("bert", "sequence-classification").base_model.save_pretrained(tmp_path)
     settings = {"id2label": {"0": "no", "1": "yes", "2": "so"}, "label2id": {"no": 0, "yes": 1, "so": 2}}
     model = load_model(str(tmp_path), "sequence-classification", settings=settings)
@@ -41,10 +41,10 @@ def test_the_heads_of_classifiers_start_without_a_word(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_language_model_without_its_head_is_told(tmp_path, caplog):
+def test_a_language_model_without_its_head_warns(tmp_path, caplog):
     tiny("llama").model.save_pretrained(tmp_path)
     load_model(str(tmp_path), "causal-lm")
-    assert "has no weights for lm_head.weight: they start at random" in caplog.text
+    assert "has no weights for lm_head.weight: they are initialised at random" in caplog.text
 
 
 def test_a_head_for_another_number_of_labels_starts_anew(tmp_path):
@@ -66,7 +66,7 @@ def test_a_head_for_another_number_of_labels_starts_anew(tmp_path):
         (lambda base: shutil.rmtree(base), "cannot be loaded for causal-lm"),
         (
             lambda base: set_in_config(base, intermediate_size=48),
-            "mlp.down_proj.weight has shape [16, 24], its config says [16, 48]",
+            "mlp.down_proj.weight has the shape [16, 24] instead of [16, 48]",
         ),
     ],
     ids=["not-json", "unknown-architecture", "truncated", "no-weights", "no-directory", "other-sizes"],
@@ -100,7 +100,7 @@ def test_loading_leaves_the_verbosity_of_transformers_alone(llama, monkeypatch):
 def test_a_config_and_a_tokenizer_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"model\.name: .*gone cannot be loaded"):
         load_config(str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"model\.tokenizer: .*gone has no tokenizer that loads"):
+    with pytest.raises(UserError, match=r"model\.tokenizer: the tokenizer of .*gone cannot be loaded"):
         load_tokenizer(str(tmp_path / "gone"))
 
 

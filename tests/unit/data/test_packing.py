@@ -1,4 +1,4 @@
-"""Several examples in one sequence."""
+"""Packing several examples into one sequence."""
 
 import random
 
@@ -7,8 +7,9 @@ import torch
 from data_cases import TEXT, language
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from sparse_zero.data.encoding import IGNORED, PackedCollator, check_packing, pack, pack_batch
 from sparse_zero.data.metrics import token_losses
+from sparse_zero.data.packing import PackedCollator, check_packing, pack, pack_batch
+from sparse_zero.data.tokenization import IGNORED
 from sparse_zero.errors import UserError
 
 # Packing
@@ -48,7 +49,7 @@ def tiny_model(kind: str, vocabulary: int, attention: str):
         config, build = LlamaConfig(vocab_size=vocabulary, attn_implementation=attention, **sizes), LlamaForCausalLM
     config.use_cache = False  # as the Trainer sets it
     model = build(config).eval()
-    # The default initialisation is so small that attention hardly matters to the logits.
+    # With the small default initialisation, attention would hardly change the logits
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -115,5 +116,5 @@ def test_packed_collator_pads_with_examples_of_one_token():
 def test_flash_attention_packs_only_batches_of_one():
     check_packing("sdpa", 8)
     check_packing("flash_attention_2", 1)
-    with pytest.raises(UserError, match="flash_attention_2 keeps packed examples apart in batches of one"):
+    with pytest.raises(UserError, match="flash_attention_2 separates packed examples only in batches of one"):
         check_packing("flash_attention_2", 2)

@@ -321,8 +321,8 @@ def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monk
     weight.delta.data.normal_()
     expected = weight.weight.detach().clone().view(-1)
     expected[weight.flat_positions()] += weight.delta.detach()
-    drawn, draw_strips, written, write = [], type(weight)._drawn, [], triton_kernels.write_deltas
-    monkeypatch.setattr(type(weight), "_drawn", lambda *a: drawn.append(a) or draw_strips(*a))
+    drawn, draw_strips, written, write = [], type(weight)._draw_strips, [], triton_kernels.write_deltas
+    monkeypatch.setattr(type(weight), "_draw_strips", lambda *a: drawn.append(a) or draw_strips(*a))
     monkeypatch.setattr(triton_kernels, "write_deltas", lambda *a: written.append(a) or write(*a))
     weight.write()
     assert torch.equal(weight.weight.detach().view(-1), expected)

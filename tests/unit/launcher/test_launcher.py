@@ -377,7 +377,7 @@ def test_convert(capsys, monkeypatch):
     def convert(source, out, to, base, max_density):
         return {"out": str(out), "to": to, "base_model": base, "max_density": max_density, "notes": ["kept whole"]}
 
-    stand_in(monkeypatch, "sparse_zero.adapters.exchange.convert", convert=convert)
+    stand_in(monkeypatch, "sparse_zero.adapters.formats.convert", convert=convert)
     words = ["convert", ".", "new", "--to", "shira", "--base", "org/model"]
     assert main([*words, "--max-density", "0.25", "--json"]) == 0
     facts = {"out": "new", "to": "shira", "base_model": "org/model", "max_density": 0.25, "notes": ["kept whole"]}

@@ -1,4 +1,4 @@
-"""Every kind of parameter can be selected from: held against dense gradients and masked dense training."""
+"""Scalars can be selected from any kind of parameter: compared with dense gradients and masked dense training."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ TOKENS = torch.tensor([[3, 4, 5, 4, 4, 9], [7, 3, 0, 3, 95, 94]])
 
 
 class OwnModule(nn.Module):
-    """A user's module: parameters of its own at the root, one of them used twice, one by a child's reader."""
+    """A custom module: parameters of the root, one of them used twice, and the weight of a child that never runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class OwnModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = (x * self.gain) @ self.mix[0] + (x @ self.mix[1]) * self.gain
-        # Reads the weight of a linear layer whose own forward never runs
+        # Uses the weight of a linear layer whose forward never runs
         return self.inner(x).tanh() @ self.unread.weight.t() + self.unread.bias
 
 
@@ -95,7 +95,7 @@ def language(model: PreTrainedModel) -> torch.Tensor:
 def experts(implementation: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         model = tiny("qwen2_moe", router_aux_loss_coef=0.0)
-        # Its random weights are so small that the experts' gradients would vanish
+        # With its small random weights, the experts' gradients would vanish
         for name, parameter in model.named_parameters():
             if "experts" in name or "proj" in name:
                 nn.init.normal_(parameter, std=0.3)
@@ -146,7 +146,7 @@ def build(kind: str, **settings: object) -> tuple[nn.Module, nn.Module, Callable
 
 
 def density_within(base: nn.Module, targets: list[str] | str) -> float:
-    """The density of the whole model that selects DENSITY of these targets, which are small parts of some models."""
+    """The density of the whole model that selects the fraction DENSITY of these targets."""
     config = SparseConfig(targets=targets)
     heads = find_modules_to_save(base, config)
     sizes = [target.shape.numel() for target in find_targets(base, config, heads).values()]
@@ -166,7 +166,7 @@ def nudge(model: nn.Module) -> None:
 
 
 def dense_twin(base: nn.Module, model: nn.Module) -> nn.Module:
-    """The base model with the deltas added by plain arithmetic."""
+    """The base model with the deltas added to its weights."""
     dense = copy.deepcopy(base).requires_grad_(True)
     parameters = dict(dense.named_parameters())
     for name, flat in positions(model).items():
@@ -235,7 +235,7 @@ def test_merging_disabling_and_unloading(kind):
     before, adapted, plain = plain_state(base), loss(model).item(), loss(base).item()
     assert adapted != pytest.approx(plain, rel=5e-6)
     with disable_adapter(model):
-        # torch's attention takes other kernels where a gradient is asked for
+        # torch's attention uses other kernels if a gradient is needed
         assert loss(model).item() == pytest.approx(plain, rel=1e-6)
     assert loss(model).item() == adapted
     merged = merge_and_unload(copy.deepcopy(model))
@@ -297,7 +297,7 @@ def test_copies_train_on_their_own(kind, how):
 
 
 def test_a_graph_from_before_a_write_is_refused():
-    # The reader's node hands out the weight itself, so autograd has to see that it was written to.
+    # The tensor that was read shares the weight's memory, so autograd must detect the write
     _, model, loss = build("norms")
     value = loss(model)
     loss(model).backward()

@@ -1,4 +1,4 @@
-"""sparse.indices and sparse.transient_mib: what is held beside a weight, and that nothing else depends on it."""
+"""sparse.indices and sparse.transient_mib: the memory for a weight's tensors; results do not depend on it."""
 
 import copy
 import logging
@@ -21,7 +21,7 @@ KINDS = [
 
 
 class Tower(nn.Module):
-    """One parameter of each kind that has a gradient of its own."""
+    """A model with a parameter of each kind that has its own gradient code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_regenerated_indices_train_alike(settings):
     ids=str,
 )
 def test_experts_draw_their_own_strips(monkeypatch, settings, together):
-    """A rule without slices draws them once for all that are used together."""
+    """A rule without slices draws the positions once for all parts that are used together."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -85,7 +85,7 @@ def test_experts_draw_their_own_strips(monkeypatch, settings, together):
     model = sparsify(Experts(), config)
     model(torch.randn(5, 12)).backward()  # finds where each one begins
     (weight,) = model.sparsity.weights.values()
-    # What is passed on of a slice is as many in any case; what a rule without slices has drawn for it is not
+    # The strips of a slice are as many in any case, but a rule without slices must draw those before it
     method = "chunks" if together else "strip_chunks"
     drawn, plain = [], getattr(type(weight.selection), method)
 
@@ -100,7 +100,7 @@ def test_experts_draw_their_own_strips(monkeypatch, settings, together):
 
 
 def replicated_bytes(weight: SparseWeight) -> int:
-    """Of all tensors beside the weight, its delta among them."""
+    """The bytes of all tensors of a selected weight besides the weight itself, its delta included."""
     module, name = weight.owners[0]
     beside = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return sum(x.untyped_storage().nbytes() for key, x in beside if key.startswith(f"{name}_"))
@@ -117,7 +117,7 @@ def replicated_bytes(weight: SparseWeight) -> int:
     ids=str,
 )
 def test_bytes_of_each_scalar_in_half_precision(settings, most):
-    # DeepSpeed casts the model that it is given; the float32 deltas are in its optimizer's partitions
+    # DeepSpeed casts the model; the float32 deltas are in its optimizer's partitions
     model = sparsify(Tower(), SparseConfig(density=0.1, targets="all-linear", **settings)).bfloat16()
     model(torch.arange(12)).float().square().sum().backward()
     for weight in model.sparsity.weights.values():
@@ -125,10 +125,10 @@ def test_bytes_of_each_scalar_in_half_precision(settings, most):
         assert replicated_bytes(weight) == most * weight.selection.count
 
 
-def test_positions_that_no_rule_draws_are_stored_and_it_is_said(caplog):
+def test_positions_that_cannot_be_regenerated_are_stored_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         model = trained(Tower(), indices="regenerated", selection="magnitude")
-    assert "sparse.indices: regenerated: no rule draws the positions of" in caplog.text
+    assert "cannot be regenerated: they are stored" in caplog.text
     for weight in model.sparsity.weights.values():
         module, name = weight.owners[0]
         assert getattr(module, f"{name}_strips").numel() == weight.selection.count

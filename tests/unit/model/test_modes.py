@@ -1,4 +1,4 @@
-"""The settings of SparseConfig on real models: budgets, ways to select, tokens, dropout."""
+"""The settings of SparseConfig on models: budgets, selection, tokens, dropout."""
 
 import copy
 
@@ -48,7 +48,7 @@ def changed(base: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: (after[name] != tensor).flatten().nonzero().squeeze(1) for name, tensor in plain_state(base).items()}
 
 
-# Ways to select
+# Selection
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -169,7 +169,7 @@ def test_settings_that_do_not_fit_the_model(settings, message):
     assert not hasattr(model, "sparsity")
 
 
-# Positions of a caller
+# Positions passed to sparsify
 
 
 def test_explicit_positions(tmp_path):
@@ -249,7 +249,7 @@ def test_new_tokens_open_on_a_base_whose_new_rows_are_others(tmp_path):
     expected = model(input_ids=tokens).logits
     save_adapter(model, tmp_path)
     torch.manual_seed(99)
-    with pytest.raises(UserError, match=r"resize_token_embeddings\(98\) makes room for its new tokens"):
+    with pytest.raises(UserError, match=r"resize_token_embeddings\(98\) for its new tokens"):
         load_adapter(base, tmp_path)
     base.resize_token_embeddings(98)
     loaded = load_adapter(base, tmp_path)
@@ -260,7 +260,7 @@ def test_new_tokens_open_on_a_base_whose_new_rows_are_others(tmp_path):
 
 
 def dropped(model: nn.Module, base: nn.Module) -> torch.Tensor:
-    """For each selected scalar, what its delta was multiplied with in the last forward."""
+    """For each selected scalar, the factor of its delta in the last forward."""
     factors = []
     for name, weight in model.sparsity.weights.items():
         flat = weight.flat_positions()
@@ -293,7 +293,7 @@ def test_dropout_has_the_gradient_of_its_own_mask():
         for weight in model.sparsity.weights.values():
             weight.delta.normal_(std=0.1)
     loss_of(model).backward()
-    # The dense model with the weights of this very forward
+    # The dense model with the weights of this forward
     dense = copy.deepcopy(base).requires_grad_(True)
     for name, weight in model.sparsity.weights.items():
         dense.get_parameter(name).data.copy_(weight.weight)
@@ -313,7 +313,7 @@ def weights_of(model: nn.Module):
 def test_dropout_under_gradient_checkpointing(reentrant):
     _, model = both("llama", dropout=0.5, density=0.1)
     twin = copy.deepcopy(model)
-    twin.sparsity.clock = model.sparsity.clock
+    twin.sparsity.counter = model.sparsity.counter
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
@@ -321,7 +321,7 @@ def test_dropout_under_gradient_checkpointing(reentrant):
         for one, other in zip(trainable(model), trainable(twin), strict=True):
             other.copy_(one.normal_(std=0.1))
     loss_of(model).backward()
-    model.sparsity.clock.forwards -= 1
+    model.sparsity.counter.training_forwards -= 1
     loss_of(twin).backward()
     for one, other in zip(trainable(model), trainable(twin), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)

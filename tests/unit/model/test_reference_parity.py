@@ -1,11 +1,11 @@
-"""Step for step the same training as the reference implementation, given its own positions."""
+"""Each training step equals that of the reference implementation with the same positions."""
 
 import copy
 
 import pytest
 import torch
-from exchange_cases import CAUSAL, CLASSIFIER, SPARTA_FROZEN, tokens
 from families import tiny
+from format_cases import CAUSAL, CLASSIFIER, SPARTA_FROZEN, tokens
 from peft_sparta import SpaRTA
 from torch import nn
 
@@ -53,7 +53,7 @@ def test_losses_of_20_steps(task, whole_head):
     mine = [parameter for parameter in model.parameters() if parameter.requires_grad]
     theirs = [parameter for parameter in reference.parameters() if parameter.numel()]
     assert sum(p.numel() for p in mine) == sum(p.numel() for p in theirs)
-    # A head that we train whole decays to zero, the reference's to its first values.
+    # Weight decay pulls a fully trained head to zero here, and to its initial values in the reference
     decay = 0.0 if whole_head else 0.1
     expected = losses(reference, theirs, task, decay)
     assert expected[-1] < expected[0] - 0.05

@@ -1,4 +1,4 @@
-"""The weights hold the deltas whenever the model computes, and autograd never meets other values."""
+"""The weights contain the deltas whenever the model runs, and backward uses the same values as the forward."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ from sparse_zero.model.weight import SparseWeight
 
 @pytest.fixture
 def writes(monkeypatch) -> list[SparseWeight]:
-    """Grows by one each time that deltas are written into a weight."""
+    """Gets an entry each time that deltas are written into a weight."""
     calls, write = [], SparseWeight.write
     monkeypatch.setattr(SparseWeight, "write", lambda weight, *args: (calls.append(weight), write(weight, *args))[1])
     return calls
@@ -62,7 +62,7 @@ def test_the_forward_after_a_step_sees_it(case, how):
 def test_generate_after_a_step_sees_it():
     base, model = both("llama", density=0.1)
     prompt = batch_of("llama")["input_ids"]
-    # Not to the end-of-sequence token: texts of full length differ more surely
+    # Ignore the end-of-sequence token: long texts are more likely to differ
     settings = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
     before = model.generate(prompt, **settings)
     optimizer = torch.optim.SGD(trainable(model), lr=30.0)
@@ -94,7 +94,7 @@ def test_gradient_checkpointing_writes_no_deltas_of_its_own(writes):
 
 
 class DataSGD(torch.optim.Optimizer):
-    """An optimizer that goes behind autograd's back, as some of the older ones do."""
+    """An optimizer that changes `parameter.data`, which autograd does not count, as some older ones do."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__(parameters, {})
@@ -153,7 +153,7 @@ def test_a_copied_model_holds_no_reference_to_what_stage_3_has_gathered():
     _, model = both("mlp")
     for weight in model.sparsity.weights.values():
         weight.refresh_copy(None)
-        # Its destructor would free what the other still counts on
+        # Its destructor would free memory that the other still refers to
         assert copy.deepcopy(weight)._copy_written is None is not weight._copy_written
 
 
@@ -175,7 +175,7 @@ def test_a_state_dict_restores_a_trained_model():
     assert_same_bits(plain_state(unload(other)), plain_state(unload(model)))
 
 
-# Graphs and the optimizer steps between their forward and their backward
+# An optimizer step between forward and backward
 
 
 def test_a_graph_from_before_the_weights_changed_is_refused():

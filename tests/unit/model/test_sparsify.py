@@ -1,6 +1,6 @@
-import contextlib
+"""sparsify, and training a sparse model."""
+
 import copy
-import gc
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from families import tiny
 from sparse_cases import (
     CASES,
     LEARNING_RATE,
-    adamw,
     assert_gradients,
     assert_same_bits,
     base_model,
@@ -27,18 +26,16 @@ from sparse_cases import (
 )
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.gradient import cpu
-from sparse_zero.model.layers import SparseModule
-from sparse_zero.model.sparsify import disable_adapter, merge_and_unload, sparsify, unload
+from sparse_zero.model.sparsify import merge_and_unload, sparsify
 from sparse_zero.selection.config import SparseConfig
 
-# What sparsify does
+# The sparse model
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,7 +114,7 @@ def test_no_frozen_weight_ever_has_a_gradient(case):
 
 
 class DenseGradients(TorchDispatchMode):
-    """Keeps weak references to the storages of one size that are made while it is active."""
+    """Keeps weak references to all storages of one size that are allocated while it is active."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -136,8 +133,8 @@ class DenseGradients(TorchDispatchMode):
 
 
 def dense_gradients_left(model: nn.Sequential) -> tuple[int, int]:
-    """How many dense gradients of the last weight were made, and how many were there when the gradient reached the
-    layer before."""
+    """The number of dense gradients of the last weight that were allocated, and of those that were still allocated
+    when the gradient reached the layer before."""
     activation = model[:-1](torch.randn(8, 96))
     left = []
     watch = DenseGradients(model[-1].weight.numel())
@@ -196,7 +193,7 @@ def test_gradient_checkpointing(case, reentrant):
 
 
 def test_gradient_checkpointing_over_several_steps():
-    # The recomputation in backward meets the weights of the forward, never those of another step.
+    # The recomputation in backward uses the weights of the forward, never those of another step
     base, model = both("llama")
     selected = drawn(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -236,7 +233,7 @@ def test_bfloat16_weights_hold_the_rounded_sum_of_float32():
 
 
 def test_bfloat16_weights_take_up_many_small_steps():
-    # bfloat16 has no number between 1 and 1.0078, so steps of 0.001 would be lost in the weight itself.
+    # bfloat16 has no number between 1 and 1.0078, so steps of 0.001 would be lost in the weight itself
     model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
     nn.init.ones_(model[0].weight)
     sparsify(model, SparseConfig(density=0.3, targets="all-linear"))
@@ -287,7 +284,7 @@ def test_under_autocast_the_input_is_kept_in_half_precision(read):
         model(torch.randn(3, 64))
     batches = [tensor for tensor in kept if tensor.shape == (3, 64)]
     assert {tensor.dtype for tensor in batches} == {torch.bfloat16}
-    # Of the first layer's input, and of what the second and the third have in common
+    # One of the first layer's input, and one that the second and the third layer share
     assert len({tensor.data_ptr() for tensor in batches}) == 2
 
 
@@ -350,98 +347,3 @@ def test_falcons_own_linear_layer():
     assert_gradients(model, dense, lambda model: loss_of(model, batch_of("llama")).backward())
     merged = merge_and_unload(model)
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
-
-
-# Disable, unload, merge
-
-
-@pytest.mark.parametrize("case", ["mlp", "llama", "gpt2"])
-def test_disable_adapter_gives_the_base_model_and_comes_back(case):
-    base, model = both(case)
-    train(model, batches(case, 3))
-    batch = batch_of(case)
-    adapted = output_of(model, batch)
-    with disable_adapter(model):
-        assert torch.equal(output_of(model, batch), output_of(base, batch))
-        with disable_adapter(model):
-            pass
-        assert torch.equal(output_of(model, batch), output_of(base, batch))
-    assert torch.equal(output_of(model, batch), adapted)
-    assert not torch.equal(adapted, output_of(base, batch))
-
-
-def test_an_error_while_disabled_enables_again():
-    _, model = both("mlp")
-    nudge(model)
-    adapted = output_of(model, batch_of("mlp"))
-    with contextlib.suppress(KeyError), disable_adapter(model):
-        output_of(model, batch_of("mlp"))
-        raise KeyError
-    assert torch.equal(output_of(model, batch_of("mlp")), adapted)
-
-
-def test_training_goes_on_after_a_look_at_the_base_model():
-    base, model = both("mlp")
-    selected = drawn(model)
-    optimizer, losses = adamw(trainable(model)), []
-    for batch in batches("mlp", 5):
-        with disable_adapter(model), torch.no_grad():
-            output_of(model, batch)
-        loss = loss_of(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    torch.testing.assert_close(losses, train_reference(base, selected, [], batches("mlp", 5)), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["llama", "gpt2"])
-def test_unload_gives_every_weight_back_bit_for_bit(case, dtype):
-    base = base_model(case).to(dtype)
-    model = sparsify(copy.deepcopy(base), CASES[case])
-    train(model, batches(case, 5))
-    output_of(model, batch_of(case))
-    trained = plain_state(model)
-    assert any(not torch.equal(trained[name], tensor) for name, tensor in base.state_dict().items())
-    assert_same_bits(plain_state(unload(model)), plain_state(base))
-
-
-@pytest.mark.parametrize("take_off", [unload, merge_and_unload])
-@pytest.mark.parametrize("case", CASES)
-def test_nothing_of_ours_is_left(case, take_off):
-    base, model = both(case)
-    train(model, batches(case, 1))
-    plain = take_off(model)
-    assert plain is model
-    assert not any(isinstance(module, SparseModule) for module in plain.modules())
-    assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
-    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in base.named_parameters()]
-    assert [name for name, _ in plain.named_buffers()] == [name for name, _ in base.named_buffers()]
-    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(plain.modules(), base.modules(), strict=True))
-    assert all(p.requires_grad for p in plain.parameters())
-    sparsify(plain, CASES[case])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_merged_model_computes_what_the_sparse_one_does(case):
-    base, model = both(case)
-    train(model, batches(case, 3))
-    # Merged straight after a step: no forward has written the deltas yet
-    dense, head = dense_copy(base, model), {name: model.get_parameter(name) for name in model.sparsity.whole}
-    dense.load_state_dict(head, strict=False)
-    expected = output_of(copy.deepcopy(model), batch_of(case))
-    merged = merge_and_unload(model)
-    assert torch.equal(output_of(merged, batch_of(case)), expected)
-    assert_same_bits(plain_state(merged), plain_state(dense))
-
-
-def test_the_hooks_on_optimizers_go_with_the_model():
-    gc.collect()
-    before = len(_global_optimizer_post_hooks)
-    models = [both("mlp")[1] for _ in range(3)]
-    assert len(_global_optimizer_post_hooks) == before + 3
-    unload(models[0])
-    del models
-    gc.collect()
-    assert len(_global_optimizer_post_hooks) == before

@@ -148,7 +148,7 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
         (["--ranks", "2", "model.name=nowhere/at/all"], "nowhere/at/all cannot be loaded"),
         (["--ranks", "2", "--gpu-memory", "1e300"], "GiB above 0"),
         (["--ranks", "2", "--gpu-memory", ""], "unknown GPU"),
-        (["--ranks", "2", "data.max_length=100000"], "the model takes"),
+        (["--ranks", "2", "data.max_length=100000"], "the model supports"),
         (["--ranks", "2", "training.deepspeed=[1]"], "training.deepspeed"),
         (["--ranks", "2", "training.deepspeed={zero_optimization: true}"], "zero_optimization: True"),
         (["--ranks", "2", "training.deepspeed={bf16: true}"], "bf16: True"),

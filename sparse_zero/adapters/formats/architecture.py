@@ -1,0 +1,192 @@
+"""The architecture of a base model: the names, shapes and modules of its parameters, without their values."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+
+from sparse_zero.adapters.files import Adapter
+from sparse_zero.data.models import load_config
+from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.selection.targets import Target, all_targets
+
+_AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+
+
+def task_of(class_name: str | None) -> str | None:
+    """The task of a class of transformers: "sequence-classification", "causal-lm", or None for others."""
+    if class_name and class_name.endswith("ForSequenceClassification"):
+        return "sequence-classification"
+    return "causal-lm" if class_name and class_name.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+@dataclass
+class Architecture:
+    """A base model on the meta device, i.e. without values."""
+
+    model: nn.Module
+    config: PreTrainedConfig
+    source: str
+    """Where the config came from."""
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """All parameters by name. A tied parameter has one of its names."""
+        return all_targets(self.model)
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """All names of each parameter, several for a tied one."""
+        first = {id(target.parameter): name for name, target in self.targets.items()}
+        names: dict[str, list[str]] = {name: [] for name in self.targets}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[first[id(parameter)]].append(name)
+        return names
+
+    @property
+    def class_name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def task(self) -> str | None:
+        return task_of(self.class_name)
+
+    @property
+    def dtype(self) -> str | None:
+        dtype = getattr(self.config, "dtype", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        if self.task != "sequence-classification":
+            return {}
+        return {"id2label": self.config.id2label, "label2id": self.config.label2id}
+
+    @property
+    def total(self) -> int:
+        """Number of scalars."""
+        return sum(target.shape.numel() for target in self.targets.values())
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of the names of all parameters except the head's."""
+        return f"{self.model.base_model_prefix}."
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self.targets[name].shape) if name in self.targets else None
+
+    def modules(self, parameters: Iterable[str]) -> list[str]:
+        """The smallest set of modules that contain exactly these parameters, as far as possible.
+
+        A parameter whose module also has other parameters is represented by that module.
+        """
+        wanted, modules = set(parameters), dict(self.model.named_modules())
+        found: dict[str, None] = {}
+        for parameter in parameters:
+            parts = parameter.split(".")[:-1]
+            ancestors = [".".join(parts[:k]) for k in range(1, len(parts) + 1)]
+            full = [
+                ancestor
+                for ancestor in ancestors
+                if all(f"{ancestor}.{name}" in wanted for name, _ in modules[ancestor].named_parameters())
+            ]
+            found.update(dict.fromkeys((full or ancestors[-1:])[:1]))
+        return list(found)
+
+
+def architecture_of(
+    origin: str | Path,
+    base: str | None,
+    revision: str | None = None,
+    task: str | None = None,
+    class_name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    config: PreTrainedConfig | None = None,
+) -> Architecture:
+    """Build the base model of an adapter without its values.
+
+    Args:
+        origin: the adapter, for errors.
+        base: the base model's directory or hub id.
+        revision: of the hub's repository.
+        task: the adapter's task, if known.
+        class_name: the model's class in transformers, if known and the task is not.
+        settings: entries of the model's config to set.
+        config: the model's config if the adapter has a copy; the base model is then not accessed.
+
+    Raises:
+        UserError: the base model is unknown or not found, or its class is unknown.
+    """
+    source = str(origin) if config is not None else base
+    if config is None:
+        if base is None:
+            raise UserError(f"{origin}: does not name its base model; pass its directory or hub id with --base")
+        try:
+            config = configuration(base, revision)
+        except UserError as error:
+            raise UserError(
+                f"{origin}: the config of its base model is needed, but {error}; pass a directory that has it with "
+                "--base"
+            ) from None
+    for key, value in (settings or {}).items():
+        if key == "id2label":
+            value = {int(index): label for index, label in value.items()}
+        setattr(config, key, value)
+    return Architecture(_model(origin, config, task, class_name), config, str(source))
+
+
+def architecture_for(adapter: Adapter) -> Architecture:
+    """The architecture of an adapter's base model. Raises UserError if it is not found or does not fit."""
+    config = adapter.config
+    base = config.base_model_name_or_path
+    found = architecture_of(base or "the adapter", base, config.revision, config.task, settings=config.model_settings)
+    shapes = {name: list(values.shape) for name, values in adapter.whole.items()}
+    shapes |= {name: tensor.shape for name, tensor in config.tensors.items()}
+    for name, shape in shapes.items():
+        expected = found.shape(name)
+        if expected is None:
+            near = did_you_mean(name, found.targets)
+            raise UserError(
+                f"'{name}' is not a parameter of {found.class_name}, {base}{near}; pass the right base model with "
+                "--base"
+            )
+        # With new tokens, embeddings have more rows than in the base model
+        grown = name in adapter.rows and shape[1:] == list(expected[1:]) and shape[0] >= expected[0]
+        if shape != list(expected) and not grown:
+            raise UserError(
+                f"'{name}' has shape {shape} in the adapter and {list(expected)} in {base}; pass the right base model "
+                "with --base"
+            )
+    return found
+
+
+def configuration(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a model. Raises UserError if it cannot be loaded."""
+    try:
+        return load_config(str(name), revision)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("model.name: ")) from None
+
+
+def _model(origin: str | Path, config: PreTrainedConfig, task: str | None, class_name: str | None) -> nn.Module:
+    names = [name for name in (class_name, *(config.architectures or ())) if name]
+    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    # The adapter's class may not fit a different base model that the user names
+    fitting = [kind for kind in known if type(config) is getattr(kind, "config_class", None)]
+    with torch.device("meta"):
+        if task in _AUTO_CLASS:
+            try:
+                return _AUTO_CLASS[task].from_config(config)
+            except ValueError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"{origin}: its base model has no head for {task} ({reason})") from None
+        if not fitting:
+            shown = f" ({', '.join(dict.fromkeys(names))})" if names else ""
+            raise UserError(f"{origin}: the class of its base model{shown} is unknown to transformers")
+        return fitting[0](config)

@@ -1,0 +1,219 @@
+"""The contents of an adapter directory of any format: positions and values by the base model's parameter names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparse_zero.adapters.files import Adapter, AdapterConfig, SelectedTensor, library_versions
+from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.model.fingerprint import fingerprint
+from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.rules import STORED, STRATIFIED, Selection, row_positions
+
+if TYPE_CHECKING:
+    from sparse_zero.adapters.formats.architecture import Architecture
+
+
+@dataclass
+class SelectedScalars:
+    """The selected scalars of one weight."""
+
+    indices: torch.Tensor
+    """Integers: indices (n,) into the flattened weight, or coordinates (n, dimensions)."""
+    values: torch.Tensor
+    """The deltas (n,)."""
+    shape: tuple[int, ...] | None = None
+    """The weight's shape; None if the files do not contain it."""
+
+
+@dataclass
+class Contents:
+    """The contents of a directory, read without the base model and transformers unless the format needs them."""
+
+    origin: Path
+    format: str
+    """The name of the format, as in `sparse_zero.adapters.formats`."""
+    base: str | None
+    selected: dict[str, SelectedScalars]
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The values of fully trained parameters."""
+    rows: dict[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
+    """The fully trained rows of a matrix: their indices, and their values (rows, columns)."""
+    revision: str | None = None
+    task: str | None = None
+    dtype: str | None = None
+    """The dtype of the base model."""
+    rule: str = "stored"
+    """How the scalars were selected, for display."""
+    sparse: dict[str, Any] = field(default_factory=dict)
+    """The fields of SparseConfig that the directory determines."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Entries of the model's config that the task sets (id2label, pad_token_id)."""
+    new_tokens: list[str] = field(default_factory=list)
+    class_name: str | None = None
+    """The model's class in transformers, if the directory names it."""
+    config: Any = None
+    """The base model's config, if the directory has a copy."""
+    results: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    total: int | None = None
+    """Number of scalars of the base model, if known."""
+    own: Adapter | None = None
+    """The adapter, if it has the sparse-zero format."""
+    notes: list[str] = field(default_factory=list)
+    """Remarks for the user on how the directory was read."""
+
+    @property
+    def trained(self) -> int:
+        """Number of trained scalars."""
+        selected = sum(entry.values.numel() for entry in self.selected.values())
+        whole = sum(values.numel() for values in self.whole.values())
+        return selected + whole + sum(values.numel() for _, values in self.rows.values())
+
+    def architecture(self) -> "Architecture":
+        """The architecture of the base model. Raises UserError if it is not found."""
+        from sparse_zero.adapters.formats.architecture import architecture_of
+
+        return architecture_of(
+            self.origin,
+            self.base,
+            self.revision,
+            self.task,
+            self.class_name,
+            self.settings | _labels(self.whole, self.settings),
+            self.config,
+        )
+
+    def adapter(self) -> Adapter:
+        """Convert to an `Adapter`. Raises UserError if the contents do not fit the base model."""
+        if self.own is not None:
+            return self.own
+        architecture = self.architecture()
+        deltas, stored, tensors = {}, {}, {}
+        for name in [*self.selected, *(name for name in self.rows if name not in self.selected)]:
+            shape = self._shape(name, architecture)
+            rows = self.rows[name][0] if name in self.rows else ()
+            flat = torch.zeros(0, dtype=torch.int64)
+            if name in self.selected:
+                flat, deltas[name] = _sorted(self.origin, name, self.selected[name], shape)
+            if not rows:
+                stored[name], selection = flat, Selection(STORED, name, shape, flat.numel())
+            elif flat.numel():
+                stored[name] = torch.cat([flat, row_positions(torch.tensor(rows), shape[-1])]).sort().values
+                selection = Selection(STORED, name, shape, stored[name].numel(), whole_rows=rows)
+            else:
+                selection = Selection(STRATIFIED, name, shape, len(rows) * shape[-1], whole_rows=rows)
+            tensors[name] = SelectedTensor.from_selection(
+                selection, stored[name] if name in stored else selection.positions()
+            )
+        if not self.trained:
+            raise UserError(f"{self.origin}: contains no trained scalars")
+        for name, values in self.whole.items():
+            self._check_whole(name, values, architecture)
+        return Adapter(
+            config=self._config(architecture, tensors),
+            deltas=deltas,
+            whole={name: values.contiguous() for name, values in self.whole.items()},
+            rows={name: values.contiguous() for name, (_, values) in self.rows.items()},
+            stored_positions=stored,
+        )
+
+    def _shape(self, name: str, architecture: "Architecture") -> tuple[int, ...]:
+        """The weight's shape, including rows of new tokens."""
+        expected = architecture.shape(name)
+        if expected is None:
+            raise UserError(
+                f"{self.origin}: '{name}' is not a parameter of {architecture.class_name} "
+                f"({architecture.source}){did_you_mean(name, architecture.targets)}; pass the right base model with "
+                "--base"
+            )
+        if name in self.rows:
+            return (max(expected[0], max(self.rows[name][0]) + 1), *expected[1:])
+        shape = self.selected[name].shape or expected
+        if shape != expected:
+            raise UserError(
+                f"{self.origin}: '{name}' has shape {list(shape)} in the adapter and {list(expected)} in "
+                f"{architecture.source}; pass the right base model with --base"
+            )
+        return expected
+
+    def _check_whole(self, name: str, values: torch.Tensor, architecture: "Architecture") -> None:
+        expected = architecture.shape(name)
+        # With new tokens, embeddings have more rows than in the base model
+        if expected is None or tuple(values.shape[1:]) != expected[1:] or values.shape[0] < expected[0]:
+            found = "no such parameter" if expected is None else f"shape {list(expected)}"
+            raise UserError(
+                f"{self.origin}: '{name}' has shape {list(values.shape)}, but {architecture.class_name} of "
+                f"{architecture.source} has {found}; pass the right base model with --base"
+            )
+
+    def _config(self, architecture: "Architecture", tensors: dict[str, SelectedTensor]) -> AdapterConfig:
+        from sparse_zero.adapters.formats.model_weights import ModelWeights
+
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        shapes |= {name: list(values.shape) for name, values in self.whole.items()}
+        grown = sum(torch.Size(shape).numel() - architecture.targets[n].shape.numel() for n, shape in shapes.items())
+        total = architecture.total + grown
+        base = ModelWeights.open_local(self.base, self.revision, architecture)
+        sparse = {
+            "density": self.trained / total,
+            "targets": list(tensors) or None,
+            "modules_to_save": list(architecture.modules(self.whole)),
+            "trainable_token_indices": sorted({row for rows, _ in self.rows.values() for row in rows}) or None,
+        }
+        return AdapterConfig(
+            base_model_name_or_path=self.base,
+            revision=self.revision,
+            base_fingerprint=fingerprint(base, {*self.whole, *self.rows}) if base else {},
+            new_tokens=self.new_tokens,
+            task=self.task or architecture.task,
+            dtype=self.dtype or architecture.dtype or "float32",
+            model_settings=self.settings | _labels(self.whole, self.settings | architecture.labels),
+            sparse=SparseConfig(**sparse | self.sparse),
+            total_parameters=total,
+            trainable_parameters=self.trained,
+            tensors=tensors,
+            modules_to_save=list(self.whole),
+            results=self.results,
+            library_versions=library_versions() | self.versions,
+        )
+
+
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+
+
+def _labels(whole: Mapping[str, torch.Tensor], known: Mapping[str, Any]) -> dict[str, Any]:
+    """id2label and label2id of a head. Labels without known names are called LABEL_0, LABEL_1 and so on."""
+    heads = [whole[name] for name in _HEADS if name in whole]
+    if not heads or len(known.get("id2label", ())) == len(heads[0]):
+        return {key: known[key] for key in ("id2label", "label2id") if key in known}
+    labels = {index: f"LABEL_{index}" for index in range(len(heads[0]))}
+    return {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+
+
+def _sorted(
+    origin: Path, name: str, entry: SelectedScalars, shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Increasing positions int64 (n,) and the values in the same order. Raises UserError if they are not valid."""
+    indices, size = entry.indices.to(torch.int64), torch.Size(shape).numel()
+    fits = indices.dim() in (1, 2) and entry.values.dim() == 1 and len(indices) == len(entry.values)
+    if indices.dim() == 2 and fits:
+        fits = indices.shape[1] == len(shape) and bool((indices < torch.tensor(shape)).all() and (indices >= 0).all())
+        flat = torch.zeros(len(indices), dtype=torch.int64)
+        for dimension, length in enumerate(shape if fits else ()):
+            flat = flat * length + indices[:, dimension]
+    else:
+        flat = indices
+        fits = fits and bool((flat < size).all() and (flat >= 0).all())
+    if not fits:
+        raise UserError(
+            f"{origin}: the indices of '{name}' are not valid for a weight of shape {list(shape)}: the file is "
+            "damaged, or the adapter has another base model (pass it with --base)"
+        )
+    flat, order = flat.sort()
+    if bool((flat.diff() == 0).any()):
+        raise UserError(f"{origin}: damaged: the indices of '{name}' contain duplicates")
+    return flat, entry.values[order].contiguous()

@@ -1,0 +1,87 @@
+"""`sparse-zero convert`: convert an adapter of any format to a new directory of another format."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparse_zero.adapters.formats import detect, format_module, model_delta
+from sparse_zero.adapters.formats.contents import Contents
+from sparse_zero.adapters.formats.files import adapter_bytes
+from sparse_zero.adapters.formats.model_weights import ModelWeights
+from sparse_zero.errors import UserError, refuse_to_overwrite
+from sparse_zero.model.fingerprint import differing_parameters, fingerprint
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str = "sparse-zero",
+    base: str | None = None,
+    max_density: float = model_delta.MAX_DENSITY,
+) -> dict[str, Any]:
+    """Convert an adapter, or a fine-tuned model, to another format. If it fails, `out` does not exist.
+
+    Args:
+        source: the directory to convert.
+        out: the directory to write; it must not contain files.
+        to: the name of the format to write.
+        base: the base model's directory or hub id, if `source` does not name it or names another.
+        max_density: see `model_delta.read`.
+
+    Returns: facts for the user.
+
+    Raises:
+        UserError: `source` cannot be read or does not fit its base model, the format `to` cannot represent it, or
+            `out` contains files.
+    """
+    started, source, out = time.perf_counter(), Path(source), Path(out)
+    source_format = detect(source)
+    if source_format == to:
+        raise UserError(f"{source}: already has the format {format_module(to).TITLE}; copy the directory instead")
+    refuse_to_overwrite(out)
+    format = format_module(source_format)
+    contents = format.read(source, base, max_density) if source_format == "model" else format.read(source, base)
+    adapter = contents.adapter()
+    if base is not None and source_format == "sparse-zero":
+        _check_base(contents)
+    unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
+    try:
+        written = format_module(to).write(adapter, unfinished)
+        os.replace(unfinished, out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({error})") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size = adapter_bytes(out)
+    return {
+        "out": str(out),
+        "from": format.TITLE,
+        "to": format_module(to).TITLE,
+        "base_model": adapter.config.base_model_name_or_path,
+        "task": adapter.config.task,
+        "weights": len(adapter.config.tensors),
+        "selected_scalars": sum(values.numel() for values in adapter.deltas.values()),
+        "whole_scalars": sum(values.numel() for values in (adapter.whole | adapter.rows).values()),
+        **written,
+        "bytes": size,
+        "bytes_per_scalar": size / max(1, contents.trained),
+        "notes": contents.notes,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _check_base(contents: Contents) -> None:
+    """Raise UserError if the base model does not have the fingerprint that is saved in a sparse-zero adapter."""
+    known = contents.adapter().config.base_fingerprint
+    given = ModelWeights.open_local(contents.base, contents.revision, contents.architecture())
+    if given is not None and (odd := differing_parameters(fingerprint(given), known)):
+        raise UserError(
+            f"{contents.origin}: trained on a model with different weights than {contents.base}: '{odd[0]}'; pass the "
+            "base model that it was trained on with --base"
+        )
