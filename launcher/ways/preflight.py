@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from launcher.ways import choice, devices
-from sparse_zero.data import package
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import Recipe
 
@@ -14,7 +14,7 @@ def check(recipe: Recipe) -> None:
     that is a file, a port that is taken, a launcher that is not installed, a host that cannot be reached.
     """
     for address in (recipe.model.name, recipe.model.tokenizer, recipe.data.path):
-        package.resolve(address or "")
+        package_path(address or "")
     choice.check_programs(recipe.launch)
     if recipe.launch.hostfile:
         check_hosts(recipe)

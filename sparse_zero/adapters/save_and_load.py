@@ -24,7 +24,7 @@ from sparse_zero.adapters.files import (
 )
 from sparse_zero.adapters.model_card import model_card
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, make_room
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differences, fingerprint
 from sparse_zero.model.sparsify import Sparsity, attach, merge_and_unload, set_scale, sparsity_of, unwrap
@@ -238,7 +238,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
         raise UserError(f"{directory}: made in a program of your own; load it there and call merge_and_unload(model)")
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: is a file; the merged model is a directory")
-    if Path(out).resolve() == Path(resolve(config.base_model_name_or_path)).resolve():
+    if Path(out).resolve() == Path(package_path(config.base_model_name_or_path)).resolve():
         raise UserError(f"{out}: is the base model, which merging there would overwrite; name another directory")
     model = load_model(
         config.base_model_name_or_path,

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import Task
 from sparse_zero.zero.parameters import full_shape
@@ -50,7 +50,7 @@ def load_model(
     transformers_logging.set_verbosity_error()
     try:
         model, report = _AUTO_CLASS[task].from_pretrained(
-            resolve(name),
+            package_path(name),
             revision=revision,
             dtype=dtype,
             output_loading_info=True,
@@ -96,7 +96,7 @@ def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Pre
     Raises UserError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(package_path(name), revision=revision, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"model.tokenizer: {name} has no tokenizer that loads: {_first_line(error)}") from error
     if tokenizer.pad_token is None:
@@ -121,7 +121,7 @@ def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedConfig:
     """Raises UserError: no such model."""
     try:
-        return AutoConfig.from_pretrained(resolve(name), revision=revision, **kwargs)
+        return AutoConfig.from_pretrained(package_path(name), revision=revision, **kwargs)
     except Exception as error:  # whatever a model's own code makes of its settings
         raise UserError(f"model.name: {name} cannot be loaded: {_first_line(error)}") from error
 

@@ -8,7 +8,7 @@ from sparse_zero.errors import UserError
 SCHEME = "package://"
 
 
-def resolve(name: str) -> str:
+def package_path(name: str) -> str:
     """The path behind `package://PACKAGE/PATH`, found without importing the package; any other name unchanged.
 
     Raises UserError: the package is not installed, or ships nothing at that path.

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_zero.adapters.exchange.architecture import Architecture
 from sparse_zero.adapters.exchange.files import read_json
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +39,7 @@ class Checkpoint:
     @classmethod
     def open(cls, name: str, revision: str | None, architecture: Architecture) -> "Checkpoint":
         """Args: name: a directory, package://... or hub id. Raises UserError: no safetensors files there."""
-        directory = Path(resolve(name))
+        directory = Path(package_path(name))
         if not directory.is_dir():
             try:
                 directory = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
@@ -61,7 +61,7 @@ class Checkpoint:
         """`open` where that needs no download, else None."""
         if name is None:
             return None
-        directory = Path(resolve(name))
+        directory = Path(package_path(name))
         if not directory.is_dir():
             try:
                 found = snapshot_download(name, revision=revision, allow_patterns=_FETCHED, local_files_only=True)

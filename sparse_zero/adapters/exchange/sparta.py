@@ -25,7 +25,7 @@ from sparse_zero.adapters.exchange.files import (
 )
 from sparse_zero.adapters.files import Adapter, row_mask
 from sparse_zero.data.models import add_tokens, load_tokenizer
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 TITLE = "peft-sparta"
@@ -184,7 +184,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     architecture.config.save_pretrained(directory)
     # The loader wants to read what transformers leaves out of a configuration because it is the default.
     settings = read_json(directory / "config.json") | architecture.labels
-    settings |= {BASE_KEY: resolve(base), "architectures": [architecture.class_name]}
+    settings |= {BASE_KEY: package_path(base), "architectures": [architecture.class_name]}
     if classifier:
         settings["problem_type"] = SINGLE_LABEL
     write_json(directory / "config.json", settings)
