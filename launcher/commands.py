@@ -15,7 +15,7 @@ from sparse_zero.errors import UserError, refuse_to_overwrite
 def train(arguments: argparse.Namespace) -> int:
     """Start the ranks of a recipe and wait for them, or print the command that would."""
     from launcher import supervise
-    from launcher.ways import choice
+    from launcher.ways import launchers
     from launcher.ways.command import TRAINING_MODULE
     from sparse_zero.recipe.recipe import load_recipe
 
@@ -28,7 +28,7 @@ def train(arguments: argparse.Namespace) -> int:
     ]
     words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
     if arguments.dry_run:
-        _show(choice.ranks_command(recipe, words), arguments.json)
+        _show(launchers.ranks_command(recipe, words), arguments.json)
         return 0
 
     from launcher.ways import preflight

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from launcher import processes
 from launcher.processes import Ending
-from launcher.ways import choice
+from launcher.ways import launchers
 from sparse_zero.ranks.stop_signals import STOPPED
 from sparse_zero.ranks.watchdog import Watchdog
 from sparse_zero.ranks.watchdog_client import announce
@@ -23,7 +23,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> E
 
     Raises UserError: the ranks cannot be started.
     """
-    names = hosts = choice.host_names(recipe)
+    names = hosts = launchers.host_names(recipe)
     for restart in range(1, recipe.launch.max_restarts + 2):
         ending = _attempt(recipe, words, hosts, stdout)
         if ending.stopped or ending.status in _FINAL or restart > recipe.launch.max_restarts:
@@ -39,9 +39,9 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> E
 
 def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> Ending:
     launch = recipe.launch
-    watchdog = Watchdog(announce, launch.silence_seconds, choice.watching_address(recipe, hosts))
+    watchdog = Watchdog(announce, launch.silence_seconds, launchers.watching_address(recipe, hosts))
     try:
-        command = choice.ranks_command(recipe, words, str(watchdog.address), hosts)
+        command = launchers.ranks_command(recipe, words, str(watchdog.address), hosts)
         command.write_files()
         # A job of srun's own may wait in the queue for days.
         if hosts or launch.launcher != "slurm":
@@ -57,7 +57,7 @@ def _hosts_left(recipe: Recipe, names: Sequence[str]) -> list[str]:
         return []
     # Slurm lets go of a step's resources a moment after its last process.
     time.sleep(1)
-    problems = choice.unreachable(recipe, names)
+    problems = launchers.unreachable(recipe, names)
     left = [name for name in names if name not in problems]
     fewest = recipe.launch.min_nodes or len(names)
     if len(left) >= fewest:

@@ -1,8 +1,22 @@
 """The settings of Random Position Noise, arXiv 2212.05961: the `rpn` section of a recipe. Imports no torch."""
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+_FUNCTION = r"^.+:[A-Za-z_][A-Za-z0-9_]*$"
+
+
+def _names_a_function(noise: str) -> str:
+    if re.search(_FUNCTION, noise) is None:
+        raise PydanticCustomError("noise", "Input should be FILE.py:FUNCTION or MODULE:FUNCTION")
+    return noise
+
+
+UserNoise = Annotated[str, AfterValidator(_names_a_function), WithJsonSchema({"type": "string", "pattern": _FUNCTION})]
+"""FILE.py:FUNCTION or MODULE:FUNCTION, see rpn.user_noise."""
 
 _NOISES_OF_SETTING = {
     "probability": ("rpn", "salt-and-pepper"),
@@ -18,9 +32,12 @@ class RPNConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] = "rpn"
+    noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] | UserNoise = "rpn"
     """What disturbs the embeddings. rpn: scalars move to random positions. gaussian, salt-and-pepper: the paper's
-    baselines. neftune: uniform noise (arXiv 2310.05914). freelb: adversarial steps (arXiv 1909.11764)."""
+    baselines. neftune: uniform noise (arXiv 2310.05914). freelb: adversarial steps (arXiv 1909.11764). Or a function
+    of your own, (embeddings, keep, stream) -> embeddings, as rpn.attach describes it: FILE.py:FUNCTION, with a file
+    beside the recipe or in the working directory, or MODULE:FUNCTION, with a module that is installed or on
+    PYTHONPATH. Python does not search the working directory for modules."""
 
     probability: float = Field(0.1, gt=0, le=1)
     """Chance of each embedding scalar to be sent to a random position (the paper's p; 0.1 to 0.3 there), or, with
@@ -83,3 +100,9 @@ class RPNConfig(BaseModel):
                 "and passes to 1 or more, or clean to true"
             )
         return self
+
+
+def file_of(noise: str) -> str | None:
+    """The file of `FILE.py:FUNCTION`; None for any other noise."""
+    file = noise.rpartition(":")[0]
+    return file if file.endswith(".py") else None

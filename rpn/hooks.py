@@ -17,6 +17,7 @@ from rpn import peers
 from rpn.config import RPNConfig
 from rpn.noise import move_scalars
 from rpn.streams import Stream
+from rpn.user_noise import load_noise
 
 Noise = Callable[[Tensor, Tensor, Stream], Tensor]
 """(embeddings (batch, length, hidden), keep bool (batch, length), stream) -> embeddings, not modified in place."""
@@ -33,12 +34,13 @@ def attach(
 
     model: any Hugging Face model (anything with get_input_embeddings()), not yet wrapped by DeepSpeed or DDP. Of an
     encoder-decoder model only the encoder's embeddings are disturbed: the decoder's inputs are the shifted labels.
-    noise: a function of one's own instead of config.noise.
+    noise: a function of your own instead of config.noise, see Noise.
     special_token_ids: what config.exclude_special_tokens leaves out, usually tokenizer.all_special_ids.
 
     Padding is taken from the attention mask, packed pieces from position_ids that start anew at 0 (where no attention
     mask is passed). In evaluation mode and where gradients are off, as in generation, nothing happens.
-    Raises ValueError: no input embeddings, attached before, or special tokens are to be excluded but not named.
+    Raises ValueError: no input embeddings, attached before, special tokens are to be excluded but not named, or
+    config.noise names a function that does not exist.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(
@@ -52,10 +54,10 @@ def attach(
     if any(isinstance(getattr(h, "__self__", None), Handle) for h in embedding_owner._forward_pre_hooks.values()):
         raise ValueError(f"noise is already attached to this {type(model).__name__}: detach() its handle first")
     special = torch.tensor(sorted(special_token_ids)) if config.exclude_special_tokens else None
-    return Handle(embedding_owner, config, noise or _built_in(config), special)
+    return Handle(embedding_owner, config, noise or _noise_of(config), special)
 
 
-def _built_in(config: RPNConfig) -> Noise | None:
+def _noise_of(config: RPNConfig) -> Noise | None:
     match config.noise:
         case "rpn":
             return functools.partial(move_scalars, probability=config.probability)
@@ -69,6 +71,8 @@ def _built_in(config: RPNConfig) -> Noise | None:
             return peers.FreeLB(config.ascent_step, config.ascent_radius)
         case "none":
             return None
+        case function:
+            return load_noise(function)
 
 
 @dataclass(frozen=True, eq=False)

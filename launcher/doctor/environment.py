@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launcher.doctor.findings import Finding, error, ok, warning
-from launcher.ways import choice
+from launcher.ways import launchers
 from sparse_zero.recipe.launch import LaunchSection
 
 PACKAGES = {"ssh": "openssh-client", "pdsh": "pdsh", "mpirun": "openmpi-bin", "ompi_info": "openmpi-bin"}
@@ -51,7 +51,7 @@ def _deepspeed_environment(file: Path) -> Iterator[Finding]:
 
 def programs(launch: LaunchSection) -> Iterator[Finding]:
     """The programs that start the ranks, but for Slurm's."""
-    needed = [] if launch.launcher == "slurm" else choice.programs(launch)
+    needed = [] if launch.launcher == "slurm" else launchers.programs(launch)
     missing = [name for name in needed if shutil.which(name) is None]
     for name in missing:
         cure = f"install it: apt-get install {PACKAGES[name]}"

@@ -21,7 +21,7 @@ from launcher.doctor.host_checks import Wanted
 from launcher.doctor.host_queries import Answer
 from launcher.doctor.host_report import Report
 from launcher.jobs import submit
-from launcher.ways import choice, preflight
+from launcher.ways import launchers, preflight
 from launcher.ways.command import Command, rank_environment
 from launcher.ways.hostfile import Host
 from launcher.ways.remote import hosts_of
@@ -99,7 +99,7 @@ def hosts_to_ask(recipe: Recipe | None) -> list[Host]:
         return []
     if recipe.launch.hostfile:
         return hosts_of(recipe.launch)
-    return [Host(name, ranks_per_node(recipe.launch, os.environ)) for name in choice.host_names(recipe)]
+    return [Host(name, ranks_per_node(recipe.launch, os.environ)) for name in launchers.host_names(recipe)]
 
 
 def _deepspeed_file(recipe: Recipe | None) -> Iterator[Finding]:
@@ -231,6 +231,6 @@ def _command(recipe: Recipe | None, reports: dict[str, Report], directory: str) 
         launch = recipe.launch.model_copy(update={"rendezvous_seconds": seconds})
         training = {**recipe.training, "output_dir": directory}
         probed = recipe.model_copy(update={"training": training, "launch": launch})
-        return choice.ranks_command(probed, links.probe_words(bool(training.get("use_cpu")), seconds))
+        return launchers.ranks_command(probed, links.probe_words(bool(training.get("use_cpu")), seconds))
     accelerators = host_checks.accelerator_count(next(iter(reports.values())), Wanted())
     return links.command_here(accelerators or 2, use_cpu=not accelerators)

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.doctor.findings import Finding, error
 from launcher.doctor.host_report import MARK, Report
-from launcher.ways import choice, reachability
+from launcher.ways import launchers, reachability
 from launcher.ways.command import rank_environment
 from sparse_zero.recipe.launch import LaunchSection
 
@@ -41,7 +41,7 @@ def ask_by_ssh(hosts: Sequence[str], questions: Sequence[Mapping[str, Any]], lau
     """The reports of `hosts`, asked at the same time."""
     commands = [
         ["bash", "-c", _script(question, launch)]
-        if choice.starts_here(launch, host)
+        if launchers.starts_here(launch, host)
         else [*reachability.SSH, host, host_command(question, launch)]
         for host, question in zip(hosts, questions, strict=True)
     ]

@@ -232,7 +232,7 @@ def test_chosen_gpus_survive_deepspeeds_runner(capsys, recipe, monkeypatch):
         (["train", "recipe.yaml", "sparse.densty=0.1"], "did you mean 'density'?"),
         (["train", "recipe.yaml", "sparse.density=2"], "sparse.density"),
         (["train", "recipe.yaml", "word"], "override 'word': write section.key=value"),
-        (["train", "recipe.yaml", "launch.master_port=70000"], "70000 is no port"),
+        (["train", "recipe.yaml", "launch.master_port=70000"], "70000 is not a port number"),
         (["train", "recipe.yaml", "training.output_dir=recipe.yaml/x"], "recipe.yaml is a file"),
         (["train", "recipe.yaml", "training.deepspeed=broken.json"], "broken.json: not JSON"),
         (

@@ -184,7 +184,7 @@ def test_hosts_that_are_left(monkeypatch, launch, hosts):
     ("launch", "complaint"),
     [
         ({"hostfile": "nowhere"}, "nowhere: No such file"),
-        ({"hostfile": "hosts", "nodes": 3}, "launch.nodes: 3 are asked for"),
+        ({"hostfile": "hosts", "nodes": 3}, "launch.nodes: 3 requested"),
         ({"hostfile": "hosts", "include": "n3"}, "no host 'n3'"),
     ],
 )
@@ -459,7 +459,7 @@ def test_a_launch_section_that_does_not_fit_is_found_without_starting_ranks(monk
     monkeypatch.setattr(examination.environment, "programs", lambda launch: [])
     Path("hosts").write_text("n1 slots=2\nn2 slots=1\n")
     launches = ({"launcher": "torchrun", "hostfile": "hosts"}, {"environment": {"NO_SUCH_VARIABLE": None}})
-    for launch, complaint in zip(launches, ("as many ranks on each host", "NO_SUCH_VARIABLE"), strict=True):
+    for launch, complaint in zip(launches, ("the same number of ranks on each host", "NO_SUCH_VARIABLE"), strict=True):
         diagnosis = examination.examine(recipe({"use_cpu": True}, **launch), "recipe.yaml", with_ranks=False)
         [found] = [finding for finding in diagnosis.findings if finding.severity == "error"]
         assert found.check == "launcher"

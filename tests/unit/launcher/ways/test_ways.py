@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from launcher.ways import choice, devices, local, reachability, remote, slurm
-from launcher.ways.choice import ranks_command
+from launcher.ways import devices, launchers, local, reachability, remote, slurm
 from launcher.ways.command import Command, rank_environment, wrapped
+from launcher.ways.launchers import ranks_command
 from launcher.ways.slurm import option_words
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.network import address_towards, interface_towards
@@ -81,13 +81,13 @@ def test_deepspeed_takes_words_to_the_other_hosts_as_they_are() -> None:
 
 @pytest.mark.parametrize("word", ["a.b=two words", "a.b=it's", 'a.b="x"', "a.b=%n", "a.b=1\n2"])
 def test_what_deepspeed_cannot_carry_is_refused(word: str) -> None:
-    with pytest.raises(UserError, match="cannot carry spaces, quotes and % to other hosts; write it into the recipe"):
+    with pytest.raises(UserError, match="cannot pass spaces, quotes and % to other hosts; write it into the recipe"):
         command("deepspeed", [*WORDS, word])
 
 
 @pytest.mark.parametrize("value", ["a\nb", 'say "no"', "`ls`", "$HOME", "back\\slash"])
 def test_a_variable_that_deepspeed_cannot_carry_is_refused(value: str) -> None:
-    with pytest.raises(UserError, match=r"launch\.environment: DeepSpeed's runner cannot carry ODD="):
+    with pytest.raises(UserError, match=r"launch\.environment: DeepSpeed's runner cannot pass ODD="):
         command("deepspeed", environment={"ODD": value})
 
 
@@ -200,7 +200,9 @@ def test_torchrun_takes_any_word_to_the_other_hosts(tmp_path: Path, monkeypatch:
 
 
 def test_torchrun_wants_as_many_ranks_on_each_host() -> None:
-    with pytest.raises(UserError, match=r"hosts: torchrun starts as many ranks on each host; .*processes_per_node"):
+    with pytest.raises(
+        UserError, match=r"hosts: torchrun starts the same number of ranks on each host; .*processes_per_node"
+    ):
         command("torchrun")
     assert command("torchrun", processes_per_node=2).world_size == 6
 
@@ -216,10 +218,10 @@ def test_torchrun_on_this_machine_takes_more_options_too() -> None:
 def test_nodes_and_processes_take_the_first_of_the_hostfile() -> None:
     made = command("mpi", nodes=2, processes_per_node=3)
     assert hostfile(made) == "n1 slots=3\nn2 slots=3\n"
-    assert choice.host_names(recipe("mpi", nodes=2)) == ["n1", "n2"]
-    with pytest.raises(UserError, match=r"launch\.nodes: 4 are asked for, hosts has 3 to offer"):
+    assert launchers.host_names(recipe("mpi", nodes=2)) == ["n1", "n2"]
+    with pytest.raises(UserError, match=r"launch\.nodes: 4 requested, but hosts lists 3 hosts"):
         command("mpi", nodes=4)
-    with pytest.raises(UserError, match=r"launch\.processes_per_node: 3 are asked for, n3 has 2 slots in hosts"):
+    with pytest.raises(UserError, match=r"launch\.processes_per_node: 3 requested, but n3 has 2 slots in hosts"):
         command("mpi", processes_per_node=3)
 
 
@@ -302,11 +304,11 @@ def test_options_by_their_long_names() -> None:
 def test_the_nodes_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "g[1-3]")
     shown = subprocess.CompletedProcess([], 0, stdout="g1\ng2\ng3\n")
-    monkeypatch.setattr(choice.subprocess, "run", lambda words, **_: shown if words[-1] == "g[1-3]" else None)
-    assert choice.host_names(recipe("slurm")) == ["g1", "g2", "g3"]
-    assert choice.host_names(recipe("slurm", nodes=2)) == ["g1", "g2"]
+    monkeypatch.setattr(launchers.subprocess, "run", lambda words, **_: shown if words[-1] == "g[1-3]" else None)
+    assert launchers.host_names(recipe("slurm")) == ["g1", "g2", "g3"]
+    assert launchers.host_names(recipe("slurm", nodes=2)) == ["g1", "g2"]
     monkeypatch.delenv("SLURM_JOB_NODELIST")
-    assert choice.host_names(recipe("slurm")) == []
+    assert launchers.host_names(recipe("slurm")) == []
 
 
 # What is common to all
@@ -343,7 +345,7 @@ def test_a_prologue_that_fails_starts_nothing() -> None:
 
 def test_variables_are_passed_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = LaunchSection(environment={"A": "given", "HERE": None, "EMPTY": ""})
-    with pytest.raises(UserError, match="HERE is to be passed on, but is not set here; give it a value"):
+    with pytest.raises(UserError, match="HERE has no value and is not set here; give it a value"):
         rank_environment(launch)
     monkeypatch.setenv("HERE", "as it is")
     monkeypatch.setenv("A", "not this")
@@ -377,11 +379,11 @@ def test_a_commands_environment_and_files(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_program_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch, launcher: str, launch: dict[str, str], program: str
 ) -> None:
-    monkeypatch.setattr(choice.shutil, "which", lambda name: None if name == program else name)
+    monkeypatch.setattr(launchers.shutil, "which", lambda name: None if name == program else name)
     with pytest.raises(UserError, match=f"{launcher} needs the program {program}, which is not installed"):
-        choice.check_programs(recipe(launcher, **launch).launch)
+        launchers.check_programs(recipe(launcher, **launch).launch)
     if launcher in ("torchrun", "deepspeed"):
-        choice.check_programs(recipe(launcher, hostfile=None).launch)
+        launchers.check_programs(recipe(launcher, hostfile=None).launch)
 
 
 # Reach
@@ -390,7 +392,7 @@ def test_a_program_that_is_not_there_is_named(
 def test_hosts_that_do_not_answer_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     script = 'case "$0" in n1) exit 0;; n2) echo first >&2; echo "no route" >&2; exit 255;; *) exit 3;; esac'
     monkeypatch.setattr(reachability, "SSH", ["sh", "-c", script])
-    assert reachability.unreachable_hosts(["n1", "n2", "n3"]) == {"n2": "no route", "n3": "sh ended with status 3"}
+    assert reachability.unreachable_hosts(["n1", "n2", "n3"]) == {"n2": "no route", "n3": "sh exited with status 3"}
     assert reachability.unreachable_hosts([]) == {}
     monkeypatch.setattr(reachability, "SSH", ["no-such-program"])
     assert reachability.unreachable_hosts(["n1"]) == {"n1": "no-such-program: No such file or directory"}
@@ -403,18 +405,18 @@ def test_mpirun_asks_no_ssh_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
     asked = []
     monkeypatch.setattr(reachability, "unreachable_hosts", lambda names: asked.append(list(names)) or {})
     monkeypatch.setattr(reachability.socket, "gethostname", lambda: "n1")
-    choice.unreachable(recipe("mpi"), ["n1", "localhost", "n2"])
-    choice.unreachable(recipe("deepspeed"), ["n1", "n2"])
+    launchers.unreachable(recipe("mpi"), ["n1", "localhost", "n2"])
+    launchers.unreachable(recipe("deepspeed"), ["n1", "n2"])
     assert asked == [["n2"], ["n1", "n2"]]
 
 
 def test_the_address_that_ranks_reach_this_process_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reachability.socket, "gethostname", lambda: "n1")
-    monkeypatch.setattr(choice, "address_towards", lambda towards: f"address towards {towards}")
-    assert choice.watching_address(recipe("deepspeed", hostfile=None), []) == "127.0.0.1"
-    assert choice.watching_address(recipe("deepspeed"), ["n1", "n2", "n3"]) == "address towards n2"
-    assert choice.watching_address(recipe("deepspeed"), ["n1"]) == "n1"
-    assert choice.watching_address(recipe("slurm"), []) == "n1"
+    monkeypatch.setattr(launchers, "address_towards", lambda towards: f"address towards {towards}")
+    assert launchers.watching_address(recipe("deepspeed", hostfile=None), []) == "127.0.0.1"
+    assert launchers.watching_address(recipe("deepspeed"), ["n1", "n2", "n3"]) == "address towards n2"
+    assert launchers.watching_address(recipe("deepspeed"), ["n1"]) == "n1"
+    assert launchers.watching_address(recipe("slurm"), []) == "n1"
     monkeypatch.undo()
     assert address_towards("127.0.0.1") == "127.0.0.1"
     assert interface_towards("127.0.0.1") == "lo"
