@@ -1,6 +1,6 @@
 """Examines what a run will need, before it waits for hours in a queue: every host, their network, Slurm, the ranks.
 
-    diagnosis = examine(load_recipe("configs/demo.yaml"), "configs/demo.yaml")
+    diagnosis = examine(load_recipe("demo.yaml"), "demo.yaml")
 
 Each host, this one included, answers in a process of its own: a broken torch is something to be told.
 """
@@ -29,6 +29,7 @@ from launcher.ways.slurm import ranks_per_node
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.placement import address_of
 from sparse_zero.recipe.launch import LaunchSection
+from sparse_zero.recipe.lookup import find_recipe
 from sparse_zero.recipe.recipe import Recipe
 
 NEEDED_FOR_RANKS = ("accelerator", "backend", "hostfile", "launcher", "network", "port", "reach", "versions")
@@ -169,11 +170,10 @@ def question_of(recipe: Recipe | None, path: str | None, marker: Path | None, pe
     if recipe is None:
         return question
     model, data, training = recipe.model, recipe.data, recipe.training
-    deepspeed = [training["deepspeed"]] if isinstance(training.get("deepspeed"), str) else []
     return {
         **question,
         "port": None if recipe.launch.master_port == "auto" else recipe.launch.master_port,
-        "files": [*([path] if path else []), *deepspeed],
+        "files": [str(file) for file in (*([find_recipe(path)] if path else []), *recipe.files)],
         "sources": inputs.question(model.name, model.tokenizer, data.path, data.data_files, model.revision),
         "output": str(training["output_dir"]),
         "marker": str(marker) if marker else None,

@@ -17,7 +17,7 @@ import psutil
 
 from launcher.doctor.findings import Finding, error, ok, warning
 from launcher.report import readable
-from launcher.ways.command import Command
+from launcher.ways.command import SAFE_PATH, Command
 from sparse_zero.ranks.link_probe import MARK, SMALL_BYTES, pairs
 
 SECONDS = 60.0
@@ -53,7 +53,8 @@ def probe_words(use_cpu: bool, seconds: float = SECONDS) -> list[str]:
 def command_here(ranks: int, use_cpu: bool) -> Command:
     """Starts the probe on this machine's devices, without a recipe."""
     argv = [sys.executable, "-m", "launcher.ways.torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    return Command([*argv, *probe_words(use_cpu)], {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **SAFE_PATH}
+    return Command([*argv, *probe_words(use_cpu)], environment)
 
 
 def measure(command: Command, seconds: float = 2 * SECONDS + _STARTING_SECONDS) -> Measured:

@@ -68,7 +68,7 @@ def read_partitions(text: str) -> list[Partition]:
             name=name.rstrip("*"),
             is_default=name.endswith("*"),
             is_up=availability == "up",
-            time_limit=sbatch_options.seconds(limit),
+            time_limit=sbatch_options.time_limit_seconds(limit),
             nodes={**(known.nodes if known else {}), state: (known.nodes if known else {}).get(state, 0) + int(count)},
             gres=known.gres if known and known.gres else "" if gres == "(null)" else gres,
         )
@@ -122,7 +122,7 @@ def _misfits(partition: Partition, launch: LaunchSection) -> Iterator[Finding]:
             cure,
         )
     limit = launch.slurm.get("time")
-    wanted_seconds = sbatch_options.seconds(str(limit or ""))
+    wanted_seconds = sbatch_options.time_limit_seconds(str(limit or ""))
     if wanted_seconds and partition.time_limit and wanted_seconds > partition.time_limit:
         cure = f"ask for less (checkpoints and --resume go on), or another partition than {name}"
         hours = f"{partition.time_limit / 3600:g} h"

@@ -21,9 +21,17 @@ def settle_resume(argv: Sequence[str]) -> list[str]:
     settled = list(argv)
     for index, word in enumerate(settled):
         following = settled[index + 1] if index + 1 < len(settled) else "-"
-        if word == "--resume" and (following.startswith("-") or "=" in following or Path(following).is_file()):
+        if word == "--resume" and (following.startswith("-") or "=" in following or _is_recipe(following)):
             settled[index] = f"--resume={AUTO}"
     return settled
+
+
+def _is_recipe(word: str) -> bool:
+    if Path(word).exists():
+        return Path(word).is_file()
+    from sparse_zero.recipe import lookup, shipped
+
+    return shipped.find(word, *lookup.SUFFIXES) is not None
 
 
 def find_resumption(recipe: "Recipe", asked: str | bool | None) -> "Checkpoint | None":

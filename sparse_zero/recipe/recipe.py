@@ -96,6 +96,12 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     launch: LaunchSection = LaunchSection()
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that the recipe names: the DeepSpeed configuration, and the noise function's file."""
+        deepspeed, noise = self.training.get("deepspeed"), file_of(self.rpn.noise) if self.rpn else None
+        return [Path(name) for name in (deepspeed, noise) if isinstance(name, str)]
+
     @model_validator(mode="after")
     def _columns_fit_the_task(self) -> "Recipe":
         columns = self.data.columns

@@ -87,7 +87,7 @@ def test_override_with_dashes_is_refused_with_the_right_spelling(capsys, recipe)
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--training.seed=1", "--dry-run"])
     assert stop.value.code == 2
-    assert "an override has no dashes: training.seed=1" in capsys.readouterr().err
+    assert "write an override without dashes: training.seed=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypa
 
     ending(monkeypatch, 0)
     assert main(["train", recipe, "--json"]) == 2
-    assert "runs/recipe/results.json: the run has ended, but wrote no results" in one_error(capsys)
+    assert "runs/recipe/results.json: the run has finished, but wrote no results" in one_error(capsys)
 
     def run(command, watchdog, stdout, grace_seconds):
         assert stdout is sys.stderr
@@ -430,7 +430,7 @@ def test_a_failed_runs_old_results_are_not_printed(capsys, recipe, monkeypatch):
 def test_a_killed_rank_is_reported_but_not_after_a_stop(capsys, recipe, monkeypatch):
     ending(monkeypatch, 137)
     assert main(["train", recipe]) == 137
-    assert "a rank was ended by SIGKILL; the kernel does that when memory runs out" in one_error(capsys)
+    assert "a rank was killed by SIGKILL (possibly by the kernel, out of memory)" in one_error(capsys)
     ending(monkeypatch, 143, stopped=True)
     assert main(["train", recipe]) == 143
     assert capsys.readouterr() == ("", "")

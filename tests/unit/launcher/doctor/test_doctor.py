@@ -403,7 +403,7 @@ def test_what_slurm_would_take(monkeypatch):
         ({"slurm": {"gres": "gpu:9"}}, "error", "gpu:9"),
         ({"slurm": {"account": "yours"}}, "error", "launch.slurm.account: 'yours' is not yours"),
         ({"slurm": {"qos": "none"}}, "error", "sbatch refuses such a job: Invalid qos"),
-        ({"slurm": {"array": "1-3"}}, "error", "--array: not for a submitted run"),
+        ({"slurm": {"array": "1-3"}}, "error", "--array: not available for a submitted run"),
     ],
 )
 def test_what_slurm_would_refuse(monkeypatch, launch, severity, message):
