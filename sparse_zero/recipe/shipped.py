@@ -85,10 +85,10 @@ def _about(file: Path) -> str:
 def _about_deepspeed(zero: dict) -> str:
     partitioned = ["optimizer state", "gradients", "parameters"][: zero["stage"]]
     offloaded = [
-        what for what, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")) if key in zero
+        what for what, key in (("the optimizer", "offload_optimizer"), ("parameters", "offload_param")) if key in zero
     ]
     about = f"ZeRO stage {zero['stage']}: partitions {_listed(partitioned)}"
-    return f"{about}; offloads {_listed(offloaded)} to host memory" if offloaded else about
+    return f"{about}; offloads {_listed(offloaded)}" if offloaded else about
 
 
 def _listed(words: list[str]) -> str:

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -237,29 +236,6 @@ def test_what_is_not_a_mapping(write, text):
 def test_a_missing_section(write):
     path = write("model: {name: x}")
     assert refusal(path) == f"{path}: data is missing"
-
-
-def test_a_deepspeed_file_is_looked_up_beside_the_recipe_then_in_the_working_directory(write, tmp_path, monkeypatch):
-    path = write({"training": {"deepspeed": "zero2.json"}})
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    (elsewhere / "zero2.json").write_text("{}")
-    assert load_recipe(path).training["deepspeed"] == "zero2.json"
-    (tmp_path / "zero2.json").write_text("{}")
-    assert load_recipe(path).training["deepspeed"] == str(tmp_path / "zero2.json")
-
-
-def test_a_deepspeed_file_that_is_not_there(write, tmp_path):
-    path = write({"training": {"deepspeed": "zero22.json"}})
-    places = "beside the recipe, in the working directory or among the shipped files"
-    assert refusal(path) == (f"{path}: training.deepspeed: no file 'zero22.json' {places}; did you mean 'zero2.json'?")
-
-
-def test_a_file_of_our_own_needs_no_path(write):
-    path = write({"training": {"deepspeed": "zero3_offload.json"}})
-    found = Path(load_recipe(path).training["deepspeed"])
-    assert json.loads(found.read_text())["zero_optimization"]["stage"] == 3
 
 
 def test_a_deepspeed_section_stays_as_it_is(write):
