@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rpn.config import file_of
 from sparse_zero.checkpoint.resumption import settle_resume
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.failures import Member
@@ -119,7 +120,7 @@ class Rank:
             placement,
             use_cpu=bool(training.get("use_cpu")),
             backend=training.get("ddp_backend"),
-            facts=_facts(recipe),
+            facts=facts_of(recipe),
             # The launcher of watched ranks has counted the hosts, and may use fewer after a failure.
             nodes=None if is_watched or launch.nodes == "auto" else launch.nodes,
             rendezvous_seconds=launch.rendezvous_seconds,
@@ -167,18 +168,21 @@ class Rank:
         run.leave()
 
 
-def _facts(recipe: Recipe) -> dict[str, str]:
+def facts_of(recipe: Recipe) -> dict[str, str]:
     """What must be equal on all hosts for their ranks to compute the same."""
     versions = {name: version(name) for name in ("sparse-zero", "torch", "transformers", "deepspeed")}
     return versions | {"a recipe of checksum": hashlib.sha256(_contents(recipe).encode()).hexdigest()[:12]}
 
 
 def _contents(recipe: Recipe) -> str:
-    """The recipe with the files that it names: their paths may differ between hosts, their contents may not."""
-    text = recipe.model_dump_json()
-    for path in recipe.files:
-        text = text.replace(json.dumps(str(path))[1:-1], path.read_text(encoding="utf-8"))
-    return text
+    """The recipe, with its files' contents instead of their paths, which may differ between hosts."""
+    sections = recipe.model_dump(mode="json")
+    if isinstance(sections["training"].get("deepspeed"), str):
+        sections["training"]["deepspeed"] = Path(sections["training"]["deepspeed"]).read_text(encoding="utf-8")
+    if recipe.rpn is not None and (file := file_of(recipe.rpn.noise)) is not None:
+        function = recipe.rpn.noise.rpartition(":")[2]
+        sections["rpn"]["noise"] = [Path(file).read_text(encoding="utf-8"), function]
+    return json.dumps(sections)
 
 
 def _end(status: int) -> NoReturn:
