@@ -90,8 +90,8 @@ def _add_train(commands) -> argparse.ArgumentParser:
         "train",
         help="start the ranks of a run",
         description="Start the ranks that the recipe's `launch` section describes, and wait for them.\n"
-        "SIGINT, SIGTERM and SIGUSR1 make the ranks save a checkpoint and exit with status 75; a second signal kills\n"
-        "them. Otherwise the exit status is that of the ranks.",
+        "SIGINT, SIGTERM and SIGUSR1 make the ranks save a checkpoint and exit with status 75; a second\n"
+        "signal kills them. Otherwise the exit status is that of the ranks.",
         epilog="examples:\n"
         "  sparse-zero train demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
         "  sparse-zero train demo.yaml --resume\n"
@@ -118,9 +118,9 @@ def _add_submit(commands) -> argparse.ArgumentParser:
         "submit",
         help="submit a run as a Slurm job",
         usage="sparse-zero submit RECIPE [key=value ...] [--merge] [--dry-run] [--json] [--SBATCH-OPTION VALUE ...]",
-        description="Write a batch script to the run's directory, and submit it. Give options of sbatch by their\n"
-        "long names, here or in the recipe's `launch.slurm`; the others follow from the recipe. Before the time\n"
-        "limit, and when it is preempted, the job saves a checkpoint and is requeued.",
+        description="Write a batch script to the run's directory, and submit it. Give options of sbatch by\n"
+        "their long names, here or in the recipe's `launch.slurm`; the others follow from the recipe.\n"
+        "Before the time limit, and when it is preempted, the job saves a checkpoint and is requeued.",
         epilog="examples:\n"
         "  sparse-zero submit demo.yaml --partition gpu --gres gpu:4 --time 04:00:00\n"
         "  sparse-zero submit demo.yaml training.seed=1 launch.nodes=2 --account=A --exclusive --dry-run",
@@ -273,8 +273,8 @@ def _add_plan(commands) -> argparse.ArgumentParser:
         "plan",
         help="predict the memory and the communication of each rank",
         description="Predict the memory and the communication of each rank at each ZeRO stage, and which stages\n"
-        "fit an accelerator. Only the model's configuration is read: `model.name` may be a directory that contains\n"
-        "nothing but a config.json.",
+        "fit an accelerator. Only the model's configuration is read: `model.name` may be a directory\n"
+        "that contains nothing but a config.json.",
         epilog="examples:\n"
         "  sparse-zero plan demo.yaml --ranks 4\n"
         "  sparse-zero plan causal-lm-chat.yaml --ranks 64 --nodes 8 --gpu-memory H100 --bandwidth 50",
@@ -299,8 +299,8 @@ def _add_recipes(commands) -> argparse.ArgumentParser:
         epilog="examples:\n  sparse-zero recipes\n  sparse-zero recipes copy demo.yaml my-run.yaml",
     )
     recipes.set_defaults(action="list")
-    actions = recipes.add_subparsers(metavar="copy NAME [TO]", parser_class=_Parser)
-    copy = actions.add_parser("copy", help="copy a shipped file", description="Copy a shipped file, to change it.")
+    actions = recipes.add_subparsers(title="subcommand", metavar="copy NAME [TO]", parser_class=_Parser)
+    copy = actions.add_parser("copy", help="copy a file", description="Copy a shipped file, to change it.")
     copy.set_defaults(action="copy")
     copy.add_argument("name", metavar="NAME", help="a name that `sparse-zero recipes` lists")
     copy.add_argument("to", metavar="TO", nargs="?", help="a new file, or a directory (default: here)")

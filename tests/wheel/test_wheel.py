@@ -123,17 +123,20 @@ def test_the_wheel_contains_the_packages_and_nothing_else(wheel: Path) -> None:
 
 
 def test_metadata(installed: Environment) -> None:
-    script = "import json; from importlib.metadata import metadata; print(json.dumps(metadata('sparse-zero').json))"
+    script = (
+        "import json; from importlib.metadata import metadata; found = metadata('sparse-zero'); "
+        "print(json.dumps({name: found.get_all(name) for name in found}))"
+    )
     found = json.loads(installed.run("python", "-c", script))
-    assert found["version"] == PROJECT["version"]
-    assert found["requires_python"] == ">=3.11"
-    assert found["license_expression"] == "Apache-2.0"
-    assert {line.partition(",")[0] for line in found["project_url"]} == {
+    assert found["Version"] == [PROJECT["version"]]
+    assert found["Requires-Python"] == [">=3.11"]
+    assert found["License-Expression"] == ["Apache-2.0"]
+    assert {line.partition(",")[0] for line in found["Project-URL"]} == {
         *("Homepage", "Documentation", "Repository", "Issues", "Changelog")
     }
     for python in PYTHONS:
-        assert f"Programming Language :: Python :: {python}" in found["classifier"]
-    assert "fine-tuning" in found["keywords"]
+        assert f"Programming Language :: Python :: {python}" in found["Classifier"]
+    assert "sparse fine-tuning" in found["Keywords"][0].split(",")
 
 
 # What the installed command does
