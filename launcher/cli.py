@@ -1,7 +1,7 @@
-"""The arguments of `sparse-zero`, and how it ends: 0, 2 and one line for a user's error, 75 for a run that was
-stopped and can go on, 128 + n for signal n.
+"""The arguments and exit statuses of `sparse-zero`.
 
-Nothing is imported here that a subcommand does not need: `--help` must answer at once.
+Exit statuses: 0; 2, with one line, for an error of the user; 75 if a run was stopped and can be resumed; 128 + n for
+signal n. Libraries that only some subcommands need are not imported here: `--help` must answer at once.
 """
 
 import argparse
@@ -14,12 +14,15 @@ from launcher.jobs.sbatch_options import split_words
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
 
+_JSON = "print one JSON value on stdout, and nothing else"
+_NEW_DIRECTORY = "the directory to write; must be empty or not exist"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `sparse-zero` command line and return its exit status."""
     try:
         arguments = _parse(argv)
-        # Imported after the parsing, so that a typing error does not wait for it.
+        # After the parsing: a wrong argument must not wait for these imports.
         from launcher import commands
 
         status = getattr(commands, arguments.command)(arguments)
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has left; the interpreter's last flush must not complain about it.
+        # The reader (`| head`) has exited; without this, Python's last flush of stdout prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -41,24 +44,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options, words = split_words(words) if words[:1] == ["submit"] else ({}, words)
     arguments, rest = build_parser().parse_known_args(words)
     arguments.sbatch_options = options
-    # argparse gives up on positional arguments that follow an option (`train RECIPE --merge key=value`).
+    # argparse does not parse positional arguments after an option (`train RECIPE --merge key=value`).
     if hasattr(arguments, "overrides"):
         arguments.overrides += [word for word in rest if not word.startswith("-")]
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         dotted = [word.lstrip("-") for word in rest if "=" in word and "." in word.partition("=")[0]]
-        hint = f" (an override has no dashes: {dotted[0]})" if dotted else ""
+        hint = f" (write an override without dashes: {dotted[0]})" if dotted else ""
         arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; each subcommand's namespace has `command` and, as `parser`, its own parser."""
+    """The parser of all subcommands. A parsed namespace has `command` and `parser`, the subcommand's own parser."""
     parser = _Parser(
         prog=report.PROGRAM,
         description="Fine-tune a large model by training a small random subset of its weights, "
         "partitioned over the ranks by DeepSpeed ZeRO.",
-        epilog="example:\n  sparse-zero train configs/demo.yaml launch.processes_per_node=2",
+        epilog="example:\n  sparse-zero train demo.yaml launch.processes_per_node=2",
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -73,10 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
         _add_export,
         _add_doctor,
         _add_plan,
+        _add_recipes,
         _add_keys,
     ):
         command = add(commands)
-        command.add_argument("--json", action="store_true", help="print one JSON value on stdout, nothing else")
+        command.add_argument("--json", action="store_true", help=_JSON)
         command.set_defaults(parser=command)
     return parser
 
@@ -85,26 +89,26 @@ def _add_train(commands) -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="start the ranks of a run",
-        description="Start the ranks that the recipe's `launch` section asks for, and wait for them.\n"
-        "SIGINT, SIGTERM and SIGUSR1 make the ranks save a checkpoint and end, with status 75; a second signal ends\n"
-        "them at once. Else the exit status is that of the ranks.",
+        description="Start the ranks that the recipe's `launch` section describes, and wait for them.\n"
+        "SIGINT, SIGTERM and SIGUSR1 make the ranks save a checkpoint and exit with status 75; a second\n"
+        "signal kills them. Otherwise the exit status is that of the ranks.",
         epilog="examples:\n"
-        "  sparse-zero train configs/demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
-        "  sparse-zero train configs/demo.yaml --resume\n"
-        "  sparse-zero train configs/demo.yaml launch.processes_per_node=2 --dry-run",
+        "  sparse-zero train demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
+        "  sparse-zero train demo.yaml --resume\n"
+        "  sparse-zero train demo.yaml launch.processes_per_node=2 --dry-run",
     )
     _add_recipe(train)
-    train.add_argument("--merge", action="store_true", help="also write the merged model when training has ended")
+    train.add_argument("--merge", action="store_true", help="also write the merged model after training")
     train.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="DIR",
-        help="go on from this checkpoint; without DIR (or with auto) from the newest complete one of the run, "
-        "should there be one",
+        help="resume from this checkpoint; without DIR (or with auto) from the run's newest complete checkpoint, "
+        "if there is one",
     )
     train.add_argument(
-        "--dry-run", action="store_true", help="print the command that would start the ranks, start nothing"
+        "--dry-run", action="store_true", help="print the command that would start the ranks, and start nothing"
     )
     return train
 
@@ -112,19 +116,19 @@ def _add_train(commands) -> argparse.ArgumentParser:
 def _add_submit(commands) -> argparse.ArgumentParser:
     submit = commands.add_parser(
         "submit",
-        help="submit a run as a job of Slurm",
+        help="submit a run as a Slurm job",
         usage="sparse-zero submit RECIPE [key=value ...] [--merge] [--dry-run] [--json] [--SBATCH-OPTION VALUE ...]",
-        description="Write a batch script beside the run, and submit it. Options of sbatch are given by their long\n"
-        "names, here or in the recipe's `launch.slurm`; what they leave open, the rest of the recipe says.\n"
-        "Before the time limit, and when it is preempted, the job saves a checkpoint and is queued again.",
+        description="Write a batch script to the run's directory, and submit it. Give options of sbatch by\n"
+        "their long names, here or in the recipe's `launch.slurm`; the others follow from the recipe.\n"
+        "Before the time limit, and when it is preempted, the job saves a checkpoint and is requeued.",
         epilog="examples:\n"
-        "  sparse-zero submit configs/demo.yaml --partition gpu --gres gpu:4 --time 04:00:00\n"
-        "  sparse-zero submit configs/demo.yaml training.seed=1 launch.nodes=2 --account=A --exclusive --dry-run",
+        "  sparse-zero submit demo.yaml --partition gpu --gres gpu:4 --time 04:00:00\n"
+        "  sparse-zero submit demo.yaml training.seed=1 launch.nodes=2 --account=A --exclusive --dry-run",
     )
     _add_recipe(submit)
-    submit.add_argument("--merge", action="store_true", help="also write the merged model when training has ended")
+    submit.add_argument("--merge", action="store_true", help="also write the merged model after training")
     submit.add_argument(
-        "--dry-run", action="store_true", help="print the script and the command that would submit it, write nothing"
+        "--dry-run", action="store_true", help="print the script and the command to submit it, and write nothing"
     )
     return submit
 
@@ -132,9 +136,9 @@ def _add_submit(commands) -> argparse.ArgumentParser:
 def _add_evaluate(commands) -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
-        help="measure an adapter on a recipe's evaluation examples",
-        description="Measure an adapter on the evaluation examples of a recipe, in this process.",
-        epilog="example:\n  sparse-zero evaluate configs/demo.yaml --adapter runs/demo/adapter data.eval_size=500",
+        help="evaluate an adapter on a recipe's evaluation examples",
+        description="Evaluate an adapter on the evaluation examples of a recipe, in this process.",
+        epilog="example:\n  sparse-zero evaluate demo.yaml --adapter runs/demo/adapter data.eval_size=500",
     )
     _add_recipe(evaluate)
     evaluate.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's directory")
@@ -145,32 +149,32 @@ def _add_merge(commands) -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="write base model + adapter as a plain model directory",
-        description="Write the base model with the adapter's values in its weights, as a directory that\n"
-        "transformers loads without this package.",
+        description="Write the base model with the adapter merged into its weights, as a directory that transformers\n"
+        "loads without this package.",
         epilog="example:\n  sparse-zero merge runs/demo/adapter merged-model",
     )
     merge.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
-    merge.add_argument("out", metavar="OUT", help="the directory to write; must not hold anything yet")
-    merge.add_argument("--scale", type=float, default=1.0, help="how often the deltas count (default: 1)")
+    merge.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
+    merge.add_argument("--scale", type=float, default=1.0, help="factor of the adapter's deltas (default: 1)")
     return merge
 
 
 def _add_convert(commands) -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
-        help="read and write adapters of other programs",
-        description="Read an adapter of any of these formats, or what a fine-tuned model changed in its original,\n"
-        "and write it in another. IN is recognised by its files.\n\n"
-        "  sparse-zero   our own\n"
-        "  sparta        the reference implementation's (peft-sparta)\n"
+        help="convert adapters from and to the formats of other programs",
+        description="Read an adapter in one of these formats, or the difference between a fine-tuned model and its\n"
+        "original, and write it in another. The format of IN is recognised by its files.\n\n"
+        "  sparse-zero   this package's format\n"
+        "  sparta        the reference implementation (peft-sparta)\n"
         "  shira         PEFT's SHiRA\n"
         "  supertuning   PEFT's Super-Tuning",
         epilog="examples:\n"
         "  sparse-zero convert runs/demo/adapter for-peft --to shira\n"
         "  sparse-zero convert fine-tuned-model adapter --base original-model",
     )
-    convert.add_argument("adapter", metavar="IN", help="an adapter's directory, or a fine-tuned model's")
-    convert.add_argument("out", metavar="OUT", help="the directory to write; must not hold anything yet")
+    convert.add_argument("adapter", metavar="IN", help="the directory of an adapter or of a fine-tuned model")
+    convert.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
     convert.add_argument("--to", choices=["sparse-zero", "sparta", "shira", "supertuning"], default="sparse-zero")
     _add_base(convert)
     convert.add_argument(
@@ -178,7 +182,7 @@ def _add_convert(commands) -> argparse.ArgumentParser:
         type=_share,
         default=0.5,
         metavar="SHARE",
-        help="refuse a fine-tuned model of which a larger share of the scalars differs (default: %(default)s)",
+        help="fail if a larger share of a fine-tuned model's scalars was changed (default: %(default)s)",
     )
     return convert
 
@@ -187,7 +191,7 @@ def _add_base(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--base",
         metavar="DIR_OR_ID",
-        help="the base model, where IN does not say it or it lies elsewhere now; the original of a fine-tuned model",
+        help="the base model, if IN does not name it or it has moved; the original of a fine-tuned model",
     )
 
 
@@ -197,46 +201,44 @@ def _share(word: str) -> float:
             return float(word)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"a share is above 0 and at most 1, not {word!r}")
+    raise argparse.ArgumentTypeError(f"a share must be above 0 and at most 1, not {word!r}")
 
 
 def _add_combine(commands) -> argparse.ArgumentParser:
     combine = commands.add_parser(
         "combine",
-        help="make one adapter of several",
+        help="combine several adapters into one",
         description="Write a weighted combination of adapters of one base model as a new adapter.",
         epilog="example:\n  sparse-zero combine runs/a/adapter runs/b/adapter --out both --weights 0.7 0.3",
     )
     combine.add_argument("adapters", metavar="ADAPTER", nargs="+", help="the adapters' directories")
-    combine.add_argument(
-        "--out", required=True, metavar="DIR", help="the directory to write; must not hold anything yet"
-    )
-    combine.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter")
+    combine.add_argument("--out", required=True, metavar="DIR", help=_NEW_DIRECTORY)
+    combine.add_argument("--weights", nargs="+", type=float, metavar="W", help="one weight for each adapter")
     combine.add_argument(
         "--type",
         dest="combination_type",
         choices=("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
         default="linear",
-        help="how conflicts are settled (default: linear, the weighted sum)",
+        help="how to resolve conflicts (default: linear, the weighted sum)",
     )
     combine.add_argument(
-        "--density", type=float, default=1.0, help="fraction of each adapter's deltas to keep, not with linear"
+        "--density", type=float, default=1.0, help="fraction of each adapter's deltas to keep; not with linear"
     )
-    combine.add_argument("--seed", type=int, default=0, help="of dare's random choice")
+    combine.add_argument("--seed", type=int, default=0, help="seed of dare's random selection (default: 0)")
     return combine
 
 
 def _add_inspect(commands) -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
-        help="say what an adapter holds",
-        description="Say what an adapter holds: its base model, its size, and what it changes where and by how much.\n"
-        "Also of the formats that `sparse-zero convert` reads.",
+        help="describe an adapter",
+        description="Describe an adapter: its base model, its size, which weights it changes and by how much. Reads\n"
+        "the formats that `sparse-zero convert` reads.",
         epilog="examples:\n"
         "  sparse-zero inspect runs/demo/adapter --json\n"
         "  sparse-zero inspect fine-tuned-model --base original-model",
     )
-    inspect.add_argument("adapter", metavar="IN", help="an adapter's directory, or a fine-tuned model's")
+    inspect.add_argument("adapter", metavar="IN", help="the directory of an adapter or of a fine-tuned model")
     _add_base(inspect)
     return inspect
 
@@ -248,76 +250,97 @@ def _add_export(commands) -> argparse.ArgumentParser:
         description="Assemble an adapter from the shards of a checkpoint, without a GPU and without the base model.",
         epilog="example:\n  sparse-zero export runs/demo/checkpoint-100 adapter",
     )
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's directory: its newest one")
-    export.add_argument("out", metavar="ADAPTER", help="the directory to write; must not hold anything yet")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run, for its newest checkpoint")
+    export.add_argument("out", metavar="ADAPTER", help=_NEW_DIRECTORY)
     return export
 
 
 def _add_doctor(commands) -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
-        help="examine the hosts, the network and Slurm before a run",
-        description="Examine what a recipe's run needs of its hosts, and measure the links between its ranks;\n"
-        "without a recipe, of this machine. The exit status is 1 where something would make the run fail.",
-        epilog="examples:\n"
-        "  sparse-zero doctor\n"
-        "  sparse-zero doctor configs/demo.yaml launch.hostfile=hosts --no-ranks",
+        help="check the hosts, the network and Slurm before a run",
+        description="Check that the hosts have everything that a recipe's run needs, and measure the links between\n"
+        "its ranks; without a recipe, check this machine. The exit status is 1 if the run would fail.",
+        epilog="examples:\n  sparse-zero doctor\n  sparse-zero doctor demo.yaml launch.hostfile=hosts --no-ranks",
     )
     _add_recipe(doctor, nargs="?")
-    doctor.add_argument("--no-ranks", action="store_true", help="start no ranks, measure no links")
+    doctor.add_argument("--no-ranks", action="store_true", help="do not start ranks to measure their links")
     return doctor
 
 
 def _add_plan(commands) -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
-        help="say what each rank of a run will hold and send",
-        description="Say what each rank of a run will hold and send at each ZeRO stage, and which stages fit an\n"
-        "accelerator. Of the model just the configuration is read: `model.name` may be a directory with nothing\n"
-        "but a config.json.",
+        help="predict the memory and the communication of each rank",
+        description="Predict the memory and the communication of each rank at each ZeRO stage, and which stages\n"
+        "fit an accelerator. Only the model's configuration is read: `model.name` may be a directory\n"
+        "that contains nothing but a config.json.",
         epilog="examples:\n"
-        "  sparse-zero plan configs/demo.yaml --ranks 4\n"
-        "  sparse-zero plan configs/causal-lm-chat.yaml --ranks 64 --nodes 8 --gpu-memory H100 --bandwidth 50",
+        "  sparse-zero plan demo.yaml --ranks 4\n"
+        "  sparse-zero plan causal-lm-chat.yaml --ranks 64 --nodes 8 --gpu-memory H100 --bandwidth 50",
     )
     _add_recipe(plan)
-    plan.add_argument("--ranks", type=int, required=True, metavar="N")
-    plan.add_argument("--nodes", type=int, default=1, metavar="M", help="that the ranks are on (default: 1)")
-    plan.add_argument("--gpu-memory", metavar="GIB_OR_CARD", help="of each rank: GiB, or a card such as H100, A100-40")
-    plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="that each rank sends with, in 10^9 bytes/s")
+    plan.add_argument("--ranks", type=int, required=True, metavar="N", help="the number of ranks")
+    plan.add_argument("--nodes", type=int, default=1, metavar="M", help="the number of nodes (default: 1)")
+    plan.add_argument(
+        "--gpu-memory", metavar="GIB_OR_CARD", help="memory per rank: GiB, or a card: H100, A100-40, ..."
+    )
+    plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="send bandwidth per rank, in 10^9 bytes/s")
     return plan
+
+
+def _add_recipes(commands) -> argparse.ArgumentParser:
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the shipped recipes, or copy one",
+        usage="sparse-zero recipes [copy NAME [TO]] [--json]",
+        description="List the recipes, DeepSpeed files and batch scripts that are installed with sparse-zero. Every\n"
+        "command that needs a recipe finds them by name if the working directory has no such file.",
+        epilog="examples:\n  sparse-zero recipes\n  sparse-zero recipes copy demo.yaml my-run.yaml",
+    )
+    recipes.set_defaults(action="list")
+    actions = recipes.add_subparsers(title="subcommand", metavar="copy NAME [TO]", parser_class=_Parser)
+    copy = actions.add_parser("copy", help="copy a file", description="Copy a shipped file, to change it.")
+    copy.set_defaults(action="copy")
+    copy.add_argument("name", metavar="NAME", help="a name that `sparse-zero recipes` lists")
+    copy.add_argument("to", metavar="TO", nargs="?", help="a new file, or a directory (default: here)")
+    copy.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=_JSON)
+    return recipes
 
 
 def _add_keys(commands) -> argparse.ArgumentParser:
     keys = commands.add_parser(
         "keys",
-        help="say what a recipe can hold",
-        description="Print the keys of a recipe with their types, defaults and meanings; with --json the JSON\n"
-        "Schema, by which an editor completes and checks recipes.",
+        help="describe the keys of a recipe",
+        description="Print the keys of a recipe with their types, defaults and meanings; with --json, the JSON\n"
+        "Schema with which an editor completes and checks recipes.",
         epilog="examples:\n  sparse-zero keys sparse\n  sparse-zero keys launch.master_port",
     )
-    keys.add_argument("key", metavar="KEY", nargs="?", help="a section or a key of it; left out: all")
+    keys.add_argument("key", metavar="KEY", nargs="?", help="a section or a key; default: all")
     return keys
 
 
 def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    command.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="a YAML recipe, as in configs/")
+    command.add_argument(
+        "recipe", metavar="RECIPE", nargs=nargs, help="a YAML file, or a shipped recipe (`sparse-zero recipes`)"
+    )
     command.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="replace a key of the recipe, as in training.learning_rate=1e-3; values are YAML",
+        help="override a key of the recipe, as in training.learning_rate=1e-3; values are YAML",
     )
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, with line breaks kept and no guessing of shortened options."""
+    """argparse's parser, which keeps line breaks in descriptions and does not accept abbreviated options."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
 
 class _Version(argparse.Action):
-    """argparse's own `version` wants the number beforehand; looking it up would delay every command."""
+    """Looks up the version only if asked; argparse's own action would delay every command."""
 
     def __init__(self, option_strings, dest):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")

@@ -1,4 +1,4 @@
-"""What each subcommand of `sparse-zero` does. Heavy imports stand inside, where they are needed."""
+"""The subcommands of `sparse-zero`. Each imports the libraries it needs when it runs."""
 
 import argparse
 import json
@@ -13,9 +13,9 @@ from sparse_zero.errors import UserError, refuse_to_overwrite
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Start the ranks of a recipe and wait for them, or print the command that would."""
+    """Start the ranks of a recipe and wait for them, or print the command that would start them."""
     from launcher import supervise
-    from launcher.ways import choice
+    from launcher.ways import launchers
     from launcher.ways.command import TRAINING_MODULE
     from sparse_zero.recipe.recipe import load_recipe
 
@@ -28,7 +28,7 @@ def train(arguments: argparse.Namespace) -> int:
     ]
     words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
     if arguments.dry_run:
-        _show(choice.ranks_command(recipe, words), arguments.json)
+        _show(launchers.ranks_command(recipe, words), arguments.json)
         return 0
 
     from launcher.ways import preflight
@@ -41,13 +41,13 @@ def train(arguments: argparse.Namespace) -> int:
         report.say_error(_cause_of_death(ending.status - 128))
     if ending.status == 0 and arguments.json:
         if _identity(results) == before:
-            raise UserError(f"{results}: the run has ended, but wrote no results")
+            raise UserError(f"{results}: the run has finished, but wrote no results")
         report.print_json(json.loads(results.read_text()))
     return ending.status
 
 
 def _show(command: Command, as_json: bool) -> None:
-    """The command that would start the ranks, and the files that it would read."""
+    """Print the command that would start the ranks, and the files that it would read."""
     if as_json:
         report.print_json({"command": command.argv, "environment": command.environment, "files": command.files})
         return
@@ -57,7 +57,7 @@ def _show(command: Command, as_json: bool) -> None:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """Submit a run as a job of Slurm, or print the script that would be."""
+    """Submit a run as a Slurm job, or print the script that would be submitted."""
     from launcher.jobs import submit
     from sparse_zero.recipe.recipe import load_recipe
 
@@ -88,7 +88,7 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Measure an adapter on a recipe's evaluation examples."""
+    """Evaluate an adapter on a recipe's evaluation examples."""
     from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -106,7 +106,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def merge(arguments: argparse.Namespace) -> int:
-    """Write base model and adapter as a plain model directory."""
+    """Write base model + adapter as a plain model directory."""
     adapter = _adapter_directory(arguments.adapter)
     refuse_to_overwrite(Path(arguments.out))
     _settle_accelerator()
@@ -123,7 +123,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Turn a checkpoint's shards into an adapter."""
+    """Turn the shards of a checkpoint into an adapter."""
     checkpoint = Path(arguments.checkpoint)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint")
@@ -141,7 +141,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Write an adapter, or a fine-tuned model's changes, in another format."""
+    """Write an adapter, or the changes of a fine-tuned model, in another format."""
     source = _adapter_directory(arguments.adapter)
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapters.formats.convert import convert
@@ -156,7 +156,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def combine(arguments: argparse.Namespace) -> int:
-    """Write a combination of adapters."""
+    """Write a weighted combination of adapters as a new adapter."""
     adapters = [_adapter_directory(name) for name in arguments.adapters]
     refuse_to_overwrite(Path(arguments.out))
     with report.only_json_on_stdout(arguments.json):
@@ -184,7 +184,7 @@ def combine(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    """Say what an adapter holds."""
+    """Describe an adapter."""
     adapter = _adapter_directory(arguments.adapter)
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapters.inspection import describe
@@ -198,7 +198,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Examine what a run needs before it is started."""
+    """Check the hosts, the network and Slurm before a run."""
     from launcher.doctor import links
     from launcher.doctor.diagnosis import diagnose
     from sparse_zero.recipe.recipe import load_recipe
@@ -213,7 +213,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Say what each rank of a run will hold and send, without loading a weight."""
+    """Predict the memory and the communication of each rank, without loading a weight."""
     from launcher.plan_report import print_plan
     from sparse_zero.planning.gpu_memory import gpu_memory_bytes
     from sparse_zero.recipe.recipe import load_recipe
@@ -236,7 +236,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _adapter_directory(name: str) -> Path:
-    """Refuses a mistyped path before torch is imported."""
+    """Checks the path before torch is imported."""
     path = Path(name)
     if not path.is_dir():
         raise UserError(f"{name}: no such adapter directory")
@@ -244,7 +244,7 @@ def _adapter_directory(name: str) -> Path:
 
 
 def _settle_accelerator() -> None:
-    """Spares the user DeepSpeed's warning that it has detected no GPU."""
+    """Prevents DeepSpeed's warning that there is no GPU."""
     from launcher.ways.devices import count_accelerators
 
     if count_accelerators() == 0:
@@ -258,20 +258,39 @@ def _loader(task: str | None) -> str:
 
 def _cause_of_death(signum: int) -> str:
     names = {known.value: known.name for known in signal.Signals}
-    hint = "; the kernel does that when memory runs out" if signum == signal.SIGKILL else ""
-    return f"a rank was ended by {names.get(signum, f'signal {signum}')}{hint}"
+    hint = " (possibly by the kernel, out of memory)" if signum == signal.SIGKILL else ""
+    return f"a rank was killed by {names.get(signum, f'signal {signum}')}{hint}"
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """Changes when the file is written again; clocks may go backwards, so none is asked what came first."""
+    """Differs after the file is rewritten. Times are not compared: clocks may run backwards."""
     if not path.is_file():
         return None
     status = path.stat()
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
+def recipes(arguments: argparse.Namespace) -> int:
+    """List the shipped recipes, DeepSpeed files and batch scripts, or copy one."""
+    from sparse_zero.recipe import shipped
+
+    if arguments.action == "copy":
+        copied = str(shipped.copy(arguments.name, arguments.to))
+        if arguments.json:
+            report.print_json({"name": arguments.name, "path": copied})
+        else:
+            print(copied)
+        return 0
+    found = [file._asdict() for file in shipped.describe()]
+    if arguments.json:
+        report.print_json([{**row, "path": str(shipped.directory() / row["name"])} for row in found])
+    else:
+        report.print_rows(found)
+    return 0
+
+
 def keys(arguments: argparse.Namespace) -> int:
-    """Print what a recipe can hold."""
+    """Print the keys of a recipe."""
     from launcher.recipe_keys import describe
     from sparse_zero.recipe.recipe import Recipe
 

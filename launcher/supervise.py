@@ -8,7 +8,7 @@ from typing import TextIO
 
 from launcher import processes
 from launcher.processes import RunExit
-from launcher.ways import choice
+from launcher.ways import launchers
 from sparse_zero.ranks.stop_signals import STOPPED
 from sparse_zero.ranks.watchdog import Watchdog
 from sparse_zero.ranks.watchdog_client import print_outcome
@@ -30,7 +30,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
 
     Raises UserError: the ranks cannot be started.
     """
-    names = hosts = choice.host_names(recipe)
+    names = hosts = launchers.host_names(recipe)
     for restart in range(1, recipe.launch.max_restarts + 2):
         result = _attempt(recipe, words, hosts, stdout)
         if result.stopped or result.status in _FINAL or restart > recipe.launch.max_restarts:
@@ -46,9 +46,9 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
 
 def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> RunExit:
     launch = recipe.launch
-    watchdog = Watchdog(print_outcome, launch.silence_seconds, choice.watching_address(recipe, hosts))
+    watchdog = Watchdog(print_outcome, launch.silence_seconds, launchers.watching_address(recipe, hosts))
     try:
-        command = choice.ranks_command(recipe, words, str(watchdog.address), hosts)
+        command = launchers.ranks_command(recipe, words, str(watchdog.address), hosts)
         command.write_files()
         # Outside of a Slurm job, srun may wait in the queue for days.
         if hosts or launch.launcher != "slurm":
@@ -64,7 +64,7 @@ def _hosts_for_restart(recipe: Recipe, names: Sequence[str]) -> list[str]:
         return []
     # Slurm frees a step's resources a moment after its last process has ended.
     time.sleep(1)
-    problems = choice.unreachable(recipe, names)
+    problems = launchers.unreachable(recipe, names)
     reachable = [name for name in names if name not in problems]
     needed = recipe.launch.min_nodes or len(names)
     if len(reachable) >= needed:

@@ -3,9 +3,23 @@
 Does not import torch.
 """
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+_FUNCTION = r"^.+:[A-Za-z_][A-Za-z0-9_]*$"
+
+
+def _names_a_function(noise: str) -> str:
+    if re.search(_FUNCTION, noise) is None:
+        raise PydanticCustomError("noise", "Input should be FILE.py:FUNCTION or MODULE:FUNCTION")
+    return noise
+
+
+UserNoise = Annotated[str, AfterValidator(_names_a_function), WithJsonSchema({"type": "string", "pattern": _FUNCTION})]
+"""FILE.py:FUNCTION or MODULE:FUNCTION, see rpn.user_noise."""
 
 _NOISES_OF_SETTING = {
     "probability": ("rpn", "salt-and-pepper"),
@@ -21,9 +35,12 @@ class RPNConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] = "rpn"
+    noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] | UserNoise = "rpn"
     """The noise. rpn: scalars move to random positions. gaussian, salt-and-pepper: the baselines of the RPN paper.
-    neftune: uniform noise (arXiv 2310.05914). freelb: adversarial perturbations (arXiv 1909.11764). none: no noise."""
+    neftune: uniform noise (arXiv 2310.05914). freelb: adversarial perturbations (arXiv 1909.11764). none: no noise.
+    Or your own function of (embeddings, keep, stream), as rpn.attach describes it: FILE.py:FUNCTION, a file in the
+    recipe's directory or in the working directory, or MODULE:FUNCTION, a module that is installed or on
+    PYTHONPATH. Python does not search the working directory for modules."""
 
     probability: float = Field(0.1, gt=0, le=1)
     """Probability that an embedding scalar moves to a random position (p in the paper, there 0.1 to 0.3) or, with
@@ -87,3 +104,9 @@ class RPNConfig(BaseModel):
                 "or set clean: true"
             )
         return self
+
+
+def file_of(noise: str) -> str | None:
+    """The file of `FILE.py:FUNCTION`; None for any other noise."""
+    file = noise.rpartition(":")[0]
+    return file if file.endswith(".py") else None

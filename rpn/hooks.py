@@ -17,6 +17,7 @@ from rpn import baselines
 from rpn.config import RPNConfig
 from rpn.noise import move_scalars
 from rpn.streams import Stream
+from rpn.user_noise import load_noise
 
 Noise = Callable[[Tensor, Tensor, Stream], Tensor]
 """A function of (embeddings (batch, length, hidden), keep bool (batch, length), stream) that returns new embeddings of
@@ -47,8 +48,8 @@ def attach(
         A handle to set the position in the training, to switch passes, and to detach the noise.
 
     Raises:
-        ValueError: the model has no input embeddings, noise is already attached to it, or special_token_ids is
-            missing.
+        ValueError: the model has no input embeddings, noise is already attached to it, special_token_ids is missing,
+            or config.noise names a function that does not exist.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(
@@ -79,6 +80,8 @@ def _configured_noise(config: RPNConfig) -> Noise | None:
             return baselines.FreeLB(config.ascent_step, config.ascent_radius)
         case "none":
             return None
+        case function:
+            return load_noise(function)
 
 
 @dataclass(frozen=True, eq=False)

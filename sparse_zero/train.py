@@ -1,22 +1,33 @@
-"""What every rank is started as: it finds its place, joins the others, runs a recipe and says how it ended.
+"""The program of every rank: it finds its rank, joins the others, runs a recipe and reports how it ended.
 
-deepspeed --num_gpus 2 --module sparse_zero.train configs/demo.yaml training.learning_rate=1e-3
-torchrun --nproc-per-node 2 -m sparse_zero.train configs/demo.yaml --resume
-srun --nodes 2 --ntasks-per-node 4 python -m sparse_zero.train configs/demo.yaml
-mpirun -np 8 --hostfile hosts python -m sparse_zero.train configs/demo.yaml
+deepspeed --num_gpus 2 --module sparse_zero.train demo.yaml training.learning_rate=1e-3
+torchrun --nproc-per-node 2 -m sparse_zero.train demo.yaml --resume
+srun --nodes 2 --ntasks-per-node 4 python -m sparse_zero.train demo.yaml
+mpirun -np 8 --hostfile hosts python -m sparse_zero.train demo.yaml
 """
+
+import os
+import sys
+
+if (
+    __name__ == "__main__"
+    and not sys.flags.safe_path
+    and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__))
+):
+    # `python -m` puts the working directory first, where the user's own files may be called datasets.py or json.py.
+    del sys.path[0]
 
 import argparse
 import atexit
 import hashlib
-import os
+import json
 import socket
-import sys
 import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rpn.config import file_of
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.failures import RankInfo
@@ -28,8 +39,10 @@ from sparse_zero.recipe.recipe import Recipe, load_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 for what the user has to correct; STOPPED where a signal asked for an end and the
-    run can go on with --resume; 1 for any other failure, of this rank or of another.
+    """Run one rank, and return its exit status.
+
+    0; 2 for an error of the user; STOPPED if a signal stopped the run, which can be resumed; 1 for any other failure,
+    of this rank or of another.
     """
     options = _parse(sys.argv[1:] if argv is None else argv)
     # Before the imports, which take seconds.
@@ -46,29 +59,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sparse_zero.train", description="One rank of a training run.")
-    parser.add_argument("recipe", help="a YAML file, see configs/")
+    parser.add_argument("recipe", help="a YAML file, or a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the recipe")
-    parser.add_argument("--merge", action="store_true", help="also write the merged model, as OUTPUT_DIR/merged")
+    parser.add_argument("--merge", action="store_true", help="also write the merged model to OUTPUT_DIR/merged")
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="DIR",
-        help="go on from a checkpoint; auto: the newest complete",
+        help="resume from a checkpoint; auto: the newest complete one",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser.parse_args(complete_resume_option(argv))
 
 
 class Rank:
-    """This process among the ranks of the run, and what the user hears of it."""
+    """This process as a rank of the run, and its messages to the user."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
         self._placement: Placement | None = None
         self._client: WatchdogClient | None = None
         self._log: Path | None = None
-        # A log will take the place of the descriptors 1 and 2.
+        # A log file will replace the descriptors 1 and 2.
         self._console = os.dup(2)
 
     def run(self, options: argparse.Namespace) -> int:
@@ -109,7 +122,7 @@ class Rank:
             placement,
             use_cpu=bool(training.get("use_cpu")),
             backend=training.get("ddp_backend"),
-            must_match=_facts(recipe),
+            must_match=facts_of(recipe),
             # Who started the watched ranks has counted the hosts, and may do with fewer after a loss.
             nodes=None if is_watched or launch.nodes == "auto" else launch.nodes,
             rendezvous_seconds=launch.rendezvous_seconds,
@@ -123,16 +136,16 @@ class Rank:
         return self._placement.local_rank == 0
 
     def refuse(self, message: str) -> int:
-        """End all ranks with an error of the user's, which one of them says."""
+        """End all ranks with an error of the user's, which one rank prints."""
         if self._client is not None:
             self._client.report_failure(message, status=2)
         elif self._is_first_of_host:
-            # Every rank of a host meets the same error.
+            # Every rank of a host has the same error.
             os.write(self._console, f"sparse-zero: error: {message}\n".encode())
         return 2
 
     def fail(self, error: Exception) -> int:
-        """End all ranks with this rank's exception, unless it is an echo of something else."""
+        """End all ranks with this rank's exception, unless another failure caused it."""
         if self._client is None:
             raise error
         text = traceback.format_exc()
@@ -144,7 +157,7 @@ class Rank:
 
     def stopped(self, stopped: Stopped) -> int:
         if self._placement is None or self._placement.rank == 0:
-            saved = f"saved in {stopped.checkpoint}; go on with --resume" if stopped.checkpoint else "nothing to save"
+            saved = f"saved {stopped.checkpoint}; resume with --resume" if stopped.checkpoint else "nothing to save"
             print(f"sparse-zero: stopped at step {stopped.step}: {saved}", file=sys.stderr)
         self._leave(STOPPED)
         return STOPPED
@@ -157,15 +170,26 @@ class Rank:
         run.destroy_process_group()
 
 
-def _facts(recipe: Recipe) -> dict[str, str]:
-    """What must be the same on all hosts, or their numbers would differ."""
+def facts_of(recipe: Recipe) -> dict[str, str]:
+    """What must be equal on all hosts for their ranks to compute the same."""
     versions = {name: version(name) for name in ("sparse-zero", "torch", "transformers", "deepspeed")}
-    return versions | {"a recipe of checksum": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:12]}
+    return versions | {"a recipe of checksum": hashlib.sha256(_contents(recipe).encode()).hexdigest()[:12]}
+
+
+def _contents(recipe: Recipe) -> str:
+    """The recipe, with its files' contents instead of their paths, which may differ between hosts."""
+    sections = recipe.model_dump(mode="json")
+    if isinstance(sections["training"].get("deepspeed"), str):
+        sections["training"]["deepspeed"] = Path(sections["training"]["deepspeed"]).read_text(encoding="utf-8")
+    if recipe.rpn is not None and (file := file_of(recipe.rpn.noise)) is not None:
+        function = recipe.rpn.noise.rpartition(":")[2]
+        sections["rpn"]["noise"] = [Path(file).read_text(encoding="utf-8"), function]
+    return json.dumps(sections)
 
 
 def _end(status: int) -> NoReturn:
-    """End the process as Python would, but for the destructors of C++: threads of gloo or NCCL that some library's
-    process group still holds then abort a process that has done its work.
+    """Exit as Python does, but without the destructors of C++: threads of gloo or NCCL that a library's process group
+    still owns would abort the process.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

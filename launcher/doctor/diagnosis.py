@@ -29,7 +29,7 @@ from launcher.doctor.host_checks import HostRequirements
 from launcher.doctor.host_report import Report
 from launcher.doctor.report_collection import HostResponse
 from launcher.jobs import submit
-from launcher.ways import choice, preflight
+from launcher.ways import launchers, preflight
 from launcher.ways.command import Command, rank_environment
 from launcher.ways.hostfile import Host
 from launcher.ways.remote import hosts_of
@@ -37,6 +37,7 @@ from launcher.ways.slurm import ranks_per_node
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.placement import node_address
 from sparse_zero.recipe.launch import LaunchSection
+from sparse_zero.recipe.lookup import find_recipe
 from sparse_zero.recipe.recipe import Recipe
 
 REQUIRED_FOR_RANKS = ("accelerator", "backend", "hostfile", "launcher", "network", "port", "reachability", "versions")
@@ -112,7 +113,7 @@ def hosts_to_check(recipe: Recipe | None) -> list[Host]:
         return []
     if recipe.launch.hostfile:
         return hosts_of(recipe.launch)
-    return [Host(name, ranks_per_node(recipe.launch, os.environ)) for name in choice.host_names(recipe)]
+    return [Host(name, ranks_per_node(recipe.launch, os.environ)) for name in launchers.host_names(recipe)]
 
 
 def _deepspeed_file(recipe: Recipe | None) -> Iterator[Finding]:
@@ -184,11 +185,10 @@ def report_request(
     if recipe is None:
         return request
     model, data, training = recipe.model, recipe.data, recipe.training
-    deepspeed = [training["deepspeed"]] if isinstance(training.get("deepspeed"), str) else []
     return {
         **request,
         "port": None if recipe.launch.master_port == "auto" else recipe.launch.master_port,
-        "files": [*([path] if path else []), *deepspeed],
+        "files": [str(file) for file in (*([find_recipe(path)] if path else []), *recipe.files)],
         "sources": input_sources.sources_request(
             model.name, model.tokenizer, data.path, data.data_files, model.revision
         ),
@@ -250,6 +250,6 @@ def _probe_command(recipe: Recipe | None, reports: dict[str, Report], directory:
         launch = recipe.launch.model_copy(update={"rendezvous_seconds": seconds})
         training = {**recipe.training, "output_dir": directory}
         probed = recipe.model_copy(update={"training": training, "launch": launch})
-        return choice.ranks_command(probed, links.probe_arguments(bool(training.get("use_cpu")), seconds))
+        return launchers.ranks_command(probed, links.probe_arguments(bool(training.get("use_cpu")), seconds))
     accelerators = host_checks.accelerator_count(next(iter(reports.values())), HostRequirements())
     return links.local_probe_command(accelerators or 2, use_cpu=not accelerators)

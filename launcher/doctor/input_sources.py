@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sparse_zero.data import package
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 BUILDERS = ("csv", "json", "parquet", "text")
@@ -47,7 +47,7 @@ def inspect_sources(requested: dict[str, dict[str, Any]]) -> dict[str, Source]:
 
 def _inspect(kind: str, name: str, revision: str | None = None, files: Any = None) -> Source:
     try:
-        path = Path(package.resolve(name))
+        path = Path(package_path(name))
     except UserError as problem:
         return {"place": "package", "path": name, "problem": str(problem)}
     if kind == "dataset" and name in BUILDERS:

@@ -15,7 +15,7 @@ import psutil
 
 from launcher.doctor.findings import Finding, error, ok, warning
 from launcher.report import readable
-from launcher.ways.command import Command
+from launcher.ways.command import SAFE_PATH, Command
 from sparse_zero.ranks.link_probe import MARK, SMALL_BYTES, pairs
 
 PROBE_SECONDS = 60.0
@@ -54,7 +54,8 @@ def probe_arguments(use_cpu: bool, seconds: float = PROBE_SECONDS) -> list[str]:
 def local_probe_command(ranks: int, use_cpu: bool) -> Command:
     """The command that starts the probe on this machine, without a recipe."""
     argv = [sys.executable, "-m", "launcher.ways.torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    return Command([*argv, *probe_arguments(use_cpu)], {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **SAFE_PATH}
+    return Command([*argv, *probe_arguments(use_cpu)], environment)
 
 
 def measure(command: Command, seconds: float = 2 * PROBE_SECONDS + _STARTING_SECONDS) -> LinkMeasurements:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launcher.doctor.findings import Finding, error, ok, warning
-from launcher.ways import choice
+from launcher.ways import launchers
 from sparse_zero.recipe.launch import LaunchSection
 
 PACKAGES = {"ssh": "openssh-client", "pdsh": "pdsh", "mpirun": "openmpi-bin", "ompi_info": "openmpi-bin"}
@@ -61,7 +61,7 @@ def _deepspeed_environment(file: Path) -> Iterator[Finding]:
 
 def launcher_programs(launch: LaunchSection) -> Iterator[Finding]:
     """Checks that the programs that start the ranks are installed. `slurm_checks` checks Slurm's."""
-    needed = [] if launch.launcher == "slurm" else choice.programs(launch)
+    needed = [] if launch.launcher == "slurm" else launchers.programs(launch)
     missing = [name for name in needed if shutil.which(name) is None]
     for name in missing:
         message = f"{name} is not installed; launch.launcher={launch.launcher} needs it"

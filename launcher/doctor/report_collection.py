@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.doctor.findings import Finding, error
 from launcher.doctor.host_report import MARK, Report
-from launcher.ways import choice, reachability
+from launcher.ways import launchers, reachability
 from launcher.ways.command import rank_environment
 from sparse_zero.recipe.launch import LaunchSection
 
@@ -44,7 +44,7 @@ def collect_over_ssh(
     """Collect the reports of `hosts` at the same time. Args: requests: one for each host."""
     commands = [
         ["bash", "-c", _script(request, launch)]
-        if choice.starts_here(launch, host)
+        if launchers.starts_here(launch, host)
         else [*reachability.SSH, host, host_command(request, launch)]
         for host, request in zip(hosts, requests, strict=True)
     ]

@@ -70,7 +70,7 @@ def parse_sinfo(text: str) -> list[Partition]:
             name=name.rstrip("*"),
             is_default=name.endswith("*"),
             is_up=availability == "up",
-            time_limit=sbatch_options.seconds(limit),
+            time_limit=sbatch_options.time_limit_seconds(limit),
             nodes={**(known.nodes if known else {}), state: (known.nodes if known else {}).get(state, 0) + int(count)},
             gres=known.gres if known and known.gres else "" if gres == "(null)" else gres,
         )
@@ -128,7 +128,7 @@ def _partition_problems(partition: Partition, launch: LaunchSection) -> Iterator
             f"see sinfo --list-reasons --partition={name}; the job waits until the other nodes are back",
         )
     limit = launch.slurm.get("time")
-    requested_seconds = sbatch_options.seconds(str(limit or ""))
+    requested_seconds = sbatch_options.time_limit_seconds(str(limit or ""))
     if requested_seconds and partition.time_limit and requested_seconds > partition.time_limit:
         remedy = f"request less time and continue with --resume, or use a partition other than {name}"
         hours = f"{partition.time_limit / 3600:g} h"

@@ -1,4 +1,4 @@
-"""A run as a Slurm job: options of sbatch, the batch script, its submission.
+"""Runs as Slurm jobs: the options of sbatch, the batch script, its submission.
 
 Others import from `sbatch_options`, `submit`.
 """

@@ -1,15 +1,16 @@
-"""The text of a batch script that runs `sparse-zero train` within a Slurm job. `sparse-zero submit` and the files in
-sparse_zero/recipe/configs (written by launcher.jobs.render) are made of this one.
+"""The batch script that runs `sparse-zero train` in a Slurm job.
 
-Whether a job goes on after a stop depends on who asked for it. What Slurm 22.05 does, as tried:
+`sparse-zero submit` writes it, and launcher.jobs.render makes the shipped scripts from it.
 
-                                     the script gets   the ranks get   Slurm then
-    time limit is near (--signal)    USR1              -               lets it run
+Whether a stopped job is requeued depends on who stopped it. Slurm 22.05, as tested:
+
+                                     the script gets   the ranks get   then Slurm
+    time limit is near (--signal)    USR1              -               lets the job run
     time limit                       TERM              TERM            ends it: Reason=TimeLimit
     preempted, with a grace time     -                 TERM            lets it run until the grace time is over
-    preempted, PreemptMode=REQUEUE   TERM              TERM            queues it again itself
+    preempted, PreemptMode=REQUEUE   TERM              TERM            requeues it
     preempted, PreemptMode=CANCEL    TERM              TERM            ends it: PreemptTime is set
-    scancel                          TERM              TERM            ends it; a requeue would bring it back
+    scancel                          TERM              TERM            ends it; a requeue would start it again
     scancel --batch --signal=TERM    TERM              -               lets it run
 """
 
@@ -26,11 +27,11 @@ ANY_SCRIPT = r"""#!/bin/bash
 @OPTIONS@
 
 job=$SLURM_JOB_ID
-# The plain number of one task of an array stands for the whole array.
+# For Slurm, a task's SLURM_JOB_ID may mean the whole array.
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
-# The run is told to save and end by USR1 only. Slurm sends TERM to every process of a job that it ends, and the second
-# TERM would tell the run not to wait for its ranks.
+# The run gets USR1 only, which makes it save and exit. Slurm sends TERM to every process of a job that it ends, and a
+# second TERM would make the run kill its ranks.
 asked= run= early=
 pass_on() {
     asked=$1
@@ -45,33 +46,33 @@ trap 'pass_on TERM' TERM
 run=$!
 if [ -n "$early" ]; then kill -s USR1 "$run" 2>/dev/null; fi
 
-# A signal ends `wait`, not the run.
+# A signal interrupts `wait`, not the run.
 wait "$run"
 while kill -0 "$run" 2>/dev/null; do wait "$run"; done
 wait "$run"
 status=$?
 
-# Queueing a job again ends it; that TERM must not hit what follows.
+# A requeue ends this job with a TERM, which must not interrupt the lines below.
 trap '' USR1 TERM
-can_go_on() {
+may_requeue() {
     case "$status $asked" in
-    # 75: stopped and saved. 138: USR1 came before the run could listen.
+    # 75: stopped and saved. 138: USR1 arrived before the run had a handler for it.
     "75 " | "75 USR1" | "138 USR1") ;;
-    # A TERM is the user's, unless it came with the time limit or a preemption.
+    # A TERM is the user's, unless the time limit or a preemption caused it.
     "75 TERM" | "137 "* | "138 "* | "143 "*)
         scontrol --oneliner show job "$job" | grep -Eq "Reason=TimeLimit|PreemptTime=[0-9]"
         ;;
     *) false ;;
     esac
 }
-if can_go_on; then
+if may_requeue; then
     if scontrol requeue "$job"; then
-        echo "sparse-zero: job $job is queued again, to go on from its newest checkpoint"
+        echo "sparse-zero: job $job is requeued, and will resume from its newest checkpoint"
     else
-        echo "sparse-zero: job $job cannot be queued again; submit it anew to go on from its newest checkpoint"
+        echo "sparse-zero: job $job cannot be requeued; submit it again to resume from its newest checkpoint"
     fi
 elif [ "$status" -ne 0 ] && [ "$asked" = TERM ]; then
-    echo "sparse-zero: job $job was told to end, and is queued again only if Slurm does that itself"
+    echo "sparse-zero: job $job was cancelled or preempted, and is requeued only if Slurm itself does so"
 fi
 exit "$status"
 """
@@ -80,11 +81,17 @@ exit "$status"
 def batch_script(
     about: str, options: SlurmOptions, train: str, prologue: Sequence[str] = (), preparation: str = ""
 ) -> str:
-    """Args: about: becomes the comment at the top. options: sbatch's by their long names; true: a flag.
-    train: `sparse-zero train RECIPE ...` as shell text. prologue: shell lines that must succeed before it.
-    preparation: shell lines before that, for scripts with arguments of their own.
+    """The text of a batch script.
 
-    Raises UserError: an option of more than one line.
+    Args:
+        about: the comment at the top.
+        options: the options of sbatch by their long names; true: a flag.
+        train: `sparse-zero train RECIPE ...` as shell text.
+        prologue: shell lines that must succeed before `train`.
+        preparation: shell lines before the prologue, for scripts that have arguments.
+
+    Raises:
+        UserError: an option contains a line break.
     """
     parts = {
         "ABOUT": "\n".join(f"# {line}".rstrip() for line in about.split("\n")),
@@ -97,8 +104,8 @@ def batch_script(
 
 def _quoted(name: str, value: str) -> str:
     if "\n" in value:
-        raise UserError(f"--{name}: an option of sbatch is one line, not {value!r}")
-    # Other than a shell, sbatch takes a backslash within quotes as the escape of what follows.
+        raise UserError(f"--{name}: an option of sbatch must be one line, not {value!r}")
+    # Unlike a shell, sbatch treats a backslash inside quotes as an escape.
     return shlex.quote(value).replace("\\", "\\\\")
 
 

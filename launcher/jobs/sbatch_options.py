@@ -1,44 +1,48 @@
-"""Options of sbatch: of a command line, from a recipe, and what `sparse-zero submit` adds to them.
+"""The options of sbatch that a submitted job gets, from the command line, the recipe and our defaults.
 
-All are held by their long names without dashes, in the order in which a script has them. Pure functions.
+Options are dicts from long names without dashes to values, in the order of the script. Pure functions.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from sparse_zero.errors import UserError
-from sparse_zero.recipe.launch import SlurmOptions
+
+if TYPE_CHECKING:
+    from sparse_zero.recipe.launch import SlurmOptions
 
 OWN = ("help", "json", "merge", "dry-run")
-"""Options of `sparse-zero submit` that are not sbatch's, or not passed on."""
+"""Options of `sparse-zero submit` itself, which sbatch does not get."""
 
 FLAGS = (
     *("contiguous", "disable-stdout-job-summary", "exclusive", "get-user-env", "hold", "ignore-pbs"),
     *("nice", "no-kill", "no-requeue", "overcommit", "oversubscribe", "propagate", "reboot", "requeue"),
     *("spread-job", "use-min-nodes"),
 )
-"""sbatch's options that take no value, or only one written with `=`."""
+"""Options of sbatch without a value, or whose optional value needs `=`."""
 
 REFUSED = {
-    "array": "its tasks would all be this one run; for a sweep, see array.sbatch (`sparse-zero recipes`)",
-    "wrap": "the job runs a script of its own",
-    "wait": "the job may end and be queued again several times; ask squeue",
-    "test-only": "nothing would be submitted; --dry-run shows what would",
-    "parsable": "--json prints what a program can read",
-    "resume": "a submitted run always goes on from its newest checkpoint, should there be one",
+    "array": "all its tasks would be this one run; for a sweep: sparse-zero recipes copy array.sbatch",
+    "wrap": "the job runs a script that sparse-zero writes",
+    "wait": "the job may be requeued several times; use squeue",
+    "test-only": "it would submit nothing; use --dry-run",
+    "parsable": "use --json",
+    "resume": "a submitted run always resumes from its newest checkpoint, if there is one",
 }
 
 WARNING_SECONDS = 120
-"""How long before the time limit a run is told to save. Slurm looks every 30 seconds, and may be that much earlier."""
+"""How long before the time limit the run is told to save. Slurm checks every 30 seconds, and may be that early."""
 
 CPUS_PER_GPU_RANK = 4
-"""Slurm's default is a single core, which the rank, its data loader and the network's threads would share."""
+"""Slurm's default is one core, which the rank, its data loader and the communication threads would share."""
 
 
-def split_words(words: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
-    """sbatch's options of a command line of `sparse-zero submit`, and its other words. A flag has the value true.
+def split_words(words: Sequence[str]) -> "tuple[SlurmOptions, list[str]]":
+    """Split the command line of `sparse-zero submit` into options of sbatch and the other words. A flag is true.
 
-    Raises UserError: a short option, an override with dashes.
+    Raises:
+        UserError: a short option, or an override with dashes.
     """
     options: SlurmOptions = {}
     others: list[str] = []
@@ -49,9 +53,9 @@ def split_words(words: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
         if not word.startswith("-") or word == "-h" or name in OWN:
             others.append(word)
         elif not word.startswith("--"):
-            raise UserError(f"{word}: give options of sbatch by their long names, as in --partition NAME")
+            raise UserError(f"{word}: use the long names of sbatch's options, as in --partition NAME")
         elif equals and "." in name:
-            raise UserError(f"{word}: an override has no dashes: {word.lstrip('-')}")
+            raise UserError(f"{word}: write an override without dashes: {word.lstrip('-')}")
         elif equals:
             options[name] = value
         elif name in FLAGS or not rest or rest[0].startswith("--"):
@@ -62,18 +66,26 @@ def split_words(words: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
 
 
 def job_options(
-    defaults: Mapping[str, object], recipe: SlurmOptions, given: SlurmOptions, processes_per_node: int | str, cpu: bool
-) -> SlurmOptions:
-    """Everything that a script asks for: `given` on the command line before the recipe's before the defaults.
+    defaults: Mapping[str, object],
+    recipe: "SlurmOptions",
+    given: "SlurmOptions",
+    processes_per_node: int | str,
+    cpu: bool,
+) -> "SlurmOptions":
+    """All options of the script. Those of the command line override the recipe's, which override the defaults.
 
-    Args: processes_per_node: of the recipe's launch section; the allocation holds as many tasks on each node.
-    cpu: the run leaves GPUs alone.
-    Raises UserError: an option that a submitted run cannot have; GPUs that are fewer than a node's ranks.
+    Args:
+        given: the options of the command line.
+        processes_per_node: of the recipe's launch section; becomes the number of tasks on each node.
+        cpu: whether the run trains on the CPU.
+
+    Raises:
+        UserError: a submitted run cannot have an option, or a node has fewer GPUs than ranks.
     """
     asked = {name.replace("_", "-"): value for name, value in {**recipe, **given}.items()}
     for name, reason in REFUSED.items():
         if asked.get(name) not in (None, False):
-            raise UserError(f"--{name}: not for a submitted run: {reason}")
+            raise UserError(f"--{name}: not available for a submitted run: {reason}")
     options: SlurmOptions = {**defaults, "ntasks-per-node": None, "cpus-per-task": None}
     options |= {"signal": f"B:USR1@{WARNING_SECONDS}", "requeue": True} | asked
     if asked.get("no-requeue"):
@@ -87,10 +99,11 @@ def job_options(
     return {name: value for name, value in options.items() if value is not None and value is not False}
 
 
-def gpus_per_node(options: SlurmOptions) -> int | None:
-    """The GPUs that `options` ask for on each node; None where they do not say.
+def gpus_per_node(options: "SlurmOptions") -> int | None:
+    """The number of GPUs that `options` request on each node; None if they request none.
 
-    Raises UserError: `gpus` of the whole job that are not as many for each node.
+    Raises:
+        UserError: `gpus`, the number for the whole job, is not a multiple of the number of nodes.
     """
     if options.get("gpus-per-node"):
         return _count(str(options["gpus-per-node"]).split(","))
@@ -102,51 +115,57 @@ def gpus_per_node(options: SlurmOptions) -> int | None:
     if options.get("gpus"):
         total, nodes = _count(str(options["gpus"]).split(",")), _nodes(options)
         if not nodes.isdigit() or total % int(nodes):
-            raise UserError(f"--gpus: {total} on {nodes} nodes are not as many on each; give --gpus-per-node")
+            raise UserError(f"--gpus: {total} cannot be split evenly over {nodes} nodes; give --gpus-per-node")
         return total // int(nodes)
     return None
 
 
-def _nodes(options: SlurmOptions) -> str:
+def _nodes(options: "SlurmOptions") -> str:
     return str(options.get("nodes") or 1)
 
 
 def _count(entries: Sequence[str]) -> int:
-    """Of `2`, `a100:2`, `a100` (one) and nothing (one)."""
+    """The sum of `2`, `a100:2`, `a100` (one) and the empty string (one)."""
     numbers = [entry.rpartition(":")[2] for entry in entries]
     return sum(int(number) if number.isdigit() else 1 for number in numbers)
 
 
-def _tasks_per_node(options: SlurmOptions, processes_per_node: int | str, gpus: int | None) -> int:
+def _tasks_per_node(options: "SlurmOptions", processes_per_node: int | str, gpus: int | None) -> int:
     if processes_per_node != "auto":
         if gpus is not None and int(processes_per_node) > gpus:
             raise UserError(
-                f"launch.processes_per_node: {processes_per_node} ranks need as many GPUs, the job asks for {gpus} on "
-                f"each node; ask for more, or train on the CPU with training.use_cpu=true"
+                f"launch.processes_per_node: {processes_per_node} ranks need as many GPUs, the job requests {gpus} on "
+                f"each node; request more, or train on the CPU with training.use_cpu=true"
             )
         return int(processes_per_node)
     if options.get("ntasks"):
         total, nodes = str(options["ntasks"]), _nodes(options)
         if not (total.isdigit() and nodes.isdigit()) or int(total) % int(nodes):
-            raise UserError(f"--ntasks: {total} on {nodes} nodes are not as many on each; give --ntasks-per-node")
+            raise UserError(f"--ntasks: {total} cannot be split evenly over {nodes} nodes; give --ntasks-per-node")
         return int(total) // int(nodes)
     return gpus or 1
 
 
-def _check_time(options: SlurmOptions) -> None:
-    limit, warning = seconds(str(options.get("time") or "")), re.search(r"@(\d+)$", str(options.get("signal") or ""))
+def _check_time(options: "SlurmOptions") -> None:
+    limit, warning = (
+        time_limit_seconds(str(options.get("time") or "")),
+        re.search(r"@(\d+)$", str(options.get("signal") or "")),
+    )
     if limit is None or warning is None:
         return
     if limit <= int(warning[1]) + 30:
         raise UserError(
-            f"--time: of {limit} seconds nothing is left to train in: the run is told to stop {warning[1]} seconds, "
-            f"and up to 30 more, before the end; give more time, or another --signal than {options['signal']}"
+            f"--time: {limit} seconds leave no time to train: the run is told to stop {warning[1]} to "
+            f"{int(warning[1]) + 30} seconds before the end; give more time, or fewer seconds in "
+            f"--signal={options['signal']}"
         )
 
 
-def seconds(limit: str) -> int | None:
-    """A time limit of Slurm: `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours[:minutes[:seconds]]`.
-    None for any other, such as UNLIMITED.
+def time_limit_seconds(limit: str) -> int | None:
+    """The seconds of a Slurm time limit; None for anything else, such as UNLIMITED.
+
+    Args:
+        limit: `minutes`, `minutes:seconds`, `hours:minutes:seconds` or `days-hours[:minutes[:seconds]]`.
     """
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
         return None
@@ -159,7 +178,7 @@ def seconds(limit: str) -> int | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + extra
 
 
-def log_path(options: SlurmOptions, job: str) -> str:
-    """The file that sbatch's `output` pattern means for job `job`."""
+def log_path(options: "SlurmOptions", job: str) -> str:
+    """sbatch's `output` pattern, filled in for a job's number."""
     known = {"%": "%", "j": job, "x": str(options.get("job-name", ""))}
     return re.sub("%(.)", lambda place: known.get(place[1], place[0]), str(options["output"]))

@@ -1,4 +1,4 @@
-"""A recipe's run as a job of Slurm: the batch script that stands beside the run, and its submission."""
+"""Submits a recipe's run as a Slurm job: the batch script in the run's directory, and the call of sbatch."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ SCRIPT_NAME = "submit.sbatch"
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it will be submitted."""
+    """A job to submit."""
 
     script: Path
     text: str
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Submission:
-    """What sbatch has answered."""
+    """The answer of sbatch."""
 
     job: str
     cluster: str | None
@@ -42,14 +42,18 @@ class Submission:
     warnings: str
 
     def commands(self, script: Command) -> dict[str, str]:
-        """What a user may want to do with the job. Args: script: submits it."""
+        """Commands to follow, stop and resume the job, by purpose.
+
+        Args:
+            script: the command that submitted it.
+        """
         where = ["--clusters", self.cluster] if self.cluster else []
         return {
-            # The log is not there before the job has started.
+            # -F: the log does not exist before the job starts.
             "follow": shlex.join(["tail", "-F", self.log]),
             "state": shlex.join(["squeue", *where, "--jobs", self.job]),
             "save and stop": shlex.join(["scancel", *where, "--batch", "--signal=TERM", self.job]),
-            "save and queue again": shlex.join(["scancel", *where, "--batch", "--signal=USR1", self.job]),
+            "save and requeue": shlex.join(["scancel", *where, "--batch", "--signal=USR1", self.job]),
             "resume": script.shell(),
         }
 
@@ -59,8 +63,11 @@ def plan(
 ) -> Job:
     """The job that runs `recipe`, which was read from `path` with `overrides`. Writes nothing.
 
-    Args: given: options of sbatch that win against the recipe's.
-    Raises UserError: see sbatch_options.job_options; a log in a directory that is not there.
+    Args:
+        given: options of sbatch that override the recipe's.
+
+    Raises:
+        UserError: see sbatch_options.job_options; the directory of a log does not exist.
     """
     output = Path(str(recipe.training["output_dir"]))
     options = _options(recipe, output, given or {})
@@ -69,29 +76,29 @@ def plan(
     train = shlex.join([*_this_program(), "train", *words])
     text = batch_script(about, options, train, recipe.launch.prologue)
     script = _place(output, text)
-    # Variables of the user's shell would win against the script.
-    overruling = {name: None for name in map(_variable, options) if name in os.environ}
-    return Job(script, text, Command(["sbatch", "--parsable", str(script)], overruling), options)
+    # Variables of the user's shell would override the script.
+    removed = {name: None for name in map(_variable, options) if name in os.environ}
+    return Job(script, text, Command(["sbatch", "--parsable", str(script)], removed), options)
 
 
 def submit(job: Job) -> Submission:
-    """Write the script and hand it to sbatch.
+    """Write the script and pass it to sbatch.
 
-    Raises UserError: no sbatch here; it refuses the job, in its own words; the script cannot be written. Then nothing
-    is left behind.
+    Raises:
+        UserError: there is no sbatch, it rejects the job, or the script cannot be written. No file is left behind.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("sbatch: not found; submit from a host of a Slurm cluster, or see the script with --dry-run")
+        raise UserError("sbatch: not found; submit from a host of a Slurm cluster, or print the script with --dry-run")
     with _written(job):
         done = subprocess.run(job.command.argv, env=job.command.environ(), capture_output=True, text=True)
         if done.returncode != 0:
-            raise UserError(f"sbatch refuses the job: {_said(done.stderr) or f'status {done.returncode}'}")
-        # A site may have sbatch say more than it is asked for.
+            raise UserError(f"sbatch rejects the job: {_messages(done.stderr) or f'status {done.returncode}'}")
+        # A site's plugins may print more than --parsable says.
         answer = re.search(r"^(\d+)(?:;(\S+))?$", done.stdout, re.MULTILINE)
         if answer is None:
-            raise UserError(f"sbatch names no job: {_said(done.stdout + done.stderr) or 'it says nothing'}")
+            raise UserError(f"sbatch printed no job number: {_messages(done.stdout + done.stderr) or 'no output'}")
     log = os.path.join(str(job.options.get("chdir", "")), sbatch_options.log_path(job.options, answer[1]))
-    return Submission(answer[1], answer[2], log, _said(done.stderr))
+    return Submission(answer[1], answer[2], log, _messages(done.stderr))
 
 
 def _options(recipe: Recipe, output: Path, given: SlurmOptions) -> SlurmOptions:
@@ -102,7 +109,7 @@ def _options(recipe: Recipe, output: Path, given: SlurmOptions) -> SlurmOptions:
         "output": os.path.join(os.path.abspath(output).replace("%", "%%"), "slurm-%j.log"),
         "open-mode": "append",
         "nodes": 1 if launch.nodes == "auto" else launch.nodes,
-        # The run itself goes on with the nodes that are left.
+        # The run restarts by itself on the nodes that are left.
         "no-kill": launch.min_nodes is not None,
     }
     options = sbatch_options.job_options(
@@ -111,17 +118,17 @@ def _options(recipe: Recipe, output: Path, given: SlurmOptions) -> SlurmOptions:
     for name in ("output", "error"):
         log = Path(str(options.get("chdir", "")), str(options.get(name, "")))
         if options.get(name) != defaults.get(name) and "%" not in str(log.parent) and not log.parent.is_dir():
-            raise UserError(f"--{name}: {log.parent}: no such directory; Slurm would end the job without a word")
+            raise UserError(f"--{name}: {log.parent}: no such directory; Slurm would end the job without a message")
     return options
 
 
 def _this_program() -> list[str]:
     script = Path(sys.executable).with_name("sparse-zero")
-    return [str(script)] if script.exists() else [sys.executable, "-m", "launcher"]
+    return [str(script)] if script.exists() else [sys.executable, "-P", "-m", "launcher"]
 
 
 def _place(output: Path, text: str) -> Path:
-    """Where the script goes: another job's is left alone, and the same one is used again."""
+    """The script's path. A script of another job is kept; one with the same text is used again."""
     number, script = 1, output / SCRIPT_NAME
     while script.exists() and script.read_bytes() != text.encode():
         number += 1
@@ -131,12 +138,12 @@ def _place(output: Path, text: str) -> Path:
 
 @contextlib.contextmanager
 def _written(job: Job) -> Iterator[None]:
-    """The script and its directory, unless the block ends with an exception: then what was not there before goes."""
+    """Write the script and its directory. If the block raises, remove what did not exist before."""
     new = [path for path in (job.script, *job.script.parents) if not path.exists()]
     try:
         job.script.parent.mkdir(parents=True, exist_ok=True)
         if job.script in new:
-            job.script.write_text(job.text)
+            job.script.write_text(job.text, encoding="utf-8")
             job.script.chmod(0o755)
     except OSError as error:
         raise UserError(f"{job.script}: cannot be written ({error.strerror})") from None
@@ -144,19 +151,19 @@ def _written(job: Job) -> Iterator[None]:
         yield
     except BaseException:
         for path in new:
-            # A directory that holds something by now stays.
+            # A directory that is not empty by now stays.
             with contextlib.suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
         raise
 
 
-def _said(text: str) -> str:
-    """What sbatch printed, without the program's name before every line."""
+def _messages(text: str) -> str:
+    """The output of sbatch, without the program's name at the start of every line."""
     lines = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in text.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith("Try "))
 
 
 def _variable(option: str) -> str:
-    """The environment variable that sbatch takes for an option."""
+    """The environment variable that overrides an option of sbatch."""
     odd = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE"}
     return "SBATCH_" + odd.get(option, option.upper().replace("-", "_"))

@@ -1,5 +1,5 @@
-"""How ranks are started: on this machine, on the hosts of a hostfile, or by Slurm.
+"""Commands that start ranks: on this machine, on the hosts of a hostfile, or by Slurm.
 
-Others import from `choice`, `command`, `devices`, `hostfile`, `preflight`, `reachability`, `remote`, `slurm`,
+Others import from `command`, `devices`, `hostfile`, `launchers`, `preflight`, `reachability`, `remote`, `slurm`,
 `torchrun`.
 """

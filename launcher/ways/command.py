@@ -1,4 +1,4 @@
-"""A command line that starts ranks, with what it changes in the environment and the files that it reads."""
+"""A command line that starts ranks, the environment it needs and the files it reads."""
 
 import os
 import shlex
@@ -11,22 +11,24 @@ from sparse_zero.ranks.watchdog_client import WATCH_VARIABLE
 from sparse_zero.recipe.launch import LaunchSection
 
 TRAINING_MODULE = "sparse_zero.train"
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Keeps the working directory off Python's path: the user's files there may be called datasets.py or torch/."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is run, exactly."""
+    """A command with everything it needs."""
 
     argv: list[str]
     environment: dict[str, str | None] = field(default_factory=dict)
-    """What it changes in this process's environment; None: the variable is removed."""
+    """Changes to this process's environment; None removes the variable."""
     files: dict[str, str] = field(default_factory=dict)
-    """Contents of the files that must stand there first, by path."""
+    """Contents, by path, of the files to write before the command starts."""
     world_size: int | None = None
-    """How many ranks it starts, where that is known."""
+    """The number of ranks, if known."""
 
     def shell(self) -> str:
-        """The same as one line for a shell."""
+        """The command and its environment as one shell line."""
         removed = [word for name, value in self.environment.items() if value is None for word in ("-u", name)]
         assigned = [f"{name}={value}" for name, value in self.environment.items() if value is not None]
         return shlex.join([*(["env", *removed] if removed else []), *assigned, *self.argv])
@@ -37,7 +39,7 @@ class Command:
         return {name: value for name, value in changed.items() if value is not None}
 
     def write_files(self) -> None:
-        """Raises UserError: one cannot be written."""
+        """Raises UserError: a file cannot be written."""
         for name, text in self.files.items():
             try:
                 Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +50,15 @@ class Command:
 
 
 def rank_environment(launch: LaunchSection, watch: str | None = None) -> dict[str, str]:
-    """The variables that every rank is given, on whatever host.
+    """The variables of every rank on every host.
 
-    Raises UserError: `launch.environment` asks to pass on a variable that is not set here.
+    Raises:
+        UserError: `launch.environment` names a variable without a value, and it is not set here.
     """
-    variables = {}
+    variables = dict(SAFE_PATH)
     for name, value in launch.environment.items():
         if value is None and name not in os.environ:
-            raise UserError(f"launch.environment: {name} is to be passed on, but is not set here; give it a value")
+            raise UserError(f"launch.environment: {name} has no value and is not set here; give it a value")
         variables[name] = os.environ[name] if value is None else value
     if watch is not None:
         variables[WATCH_VARIABLE] = watch
@@ -63,7 +66,7 @@ def rank_environment(launch: LaunchSection, watch: str | None = None) -> dict[st
 
 
 def wrapped(argv: Sequence[str], launch: LaunchSection) -> list[str]:
-    """`argv` within the recipe's container, after its prologue."""
+    """`argv` inside the recipe's container, after its prologue."""
     inside = [*launch.container, *argv]
     if not launch.prologue:
         return inside

@@ -1,4 +1,4 @@
-"""How many ranks this machine takes. torch is imported only where there is an accelerator to count."""
+"""The accelerators, cores and ports of this machine. torch is imported only if there is an accelerator to count."""
 
 import os
 import re
@@ -12,7 +12,7 @@ DEVICE_NODES = ("nvidia[0-9]*", "nvhost-*", "dxg", "kfd", "dri/renderD*", "accel
 
 
 def count_accelerators(dev: Path = Path("/dev")) -> int:
-    """The accelerators that torch can use; 0 at once where `dev` has no node of any."""
+    """The number of accelerators that torch can use; 0, without importing torch, if `dev` has no device node."""
     if not any(next(dev.glob(pattern), None) for pattern in DEVICE_NODES):
         return 0
     import torch
@@ -21,9 +21,13 @@ def count_accelerators(dev: Path = Path("/dev")) -> int:
 
 
 def count_ranks(asked: int | str, accelerators: int) -> int:
-    """The ranks to start for `launch.processes_per_node` = `asked`, a number or "auto".
+    """The number of ranks to start on this machine.
 
-    Raises UserError: more ranks than accelerators, on a machine that has some.
+    Args:
+        asked: `launch.processes_per_node`, a number or "auto".
+
+    Raises:
+        UserError: the machine has accelerators, but fewer than ranks.
     """
     if asked == "auto":
         return max(1, accelerators)
@@ -36,28 +40,29 @@ def count_ranks(asked: int | str, accelerators: int) -> int:
 
 
 def visible_device_numbers(count: int) -> list[int] | None:
-    """The first `count` devices of CUDA_VISIBLE_DEVICES, None where it is not set.
+    """The first `count` devices of CUDA_VISIBLE_DEVICES; None if it is not set.
 
-    Raises UserError: it names devices by UUID, which DeepSpeed's runner cannot take.
+    Raises:
+        UserError: it names devices by UUID, which DeepSpeed's runner does not accept.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
     if not visible:
         return None
     if not re.fullmatch(r"\d+(\s*,\s*\d+)*", visible):
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's runner takes device numbers only; "
+            f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's runner accepts device numbers only; "
             "give numbers, or start the ranks with launch.launcher=torchrun"
         )
     return [int(number) for number in visible.split(",")][:count]
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def port_is_free(port: int) -> bool:
-    """Whether the ranks' store could listen on `port`."""
+    """Whether a server of the ranks could listen on `port`."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

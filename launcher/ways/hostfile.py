@@ -1,10 +1,10 @@
-"""Hostfiles: which hosts a run has, and how many ranks each takes. One format for DeepSpeed and Open MPI.
+"""Hostfiles: the hosts of a run and the number of ranks on each. DeepSpeed and Open MPI read the same format.
 
-    # comments, and lines of
+    # a comment
     n1 slots=8
     n2 slots=8
 
-A file that is missing, empty or misspelt ends the launch here. DeepSpeed's runner would go on with this machine alone.
+A file that is missing, empty or malformed is an error here. DeepSpeed's runner would start on this machine alone.
 """
 
 import re
@@ -22,15 +22,16 @@ class Host(NamedTuple):
 
     name: str
     slots: int
-    """How many ranks it takes."""
+    """The number of ranks on this host."""
     devices: tuple[int, ...] | None = None
-    """The accelerators that an `include` or `exclude` left; None: any."""
+    """The accelerators to use, if `include` or `exclude` names some; None: any."""
 
 
 def read_hostfile(path: str | Path) -> list[Host]:
-    """The hosts in the file's order.
+    """The hosts, in the file's order.
 
-    Raises UserError: no such file; a line that is not `HOST slots=N` (by its number); a host twice; no host at all.
+    Raises:
+        UserError: the file cannot be read, a line is not `HOST slots=N`, a host is listed twice, or there is no host.
     """
     try:
         text = Path(path).read_text()
@@ -54,9 +55,10 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def choose_hosts(hosts: Sequence[Host], include: str | None = None, exclude: str | None = None) -> list[Host]:
-    """Leave out hosts by DeepSpeed's filters: `n1@n2:0,2` names the whole of n1 and two devices of n2.
+    """Filter hosts as DeepSpeed does: `n1@n2:0,2` names all devices of n1 and two devices of n2.
 
-    Raises UserError: a host or a device that the hostfile has not, a filter of another form, nothing left.
+    Raises:
+        UserError: a filter is malformed, names a host or a device that is not in the hostfile, or leaves no host.
     """
     chosen = {host.name: host for host in hosts}
     if include:

@@ -1,8 +1,8 @@
-"""Ranks of this machine with nothing between them and this process.
+"""Starts ranks on this machine, as direct children of this process.
 
-    python -m launcher.ways.local_ranks --processes 2 --master-port 29500 -m sparse_zero.train configs/demo.yaml
+    python -m launcher.ways.local_ranks --processes 2 --master-port 29500 -m sparse_zero.train demo.yaml
 
-The exit status is that of the rank that failed first; the others are told to end, and killed half a minute later.
+The exit status is that of the first rank that fails. The others then get SIGTERM, and SIGKILL after 30 seconds.
 """
 
 import argparse
@@ -16,15 +16,18 @@ GRACE_SECONDS = 30.0
 
 
 def main() -> int:
+    """Start the ranks, wait for them and return the exit status; 128 + n if signal n killed the first failed rank."""
     parser = argparse.ArgumentParser(
         prog="python -m launcher.ways.local_ranks", description="Start ranks on this machine."
     )
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--master-port", type=int, required=True)
-    parser.add_argument("-m", dest="words", nargs=argparse.REMAINDER, required=True, help="the module, its arguments")
+    parser.add_argument(
+        "-m", dest="words", nargs=argparse.REMAINDER, required=True, help="the module and its arguments"
+    )
     options = parser.parse_args()
     ranks: list[subprocess.Popen] = []
-    # Whoever started this signals the ranks; this process is there to see how they end.
+    # Forwarded: this process must outlive the ranks, to return their exit status.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda number, frame: [_send(rank, number) for rank in ranks])
     for rank in range(options.processes):

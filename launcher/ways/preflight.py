@@ -1,21 +1,21 @@
-"""What can be known to be wrong with a run before its ranks are started, at the cost of a few milliseconds."""
+"""Checks of a run that take milliseconds, before its ranks are started."""
 
 import json
 from pathlib import Path
 
-from launcher.ways import choice, devices
-from sparse_zero.data import package
+from launcher.ways import devices, launchers
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import Recipe
 
 
 def check(recipe: Recipe) -> None:
-    """Raises UserError: a package that is not installed, a DeepSpeed file that is not JSON, an output directory
-    that is a file, a port that is taken, a launcher that is not installed, a host that cannot be reached.
+    """Raises UserError: a package of a `package://` address or a launcher is not installed, a host cannot be reached,
+    the port is in use, the output directory is a file, or the DeepSpeed file is not JSON.
     """
     for address in (recipe.model.name, recipe.model.tokenizer, recipe.data.path):
-        package.resolve(address or "")
-    choice.check_programs(recipe.launch)
+        package_path(address or "")
+    launchers.check_programs(recipe.launch)
     if recipe.launch.hostfile:
         check_hosts(recipe)
     elif recipe.launch.launcher != "slurm":
@@ -26,9 +26,9 @@ def check(recipe: Recipe) -> None:
 
 
 def check_hosts(recipe: Recipe) -> None:
-    """Raises UserError: a host of the hostfile that ranks cannot be started on."""
-    names = choice.host_names(recipe) if recipe.launch.hostfile else []
-    problems = choice.unreachable(recipe, names)
+    """Raises UserError: ranks cannot be started on a host of the hostfile."""
+    names = launchers.host_names(recipe) if recipe.launch.hostfile else []
+    problems = launchers.unreachable(recipe, names)
     if problems:
         lost = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise UserError(f"launch.hostfile: {len(problems)} of {len(names)} hosts cannot be reached: {lost}")

@@ -1,4 +1,4 @@
-"""Which hosts of a run answer. Commands of other programs, with an end to their patience."""
+"""Finds out which hosts of a run answer, with time limits."""
 
 import socket
 import subprocess
@@ -12,19 +12,19 @@ SSH = (
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
 )
 SRUN = ("srun", "--overlap", "--nodes=1", "--ntasks=1")
-"""A step on one node of this job, beside those that hold its cores."""
+"""A step on one node of this job, which may share the node's cores with other steps."""
 _SECONDS = 15.0
 
 Answer = TypeVar("Answer")
 
 
 def unreachable_hosts(names: Sequence[str]) -> dict[str, str]:
-    """Ask all by ssh at once. Returns: why, for each that cannot be used."""
+    """Try all hosts by ssh at the same time. Returns the reason for each that fails."""
     return _unreachable(names, lambda name: [*SSH, name, "true"])
 
 
 def unreachable_nodes(names: Sequence[str]) -> dict[str, str]:
-    """The same of the nodes of this Slurm job, by a step on each."""
+    """Start a step on each of these nodes of this Slurm job. Returns the reason for each that fails."""
     return _unreachable(names, lambda name: [*SRUN, "--immediate=5", "--quiet", f"--nodelist={name}", "true"])
 
 
@@ -36,11 +36,11 @@ def _unreachable(names: Sequence[str], command: Callable[[str], list[str]]) -> d
 def _problem(done: subprocess.CompletedProcess) -> str | None:
     if done.returncode == 0:
         return None
-    return (done.stderr.strip().splitlines() or [f"{done.args[0]} ended with status {done.returncode}"])[-1]
+    return (done.stderr.strip().splitlines() or [f"{done.args[0]} exited with status {done.returncode}"])[-1]
 
 
 def ask_all(ask: Callable[..., Answer], *questions: Sequence) -> list[Answer]:
-    """As `map`, at the same time."""
+    """`map` with threads: the results in the order of the questions."""
     with ThreadPoolExecutor(max_workers=64) as pool:
         return list(pool.map(ask, *questions))
 
@@ -48,8 +48,8 @@ def ask_all(ask: Callable[..., Answer], *questions: Sequence) -> list[Answer]:
 def run(
     command: Sequence[str], seconds: float, stdin: str = "", environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """A command to its end. Its status is 124 where that has not come in time, 255 where there is no such program,
-    with the reason on its stderr.
+    """Run a command. The status is 124 after a timeout and 255 if the program cannot be started, with the reason in
+    stderr.
     """
     options = {"input": stdin, "env": environment, "capture_output": True, "text": True, "errors": "replace"}
     try:

@@ -1,4 +1,4 @@
-"""The commands that start ranks on the hosts of a hostfile: DeepSpeed's runner, mpirun, or torchrun over pdsh."""
+"""Commands that start ranks on the hosts of a hostfile: DeepSpeed's runner, mpirun, or torchrun over pdsh."""
 
 import math
 import os
@@ -19,18 +19,19 @@ from sparse_zero.recipe.launch import LaunchSection
 
 PDSH = ["pdsh", "-S", "-f", "1024", "-R", "ssh"]
 _NODE_RANK = "NUMBER-OF-THIS-HOST"
-"""Stands for %n, which pdsh replaces by the number of the host, in the order of -w."""
+"""Placeholder of %n, which pdsh replaces with the host's position in -w, from 0."""
 
 
 def hosts_of(launch: LaunchSection) -> list[Host]:
-    """The hosts that a recipe runs on, with the ranks of each as their slots.
+    """The hosts that a recipe runs on; `slots` is the number of ranks on each.
 
-    Raises UserError: see read_hostfile and choose_hosts; fewer hosts or slots than are asked for.
+    Raises:
+        UserError: see read_hostfile and choose_hosts; the hostfile has fewer hosts or slots than the recipe needs.
     """
     hosts = choose_hosts(read_hostfile(launch.hostfile), launch.include, launch.exclude)
     if launch.nodes != "auto":
         if len(hosts) < launch.nodes:
-            raise UserError(f"launch.nodes: {launch.nodes} are asked for, {launch.hostfile} has {len(hosts)} to offer")
+            raise UserError(f"launch.nodes: {launch.nodes} requested, but {launch.hostfile} lists {len(hosts)} hosts")
         hosts = hosts[: launch.nodes]
     if launch.processes_per_node == "auto":
         return hosts
@@ -38,7 +39,7 @@ def hosts_of(launch: LaunchSection) -> list[Host]:
     for host in hosts:
         if host.slots < ranks:
             raise UserError(
-                f"launch.processes_per_node: {ranks} are asked for, {host.name} has {host.slots} slots in "
+                f"launch.processes_per_node: {ranks} requested, but {host.name} has {host.slots} slots in "
                 f"{launch.hostfile}"
             )
     return [Host(host.name, ranks, host.devices[:ranks] if host.devices else None) for host in hosts]
@@ -52,19 +53,23 @@ def remote_command(
     use_cpu: bool = False,
     watch: str | None = None,
 ) -> Command:
-    """What starts `python -m words[0] words[1:]` on every slot of `hosts`. Args: directory: for the files it needs.
+    """The command that starts `python -m words[0] words[1:]` on every slot of `hosts`.
 
-    Raises UserError: something that this launcher cannot carry to the other hosts.
+    Args:
+        directory: for the launcher's files.
+
+    Raises:
+        UserError: the launcher cannot pass a word or a variable to the other hosts.
     """
     variables = rank_environment(launch, watch)
     if launch.launcher == "mpi":
-        # Else only mpi4py could tell the ranks.
+        # Without them the ranks would need mpi4py to agree on an address.
         variables |= {"MASTER_ADDR": _master(launch, hosts), "MASTER_PORT": str(settle_port(launch))}
     if use_cpu:
-        # Left to detect it, every process prints a warning that there is no GPU.
+        # Without it, every process prints a warning that there is no GPU.
         variables.setdefault("DS_ACCELERATOR", "cpu")
     if launch.launcher != "deepspeed" and "PYTHONPATH" in os.environ:
-        # DeepSpeed's runner passes it on by itself.
+        # See _deepspeed for DeepSpeed's runner.
         variables.setdefault("PYTHONPATH", os.environ["PYTHONPATH"])
     most = max(host.slots for host in hosts)
     if most > 1 and (use_cpu or not devices.count_accelerators()):
@@ -83,9 +88,9 @@ def _deepspeed(
         raise UserError("launch.include: DeepSpeed's runner chooses no devices with openmpi; choose multinode: pdsh")
     for name, value in variables.items():
         if re.search(r'["\\`$\n]', value):
-            raise UserError(f"launch.environment: DeepSpeed's runner cannot carry {name}={value!r} to other hosts")
-    # Its own file of this name may hold lines that stop the remote command: see _own_variables.
-    carried = _own_variables() | variables
+            raise UserError(f"launch.environment: DeepSpeed's runner cannot pass {name}={value!r} to other hosts")
+    # The runner would put the working directory into PYTHONPATH.
+    carried = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | _own_variables() | variables
     argv = [
         *deepspeed_runner(),
         *("--hostfile", str(directory / "hostfile")),
@@ -93,7 +98,7 @@ def _deepspeed(
         *("--launcher", launch.multinode),
         *([f"--launcher_args={shlex.join(launch.launcher_args)}"] if launch.launcher_args else []),
         *("--master_addr", _master(launch, hosts), "--master_port", str(settle_port(launch))),
-        # One host would be taken for this machine, whatever its name.
+        # The runner takes a single host for this machine, whatever its name.
         "--force_multi",
         *("--log_level", "critical"),
         "--module",
@@ -113,7 +118,7 @@ def _mpirun(
     argv = [
         *("mpirun", "--quiet", "-np", str(sum(host.slots for host in hosts))),
         *("--hostfile", str(directory / "hostfile")),
-        # Each rank would have one core to itself, and its threads would share it.
+        # By default all threads of a rank share one core.
         *("--bind-to", "none"),
         *(word for name in variables for word in ("-x", name)),
         *launch.launcher_args,
@@ -128,15 +133,15 @@ def _torchrun(
 ) -> Command:
     if len({host.slots for host in hosts}) > 1:
         raise UserError(
-            f"{launch.hostfile}: torchrun starts as many ranks on each host; give all the same slots, or "
-            "launch.processes_per_node"
+            f"{launch.hostfile}: torchrun starts the same number of ranks on each host; give all hosts the same "
+            "slots, or set launch.processes_per_node"
         )
     agent = [
         *(sys.executable, "-m", "launcher.ways.torchrun", "--nnodes", str(len(hosts))),
         *("--node-rank", _NODE_RANK, "--nproc-per-node", str(hosts[0].slots)),
         *("--master-addr", _master(launch, hosts), "--master-port", str(settle_port(launch))),
         *("--rdzv-id", uuid.uuid4().hex[:8]),
-        # Else the agents wait for each other for a quarter of an hour, also when pdsh is gone.
+        # By default the agents wait 15 minutes for each other, even if pdsh has exited.
         *("--rdzv-conf", f"timeout={math.ceil(launch.rendezvous_seconds)}"),
         *launch.launcher_args,
         "-m",
@@ -153,17 +158,18 @@ def _master(launch: LaunchSection, hosts: Sequence[Host]) -> str:
 
 
 def _for_pdsh(word: str) -> str:
-    """A word that DeepSpeed puts into a shell's command line on the other host, as it is."""
+    """Quote a word for the shell of the other host: DeepSpeed's runner does not."""
     if re.search(r"[\s%'\"]", word):
         raise UserError(
-            f"'{word}': DeepSpeed's runner cannot carry spaces, quotes and % to other hosts; write it into the recipe"
+            f"'{word}': DeepSpeed's runner cannot pass spaces, quotes and % to other hosts; write it into the recipe"
         )
     return shlex.quote(word)
 
 
 def _own_variables() -> dict[str, str]:
-    """What the user's .deepspeed_env, or DS_ENV_FILE, sets. DeepSpeed fails on its blank lines, and a comment in it
-    comments out the whole remote command.
+    """The variables that the user's .deepspeed_env, or DS_ENV_FILE, sets.
+
+    The runner gets them in a file of ours: it fails on blank lines, and a comment comments out the remote command.
     """
     variables = {}
     for directory in (Path.home(), Path.cwd()):

@@ -1,4 +1,4 @@
-"""The `srun` that starts a recipe's ranks, within a job's nodes or on nodes that it asks for itself."""
+"""The `srun` command that starts a recipe's ranks: on the nodes of the current job, or in a job of its own."""
 
 import os
 import sys
@@ -16,8 +16,10 @@ def slurm_command(
     watch: str | None = None,
     nodes: Sequence[str] = (),
 ) -> Command:
-    """What starts `python -m words[0] words[1:]` on every task of a step. Args: nodes: those of the job to
-    use; empty: all.
+    """The command that starts `python -m words[0] words[1:]` as every task of a step.
+
+    Args:
+        nodes: the nodes of the job to use; empty: all.
     """
     job = os.environ if "SLURM_JOB_ID" in os.environ else {}
     count = len(nodes) if nodes else int(job.get("SLURM_JOB_NUM_NODES", 0)) or 1
@@ -27,10 +29,10 @@ def slurm_command(
     argv = ["srun", "--nodes", str(count), "--ntasks", str(count * per_node), "--ntasks-per-node", str(per_node)]
     if nodes:
         argv += ["--nodelist", ",".join(nodes)]
-    # A rank that fails or is killed ends the step, should it have had no time to tell the others.
+    # Ends the step when a rank fails, even if that rank had no time to tell the others.
     argv.append("--kill-on-bad-exit=1")
     if job:
-        # srun does not take it from the job since Slurm 22.05.
+        # Since Slurm 22.05 srun does not inherit it from the job.
         if job.get("SLURM_CPUS_PER_TASK"):
             argv.append(f"--cpus-per-task={job['SLURM_CPUS_PER_TASK']}")
     else:
@@ -47,7 +49,7 @@ def slurm_command(
 
 
 def ranks_per_node(launch: LaunchSection, job: Mapping[str, str]) -> int:
-    """`launch.processes_per_node`; auto: one for each GPU of the job's nodes, else as many as the job has tasks."""
+    """`launch.processes_per_node`; auto: one for each GPU of a node, else the job's tasks per node, else one."""
     if launch.processes_per_node != "auto":
         return int(launch.processes_per_node)
     for name in ("SLURM_GPUS_ON_NODE", "SLURM_NTASKS_PER_NODE"):
@@ -57,9 +59,10 @@ def ranks_per_node(launch: LaunchSection, job: Mapping[str, str]) -> int:
 
 
 def option_words(options: SlurmOptions, write: Callable[[str, str], str] = lambda name, value: value) -> list[str]:
-    """Options as a command line has them: true is a flag; what is false or null is left out.
+    """Options as command-line words: true is a flag, false and null are left out.
 
-    Args: write: how the value of an option of that name is written.
+    Args:
+        write: (name, value) -> the value as written.
     """
     words = []
     for name, value in options.items():

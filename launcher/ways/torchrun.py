@@ -1,9 +1,9 @@
-"""torchrun that ends with the exit status of the rank that failed first, and without a report of its own.
+"""torchrun that exits with the status of the first failed rank, and prints no report.
 
-    python -m launcher.ways.torchrun --standalone --nproc-per-node 2 -m sparse_zero.train configs/demo.yaml
+    python -m launcher.ways.torchrun --standalone --nproc-per-node 2 -m sparse_zero.train demo.yaml
 
-All options are torchrun's. The `torchrun` script ends every failure with status 1 and forty lines about the
-launcher's own internals, in which the line that the rank printed is lost.
+All options are torchrun's. After a failure the `torchrun` script exits with status 1 and prints forty lines about
+itself, which hide the line that the rank printed.
 """
 
 import logging
@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> int:
-    """Run torchrun on sys.argv; the status is 128 + n where signal n ended the first failed rank or this process."""
+    """Run torchrun on sys.argv. The status is 128 + n if signal n killed the first failed rank or this process."""
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.main()

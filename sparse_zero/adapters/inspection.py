@@ -11,7 +11,7 @@ import torch
 from sparse_zero.adapters.formats import format_module, read
 from sparse_zero.adapters.formats.contents import Contents
 from sparse_zero.adapters.formats.files import adapter_bytes
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 SMALLEST = -8
@@ -72,7 +72,7 @@ def _add_shapes(contents: Contents) -> None:
     if contents.total is not None:
         return
     try:
-        if contents.config is None and not (contents.base and Path(resolve(contents.base)).is_dir()):
+        if contents.config is None and not (contents.base and Path(package_path(contents.base)).is_dir()):
             return
         architecture = contents.architecture()
     except UserError as error:

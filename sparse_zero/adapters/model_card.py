@@ -72,12 +72,12 @@ def _usage(config: AdapterConfig) -> str:
     if config.task == "sequence-classification":
         auto_class = "AutoModelForSequenceClassification"
         labels = f", num_labels={len(config.model_settings.get('id2label', ()))}"
-    base, imports = f'"{config.base_model_name_or_path}"', ""
+    base, names = f'"{config.base_model_name_or_path}"', "load_adapter"
     if "://" in base:
-        base, imports = f"resolve({base})", "from sparse_zero.data.package import resolve\n"
+        base, names = f"package_path({base})", "load_adapter, package_path"
     return (
         "## Use\n\n```python\n"
-        f"from sparse_zero import load_adapter\n{imports}from transformers import {auto_class}\n\n"
+        f"from sparse_zero import {names}\nfrom transformers import {auto_class}\n\n"
         f"model = {auto_class}.from_pretrained({base}{labels})\n"
         'load_adapter(model, "path/to/this/directory")\n```'
     )

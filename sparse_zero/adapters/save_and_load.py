@@ -24,7 +24,7 @@ from sparse_zero.adapters.files import (
 )
 from sparse_zero.adapters.model_card import model_card
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters, fingerprint
 from sparse_zero.model.sparsify import Sparsity, apply_selection, merge_and_unload, set_scale, sparsity_of, unwrap
@@ -294,7 +294,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
         )
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out}: is a file; the merged model is a directory")
-    if Path(out).resolve() == Path(resolve(config.base_model_name_or_path)).resolve():
+    if Path(out).resolve() == Path(package_path(config.base_model_name_or_path)).resolve():
         raise UserError(f"{out}: is the base model, which would be overwritten; choose another directory")
     model = load_model(
         config.base_model_name_or_path,

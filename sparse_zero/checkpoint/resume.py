@@ -23,9 +23,17 @@ def complete_resume_option(argv: Sequence[str]) -> list[str]:
     completed = list(argv)
     for index, word in enumerate(completed):
         following = completed[index + 1] if index + 1 < len(completed) else "-"
-        if word == "--resume" and (following.startswith("-") or "=" in following or Path(following).is_file()):
+        if word == "--resume" and (following.startswith("-") or "=" in following or _is_recipe(following)):
             completed[index] = f"--resume={AUTO}"
     return completed
+
+
+def _is_recipe(word: str) -> bool:
+    if Path(word).exists():
+        return Path(word).is_file()
+    from sparse_zero.recipe import lookup, shipped
+
+    return shipped.find(word, *lookup.SUFFIXES) is not None
 
 
 def find_resume_checkpoint(recipe: "Recipe", requested: str | bool | None) -> "Checkpoint | None":

@@ -28,7 +28,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from sparse_zero.data import packing, tokenization
 from sparse_zero.data.models import check_max_length
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.recipe.recipe import Columns, DataSection, Task
 
@@ -71,7 +71,7 @@ def load_splits(data: DataSection) -> tuple[Dataset, Dataset]:
 
 
 def _open(data: DataSection) -> DatasetBuilder:
-    path, files, options = resolve(data.path), data.data_files, {}
+    path, files, options = package_path(data.path), data.data_files, {}
     suffix = Path(path).suffix
     if suffix in _BUILDERS and not Path(path).is_dir():
         if not Path(path).is_file():

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import Task
 from sparse_zero.zero.parameters import full_shape
@@ -61,7 +61,7 @@ def load_model(
     transformers_logging.set_verbosity_error()
     try:
         model, report = _AUTO_CLASS[task].from_pretrained(
-            resolve(name),
+            package_path(name),
             revision=revision,
             dtype=dtype,
             output_loading_info=True,
@@ -110,7 +110,7 @@ def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Pre
         UserError: the tokenizer cannot be loaded.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(package_path(name), revision=revision, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"model.tokenizer: the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token is None:
@@ -146,7 +146,7 @@ def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTra
         UserError: the config cannot be loaded.
     """
     try:
-        return AutoConfig.from_pretrained(resolve(name), revision=revision, **kwargs)
+        return AutoConfig.from_pretrained(package_path(name), revision=revision, **kwargs)
     except Exception as error:  # a model's own code may raise any error
         raise UserError(f"model.name: {name} cannot be loaded: {_first_line(error)}") from error
 

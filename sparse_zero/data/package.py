@@ -8,7 +8,7 @@ from sparse_zero.errors import UserError
 SCHEME = "package://"
 
 
-def resolve(name: str) -> str:
+def package_path(name: str) -> str:
     """The path of `package://PACKAGE/PATH`. The package is not imported. Other names are returned unchanged.
 
     Raises:

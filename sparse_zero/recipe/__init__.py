@@ -1,4 +1,4 @@
-"""The schema of a recipe, and the files that ship with the package. Imports no torch, but for `training`.
+"""The schema of a recipe, and the shipped recipes and DeepSpeed files. Only `training` imports torch.
 
-Others import from `launch`, `recipe`, `shipped`, `training`.
+Others import from `launch`, `lookup`, `recipe`, `shipped`, `training`.
 """

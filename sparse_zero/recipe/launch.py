@@ -1,4 +1,4 @@
-"""The `launch` section of a recipe: which ranks `sparse-zero train` starts, where, and what it does when one dies."""
+"""The `launch` section of a recipe: where `sparse-zero train` starts ranks, and what it does when one fails."""
 
 from typing import Literal
 
@@ -13,55 +13,59 @@ class LaunchSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     launcher: Launcher = "deepspeed"
-    """What starts the ranks: nothing in between (`local`, this machine only), DeepSpeed's runner, `srun`, `mpirun` or
-    torchrun."""
+    """The program that starts the ranks: DeepSpeed's runner, `srun`, `mpirun` or torchrun. local: `sparse-zero`
+    itself, on this machine only."""
     nodes: int | Literal["auto"] = "auto"
-    """auto: all hosts of the hostfile, all nodes of the Slurm job, or this machine alone."""
+    """The number of hosts. auto: all hosts of the hostfile, all nodes of the Slurm job, or this machine alone."""
     processes_per_node: int | Literal["auto"] = "auto"
-    """auto: the hostfile's slots; else one for each accelerator, and one where there is none."""
+    """The number of ranks on each host. auto: the hostfile's slots, else one per accelerator, or one without
+    accelerators."""
     hostfile: str | None = None
-    """Lines of `HOST slots=N`, as DeepSpeed and Open MPI read them. Without one the ranks are of this machine."""
+    """A file with lines `HOST slots=N`, as DeepSpeed and Open MPI read it. None: the ranks run on this machine."""
     include: str | None = None
-    """Which hosts of the hostfile: `n1@n2`, and with the deepspeed launcher which devices, as in `n1@n2:0,2`."""
+    """The hosts of the hostfile to use: `n1@n2`; with the deepspeed launcher also their devices: `n1@n2:0,2`."""
     exclude: str | None = None
+    """The hosts or devices not to use, in the same form."""
     master_addr: str | None = None
-    """Where rank 0 is reached. None: the first host's name, or what the scheduler says."""
+    """The address of rank 0. None: the first host's name, or the scheduler's choice."""
     master_port: int | Literal["auto"] = "auto"
+    """The port of rank 0. auto: a free port."""
     multinode: Literal["pdsh", "openmpi"] = "pdsh"
-    """What DeepSpeed's runner starts the other hosts' ranks with."""
+    """The program with which DeepSpeed's runner starts ranks on other hosts."""
     launcher_args: list[str] = []
-    """More options for `mpirun`, torchrun, or what DeepSpeed's runner starts: [--mca, btl_tcp_if_include, ib0]."""
+    """Additional options of `mpirun`, `srun`, torchrun, or the program that DeepSpeed's runner starts:
+    [--mca, btl_tcp_if_include, ib0]."""
     environment: dict[str, str | None] = {}
-    """Variables for every rank on every host; without a value: as this process has it."""
+    """Environment variables of every rank on every host; null passes on this process's value."""
     prologue: list[str] = []
-    """Shell lines that run on every host before Python: `module load cuda/12.8`, `source env/bin/activate`."""
+    """Shell lines to run on every host before Python: `module load cuda/12.8`, `source env/bin/activate`."""
     container: list[str] = []
-    """What to put before Python: [apptainer, exec, --nv, image.sif]."""
+    """A command to run Python in a container: [apptainer, exec, --nv, image.sif]."""
     slurm: SlurmOptions = {}
     """Options of sbatch and srun by their long names: partition, time, account, gres, ...; true: a flag."""
     max_restarts: int = Field(0, ge=0)
-    """How often a run that lost a rank starts again from its newest checkpoint."""
+    """How many times a run that lost a rank restarts from its newest checkpoint."""
     min_nodes: int | None = Field(None, ge=1)
-    """Start again with fewer nodes, but not with fewer than these. None: with all of them only."""
+    """The minimum number of nodes of a restart. None: all of them."""
     rendezvous_seconds: float = Field(300, gt=0)
-    """How long the ranks that are there wait for the others."""
+    """How long ranks wait for the others at the rendezvous."""
     silence_seconds: float = Field(30, gt=0)
-    """After how long without an answer from its network a host counts as lost."""
+    """How long a host may not respond on the network before it counts as lost."""
     grace_seconds: float = Field(60, gt=0)
-    """How long ranks that were told to stop may take to save; what is left then is killed."""
+    """How long ranks may take to save a checkpoint after a stop signal; then they are killed."""
 
     @field_validator("nodes", "processes_per_node")
     @classmethod
     def _at_least_one(cls, count: int | str) -> int | str:
         if count != "auto" and int(count) < 1:
-            raise ValueError(f"{count} cannot run; give 1 or more, or auto")
+            raise ValueError(f"{count} is not a positive number; give 1 or more, or auto")
         return count
 
     @field_validator("master_port")
     @classmethod
     def _is_a_port(cls, port: int | str) -> int | str:
         if port != "auto" and not 0 < int(port) < 2**16:
-            raise ValueError(f"{port} is no port; give 1 to 65535, or auto")
+            raise ValueError(f"{port} is not a port number; give 1 to 65535, or auto")
         return port
 
     @model_validator(mode="after")
@@ -77,10 +81,12 @@ class LaunchSection(BaseModel):
         if self.container and self.launcher == "deepspeed":
             raise ValueError("container: DeepSpeed's runner starts no containers; choose slurm, mpi or torchrun")
         if self.prologue and self.launcher == "deepspeed" and self.hostfile:
-            raise ValueError("prologue: DeepSpeed's runner runs none on other hosts; choose slurm, mpi or torchrun")
+            raise ValueError(
+                "prologue: DeepSpeed's runner does not run it on other hosts; choose slurm, mpi or torchrun"
+            )
         if self.nodes not in ("auto", 1) and not self.hostfile and self.launcher in ("deepspeed", "mpi", "torchrun"):
             raise ValueError(
-                f"hostfile: {self.nodes} nodes need one with the {self.launcher} launcher; in a Slurm job choose "
+                f"hostfile: the {self.launcher} launcher needs one for {self.nodes} nodes; in a Slurm job choose "
                 "launcher: slurm"
             )
         if self.min_nodes is not None and self.nodes != "auto" and self.min_nodes > self.nodes:

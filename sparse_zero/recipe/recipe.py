@@ -1,6 +1,6 @@
 """A run's recipe: YAML with the sections model, data, sparse, rpn, training and launch. Imports no torch.
 
-recipe = load_recipe("configs/demo.yaml", ["training.learning_rate=1e-3"])
+recipe = load_recipe("demo.yaml", ["training.learning_rate=1e-3"])
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rpn.config import RPNConfig
+from rpn.config import RPNConfig, file_of
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.recipe import shipped
 from sparse_zero.recipe.launch import LaunchSection
+from sparse_zero.recipe.lookup import find_named_file, find_recipe
 from sparse_zero.selection.config import SparseConfig
 
 Task = Literal["sequence-classification", "causal-lm"]
@@ -96,6 +96,12 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     launch: LaunchSection = LaunchSection()
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that the recipe names: the DeepSpeed configuration, and the noise function's file."""
+        deepspeed, noise = self.training.get("deepspeed"), file_of(self.rpn.noise) if self.rpn else None
+        return [Path(name) for name in (deepspeed, noise) if isinstance(name, str)]
+
     @model_validator(mode="after")
     def _columns_fit_the_task(self) -> "Recipe":
         columns = self.data.columns
@@ -112,18 +118,22 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply `section.key=value` overrides, whose values are YAML.
+    """Read a recipe and apply overrides.
 
-    Args: path: of a file, or the name of one that ships with the package, where there is no such file.
+    `training.output_dir` defaults to runs/NAME, where NAME is the recipe's file name or `training.run_name`. The files
+    of `training.deepspeed` and `rpn.noise` are looked up beside the recipe, then in the working directory, and a
+    DeepSpeed file then among the shipped ones.
 
-    `training.output_dir` defaults to runs/NAME, with NAME the recipe's file name or `training.run_name`.
-    `training.deepspeed`, when it names a file, is looked up beside the recipe, in the working directory, then
-    among the shipped ones.
+    Args:
+        path: a file, or the name of a shipped recipe if there is no such file.
+        overrides: `section.key=value`; values are YAML.
 
-    Raises UserError: no such file, not YAML, an unknown key (with the nearest known one), a value out of range.
+    Raises:
+        UserError: there is no such file, it is not YAML, a key is unknown (the message names the nearest known one), a
+            value is out of range, or a file that the recipe names does not exist.
     """
-    path = find_recipe(path)
-    raw = _read_yaml(path)
+    file = find_recipe(path)
+    raw = _read_yaml(file, path)
     for override in overrides or []:
         _apply_override(raw, override)
     try:
@@ -132,30 +142,42 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from None
     training = dict(recipe.training)
-    name = training.setdefault("run_name", path.stem)
+    name = training.setdefault("run_name", file.stem)
     training.setdefault("output_dir", str(Path("runs") / str(name)))
-    if isinstance(training.get("deepspeed"), str):
-        training["deepspeed"] = str(_find_deepspeed_config(training["deepspeed"], path))
-    return recipe.model_copy(update={"training": training})
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The file itself where there is one, else the shipped recipe of that name, else `path` unchanged."""
-    path = Path(path)
-    return path if path.exists() else shipped.find(path) or path
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
+        return recipe.model_copy(
+            update={"training": _with_its_file(training, file), "rpn": _with_its_noise(recipe.rpn, file)}
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _with_its_file(training: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """`training` with the path of its DeepSpeed file instead of the file's name."""
+    name = training.get("deepspeed")
+    if not isinstance(name, str):
+        return training
+    return training | {"deepspeed": str(find_named_file("training.deepspeed", name, recipe, ".json"))}
+
+
+def _with_its_noise(rpn: RPNConfig | None, recipe: Path) -> RPNConfig | None:
+    """`rpn` with the path of the file that its noise is defined in instead of the file's name."""
+    if rpn is None or (name := file_of(rpn.noise)) is None:
+        return rpn
+    found = find_named_file("rpn.noise", name, recipe, ".py")
+    return rpn.model_copy(update={"noise": rpn.noise.replace(name, str(found))})
+
+
+def _read_yaml(file: Path, shown: str | Path) -> dict[str, Any]:
+    """Args: shown: names the file in messages."""
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{shown}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{shown}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+        raise UserError(f"{shown}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
     return raw
 
 
@@ -227,15 +249,3 @@ def _follow(schema: type[BaseModel], location: list[str]) -> tuple[type[BaseMode
             break
         schema = sections[0]
     return schema, keys
-
-
-def _find_deepspeed_config(name: str, recipe: Path) -> Path:
-    for candidate in (recipe.parent / name, Path(name), shipped.find(name)):
-        if candidate is not None and candidate.is_file():
-            return candidate
-    known = sorted({file.name for where in (recipe.parent, shipped.directory()) for file in where.glob("*.json")})
-    hint = did_you_mean(name, known) or (f"; there are {', '.join(known)}" if known else "")
-    raise UserError(
-        f"{recipe}: training.deepspeed: no file '{name}' beside the recipe, in the working directory or "
-        f"among those that sparse-zero ships{hint}"
-    )

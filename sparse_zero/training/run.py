@@ -17,11 +17,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 import rpn
+from rpn.user_noise import NoiseNotFound, load_noise
 from sparse_zero.adapters.files import adapter_bytes
 from sparse_zero.adapters.save_and_load import write_merged
 from sparse_zero.checkpoint.directory import checkpoint_path
 from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.checkpoint.resume import find_resume_checkpoint, keep_batch_size
+from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.ranks.agreement import Ranks
 from sparse_zero.ranks.stop_signals import StopRequest
@@ -74,6 +76,7 @@ def train(
     checkpoint = find_resume_checkpoint(recipe, resume)
     recipe = keep_batch_size(recipe, checkpoint)
     arguments = training_arguments(recipe)
+    _check_noise(recipe.rpn)
     ranks = Ranks()
     with locked(Path(arguments.output_dir), ranks):
         directory = checkpoint.directory if checkpoint else None
@@ -81,6 +84,18 @@ def train(
             # It was checkpoint-N.replaced, from an interrupted save. `locked` has renamed it to checkpoint-N.
             directory = checkpoint_path(directory.parent, checkpoint.step)
         return _train(recipe, path, merge, arguments, directory, stop)
+
+
+def _check_noise(config: rpn.RPNConfig | None) -> None:
+    """Load the user's noise function before the model, which takes longer.
+
+    Raises UserError: there is no such function.
+    """
+    if config is not None and ":" in config.noise:
+        try:
+            load_noise(config.noise)
+        except NoiseNotFound as error:
+            raise UserError(f"rpn.noise: {error}") from None
 
 
 def _train(

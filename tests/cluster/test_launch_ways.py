@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import own_files
 import pytest
 from lab import Hosts, need
 from lab_slurm import Slurm
@@ -25,6 +26,10 @@ WAYS = {
     "torchrun": ("pdsh", COMMAND, ["launcher=torchrun", "hostfile=HOSTFILE"]),
 }
 """By way: the part of the lab that it needs, what stands before the run's own words, and keys of `launch`."""
+
+
+BY_HAND = tuple(name for name in own_files.NAMES if not name.startswith("sparse_zero"))
+"""Python itself imports a package of that name, if it is started without -P."""
 
 
 @pytest.fixture
@@ -64,6 +69,9 @@ def test_the_losses_are_those_of_one_host(
     need(part)
     if part == "slurm":
         request.getfixturevalue("slurm")
+    if command[0] != "deepspeed":
+        # DeepSpeed's runner puts the working directory into PYTHONPATH; the command prevents it.
+        own_files.write(hostfile.parent, own_files.NAMES if command == COMMAND else BY_HAND)
     run = [*command, *words, *(f"launch.{key}" for key in keys)]
     hosts["n1"].run(
         *(str(word).replace("HOSTFILE", str(hostfile)) for word in run), cwd=hostfile.parent, timeout=SECONDS

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -87,8 +86,6 @@ def test_a_stopped_run_goes_on_in_a_job_of_another_number_of_nodes(
 
 
 def test_each_task_of_an_array_is_a_run(slurm: Slurm, workload: Workload, tmp_path: Path) -> None:
-    # The template is for a project's folder with its environment in .venv.
-    (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "sweep.txt").write_text("training.learning_rate=0.01\ntraining.learning_rate=0.02 training.seed=3\n")
     script = Path(__file__).parents[2] / "configs" / "array.sbatch"
     words = [workload.recipe, "sweep.txt", "training.max_steps=3", "training.save_steps=3"]

@@ -38,8 +38,8 @@ def run_ranks(
 ) -> Run:
     """Run a script (a Path) or a module (a str) on `count` ranks, on CPUs and over gloo.
 
-    launcher: "torchrun", "deepspeed" (its runner), or "launcher.ways.torchrun" (ours, which keeps a rank's
-    exit status).
+    launcher: "torchrun", "torchrun script", "deepspeed" (its runner), or "launcher.ways.torchrun" (ours, which keeps a
+    rank's exit status).
     Raises AssertionError, with everything that was printed, where the exit status is not `status` or never comes.
     """
     __tracebackhide__ = True
@@ -79,8 +79,11 @@ def _launch(launcher: str, count: int) -> list[str]:
     if launcher == "deepspeed":
         runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
         return [*runner, "--num_gpus", str(count), "--hostfile", os.devnull, "--master_port", str(_free_port())]
+    agent = ["--standalone", "--nproc-per-node", str(count)]
+    if launcher == "torchrun script":
+        return [str(Path(sys.executable).with_name("torchrun")), *agent]
     module = {"torchrun": "torch.distributed.run", "launcher.ways.torchrun": "launcher.ways.torchrun"}[launcher]
-    return [sys.executable, "-m", module, "--standalone", "--nproc-per-node", str(count)]
+    return [sys.executable, "-m", module, *agent]
 
 
 def _free_port() -> int:

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_zero.adapters.formats.architecture import Architecture
 from sparse_zero.adapters.formats.files import read_json
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,7 +49,7 @@ class ModelWeights:
         Raises:
             UserError: the model cannot be downloaded, or has no safetensors files.
         """
-        directory = Path(resolve(name))
+        directory = Path(package_path(name))
         if not directory.is_dir():
             try:
                 directory = Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
@@ -71,7 +71,7 @@ class ModelWeights:
         """`open` without a download. None if the weights are not available locally."""
         if name is None:
             return None
-        directory = Path(resolve(name))
+        directory = Path(package_path(name))
         if not directory.is_dir():
             try:
                 found = snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED, local_files_only=True)

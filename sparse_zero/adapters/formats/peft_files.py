@@ -15,7 +15,7 @@ from sparse_zero.adapters.files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from sparse_zero.adapters.formats.architecture import Architecture, architecture_for, task_of
 from sparse_zero.adapters.formats.files import read_json, read_safetensors, write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 PREFIX = "base_model.model."
@@ -137,7 +137,7 @@ def write(adapter: Adapter, directory: Path, tensors: Mapping[str, torch.Tensor]
     kind = type(architecture.model)
     common = {
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        "base_model_name_or_path": resolve(config.base_model_name_or_path),
+        "base_model_name_or_path": package_path(config.base_model_name_or_path),
         "inference_mode": True,
         "init_weights": True,
         "modules_to_save": modules or None,

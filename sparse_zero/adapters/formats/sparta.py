@@ -25,7 +25,7 @@ from sparse_zero.adapters.formats.files import (
 )
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.data.models import add_tokens, load_tokenizer
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 TITLE = "peft-sparta"
@@ -188,7 +188,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     architecture.config.save_pretrained(directory)
     # The loader needs entries that transformers does not save because they have their default values
     settings = read_json(directory / "config.json") | architecture.labels
-    settings |= {BASE_KEY: resolve(base), "architectures": [architecture.class_name]}
+    settings |= {BASE_KEY: package_path(base), "architectures": [architecture.class_name]}
     if classifier:
         settings["problem_type"] = SINGLE_LABEL
     write_json(directory / "config.json", settings)

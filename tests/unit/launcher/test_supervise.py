@@ -9,7 +9,7 @@ import pytest
 
 from launcher import processes, supervise
 from launcher.processes import RunExit
-from launcher.ways import choice, preflight, reachability
+from launcher.ways import launchers, preflight, reachability
 from launcher.ways.command import Command
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.stop_signals import STOPPED
@@ -26,7 +26,7 @@ def three_hosts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\nn3 slots=1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(supervise, "time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setattr(choice, "address_towards", lambda host: "n0")
+    monkeypatch.setattr(launchers, "address_towards", lambda host: "n0")
     monkeypatch.setattr(reachability, "unreachable_hosts", lambda names: {})
 
 
@@ -240,4 +240,4 @@ def test_a_start_that_fails_closes_its_watchdog(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_hosts_are_those_of_the_recipe() -> None:
-    assert choice.host_names(recipe(include="n3@n1")) == ["n1", "n3"]
+    assert launchers.host_names(recipe(include="n3@n1")) == ["n1", "n3"]

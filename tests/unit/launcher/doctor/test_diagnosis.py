@@ -138,7 +138,7 @@ def test_hosts_after_filters(monkeypatch, launch, hosts):
     ("launch", "complaint"),
     [
         ({"hostfile": "nowhere"}, "nowhere: No such file"),
-        ({"hostfile": "hosts", "nodes": 3}, "launch.nodes: 3 are asked for"),
+        ({"hostfile": "hosts", "nodes": 3}, "launch.nodes: 3 requested"),
         ({"hostfile": "hosts", "include": "n3"}, "no host 'n3'"),
     ],
 )
@@ -210,7 +210,7 @@ def test_an_invalid_launch_section_is_found_without_starting_ranks(monkeypatch, 
     monkeypatch.setattr(local_checks, "launcher_programs", lambda launch: [])
     Path("hosts").write_text("n1 slots=2\nn2 slots=1\n")
     launches = ({"launcher": "torchrun", "hostfile": "hosts"}, {"environment": {"NO_SUCH_VARIABLE": None}})
-    for launch, complaint in zip(launches, ("as many ranks on each host", "NO_SUCH_VARIABLE"), strict=True):
+    for launch, complaint in zip(launches, ("the same number of ranks on each host", "NO_SUCH_VARIABLE"), strict=True):
         diagnosis = diagnose(recipe({"use_cpu": True}, **launch), "recipe.yaml", with_ranks=False)
         [found] = [finding for finding in diagnosis.findings if finding.severity == "error"]
         assert found.check == "launcher"

@@ -68,7 +68,7 @@ def test_a_job_that_slurm_accepts(monkeypatch):
         ({"slurm": {"gres": "gpu:9"}}, "error", "gpu:9"),
         ({"slurm": {"account": "yours"}}, "error", "launch.slurm.account: 'yours' is not one of your accounts"),
         ({"slurm": {"qos": "none"}}, "error", "sbatch rejects the job: Invalid qos"),
-        ({"slurm": {"array": "1-3"}}, "error", "--array: not for a submitted run"),
+        ({"slurm": {"array": "1-3"}}, "error", "--array: not available for a submitted run"),
     ],
 )
 def test_a_job_that_slurm_rejects(monkeypatch, launch, severity, message):

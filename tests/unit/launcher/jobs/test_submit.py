@@ -12,7 +12,7 @@ import pytest
 from launcher.cli import main
 from launcher.jobs import render, sbatch_options
 from launcher.jobs.batch_script import batch_script
-from launcher.jobs.sbatch_options import gpus_per_node, job_options, log_path, seconds, split_words
+from launcher.jobs.sbatch_options import gpus_per_node, job_options, log_path, split_words, time_limit_seconds
 from sparse_zero.errors import UserError
 from sparse_zero.recipe import shipped
 
@@ -57,7 +57,7 @@ def test_words_are_told_from_options():
     )
 
 
-@pytest.mark.parametrize(("word", "complaint"), [("-p", "long names"), ("--training.seed=1", "no dashes")])
+@pytest.mark.parametrize(("word", "complaint"), [("-p", "long names"), ("--training.seed=1", "without dashes")])
 def test_words_that_are_neither_are_refused(word, complaint):
     with pytest.raises(UserError, match=complaint):
         split_words(["r.yaml", word])
@@ -98,10 +98,10 @@ def test_auto_takes_a_rank_for_each_gpu():
 @pytest.mark.parametrize(
     ("given", "ranks", "complaint"),
     [
-        ({"gres": "gpu:2"}, 4, "4 ranks need as many GPUs, the job asks for 2"),
-        ({"gpus": "3"}, "auto", "3 on 2 nodes are not as many on each"),
-        ({"array": "1-3"}, 1, "--array: not for a submitted run"),
-        ({"time": "2"}, 1, "nothing is left to train in"),
+        ({"gres": "gpu:2"}, 4, "4 ranks need as many GPUs, the job requests 2"),
+        ({"gpus": "3"}, "auto", "3 cannot be split evenly over 2 nodes"),
+        ({"array": "1-3"}, 1, "--array: not available for a submitted run"),
+        ({"time": "2"}, 1, "leave no time to train"),
     ],
 )
 def test_what_a_submitted_run_cannot_have(given, ranks, complaint):
@@ -115,7 +115,7 @@ def test_what_a_submitted_run_cannot_have(given, ranks, complaint):
     [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-1", 90000), ("1-0:30", 88200), ("UNLIMITED", None)],
 )
 def test_time_limits(limit, expected):
-    assert seconds(limit) == expected
+    assert time_limit_seconds(limit) == expected
 
 
 def test_log_path():
@@ -159,7 +159,7 @@ def test_what_sbatch_refuses_is_said_in_its_words_and_nothing_is_left(recipe, sb
     sbatch("echo 'sbatch: error: invalid partition specified: gpu' >&2", status=1)
     assert main(["submit", recipe, "--partition=gpu"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "sparse-zero: error: sbatch refuses the job: invalid partition specified: gpu\n")
+    assert (out, err) == ("", "sparse-zero: error: sbatch rejects the job: invalid partition specified: gpu\n")
     assert not Path("runs").exists()
 
 
@@ -227,7 +227,7 @@ def test_the_warning_is_passed_on_and_the_stopped_run_queued_again_once(job):
     status, asked, said = job(signal.SIGUSR1)
     assert (status, asked) == (75, ["requeue 7"])
     assert Path("told").read_text() == "USR1\n"
-    assert "queued again" in said
+    assert "job 7 is requeued, and will resume" in said
 
 
 def test_a_task_of_an_array_is_queued_again_alone(job, monkeypatch):

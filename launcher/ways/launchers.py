@@ -1,4 +1,4 @@
-"""The ways to start ranks: one recipe, any launcher."""
+"""The launchers that a recipe can choose: the command, the hosts and the programs of each."""
 
 import os
 import shutil
@@ -22,11 +22,14 @@ from sparse_zero.recipe.recipe import Recipe
 def ranks_command(
     recipe: Recipe, words: Sequence[str], watch: str | None = None, names: Sequence[str] = ()
 ) -> Command:
-    """What starts `python -m words[0] words[1:]` on every rank of a recipe's `launch` section.
+    """The command that starts `python -m words[0] words[1:]` on every rank of a recipe's `launch` section.
 
-    Args: watch: the address of the ranks' watchdog; names: of the recipe's hosts those to use; empty: all.
+    Args:
+        watch: the address of the ranks' watchdog.
+        names: the hosts of the recipe to use; empty: all.
 
-    Raises UserError: a `launch` section that does not fit this machine or its hostfile.
+    Raises:
+        UserError: the `launch` section does not fit this machine or its hostfile.
     """
     launch, use_cpu = recipe.launch, bool(recipe.training.get("use_cpu"))
     if launch.launcher == "slurm":
@@ -41,12 +44,12 @@ def ranks_command(
 
 
 def launch_directory(recipe: Recipe) -> Path:
-    """Where the files stand that a launcher reads."""
+    """The directory of the files that a launcher reads."""
     return Path(str(recipe.training["output_dir"])) / "launch"
 
 
 def host_names(recipe: Recipe) -> list[str]:
-    """The hosts that a run of this recipe has, as its launcher calls them; empty: this machine alone."""
+    """The hosts of a run of this recipe, as its launcher calls them; empty: this machine alone."""
     if recipe.launch.hostfile:
         return [host.name for host in hosts_of(recipe.launch)]
     if recipe.launch.launcher == "slurm" and "SLURM_JOB_NODELIST" in os.environ:
@@ -59,7 +62,7 @@ def host_names(recipe: Recipe) -> list[str]:
 
 
 def unreachable(recipe: Recipe, names: Sequence[str]) -> dict[str, str]:
-    """Which of these hosts ranks cannot be started on now, and why."""
+    """The hosts among `names` on which no rank can be started now, each with the reason."""
     if recipe.launch.launcher == "slurm":
         return reachability.unreachable_nodes(names)
     return reachability.unreachable_hosts([name for name in names if not starts_here(recipe.launch, name)])
@@ -71,7 +74,7 @@ def starts_here(launch: LaunchSection, name: str) -> bool:
 
 
 def watching_address(recipe: Recipe, names: Sequence[str]) -> str:
-    """By which address the ranks reach this process."""
+    """The address at which the ranks reach the watchdog of this process."""
     if recipe.launch.launcher != "slurm" and not recipe.launch.hostfile:
         return "127.0.0.1"
     others = [name for name in names if not reachability.is_here(name)]
@@ -79,7 +82,7 @@ def watching_address(recipe: Recipe, names: Sequence[str]) -> str:
 
 
 def programs(launch: LaunchSection) -> list[str]:
-    """The programs that this way of starting ranks needs."""
+    """The programs that must be installed for this launcher."""
     if launch.launcher == "slurm":
         return ["srun"]
     needed = ["ssh"] if launch.hostfile else []
@@ -92,7 +95,7 @@ def programs(launch: LaunchSection) -> list[str]:
 
 
 def check_programs(launch: LaunchSection) -> None:
-    """Raises UserError: a program that this way needs is not installed."""
+    """Raises UserError: a program of this launcher is not installed."""
     for program in programs(launch):
         if shutil.which(program) is None:
             raise UserError(f"launch.launcher: {launch.launcher} needs the program {program}, which is not installed")

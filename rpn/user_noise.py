@@ -1,0 +1,58 @@
+"""Noise functions of the user's own, named in a recipe as FILE.py:FUNCTION or MODULE:FUNCTION."""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from rpn.config import file_of
+
+
+class NoiseNotFound(ValueError):
+    """`RPNConfig.noise` names a file, a module or a function that does not exist."""
+
+
+@functools.cache
+def load_noise(noise: str) -> Callable:
+    """The function that `RPNConfig.noise` names.
+
+    Args:
+        noise: FILE.py:FUNCTION, where FILE.py is a path, or MODULE:FUNCTION, where MODULE is found on sys.path.
+
+    Raises:
+        NoiseNotFound: there is no such file, module or function. Exceptions of the user's code pass through.
+    """
+    place, _, name = noise.rpartition(":")
+    module = _load_file(Path(place)) if file_of(noise) else _import(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        what = "has no function" if function is None else "has a value, not a function, called"
+        raise NoiseNotFound(f"{place} {what} '{name}'")
+    return function
+
+
+def _load_file(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise NoiseNotFound(f"{file}: no such file")
+    # The name must not be that of an installed module: the user's file may be called json.py.
+    name = f"_rpn_noise_{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a module that the user's module imports
+        raise NoiseNotFound(
+            f"there is no module '{name}': install it, add its directory to PYTHONPATH, or give a file as "
+            f"{name}.py:FUNCTION"
+        ) from None

@@ -1,0 +1,173 @@
+"""What the subcommands print, with stand-ins for what they call."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from cli_cases import one_error
+
+from launcher import processes, report
+from launcher.cli import main
+from launcher.ways import devices
+
+
+@pytest.fixture(autouse=True)
+def plain_machine(monkeypatch):
+    """No accelerator, none of the variables that the commands set."""
+    for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")  # so that what a test leaves in it is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(devices, "count_accelerators", lambda: 0)
+
+
+def stand_in(monkeypatch, module, **functions):
+    """A module with `functions`, each of which also chatters on stdout as libraries do."""
+
+    def chattering(function):
+        def chatter(*arguments):
+            print("Loading weights: 100%")
+            return function(*arguments)
+
+        return chatter
+
+    fake = ModuleType(module)
+    for name, function in functions.items():
+        setattr(fake, name, chattering(function))
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+BARS = [(0, 0, 1), (0, 1e-8, 0), (1e-8, 1e-7, 3)]
+DESCRIPTION = {
+    "base_model": "org/[bold]model",
+    "density": 0.02,
+    "trainable_parameters": 453120,
+    "bytes": 3 * 1024**2,
+    "kinds": [{"name": f"layer.*.{'x' * 90}.weight", "shape": [384, 1536], "scalars": 11796}],
+    "layers": [{"name": f"layer.{index}", "weights": 2} for index in range(40)],
+    "tensors": [{"name": f"layer.{index // 2}.{index}.weight", "scalars": 1} for index in range(80)],
+    "histogram": [{"from": start, "to": end, "scalars": n} for start, end, n in BARS],
+    "largest": [{"name": "layer.3.weight", "position": [4, 5], "delta": -0.03125}],
+    "notes": ["it was [long] ago"],
+}
+
+
+def test_evaluate(capsys, recipe, monkeypatch, tmp_path):
+    def evaluate(recipe, adapter):
+        assert (recipe.data.max_length, adapter) == (9, Path("."))
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
+        return {"accuracy": 0.784, "loss": 0.5}
+
+    stand_in(monkeypatch, "sparse_zero.training.evaluate", evaluate=evaluate)
+    words = ["evaluate", recipe, "--adapter", ".", "data.max_length=9"]
+    assert main([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"accuracy": 0.784, "loss": 0.5}
+    assert "Loading" in err
+    assert main(words) == 0
+    assert "accuracy  0.784" in capsys.readouterr().out
+
+
+def test_merge(capsys, monkeypatch):
+    facts = {"out": "merged", "task": "causal-lm", "scalars": 12345}
+    stand_in(
+        monkeypatch,
+        "sparse_zero.adapters.save_and_load",
+        write_merged=lambda adapter, out, scale: {**facts, "out": out},
+    )
+    assert main(["merge", ".", "merged", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts
+    assert main(["merge", ".", "merged"]) == 0
+    out = capsys.readouterr().out
+    assert "12,345" in out
+    assert out.endswith("next: AutoModelForCausalLM.from_pretrained('merged')\n")
+
+
+def test_inspect(capsys, monkeypatch):
+    stand_in(monkeypatch, "sparse_zero.adapters.inspection", describe=lambda adapter, base: DESCRIPTION)
+    assert main(["inspect", ".", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == DESCRIPTION
+    assert main(["inspect", "."]) == 0
+    out = capsys.readouterr().out
+    for shown in ("org/[bold]model", "453,120", "3.0 MiB", f"layer.*.{'x' * 90}.weight", "384 x 1536", "11,796"):
+        assert shown in out, shown
+    assert re.search(r"layer\.29 .*\n\.\.\. and 10 more: --json lists all\n", out)
+    assert "\n80 weights: --json lists each\n" in out
+    assert "layer.0.0.weight" not in out
+    bars = [line.split("  ")[0] for line in out.splitlines() if re.search(r"\d\.\d% *$", line)]
+    assert bars == ["0", "below 1e-08", "1e-08 to 1e-07"]
+    assert f"1e-08 to 1e-07  {'#' * 40}  3  75.0%" in out
+    assert "4, 5      -0.03125" in out
+    assert out.endswith("note: it was [long] ago\n")
+
+
+def test_convert(capsys, monkeypatch):
+    def convert(source, out, to, base, max_density):
+        return {"out": str(out), "to": to, "base_model": base, "max_density": max_density, "notes": ["kept whole"]}
+
+    stand_in(monkeypatch, "sparse_zero.adapters.formats.convert", convert=convert)
+    words = ["convert", ".", "new", "--to", "shira", "--base", "org/model"]
+    assert main([*words, "--max-density", "0.25", "--json"]) == 0
+    facts = {"out": "new", "to": "shira", "base_model": "org/model", "max_density": 0.25, "notes": ["kept whole"]}
+    assert json.loads(capsys.readouterr().out) == facts
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"to +shira *\n", out)
+    assert re.search(r"max density +0\.5 *\n", out)
+    assert out.endswith("note: kept whole\n")
+
+
+def test_readable():
+    pairs = {("bytes", 12): "12 bytes", ("bytes", 1536): "1.5 KiB", ("n", None): "-", ("n", True): "yes"}
+    assert report.readable("versions", {"torch": "2.6", "deepspeed": "0.16"}) == "torch 2.6, deepspeed 0.16"
+    assert {given: report.readable(*given) for given in pairs} == pairs
+
+
+def ending(monkeypatch, status, **facts):
+    """Stands for ranks that end so."""
+    facts = {"stopped": False, **facts}
+    monkeypatch.setattr(processes, "run", lambda command, watchdog, stdout, grace: processes.RunExit(status, **facts))
+
+
+def test_train_json_prints_the_results_of_this_run_only(capsys, recipe, monkeypatch, tmp_path):
+    results = tmp_path / "runs" / "recipe" / "results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text('{"accuracy": 0.1}')
+    os.utime(results, (1, 1))
+
+    ending(monkeypatch, 0)
+    assert main(["train", recipe, "--json"]) == 2
+    assert "runs/recipe/results.json: the run has finished, but wrote no results" in one_error(capsys)
+
+    def run(command, watchdog, stdout, grace_seconds):
+        assert stdout is sys.stderr
+        results.write_text('{"accuracy": 0.8}')
+        return processes.RunExit(0, stopped=False)
+
+    monkeypatch.setattr(processes, "run", run)
+    assert main(["train", recipe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"accuracy": 0.8}
+
+
+def test_a_failed_runs_old_results_are_not_printed(capsys, recipe, monkeypatch):
+    ending(monkeypatch, 3)
+    assert main(["train", recipe, "--json"]) == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_killed_rank_is_reported_but_not_after_a_stop(capsys, recipe, monkeypatch):
+    ending(monkeypatch, 137)
+    assert main(["train", recipe]) == 137
+    assert "a rank was killed by SIGKILL (possibly by the kernel, out of memory)" in one_error(capsys)
+    ending(monkeypatch, 143, stopped=True)
+    assert main(["train", recipe]) == 143
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_death_that_the_watchdog_has_told_of_is_not_told_again(capsys, recipe, monkeypatch):
+    ending(monkeypatch, 137, is_explained=True)
+    assert main(["train", recipe]) == 137
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,48 @@
+"""What the ranks of several hosts compare before they train."""
+
+from pathlib import Path
+
+import pytest
+
+from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.train import facts_of
+
+TEXT = """
+model: {name: m}
+data: {path: d, columns: {text: t, label: l}}
+training: {output_dir: /out, deepspeed: z.json}
+"""
+
+
+@pytest.fixture
+def facts(tmp_path, monkeypatch):
+    """Writes a recipe and its files to a directory; returns the facts of a rank that reads them there."""
+
+    def facts(directory: str, deepspeed: str = "{}", noise: str = "f = abs", override: str = "rpn.noise=n.py:f"):
+        for name, text in (("r.yaml", TEXT), ("z.json", deepspeed), ("n.py", noise)):
+            (tmp_path / directory).mkdir(exist_ok=True)
+            Path(tmp_path, directory, name).write_text(text)
+        return facts_of(load_recipe(tmp_path / directory / "r.yaml", [override]))
+
+    return facts
+
+
+def test_files_may_be_in_different_places_on_each_host(facts):
+    assert facts("here") == facts("there")
+    assert set(facts("here")) == {"sparse-zero", "torch", "transformers", "deepspeed", "a recipe of checksum"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"deepspeed": '{"zero_optimization": {"stage": 1}}'},
+        {"noise": "f = max"},
+        {"override": "rpn.noise=n.py:g"},
+        {"override": "rpn.noise=n:f"},
+        {"override": "rpn.noise=gaussian"},
+        {"override": "training.deepspeed={}"},
+        {"override": "sparse.density=0.5"},
+    ],
+)
+def test_a_difference_is_seen(facts, change):
+    assert facts("here") != facts("there", **change)
