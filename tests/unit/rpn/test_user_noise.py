@@ -102,9 +102,7 @@ def test_what_names_no_function(noise):
 
 
 def test_settings_of_other_noises_are_not_for_a_function():
-    with pytest.raises(
-        ValidationError, match=r"std is a setting of noise: gaussian, which noise: own\.py:f does not have"
-    ):
+    with pytest.raises(ValidationError, match=r"std is a setting of noise: gaussian, not of noise: own\.py:f"):
         RPNConfig(noise="own.py:f", std=0.5)
     assert RPNConfig(noise="own.py:f", passes=2, scope="sequence").passes == 2
 

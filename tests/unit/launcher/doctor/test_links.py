@@ -1,5 +1,6 @@
 """What the link probe measures: parsing its output, and the problems that are found in it."""
 
+import os
 import subprocess
 import sys
 
@@ -97,8 +98,9 @@ def test_pairs():
 
 def test_the_processes_of_a_probe_that_hangs_are_killed():
     code = f'import subprocess, time; print(\'{MARK}\' + \'{{"rank": 0, "world_size": 2, "host": "n1"}}\', flush=True)'
-    code += "; subprocess.run(['sleep', '987']); time.sleep(987)"
+    sleep = f"sleep 987.{os.getpid()}"  # no other test run has this one
+    code += f"; subprocess.run({sleep.split()}); time.sleep(987)"
     measured = links.measure(links.Command([sys.executable, "-c", code], {}), seconds=1.5)
     assert measured.status is None
     assert measured.hosts == {0: "n1"}
-    assert subprocess.run(["pgrep", "-x", "-f", "sleep 987"], capture_output=True).stdout == b""
+    assert subprocess.run(["pgrep", "-x", "-f", sleep], capture_output=True).stdout == b""
