@@ -67,9 +67,13 @@ def messages() -> list[tuple[str, str]]:
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
     pieces = string_pieces()
-    for where, message in messages():
-        for part in filter(None, (part.strip() for part in message.split("…"))):
-            assert any(part in piece for piece in pieces), f"{where}: no string in the code contains '{part}'"
+    absent = [
+        (where, part)
+        for where, message in messages()
+        for part in map(str.strip, message.split("…"))
+        if not any(part in piece for piece in pieces)
+    ]
+    assert not absent, "no string in the code contains these"
 
 
 def test_every_symptom_has_a_cause_and_a_remedy() -> None:
