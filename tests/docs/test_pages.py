@@ -125,12 +125,14 @@ def test_yaml_blocks_are_recipes_or_sections_of_one(block: Block) -> None:
 
 
 def completed(raw: dict) -> dict:
-    """With the required sections, of which a page may show a part or nothing."""
+    """With the required sections, of which a page may show a part or nothing, and as `submit` completes it."""
     columns = raw.get("data", {}).get("columns", {})
     classifies = "label" in columns or (not columns and raw.get("model", {}).get("task") == "sequence-classification")
     model = {"name": "model", "task": "sequence-classification" if classifies else "causal-lm"} | raw.get("model", {})
     data = {"path": "data", "columns": {"text": "text"} | ({"label": "label"} if classifies else {})}
-    return raw | {"model": model, "data": data | raw.get("data", {})}
+    launch = raw.get("launch", {})
+    launch = {"launcher": "slurm"} | launch if "slurm" in launch else launch
+    return raw | {"model": model, "data": data | raw.get("data", {}), "launch": launch}
 
 
 @each_page

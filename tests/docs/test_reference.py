@@ -90,7 +90,7 @@ def test_every_symptom_has_a_cause_and_a_remedy() -> None:
 def test_the_versions_of_the_readme_are_those_that_are_pinned_and_required() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     tested = re.search(r"Tested together .*?: (.*?)\.\s[A-Z]", readme)[1]
-    least = re.search(r"Least versions: (.*?)\.\s[A-Z]", readme)[1]
+    least = re.search(r"Minimum versions: (.*?)\.\s[A-Z]", readme)[1]
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     least_of = dict(each.split(">=") for each in required if ">=" in each)
