@@ -12,8 +12,8 @@ from sparse_zero.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
-import lora_quality as quality  # noqa: E402
-import noise_quality_plan as planning  # noqa: E402
+import lora_quality as quality
+import noise_quality_plan as planning
 
 
 def finished(run: planning.Run, accuracy: float = 0.8) -> dict[str, dict]:
