@@ -1,6 +1,6 @@
 """Checks everything that a run needs before it waits for hours in a queue: all hosts, their network, Slurm, the ranks.
 
-    diagnosis = diagnose(load_recipe("configs/demo.yaml"), "configs/demo.yaml")
+    diagnosis = diagnose(load_recipe("demo.yaml"), "demo.yaml")
 
 The report of each host, including this one, is made in a separate process, so that a broken torch can be reported.
 """

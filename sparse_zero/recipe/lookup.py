@@ -13,7 +13,7 @@ def find_recipe(path: str | Path) -> Path:
     """`path` itself if it exists, else the shipped recipe of that name.
 
     Raises:
-        UserError: there is neither. The message says where was looked, and names a similar one.
+        UserError: there is neither. The message says where it was looked for, and names a similar one.
     """
     path = Path(path)
     found = path if path.exists() else shipped.find(path, *SUFFIXES)
@@ -29,15 +29,15 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def find_named_file(key: str, name: str, recipe: Path, *suffixes: str) -> Path:
-    """The file that a recipe names: beside the recipe, in the working directory, or among the shipped files.
+    """The file that a recipe names: next to the recipe, in the working directory, or among the shipped files.
 
     Args:
         key: of the recipe, for the message.
-        recipe: the recipe's path. Files beside a shipped recipe are shipped files, which come last.
+        recipe: the recipe's path. Files next to a shipped recipe are shipped files, which are searched last.
         suffixes: of the files to look among.
 
     Raises:
-        UserError: there is no such file. The message says where was looked, and names a similar one.
+        UserError: there is no such file. The message says where it was looked for, and names a similar one.
     """
     is_shipped = recipe.parent.resolve() == shipped.directory().resolve()
     places = [Path()] if is_shipped else [recipe.parent, Path()]
@@ -48,7 +48,7 @@ def find_named_file(key: str, name: str, recipe: Path, *suffixes: str) -> Path:
     known = sorted({*ours, *(file.name for place in places for file in _files(place, suffixes))})
     hint = did_you_mean(name, known) or (f"; there are {', '.join(known)}" if known else "")
     where = ", in the working directory or among the shipped files" if ours else " or in the working directory"
-    raise UserError(f"{key}: no file '{name}' beside the recipe{where}{hint}")
+    raise UserError(f"{key}: no file '{name}' next to the recipe{where}{hint}")
 
 
 def _files(directory: Path, suffixes: Iterable[str]) -> list[Path]:

@@ -25,24 +25,28 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model and what it is trained for."""
+    """The base model, and the task to train it for."""
 
     name: str
-    """A hub id, a local directory, or package://PACKAGE/PATH (a directory that an installed package ships)."""
+    """A hub id, a local directory, or package://PACKAGE/PATH, a directory in an installed package."""
     task: Task = "sequence-classification"
+    """The head and the loss of the model."""
     revision: str | None = None
+    """A branch, tag or commit of the hub."""
     tokenizer: str | None = None
-    """Where the tokenizer comes from, if not from `name`."""
+    """A hub id or directory of the tokenizer. None: that of `name`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """None: bfloat16 when `training.bf16` is set, else float32."""
+    """The dtype of the base model. None: bfloat16 if `training.bf16` is set, else float32."""
     attn_implementation: str | None = None
+    """As in transformers' from_pretrained: eager, sdpa, flash_attention_2, ..."""
     new_tokens: list[str] = []
-    """Tokens to add to the tokenizer; their embeddings are trained whole."""
+    """Tokens to add to the tokenizer. Their embeddings are trained whole."""
     trust_remote_code: bool = False
+    """Whether to run Python code that comes with the model, as in transformers' from_pretrained."""
 
 
 class Columns(Section):
-    """The column that holds each part of an example."""
+    """The column of each part of an example."""
 
     text: str | None = None
     text_pair: str | None = None
@@ -53,27 +57,31 @@ class Columns(Section):
 
 
 class DataSection(Section):
-    """The examples: `path`, `name`, `data_files` and `revision` are datasets.load_dataset's own."""
+    """The examples. `path`, `name`, `data_files` and `revision` are arguments of datasets.load_dataset."""
 
     path: str
-    """A dataset's hub id or directory, a .csv/.json/.jsonl/.parquet file, or package://PACKAGE/PATH of such a file."""
+    """A hub id, a directory, a .csv/.json/.jsonl/.parquet file, or package://PACKAGE/PATH, a file in an installed
+    package."""
     name: str | None = None
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
     revision: str | None = None
     columns: Columns
     filter: dict[str, Any] = {}
-    """Keep the rows whose column equals the value, or one of the values of a list."""
+    """Column -> the value, or list of values, of the rows to keep."""
     train_split: str = "train"
     eval_split: str | None = None
-    """None: the evaluation examples are held out from the training split."""
+    """None: evaluation examples are held out from the training split."""
     train_size: int | float | None = Field(None, gt=0)
+    """The number of training examples (an integer), or their fraction (a float below 1). None: all."""
     eval_size: int | float | None = Field(None, gt=0)
-    """Examples (an integer), or a fraction of what is there (a float below 1). None: all, or a tenth if held out."""
+    """The number or fraction of evaluation examples. None: all; a tenth of the training split if held out."""
     split_seed: int = Field(0, ge=0)
+    """Seeds the choice of the examples."""
     max_length: int | None = Field(None, gt=0)
-    """Tokens at which an example is cut. None: the model's own limit."""
+    """The number of tokens after which an example is truncated. None: the model's limit."""
     packing: bool = False
-    """Causal language models: several examples in one sequence of max_length, each attending to itself only."""
+    """Whether to pack several examples into a sequence of max_length. Each attends only to itself. Causal language
+    models only."""
 
     @property
     def example(self) -> Example:
@@ -86,14 +94,15 @@ class DataSection(Section):
 
 
 class Recipe(Section):
-    """A whole run. `training` holds transformers.TrainingArguments' own names, which are checked by that class, and
-    `async_save`: write checkpoints in the background."""
+    """A training run."""
 
     model: ModelSection
     data: DataSection
     sparse: SparseConfig = SparseConfig()
     rpn: RPNConfig | None = None
     training: dict[str, Any] = {}
+    """The arguments of transformers.TrainingArguments, under the same names, and `async_save`: whether to write
+    checkpoints in the background."""
     launch: LaunchSection = LaunchSection()
 
     @property
@@ -121,7 +130,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply overrides.
 
     `training.output_dir` defaults to runs/NAME, where NAME is the recipe's file name or `training.run_name`. The files
-    of `training.deepspeed` and `rpn.noise` are looked up beside the recipe, then in the working directory, and a
+    of `training.deepspeed` and `rpn.noise` are looked up next to the recipe, then in the working directory, and a
     DeepSpeed file then among the shipped ones.
 
     Args:
@@ -182,8 +191,8 @@ def _read_yaml(file: Path, shown: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without two surprises of YAML 1.1: 1e-3 is a number although it has no dot, and 12:00:00 is a time
-    limit, not a number of base 60.
+    """SafeLoader without two rules of YAML 1.1: 1e-3 is a number although it has no dot, and 12:00:00 is a string, not
+    a number of base 60.
     """
 
 
@@ -192,7 +201,7 @@ _Loader.add_implicit_resolver(
 )
 _BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9]*)?$"))
 for _first in "-+0123456789":
-    # Before SafeLoader's own, since the first that matches wins.
+    # Before SafeLoader's own resolvers: the first match wins.
     _Loader.yaml_implicit_resolvers[_first].insert(0, _BASE_60)
 
 
@@ -215,7 +224,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, schema: type[BaseModel] = Recipe) -> str:
-    """The first complaint of a validation in one line: the key, what is wrong with it, and the nearest known key."""
+    """The first error of a validation in one line: the key, the problem, and the nearest known key."""
     first, *others = error.errors()
     *parents, last = map(str, first["loc"]) if first["loc"] else ("",)
     section, keys = _follow(schema, [*parents, last])
@@ -237,7 +246,7 @@ def explain(error: ValidationError, schema: type[BaseModel] = Recipe) -> str:
 
 
 def _follow(schema: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], list[str]]:
-    """The innermost section of a validation error's location, and its keys without pydantic's tags for unions."""
+    """The innermost section of an error's location, and the keys of the location without pydantic's tags of unions."""
     keys: list[str] = []
     for part in location:
         if part not in schema.model_fields:

