@@ -38,7 +38,7 @@ def train(arguments: argparse.Namespace) -> int:
     before = _identity(results)
     ending = supervise.run(recipe, words, stdout=sys.stderr if arguments.json else None)
     if ending.status > 128 and not ending.stopped and not ending.is_explained:
-        report.say_error(_cause_of_death(ending.status - 128))
+        report.say_error(_killed_by(ending.status - 128))
     if ending.status == 0 and arguments.json:
         if _identity(results) == before:
             raise UserError(f"{results}: the run has finished, but wrote no results")
@@ -93,7 +93,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     adapter = _adapter_directory(arguments.adapter)
-    _settle_accelerator()
+    _set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.training.evaluate import evaluate
 
@@ -109,7 +109,7 @@ def merge(arguments: argparse.Namespace) -> int:
     """Write base model + adapter as a plain model directory."""
     adapter = _adapter_directory(arguments.adapter)
     refuse_to_overwrite(Path(arguments.out))
-    _settle_accelerator()
+    _set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapters.save_and_load import write_merged
 
@@ -128,7 +128,7 @@ def export(arguments: argparse.Namespace) -> int:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint")
     refuse_to_overwrite(Path(arguments.out))
-    _settle_accelerator()
+    _set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.checkpoint.export import export
 
@@ -221,7 +221,7 @@ def plan(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     memory = None if arguments.gpu_memory is None else gpu_memory_bytes(arguments.gpu_memory)
     bandwidth = None if arguments.bandwidth is None else arguments.bandwidth * 1e9
-    _settle_accelerator()
+    _set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.planning.plan import check_ranks, plan
         from sparse_zero.planning.planned_run import read_recipe
@@ -243,7 +243,7 @@ def _adapter_directory(name: str) -> Path:
     return path
 
 
-def _settle_accelerator() -> None:
+def _set_accelerator() -> None:
     """Prevents DeepSpeed's warning that there is no GPU."""
     from launcher.ways.devices import count_accelerators
 
@@ -256,7 +256,7 @@ def _loader(task: str | None) -> str:
     return classes.get(task, "AutoModel")
 
 
-def _cause_of_death(signum: int) -> str:
+def _killed_by(signum: int) -> str:
     names = {known.value: known.name for known in signal.Signals}
     hint = " (possibly by the kernel, out of memory)" if signum == signal.SIGKILL else ""
     return f"a rank was killed by {names.get(signum, f'signal {signum}')}{hint}"

@@ -46,7 +46,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
 
 def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout: TextIO | None) -> RunExit:
     launch = recipe.launch
-    watchdog = Watchdog(print_outcome, launch.silence_seconds, launchers.watching_address(recipe, hosts))
+    watchdog = Watchdog(print_outcome, launch.silence_seconds, launchers.watchdog_address(recipe, hosts))
     try:
         command = launchers.ranks_command(recipe, words, str(watchdog.address), hosts)
         command.write_files()

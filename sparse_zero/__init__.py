@@ -7,7 +7,7 @@ Names are imported on first use, so that reading a recipe and the command line d
 
 import importlib
 
-# Type checkers and editors take this name for true. `typing` is not imported: it is a third of the import time.
+# Type checkers and editors treat this name as true. `typing` is not imported: it takes a third of the import time.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sparse_zero.adapters.combine import combine_adapters as combine_adapters

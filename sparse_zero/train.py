@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     of this rank or of another.
     """
     options = _parse(sys.argv[1:] if argv is None else argv)
-    # Before the imports, which take seconds.
+    # Before the imports of torch and transformers, which take seconds.
     rank = Rank(StopRequest().install_handlers())
     try:
         return rank.run(options)
@@ -88,7 +88,7 @@ class Rank:
         recipe = load_recipe(options.recipe, options.overrides)
         self._placement = Placement.from_environment()
         if self._placement is None and recipe.training.get("deepspeed"):
-            # DeepSpeed would look for MPI.
+            # Without a rank in the environment, DeepSpeed would look for MPI.
             self._placement = Placement.single_process()
         if self._placement is not None:
             self._join(self._placement, recipe)
@@ -122,8 +122,8 @@ class Rank:
             placement,
             use_cpu=bool(training.get("use_cpu")),
             backend=training.get("ddp_backend"),
-            must_match=facts_of(recipe),
-            # Who started the watched ranks has counted the hosts, and may do with fewer after a loss.
+            must_match=facts_that_must_match(recipe),
+            # The launcher of watched ranks has counted the hosts, and may use fewer after a failure.
             nodes=None if is_watched or launch.nodes == "auto" else launch.nodes,
             rendezvous_seconds=launch.rendezvous_seconds,
             timeout_seconds=float(training.get("ddp_timeout", 1800)),
@@ -170,7 +170,7 @@ class Rank:
         run.destroy_process_group()
 
 
-def facts_of(recipe: Recipe) -> dict[str, str]:
+def facts_that_must_match(recipe: Recipe) -> dict[str, str]:
     """What must be equal on all hosts for their ranks to compute the same."""
     versions = {name: version(name) for name in ("sparse-zero", "torch", "transformers", "deepspeed")}
     return versions | {"a recipe of checksum": hashlib.sha256(_contents(recipe).encode()).hexdigest()[:12]}

@@ -32,7 +32,7 @@ REFUSED = {
 }
 
 WARNING_SECONDS = 120
-"""How long before the time limit the run is told to save. Slurm checks every 30 seconds, and may be that early."""
+"""How long before the time limit the run gets the signal to save. Slurm may send it 30 seconds earlier."""
 
 CPUS_PER_GPU_RANK = 4
 """Slurm's default is one core, which the rank, its data loader and the communication threads would share."""
@@ -155,7 +155,7 @@ def _check_time(options: "SlurmOptions") -> None:
         return
     if limit <= int(warning[1]) + 30:
         raise UserError(
-            f"--time: {limit} seconds leave no time to train: the run is told to stop {warning[1]} to "
+            f"--time: {limit} seconds leave no time to train: the run gets the signal to stop {warning[1]} to "
             f"{int(warning[1]) + 30} seconds before the end; give more time, or fewer seconds in "
             f"--signal={options['signal']}"
         )

@@ -73,7 +73,7 @@ def starts_here(launch: LaunchSection, name: str) -> bool:
     return launch.launcher == "mpi" and reachability.is_here(name)
 
 
-def watching_address(recipe: Recipe, names: Sequence[str]) -> str:
+def watchdog_address(recipe: Recipe, names: Sequence[str]) -> str:
     """The address at which the ranks reach the watchdog of this process."""
     if recipe.launch.launcher != "slurm" and not recipe.launch.hostfile:
         return "127.0.0.1"

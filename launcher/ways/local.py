@@ -52,7 +52,7 @@ def _deepspeed(ranks: int, accelerators: int, launch: LaunchSection, words: list
     argv = [
         *deepspeed_runner(),
         *where,
-        *("--master_port", str(settle_port(launch))),
+        *("--master_port", str(choose_port(launch))),
         # By default the runner starts ranks on the hosts listed in /job/hostfile, which some clusters write.
         *("--hostfile", os.devnull),
         # At level "error" it prints a line for each rank that fails; the rank has reported its error itself.
@@ -71,11 +71,11 @@ def _torchrun(ranks: int, accelerators: int, launch: LaunchSection, words: list[
 
 
 def _direct(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:
-    port = ["--master-port", str(settle_port(launch))]
+    port = ["--master-port", str(choose_port(launch))]
     argv = [sys.executable, "-m", "launcher.ways.local_ranks", "--processes", str(ranks), *port, "-m", *words]
     return Command(argv)
 
 
-def settle_port(launch: LaunchSection) -> int:
+def choose_port(launch: LaunchSection) -> int:
     """`launch.master_port`; auto: a free port of this machine."""
     return free_port() if launch.master_port == "auto" else int(launch.master_port)

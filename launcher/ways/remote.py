@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.ways import devices
 from launcher.ways.command import Command, rank_environment, wrapped
 from launcher.ways.hostfile import Host, choose_hosts, read_hostfile
-from launcher.ways.local import deepspeed_runner, settle_port, threads_per_rank
+from launcher.ways.local import choose_port, deepspeed_runner, threads_per_rank
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.launch import LaunchSection
 
@@ -64,7 +64,7 @@ def remote_command(
     variables = rank_environment(launch, watch)
     if launch.launcher == "mpi":
         # Without them the ranks would need mpi4py to agree on an address.
-        variables |= {"MASTER_ADDR": _master(launch, hosts), "MASTER_PORT": str(settle_port(launch))}
+        variables |= {"MASTER_ADDR": _master(launch, hosts), "MASTER_PORT": str(choose_port(launch))}
     if use_cpu:
         # Without it, every process prints a warning that there is no GPU.
         variables.setdefault("DS_ACCELERATOR", "cpu")
@@ -97,8 +97,8 @@ def _deepspeed(
         *(["--include", "@".join(chosen)] if any(host.devices for host in hosts) else []),
         *("--launcher", launch.multinode),
         *([f"--launcher_args={shlex.join(launch.launcher_args)}"] if launch.launcher_args else []),
-        *("--master_addr", _master(launch, hosts), "--master_port", str(settle_port(launch))),
-        # The runner takes a single host for this machine, whatever its name.
+        *("--master_addr", _master(launch, hosts), "--master_port", str(choose_port(launch))),
+        # The runner treats a single host as this machine, whatever its name.
         "--force_multi",
         *("--log_level", "critical"),
         "--module",
@@ -139,7 +139,7 @@ def _torchrun(
     agent = [
         *(sys.executable, "-m", "launcher.ways.torchrun", "--nnodes", str(len(hosts))),
         *("--node-rank", _NODE_RANK, "--nproc-per-node", str(hosts[0].slots)),
-        *("--master-addr", _master(launch, hosts), "--master-port", str(settle_port(launch))),
+        *("--master-addr", _master(launch, hosts), "--master-port", str(choose_port(launch))),
         *("--rdzv-id", uuid.uuid4().hex[:8]),
         # By default the agents wait 15 minutes for each other, even if pdsh has exited.
         *("--rdzv-conf", f"timeout={math.ceil(launch.rendezvous_seconds)}"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparse_zero.recipe.recipe import load_recipe
-from sparse_zero.train import facts_of
+from sparse_zero.train import facts_that_must_match
 
 TEXT = """
 model: {name: m}
@@ -22,7 +22,7 @@ def facts(tmp_path, monkeypatch):
         for name, text in (("r.yaml", TEXT), ("z.json", deepspeed), ("n.py", noise)):
             (tmp_path / directory).mkdir(exist_ok=True)
             Path(tmp_path, directory, name).write_text(text)
-        return facts_of(load_recipe(tmp_path / directory / "r.yaml", [override]))
+        return facts_that_must_match(load_recipe(tmp_path / directory / "r.yaml", [override]))
 
     return facts
 

@@ -33,10 +33,10 @@ def test_mpirun_asks_no_ssh_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_address_that_ranks_reach_this_process_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reachability.socket, "gethostname", lambda: "n1")
     monkeypatch.setattr(launchers, "address_towards", lambda towards: f"address towards {towards}")
-    assert launchers.watching_address(recipe("deepspeed", hostfile=None), []) == "127.0.0.1"
-    assert launchers.watching_address(recipe("deepspeed"), ["n1", "n2", "n3"]) == "address towards n2"
-    assert launchers.watching_address(recipe("deepspeed"), ["n1"]) == "n1"
-    assert launchers.watching_address(recipe("slurm"), []) == "n1"
+    assert launchers.watchdog_address(recipe("deepspeed", hostfile=None), []) == "127.0.0.1"
+    assert launchers.watchdog_address(recipe("deepspeed"), ["n1", "n2", "n3"]) == "address towards n2"
+    assert launchers.watchdog_address(recipe("deepspeed"), ["n1"]) == "n1"
+    assert launchers.watchdog_address(recipe("slurm"), []) == "n1"
     monkeypatch.undo()
     assert address_towards("127.0.0.1") == "127.0.0.1"
     assert interface_towards("127.0.0.1") == "lo"
