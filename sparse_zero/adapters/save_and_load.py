@@ -103,6 +103,9 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
     some_weight = dict(model.named_parameters())[next(iter([*sparsity.weights, *sparsity.whole]))]
+    tensors = {
+        name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
+    }
     return AdapterConfig(
         base_model_name_or_path=sparsity.base_model,
         revision=sparsity.revision,
@@ -115,9 +118,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
-        tensors={
-            n: SelectedTensor.from_selection(sparsity.weights[n].selection, flat) for n, flat in positions.items()
-        },
+        tensors=tensors,
         modules_to_save=sparsity.whole,
         results=sparsity.results,
         library_versions=library_versions(),
