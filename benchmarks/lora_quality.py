@@ -22,7 +22,7 @@ from torch import nn
 from transformers.utils import logging
 
 from sparse_zero import SparseConfig
-from sparse_zero.selection.targets import find_targets, find_whole, parameters_of
+from sparse_zero.selection.targets import find_modules_to_save, find_targets, parameter_names
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CACHE = RESULTS / "lora_quality.jsonl"
@@ -31,9 +31,9 @@ CACHE = RESULTS / "lora_quality.jsonl"
 def lora(model: nn.Module, run: Run) -> nn.Module:
     """PEFT's LoRA with about `run.density` of the model's scalars, the classifier trained whole among them."""
     config = SparseConfig(targets="all-linear")
-    whole = find_whole(model, config)
+    whole = find_modules_to_save(model, config)
     targets = find_targets(model, config, whole)
-    head = {name: dict(model.named_parameters())[name].numel() for name in parameters_of(model, whole)}
+    head = {name: dict(model.named_parameters())[name].numel() for name in parameter_names(model, whole)}
     budget = run.density * sum(p.numel() for p in model.parameters()) - sum(head.values())
     rank = round(budget / sum(sum(target.shape) for target in targets.values()))
     modules = [name.removesuffix(".weight") for name in targets]
