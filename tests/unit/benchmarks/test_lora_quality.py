@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from sparse_zero.data.package import resolve
+from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
@@ -43,7 +43,7 @@ def test_the_best_rate_on_validation_sentences_is_tested_on_every_size_and_seed(
 def test_lora_has_about_as_many_scalars_as_the_sparse_runs() -> None:
     run = quality.tuning_runs()[0]
     try:
-        base = resolve(run.base_model)
+        base = package_path(run.base_model)
     except UserError as error:
         pytest.skip(str(error))
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
