@@ -48,7 +48,7 @@ def find_named_file(key: str, name: str, recipe: Path, *suffixes: str) -> Path:
     known = sorted({*ours, *(file.name for place in places for file in _files(place, suffixes))})
     hint = did_you_mean(name, known) or (f"; there are {', '.join(known)}" if known else "")
     where = ", in the working directory or among the shipped files" if ours else " or in the working directory"
-    raise UserError(f"{key}: no file '{name}' next to the recipe{where}{hint}")
+    raise UserError(f"{key}: no file '{name}' beside the recipe{where}{hint}")
 
 
 def _files(directory: Path, suffixes: Iterable[str]) -> list[Path]:

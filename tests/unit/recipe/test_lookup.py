@@ -112,7 +112,7 @@ def test_a_shipped_recipe_takes_a_deepspeed_file_of_the_working_directory_first(
 
 def test_a_deepspeed_file_that_is_not_there(here):
     def message(name):
-        places = "next to the recipe, in the working directory or among the shipped files"
+        places = "beside the recipe, in the working directory or among the shipped files"
         start = f"demo.yaml: training.deepspeed: no file '{name}' {places}"
         said = refusal("demo.yaml", f"training.deepspeed={name}")
         assert said.startswith(start)
@@ -134,7 +134,7 @@ def test_a_noise_file_is_looked_up_beside_the_recipe_then_in_the_working_directo
     def found():
         return load_recipe("../there/recipe.yaml", ["rpn.noise=own.py:jitter"]).rpn.noise
 
-    places = "next to the recipe or in the working directory"
+    places = "beside the recipe or in the working directory"
     assert refusal("../there/recipe.yaml", "rpn.noise=own.py:jitter") == (
         f"../there/recipe.yaml: rpn.noise: no file 'own.py' {places}"
     )
