@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests run, forked by farm.py."""
+"""What the ranks of the checkpoint tests run, forked by fork_server.py."""
 
 import json
 import os

@@ -1,10 +1,19 @@
-"""The bases that the ranks train and the data, written once per session."""
+"""The process that forks the ranks, the bases that they train and the data: once per session."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import recipes
 import tiny
+from ranks import ForkServer
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("fork-server") / "errors.log")
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

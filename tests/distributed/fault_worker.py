@@ -1,4 +1,4 @@
-"""A rank of `sparse_zero.train` that is killed, or gets a signal, at a chosen point. Forked by farm.py."""
+"""A rank of `sparse_zero.train` that is killed, or gets a signal, at a chosen point. Forked by fork_server.py."""
 
 import os
 import signal

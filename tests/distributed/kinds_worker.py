@@ -1,8 +1,7 @@
-"""One rank that trains every kind of parameter, and works with the adapters: CASES.json OUT."""
+"""One rank that trains every kind of parameter, and works with the adapters."""
 
 import contextlib
 import gc
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from partitioned_worker import whole_weights
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from trainer_worker import build, main
+from trainer_worker import build, run_each
 
 from sparse_zero import (
     SparseConfig,
@@ -91,5 +90,5 @@ def work_with(model: nn.Module, adapters: dict[str, str], out: Path) -> dict[str
     }
 
 
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+def main(cases: str, out: str) -> None:
+    run_each(run, cases, out)

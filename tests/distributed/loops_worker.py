@@ -1,8 +1,7 @@
-"""One rank of the ways to train a sparse model: BASE OUT. Each as short as a user would write it."""
+"""One rank of the ways to train a sparse model. Each as short as a user would write it."""
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def accelerate_loop(model: PreTrainedModel) -> list[float]:
 
 
 def deepspeed_loop(model: PreTrainedModel, stage: int) -> list[float]:
-    """Also saves and merges, through the engine."""
+    """Also saves and merges, through the engine, into the working directory."""
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
@@ -84,15 +83,14 @@ def deepspeed_loop(model: PreTrainedModel, stage: int) -> list[float]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    out = Path(sys.argv[2])
-    save_adapter(engine, out / f"adapter-deepspeed{stage}", is_main_process=engine.global_rank == 0)
+    save_adapter(engine, f"adapter-deepspeed{stage}", is_main_process=engine.global_rank == 0)
     merge_adapter(engine)
     unmerge_adapter(engine)
     merge_and_unload(engine)
     with gathered(list(model.parameters())):
         if engine.global_rank == 0:
             model_state = {name: value.clone() for name, value in model.state_dict().items()}
-            torch.save(model_state, out / f"merged-deepspeed{stage}.pt")
+            torch.save(model_state, f"merged-deepspeed{stage}.pt")
     return losses
 
 
@@ -127,14 +125,11 @@ WAYS: dict[str, Callable[[PreTrainedModel], list[float]]] = {
 
 
 def main(base: str, out: str) -> None:
+    os.chdir(out)
     dist.init_process_group("gloo")
     losses = {}
     for way, train in WAYS.items():
         model = tiny.AUTO_CLASS[TASK].from_pretrained(base)
         sparsify(model, SparseConfig(density=tiny.density_of(model, TASK)))
         losses[way] = train(model.train())
-    Path(out, f"rank{os.environ['RANK']}.json").write_text(json.dumps(losses))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(losses))

@@ -1,11 +1,10 @@
-"""One rank of SparseTrainer runs with noise on the embeddings: CASES.json OUT. `rpn` of a case holds its settings."""
+"""One rank of SparseTrainer runs with noise on the embeddings. `rpn` of a case holds its settings."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import tiny
-from trainer_worker import build, main
+from trainer_worker import build, run_each
 
 from rpn import RPNConfig
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
@@ -26,5 +25,5 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
 
 
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+def main(cases: str, out: str) -> None:
+    run_each(run, cases, out)

@@ -1,6 +1,5 @@
-"""One rank of what ZeRO stage 3 must not break: CASES.json OUT. Trains, merges, or loads an adapter."""
+"""One rank of what ZeRO stage 3 must not break. Trains, merges, or loads an adapter."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import deepspeed
 import tiny
 import torch
 from torch import nn
-from trainer_worker import build, main
+from trainer_worker import build, run_each
 
 from sparse_zero import SparseConfig, SparseTrainer, load_adapter, merge_and_unload, sparsify
 
@@ -43,5 +42,5 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+def main(cases: str, out: str) -> None:
+    run_each(run, cases, out)

@@ -1,4 +1,4 @@
-"""What a rank of a recipe's run really holds and sends: RECIPE OUT, forked by farm.py."""
+"""What a rank of a recipe's run really holds and sends, forked by fork_server.py."""
 
 import json
 import os

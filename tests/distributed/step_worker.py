@@ -1,9 +1,8 @@
-"""One rank that counts what a training step does, by case: BASE CASES.json OUT."""
+"""One rank that counts what a training step does, by case."""
 
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,3 @@ def main(base: str, cases: str, out: str) -> None:
     deepspeed.init_distributed(verbose=False)
     seen = {name: run(base, case) for name, case in json.loads(Path(cases).read_text()).items()}
     Path(out, f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

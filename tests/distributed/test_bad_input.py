@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Run, run_ranks
+from ranks import ForkServer, Run, run_ranks
 from recipes import write_recipe
-from test_checkpoints import run_farm
 
 pytestmark = pytest.mark.distributed
 
@@ -40,13 +39,15 @@ def recipes(bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def ends(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def ends(
+    fork_server: ForkServer, recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """How two ranks end that are given each bad recipe, and what they print."""
     jobs = {
         name: [{"count": 2, "call": "sparse_zero.train:main", "arguments": [[str(recipe)]]}]
         for name, recipe in recipes.items()
     }
-    return {name: end for name, (end,) in run_farm(jobs, tmp_path_factory.mktemp("farm")).items()}
+    return {name: end for name, (end,) in fork_server.run(jobs, tmp_path_factory.mktemp("ends")).items()}
 
 
 def errors_in(output: str) -> list[str]:

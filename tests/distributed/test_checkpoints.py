@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import ForkServer
 from safetensors.torch import load_file
 from trainer_cases import zero_config
 
@@ -18,7 +16,6 @@ from sparse_zero.checkpoint.export import export
 
 pytestmark = pytest.mark.distributed
 
-DIRECTORY = Path(__file__).parent
 TASK = "sequence-classification"
 SAVED, STEPS, TOTAL = 4, 8, 24
 """Three steps an epoch: the checkpoint is in the middle of the second."""
@@ -67,16 +64,6 @@ def job(out: Path, base: Path, config: str, count: int, resume: Path | None = No
     return {"count": count, "call": "checkpoint_worker:train", "arguments": [case | {"training": training}]}
 
 
-def run_farm(jobs: dict[str, list[dict[str, Any]]], directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Run all jobs in one process. Returns: how each launch has ended."""
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(DIRECTORY / "farm.py"), str(directory / "jobs.json"), str(directory / "ends.json")]
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert printed.returncode == 0, printed.stderr[-4000:]
-    return json.loads((directory / "ends.json").read_text())
-
-
 def losses(out: Path) -> list[tuple[int, float]]:
     return [tuple(entry) for entry in json.loads((out / "rank-0.json").read_text())["losses"]]
 
@@ -87,7 +74,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def resharded(bases: dict[str, Path], out: Path) -> dict[str, list[dict[str, Any]]]:
+def resharded(fork_server: ForkServer, bases: dict[str, Path], out: Path) -> dict[str, list[dict[str, Any]]]:
     """Runs on 4 ranks, and what goes on from their checkpoints on other numbers of ranks, at other stages."""
     jobs = {}
     for source in SOURCES:
@@ -98,7 +85,7 @@ def resharded(bases: dict[str, Path], out: Path) -> dict[str, list[dict[str, Any
         sized = {"per_device_train_batch_size": TOTAL // count}
         checkpoint = out / source / f"checkpoint-{SAVED}"
         jobs[name] = [job(out / name, bases[TASK], target, count, checkpoint, training=sized)]
-    return run_farm(jobs, out)
+    return fork_server.run(jobs, out)
 
 
 @pytest.mark.parametrize(("source", "count", "target"), PAIRS)
@@ -137,7 +124,9 @@ def test_the_exported_adapter_is_the_one_that_was_saved(resharded: dict, out: Pa
 
 
 @pytest.fixture(scope="module")
-def exact(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def exact(
+    fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
     """Two ranks with noise and dropout of deltas, cut at several steps."""
     out = tmp_path_factory.mktemp("exact")
     jobs = {}
@@ -148,7 +137,7 @@ def exact(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> t
         for step in CUTS:
             checkpoint = out / name / f"checkpoint-{step}"
             jobs[name].append(job(out / f"{name}-{step}", bases[TASK], settings["config"], 2, checkpoint, **common))
-    return out, run_farm(jobs, out)
+    return out, fork_server.run(jobs, out)
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ranks import ForkServer
 from recipes import write_recipe
 from safetensors.torch import load_file
-from test_checkpoints import SAVED, job, run_farm
+from test_checkpoints import SAVED, job
 from test_checkpoints import STEPS as JOB_STEPS
 from trainer_cases import zero_config
 
@@ -113,8 +114,10 @@ SHORT = {"max_steps": 8, "per_device_eval_batch_size": 5}
 
 
 @pytest.fixture(scope="module")
-def runs(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list]]:
-    """All launches of this file, in one process."""
+def runs(
+    fork_server: ForkServer, bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, list]]:
+    """All launches of this file but those of `refused`."""
     out = tmp_path_factory.mktemp("faults")
     base = bases[TASK]
     jobs = {"whole": [launch(recipe(out / "whole", base, data))]}
@@ -146,7 +149,7 @@ def runs(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     for name in FULL:
         training = {"async_save": name == "in-background", "per_device_train_batch_size": 4}
         jobs[name] = [job(out / name, base, "zero2", RANKS, training=training, full_on_rank=1)]
-    return out, run_farm(jobs, out)
+    return out, fork_server.run(jobs, out)
 
 
 @pytest.mark.parametrize("number", range(len(KILLS)))
@@ -239,7 +242,7 @@ def test_a_stop_without_room_is_an_error_and_the_last_checkpoint_is_whole(runs: 
 
 
 @pytest.fixture(scope="module")
-def refused(runs: tuple[Path, dict], bases: dict, data: Path) -> tuple[Path, dict[str, list]]:
+def refused(fork_server: ForkServer, runs: tuple[Path, dict], bases: dict, data: Path) -> tuple[Path, dict[str, list]]:
     """Launches on damaged copies of a run, on a directory in use, on one that cannot be written to."""
     out, jobs = runs[0] / "refused", {}
     base = bases[TASK]
@@ -274,7 +277,7 @@ def refused(runs: tuple[Path, dict], bases: dict, data: Path) -> tuple[Path, dic
         lock.write(json.dumps({"host": "elsewhere", "process": 17, "job": None}))
         lock.flush()
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        return out, run_farm(jobs, out)
+        return out, fork_server.run(jobs, out)
 
 
 REFUSALS = {

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from ranks import ForkServer
 from torch import nn
 from trainer_cases import case, run_cases, zero_config
 from transformers import AutoModelForCausalLM
@@ -40,7 +41,7 @@ def base_of(out: Path, kind: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(out: Path) -> list[dict[str, Any]]:
+def ranks(fork_server: ForkServer, out: Path) -> list[dict[str, Any]]:
     cases = [
         case(f"{kind}-{stage}", TASK, base_of(out, kind), EXAMPLES, deepspeed=config, **kinds.TRAINING)
         | {"sparse": settings, "experts": kinds.EXPERTS.get(kind, "grouped_mm")}
@@ -49,7 +50,7 @@ def ranks(out: Path) -> list[dict[str, Any]]:
     ]
     adapters = {kind: str(out / f"{kind}-zero2" / "adapter") for kind in kinds.KINDS if kind not in TIED}
     cases.append(case("adapters", TASK, out / "untied", 8, deepspeed=STAGES["zero3"]) | {"adapters": adapters})
-    return run_cases(RANKS, cases, out, worker="kinds_worker.py")
+    return run_cases(fork_server, RANKS, cases, out, worker="kinds_worker")
 
 
 def plain(out: Path, kind: str) -> nn.Module:

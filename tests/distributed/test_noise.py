@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import ForkServer
 from trainer_cases import case, run_cases, zero_config
 
 pytestmark = pytest.mark.distributed
@@ -30,20 +31,24 @@ def _case(name: str, bases: dict[str, Path], ranks: int, noise: dict, **training
 
 
 @pytest.fixture(scope="module")
-def one_process(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def one_process(
+    fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     noises = {"none": {}, "sequence": BY_SEQUENCE, "batch": BY_BATCH}
     cases = [_case(name, bases, 1, noise) for name, noise in noises.items()]
     cases.append(_case("batch again", bases, 1, BY_BATCH))
-    return run_cases(1, cases, tmp_path_factory.mktemp("one"), "noise_worker.py")[0]
+    return run_cases(fork_server, 1, cases, tmp_path_factory.mktemp("one"), "noise_worker")[0]
 
 
 @pytest.fixture(scope="module")
-def several_ranks(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def several_ranks(
+    fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, Any]]:
     """The first rank's losses of every stage, on 2 and on 4 ranks."""
     seen = {}
     for ranks, stages in ((2, STAGES), (4, {"zero2": STAGES["zero2"]})):
         cases = [_case(stage, bases, ranks, BY_SEQUENCE, **training) for stage, training in stages.items()]
-        seen[ranks] = run_cases(ranks, cases, tmp_path_factory.mktemp("several"), "noise_worker.py")[0]
+        seen[ranks] = run_cases(fork_server, ranks, cases, tmp_path_factory.mktemp("several"), "noise_worker")[0]
     return seen
 
 

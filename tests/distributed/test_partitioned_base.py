@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from ranks import ForkServer
 from safetensors.torch import load_file
 from trainer_cases import case, run_cases, zero_config
 
@@ -28,7 +29,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(bases: dict[str, Path], out: Path) -> list[dict[str, Any]]:
+def ranks(fork_server: ForkServer, bases: dict[str, Path], out: Path) -> list[dict[str, Any]]:
     """What each rank sees: a run of each stage, and stage 2's adapter loaded by the runs of stage 3."""
     training = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 3e-2}
     cases = [case(way, TASK, bases[TASK], 40, deepspeed=config, **training) for way, config in DEEPSPEED.items()]
@@ -36,7 +37,7 @@ def ranks(bases: dict[str, Path], out: Path) -> list[dict[str, Any]]:
         case(f"{way}-loads", TASK, bases[TASK], 8, deepspeed=DEEPSPEED[way]) | {"load": str(out / "zero2" / "adapter")}
         for way in STAGE3
     ]
-    return run_cases(RANKS, cases, out, worker="partitioned_worker.py")
+    return run_cases(fork_server, RANKS, cases, out, worker="partitioned_worker")
 
 
 def _adapter(out: Path, way: str) -> dict[str, torch.Tensor]:

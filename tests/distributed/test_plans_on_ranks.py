@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import ForkServer
 from recipes import write_recipe
-from test_checkpoints import run_farm
 from trainer_cases import zero_config
 
 from sparse_zero.planning.memory_and_traffic import model_states, traffic
@@ -71,12 +71,14 @@ def recipes(bases: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def measured(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def measured(
+    fork_server: ForkServer, recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
     jobs = {
         path.parent.name: [{"count": RANKS, "call": "plan_worker:measure", "arguments": [str(path), str(path.parent)]}]
         for path in recipes.values()
     }
-    ends = run_farm(jobs, tmp_path_factory.mktemp("farm"))
+    ends = fork_server.run(jobs, tmp_path_factory.mktemp("ends"))
     assert {name: end[0].get("statuses") for name, end in ends.items()} == dict.fromkeys(jobs, [0] * RANKS), ends
     return {
         name: [json.loads((path.parent / f"rank-{rank}.json").read_text()) for rank in range(RANKS)]

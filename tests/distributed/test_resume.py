@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from ranks import ForkServer
 from safetensors.torch import load_file
 from trainer_cases import case, run_cases, zero_config
 
@@ -46,14 +47,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(base: Path, out: Path) -> list[dict[str, Any]]:
+def ranks(fork_server: ForkServer, base: Path, out: Path) -> list[dict[str, Any]]:
     """What each rank sees of whole runs that save a checkpoint on their way, and of runs that end with the best
     model's adapter, where best is the greatest loss."""
     cases = [case(way, TASK, base, 40, **TRAINING, **settings) for way, settings in WAYS.items()]
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     often = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     cases += [case(f"{way}-best", TASK, base, 40, **TRAINING | WAYS[way] | best | often) for way in ("zero2", "zero3")]
-    return run_cases(RANKS, cases, out)
+    return run_cases(fork_server, RANKS, cases, out)
 
 
 def checkpoint(out: Path, way: str, step: int = SAVED) -> Path:

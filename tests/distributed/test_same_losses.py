@@ -7,6 +7,7 @@ import dense_reference
 import pytest
 import tiny
 import torch
+from ranks import ForkServer
 from safetensors.torch import load_file
 from trainer_cases import case, run_cases, zero_config
 
@@ -73,12 +74,14 @@ def _case(name: str, bases: dict[str, Path], **training: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_process(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def one_process(
+    fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What one process sees: by task in float32 and without DeepSpeed, by name in bfloat16."""
     batch = {"per_device_train_batch_size": BATCH}
     cases = [_case(name, bases, **batch) for name in TASKS]
     cases += [_case(name, bases, bf16=True, **batch, **DEEPSPEED[_stage(name)]) for name in BFLOAT16]
-    return run_cases(1, cases, tmp_path_factory.mktemp("one"))[0]
+    return run_cases(fork_server, 1, cases, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +90,11 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(bases: dict[str, Path], out: Path) -> list[dict[str, Any]]:
+def two_ranks(fork_server: ForkServer, bases: dict[str, Path], out: Path) -> list[dict[str, Any]]:
     """What each of two ranks sees, by name."""
     cases = [_case(name, bases, **BATCHES[name.split("/")[2]], **DEEPSPEED[_stage(name)]) for name in FLOAT32]
     cases += [_case(name, bases, bf16=True, **BATCHES["whole"], **DEEPSPEED[_stage(name)]) for name in BFLOAT16]
-    return run_cases(RANKS, cases, out)
+    return run_cases(fork_server, RANKS, cases, out)
 
 
 @pytest.fixture(scope="module")

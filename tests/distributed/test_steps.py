@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-from ranks import run_ranks
+from ranks import ForkServer
 
 pytestmark = pytest.mark.distributed
 
@@ -53,11 +53,13 @@ def _micro_batches(name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def ranks(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each rank counts in a step, by case."""
     out = tmp_path_factory.mktemp("steps")
     (out / "cases.json").write_text(json.dumps(CASES))
-    run_ranks(RANKS, Path(__file__).with_name("step_worker.py"), bases[TASK], out / "cases.json", out)
+    fork_server.call(RANKS, "step_worker:main", [bases[TASK], out / "cases.json", out], out)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from loops_worker import BATCH, LEARNING_RATE, STEPS, TASK, WAYS
-from ranks import run_ranks
+from ranks import ForkServer
 
 from sparse_zero import load_adapter, merge_and_unload
 
@@ -18,10 +18,10 @@ RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def out(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks have written."""
     out = tmp_path_factory.mktemp("loops")
-    run_ranks(RANKS, Path(__file__).with_name("loops_worker.py"), bases[TASK], out)
+    fork_server.call(RANKS, "loops_worker:main", [bases[TASK], out], out)
     return out
 
 

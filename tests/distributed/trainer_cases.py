@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ranks import run_ranks
-
-DIRECTORY = Path(__file__).parent
+from ranks import ForkServer
 
 
 def zero_config(stage: int, **settings: Any) -> dict[str, Any]:
@@ -30,10 +28,10 @@ def case(name: str, task: str, base: Path, examples: int, **training: Any) -> di
 
 
 def run_cases(
-    count: int, cases: list[dict[str, Any]], out: Path, worker: str = "trainer_worker.py"
+    fork_server: ForkServer, count: int, cases: list[dict[str, Any]], out: Path, worker: str = "trainer_worker"
 ) -> list[dict[str, Any]]:
-    """Run all cases in one launch. Returns: for each rank, what it saw by the name of the case."""
+    """Run all cases in one launch of `count` ranks. Returns: for each rank, what it saw by the name of the case."""
     file = out / "cases.json"
     file.write_text(json.dumps(cases))
-    run_ranks(count, DIRECTORY / worker, file, out)
+    fork_server.call(count, f"{worker}:main", [file, out], out)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(count)]

@@ -1,9 +1,8 @@
-"""One rank of SparseTrainer runs: CASES.json OUT. Each case is trained; what was seen goes to OUT/rankN.json."""
+"""One rank of SparseTrainer runs. Each case is trained; what was seen goes to OUT/rankN.json."""
 
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def build(case: dict[str, Any], out: Path) -> tuple[TrainingArguments, PreTraine
     return arguments, tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], dtype=dtype)
 
 
-def main(run: Callable[[dict[str, Any], Path], dict[str, Any]], cases: str, out: str) -> None:
+def run_each(run: Callable[[dict[str, Any], Path], dict[str, Any]], cases: str, out: str) -> None:
     """Run each case as if it were alone in its process."""
     seen, environment = {}, dict(os.environ)
     for case in json.loads(Path(cases).read_text()):
@@ -121,5 +120,5 @@ def main(run: Callable[[dict[str, Any], Path], dict[str, Any]], cases: str, out:
     Path(out, f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+def main(cases: str, out: str) -> None:
+    run_each(run, cases, out)

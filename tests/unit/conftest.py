@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from datasets import Dataset
-from transformers import AutoTokenizer
 
 
 @pytest.fixture
 def tokenizer(tokenizer_dir):
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
@@ -17,6 +17,8 @@ def write_rows(tmp_path):
     """Writes rows to a file of the kind that its name says; returns its path."""
 
     def write(rows: list[dict] | str, name: str = "data.jsonl") -> str:
+        from datasets import Dataset
+
         path = tmp_path / name
         if isinstance(rows, str):
             path.write_text(rows)
