@@ -1,4 +1,4 @@
-"""Noise functions of the user's own, named in a recipe as FILE.py:FUNCTION or MODULE:FUNCTION."""
+"""Custom noise functions, which a recipe names as FILE.py:FUNCTION or MODULE:FUNCTION."""
 
 import functools
 import hashlib

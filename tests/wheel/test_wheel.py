@@ -182,7 +182,7 @@ def test_the_commands_without_torch(installed: Environment) -> None:
 
 def test_plan(installed: Environment, reviews_csv: Path) -> None:
     plan = installed.json("plan", "demo.yaml", "--ranks", "2")
-    assert [stage["stage"] for stage in plan["stages"]] == [0, 1, 2, 3]
+    assert {"0", "1", "2", "3", "3, offload"} <= {stage["stage"] for stage in plan["stages"]}
 
 
 def test_doctor(installed: Environment, reviews_csv: Path) -> None:
