@@ -27,16 +27,26 @@ RANKS_AT_ONCE = 4
 Spec = dict[str, Any]
 
 
+IMPORTS = (
+    "sparse_zero.training.run",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # uses torch.compile, which imports the compiler
+)
+"""What a rank would import when it uses it."""
+
+
 def import_everything() -> None:
-    """What a rank would otherwise import, compile or build after it was forked: several seconds each time."""
+    """What would otherwise cost every rank several seconds: imports, the loading of operators, tables."""
+    for module in IMPORTS:
+        importlib.import_module(module)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import sparse_zero.training.run  # noqa: F401
     from sparse_zero.gradient import cpu
     from sparse_zero.ranks.extension_locks import remove_abandoned_locks
 
-    get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions
+    get_checkpoint_conversion_mapping("llama")
     remove_abandoned_locks()
     cpu.load_operator()
     ShareMemCommBuilder().load()

@@ -194,7 +194,7 @@ def test_a_signal_saves_and_the_run_goes_on(runs: tuple[Path, dict], name: str) 
     if step is not None:
         assert stopped["statuses"] == [STOPPED] * RANKS, stopped
         saved = out / name / "run" / f"checkpoint-{step}"
-        assert f"sparse-zero: stopped at step {step}: saved in {saved}; go on with --resume" in stopped["log"]
+        assert f"sparse-zero: stopped at step {step}: saved {saved}; resume with --resume" in stopped["log"]
         assert f"checkpoint-{step} (step {step}, saved on 2 ranks)" in resumed["log"]
     assert resumed["statuses"] == [0, 0], resumed
     assert_same(out / name, out / "short")
