@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import rpn
 from launcher import cli
+from sparse_zero.recipe import shipped
 from sparse_zero.recipe.recipe import Recipe, _Loader
 from sparse_zero.recipe.training import TrainingArguments, check_training
 
@@ -151,3 +152,9 @@ def test_the_page_on_recipes_names_every_key() -> None:
     for section, field in Recipe.model_fields.items():
         for key in getattr(_section_of(field.annotation), "model_fields", {}):
             assert f"`{section}.{key}`" in page, f"{section}.{key} is not described"
+
+
+def test_the_page_on_recipes_names_every_shipped_recipe_and_deepspeed_file() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in shipped.names(".yaml", ".json"):
+        assert f"| `{name}` |" in page, f"{name} is not described"
