@@ -16,8 +16,7 @@ demo: $(SETUP)
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS) tests/unit tests/docs tests/wheel
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed tests/cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS) tests
 
 check: lint
 	$(BIN)/python tests/check.py $(PYTEST_ARGS)

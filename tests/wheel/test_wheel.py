@@ -70,9 +70,6 @@ class Environment:
         return subprocess.run(command, capture_output=True, text=True)
 
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
-
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: pip leaves files in the directory that it builds."""
