@@ -86,8 +86,8 @@ def page(lora_rows: dict[str, Row], other_rows: dict[str, Row]) -> str:
             mean, deviation = mean_and_deviation(scores)
             cells.append(f"{100 * mean:.1f} ± {100 * deviation:.1f}")
         assert len(tested) == len(SIZES) * len(SEEDS)
-        # The rows of noise_quality.py do not say how many scalars were trained.
-        trainable = f"{tested[0]['trainable']:,}" if "trainable" in tested[0] else ""
+        # The oldest rows do not have the number of scalars
+        trainable = next((f"{row['trainable']:,}" for row in tested if "trainable" in row), "")
         lines.append([method, trainable, f"{tested[0]['learning_rate']:g}", *cells])
     tuned = ", ".join(f"{row['learning_rate']:g}: {100 * row['accuracy']:.1f}" for row in map(_row(lora_rows), RATES))
     return "\n\n".join(
