@@ -10,13 +10,16 @@ SETUP := .venv/.installed
 # One rank for each GPU; on a machine without, two ranks share the CPU.
 DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes_per_node=2)
 
+# What takes longest comes first. A worker runs all tests of a file, which share hosts, ranks or a wheel.
+TESTS := tests/cluster tests/distributed tests/wheel tests/docs tests/unit
+
 .PHONY: demo test check lint docs clean
 
 demo: $(SETUP)
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
 
 check: lint
 	$(BIN)/python tests/check.py $(PYTEST_ARGS)

@@ -25,18 +25,6 @@ else:
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
-ONE_WORKER = ("cluster", "distributed", "wheel")
-"""Directories whose tests share what they start: one worker of pytest-xdist runs all tests of a directory."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        directory = item.path.relative_to(Path(__file__).parent).parts[0]
-        if directory in ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(directory))
-
-
 def pytest_collection_finish() -> None:
     """Exempt what has been imported from garbage collection: the Trainer collects several times in each run."""
     gc.collect()
