@@ -57,7 +57,7 @@ def build_report(request: dict[str, Any]) -> Report:
         "host": socket.gethostname(),
         "cores": devices.usable_cores(),
         "versions": versions(),
-        "code": code_checksum(Path(__file__).parent.parent),
+        "code": code_checksum(Path(__file__).parents[2]),
         "tools": {name: shutil.which(name) for name in ("g++", "ninja")},
         "operators": sorted({each.name for each in extension_locks.extension_directories() if any(each.glob("*.so"))}),
         "device_nodes": [
