@@ -224,10 +224,10 @@ def plan(arguments: argparse.Namespace) -> int:
     _set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.planning.plan import check_ranks, plan
-        from sparse_zero.planning.planned_run import read_recipe
+        from sparse_zero.planning.planned_run import describe_run
 
         check_ranks(arguments.ranks, arguments.nodes, bandwidth)
-        facts = plan(read_recipe(recipe), arguments.ranks, arguments.nodes, memory, bandwidth)
+        facts = plan(describe_run(recipe), arguments.ranks, arguments.nodes, memory, bandwidth)
     if arguments.json:
         report.print_json(facts)
     else:

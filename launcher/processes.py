@@ -86,7 +86,7 @@ def run(
     if received:
         return RunExit(128 + received[0], stopped=True)
     if outcome is not None:
-        # If a signal ended a rank, the launcher's status may tell which one.
+        # If a signal ended a rank, the launcher's status may name the signal; the outcome does not.
         return RunExit(status if status > 128 else outcome.status, stopped=not outcome.is_error, is_explained=True)
     # DeepSpeed's runner exits with 0 when the launcher below it was killed.
     return RunExit(1 if orphans and status == 0 else status, stopped=False)

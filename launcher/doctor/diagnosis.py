@@ -188,7 +188,7 @@ def report_request(
     return {
         **request,
         "port": None if recipe.launch.master_port == "auto" else recipe.launch.master_port,
-        "files": [str(file) for file in (*([find_recipe(path)] if path else []), *recipe.files)],
+        "files": [*([str(find_recipe(path))] if path else []), *recipe.files.values()],
         "sources": input_sources.sources_request(
             model.name, model.tokenizer, data.path, data.data_files, model.revision
         ),

@@ -142,7 +142,7 @@ def accelerators(report: Report, required: HostRequirements, host: str | None) -
             )
         shared = f"{ranks} rank{'s share' if ranks > 1 else ' uses'} {report['cores']} CPU cores"
         if ranks > report["cores"]:
-            fewer = f"start {report['cores']} or fewer on this host (slots, launch.processes_per_node)"
+            fewer = f"start {report['cores']} or fewer on that host (slots, launch.processes_per_node)"
             yield warning("accelerator", shared, fewer, host)
         else:
             yield ok("accelerator", f"{'not used' if devices else 'none'}: {shared}", host)
@@ -206,10 +206,8 @@ def network(report: Report, required: HostRequirements, host: str | None) -> Ite
             peer, interface = next(iter(routes.items()))
             yield ok("network", f"{why}: the ranks use {interface}, which reaches {peer}", host)
         else:
-            remedy = (
-                f"set launch.environment.GLOO_SOCKET_IFNAME={next(iter(_external(net)), 'INTERFACE')}, or correct "
-            )
-            remedy += f"{name} in its /etc/hosts"
+            external = next(iter(_external(net)), "INTERFACE")
+            remedy = f"set launch.environment.GLOO_SOCKET_IFNAME={external}, or correct {name} in its /etc/hosts"
             yield error("network", f"{why}: gloo would give the other hosts a loopback address", remedy, host)
     else:
         yield ok("network", f"gloo uses {interface} ({net['gloo_address']})", host)
@@ -279,12 +277,12 @@ def inputs(report: Report, required: HostRequirements, host: str | None) -> Iter
     for key, source in report["sources"].items():
         if source["problem"]:
             reason = source["problem"] if source["place"] == "package" else f"{source['path']}: {source['problem']}"
-            yield error("files", f"{key}: {reason}", "copy it to this host, or to a disk that all hosts share", host)
+            yield error("files", f"{key}: {reason}", "copy it to that host, or to a disk that all hosts share", host)
         elif source["place"] == "hub" and not source["cached"]:
             load = f"hf download {'--repo-type dataset ' if key == 'data.path' else ''}{source['path']}"
             message = f"{key}: {source['path']} is not in the cache"
             if source["offline"]:
-                remedy = f"run on this host, with internet access: {load}; or set HF_HOME to a cache that has it"
+                remedy = f"run on that host, with internet access: {load}; or set HF_HOME to a cache that has it"
                 yield error("files", f"{message}, and HF_HUB_OFFLINE is set", remedy, host)
             else:
                 remedy = f"download it first: {load}; this fails if the hub has no such name"

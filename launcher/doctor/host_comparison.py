@@ -50,7 +50,7 @@ def _versions(reports: Reports) -> Iterator[Finding]:
             # Patch releases of Python do not change what ranks exchange.
             fatal = name in SAME_VERSION_REQUIRED or (name == "python" and here.split(".")[:2] != there.split(".")[:2])
             report_as = error if fatal else warning
-            remedy = f"install {name} {there} on this host" if name != "python" else "use the same Python on all hosts"
+            remedy = f"install {name} {there} on that host" if name != "python" else "use the same Python on all hosts"
             yield report_as("consistency", f"{name} is {here}, but {there} on {first}", remedy, host)
 
 
@@ -88,7 +88,7 @@ def _accelerators(reports: Reports) -> Iterator[Finding]:
         if here and there:
             yield warning("consistency", message, "every step waits for the slowest accelerator", host)
         else:
-            remedy = "exclude this host (launch.exclude), or train on the CPU on all hosts (training.use_cpu=true)"
+            remedy = "exclude that host (launch.exclude), or train on the CPU on all hosts (training.use_cpu=true)"
             yield error("consistency", message, remedy, host)
 
 

@@ -180,8 +180,10 @@ def _corrupting_links(measured: LinkMeasurements) -> Iterator[Finding]:
 
 
 def _slow_links(measured: LinkMeasurements) -> Iterator[Finding]:
-    remedy = "check its cable and speed (ethtool), and that the ranks use the fast interface "
-    remedy += "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
+    remedy = (
+        "check its cable and speed (ethtool), and that the ranks use the fast interface (GLOO_SOCKET_IFNAME, "
+        "NCCL_SOCKET_IFNAME)"
+    )
     for between_hosts in (False, True):
         links = [link for link in measured.links if _is_between_hosts(measured, link) == between_hosts]
         for key, unit, sign in (("bytes_per_second", _rate, 1), ("latency_seconds", _time, -1)):

@@ -118,14 +118,14 @@ def explain_failure(host: str, status: int, stderr: str) -> Finding:
         return error("reachability", f"has no directory {Path.cwd()}", remedy, host)
     if status == _PROLOGUE_FAILED:
         message = f"a line of launch.prologue fails: {last}"
-        return error("reachability", message, "correct launch.prologue, or install what it needs on this host", host)
+        return error("reachability", message, "correct launch.prologue, or install what it needs on that host", host)
     if status in (126, 127):
         python = f"{sys.executable} cannot be run: {last}"
-        return error("reachability", python, "install the same environment on this host, or share its directory", host)
+        return error("reachability", python, "install the same environment on that host, or share its directory", host)
     if "No module named" in stderr:
         remedy = "install the same version of sparse-zero for this Python"
         return error("reachability", f"{sys.executable}: {last}", remedy, host)
-    remedy = "run on this host: python -m launcher.doctor.host_report '{}'"
+    remedy = "run on that host: python -m launcher.doctor.host_report '{}'"
     return error("reachability", f"gave no report: {last}", remedy, host)
 
 

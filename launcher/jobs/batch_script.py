@@ -72,7 +72,7 @@ if may_requeue; then
         echo "sparse-zero: job $job cannot be requeued; submit it again to resume from its newest checkpoint"
     fi
 elif [ "$status" -ne 0 ] && [ "$asked" = TERM ]; then
-    echo "sparse-zero: job $job was cancelled or preempted, and is requeued only if Slurm itself does so"
+    echo "sparse-zero: job $job was told to stop, and is requeued only if Slurm itself does so"
 fi
 exit "$status"
 """

@@ -69,7 +69,7 @@ Two minutes before the time limit the run saves a checkpoint, and the job is req
             preparation=ONE_ARGUMENT,
         ),
         "preemptible.sbatch": batch_script(
-            f"""For a partition whose jobs may be preempted: a stopped job is requeued and resumes.
+            f"""For a partition whose jobs may be preempted: a preempted job is requeued and resumes.
 
   sbatch --partition=NAME --gres=gpu:4 --ntasks-per-node=4 preemptible.sbatch demo.yaml
 

@@ -147,10 +147,8 @@ def _tasks_per_node(options: "SlurmOptions", processes_per_node: int | str, gpus
 
 
 def _check_time(options: "SlurmOptions") -> None:
-    limit, warning = (
-        time_limit_seconds(str(options.get("time") or "")),
-        re.search(r"@(\d+)$", str(options.get("signal") or "")),
-    )
+    limit = time_limit_seconds(str(options.get("time") or ""))
+    warning = re.search(r"@(\d+)$", str(options.get("signal") or ""))
     if limit is None or warning is None:
         return
     if limit <= int(warning[1]) + 30:

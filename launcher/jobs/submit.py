@@ -53,7 +53,7 @@ class Submission:
             "follow": shlex.join(["tail", "-F", self.log]),
             "state": shlex.join(["squeue", *where, "--jobs", self.job]),
             "save and stop": shlex.join(["scancel", *where, "--batch", "--signal=TERM", self.job]),
-            "save and requeue": shlex.join(["scancel", *where, "--batch", "--signal=USR1", self.job]),
+            "save and queue again": shlex.join(["scancel", *where, "--batch", "--signal=USR1", self.job]),
             "resume": script.shell(),
         }
 

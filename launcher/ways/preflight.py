@@ -1,4 +1,4 @@
-"""Checks of a run that take milliseconds, before its ranks are started."""
+"""Checks of a run before its ranks are started. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def check(recipe: Recipe) -> None:
 
 def check_hosts(recipe: Recipe) -> None:
     """Raises UserError: ranks cannot be started on a host of the hostfile."""
-    names = launchers.host_names(recipe) if recipe.launch.hostfile else []
+    names = launchers.host_names(recipe)
     problems = launchers.unreachable(recipe, names)
     if problems:
         lost = "; ".join(f"{name}: {problem}" for name, problem in problems.items())

@@ -38,6 +38,7 @@ def test_a_key_with_its_type_default_and_meaning(capsys):
     assert printed(capsys, "sparse.density").startswith("sparse.density: float | null (> 0, <= 1) = null\n")
     assert "null: the classification head" in printed(capsys, "sparse.modules_to_save").replace("\n    ", " ")
     assert printed(capsys, "model").startswith("model, required\n")
+    assert printed(capsys, "model.trust_remote_code").startswith("model.trust_remote_code: bool = false\n")
     assert printed(capsys, "data.train_split") == "data.train_split: str = train\n"
     assert printed(capsys, "sparse.trainable_token_indices").startswith(
         "sparse.trainable_token_indices: list[int] | null = null\n"

@@ -147,6 +147,7 @@ def test_a_job_is_submitted_and_described(recipe, sbatch, capsys, tmp_path, monk
     assert (facts["job"], facts["cluster"]) == ("42", "east")
     assert facts["log"] == str(tmp_path / "runs/a b/slurm-42.log")
     assert facts["state"] == "squeue --clusters east --jobs 42"
+    assert {"follow", "save_and_stop", "save_and_queue_again", "resume"} <= facts.keys()
     assert (tmp_path / "given").read_text() == "--parsable\nruns/a b/submit.sbatch\n"
     assert (tmp_path / "script").read_text() == Path("runs/a b/submit.sbatch").read_text()
     # Another job's script is left alone, the same is used again.
@@ -246,6 +247,7 @@ def test_a_task_of_an_array_is_queued_again_alone(job, monkeypatch):
 )
 def test_a_term_queues_again_only_where_it_was_not_the_users(job, reason, expected):
     Path("reason").write_text(reason)
-    status, asked, _ = job(signal.SIGTERM)
+    status, asked, output = job(signal.SIGTERM)
     assert (status, asked) == (75, expected)
+    assert ("was told to stop" in output) == ("requeue 7" not in expected)
     assert Path("told").read_text() == "USR1\n"
