@@ -20,14 +20,12 @@ if (
 import argparse
 import atexit
 import hashlib
-import json
 import socket
 import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rpn.config import file_of
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.failures import RankInfo
@@ -178,13 +176,8 @@ def facts_that_must_match(recipe: Recipe) -> dict[str, str]:
 
 def _contents(recipe: Recipe) -> str:
     """The recipe, with its files' contents instead of their paths, which may differ between hosts."""
-    sections = recipe.model_dump(mode="json")
-    if isinstance(sections["training"].get("deepspeed"), str):
-        sections["training"]["deepspeed"] = Path(sections["training"]["deepspeed"]).read_text(encoding="utf-8")
-    if recipe.rpn is not None and (file := file_of(recipe.rpn.noise)) is not None:
-        function = recipe.rpn.noise.rpartition(":")[2]
-        sections["rpn"]["noise"] = [Path(file).read_text(encoding="utf-8"), function]
-    return json.dumps(sections)
+    contents = {key: Path(name).read_text(encoding="utf-8") for key, name in recipe.files.items()}
+    return recipe.with_files(contents).model_dump_json()
 
 
 def _end(status: int) -> NoReturn:

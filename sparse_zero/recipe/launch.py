@@ -50,7 +50,7 @@ class LaunchSection(BaseModel):
     rendezvous_seconds: float = Field(300, gt=0)
     """How long ranks wait for the others at the rendezvous."""
     silence_seconds: float = Field(30, gt=0)
-    """How long a host may not respond on the network before it counts as lost."""
+    """How long a host may be silent on the network before it counts as lost."""
     grace_seconds: float = Field(60, gt=0)
     """How long ranks may take to save a checkpoint after a stop signal; then they are killed."""
 

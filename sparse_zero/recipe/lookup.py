@@ -33,14 +33,14 @@ def find_named_file(key: str, name: str, recipe: Path, *suffixes: str) -> Path:
 
     Args:
         key: of the recipe, for the message.
-        recipe: the recipe's path. Files next to a shipped recipe are shipped files, which are searched last.
+        recipe: the recipe's path. Files next to a shipped recipe are searched after the working directory.
         suffixes: of the files to look among.
 
     Raises:
         UserError: there is no such file. The message says where it was looked for, and names a similar one.
     """
     is_shipped = recipe.parent.resolve() == shipped.directory().resolve()
-    places = [Path()] if is_shipped else [recipe.parent, Path()]
+    places = [Path(), recipe.parent] if is_shipped else [recipe.parent, Path()]
     for candidate in (*(place / name for place in places), shipped.find(name, *suffixes)):
         if candidate is not None and candidate.is_file():
             return candidate

@@ -4,6 +4,7 @@ recipe = load_recipe("demo.yaml", ["training.learning_rate=1e-3"])
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,11 +37,12 @@ class ModelSection(Section):
     tokenizer: str | None = None
     """A hub id or directory of the tokenizer. None: that of `name`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """The dtype of the base model. None: bfloat16 if `training.bf16` is set, else float32."""
+    """The dtype of the base model. None: bfloat16 if `training.bf16` and `training.deepspeed`
+    are set, else float32."""
     attn_implementation: str | None = None
     """As in transformers' from_pretrained: eager, sdpa, flash_attention_2, ..."""
     new_tokens: list[str] = []
-    """Tokens to add to the tokenizer. Their embeddings are trained whole."""
+    """Tokens to add to the tokenizer. Their embeddings are trained in full."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the model, as in transformers' from_pretrained."""
 
@@ -49,11 +51,17 @@ class Columns(Section):
     """The column of each part of an example."""
 
     text: str | None = None
+    """The text to classify, or to continue."""
     text_pair: str | None = None
+    """The second text of a pair to classify."""
     label: str | None = None
+    """The class of a text: a name or an integer."""
     prompt: str | None = None
+    """The prompt, which has no loss."""
     completion: str | None = None
+    """What the model is to write after the prompt."""
     messages: str | None = None
+    """A conversation: a list of {role, content}. The loss is on the assistant's turns."""
 
 
 class DataSection(Section):
@@ -106,10 +114,21 @@ class Recipe(Section):
     launch: LaunchSection = LaunchSection()
 
     @property
-    def files(self) -> list[Path]:
-        """The files that the recipe names: the DeepSpeed configuration, and the noise function's file."""
+    def files(self) -> dict[str, str]:
+        """The files that the recipe names, by key: a DeepSpeed configuration, and the noise function's file."""
         deepspeed, noise = self.training.get("deepspeed"), file_of(self.rpn.noise) if self.rpn else None
-        return [Path(name) for name in (deepspeed, noise) if isinstance(name, str)]
+        named = {"training.deepspeed": deepspeed, "rpn.noise": noise}
+        return {key: name for key, name in named.items() if isinstance(name, str)}
+
+    def with_files(self, paths: Mapping[str, str]) -> "Recipe":
+        """A copy that names other files. Args: paths: by the keys of `files`."""
+        training, rpn = self.training, self.rpn
+        if "training.deepspeed" in paths:
+            training = training | {"deepspeed": paths["training.deepspeed"]}
+        if rpn is not None and "rpn.noise" in paths:
+            function = rpn.noise.rpartition(":")[2]
+            rpn = rpn.model_copy(update={"noise": f"{paths['rpn.noise']}:{function}"})
+        return self.model_copy(update={"training": training, "rpn": rpn})
 
     @model_validator(mode="after")
     def _columns_fit_the_task(self) -> "Recipe":
@@ -124,6 +143,10 @@ class Recipe(Section):
         if self.data.packing and self.model.task != "causal-lm":
             raise ValueError("data.packing: only causal language models can be packed")
         return self
+
+
+_FILE_SUFFIXES = {"training.deepspeed": ".json", "rpn.noise": ".py"}
+"""The suffixes of the files that a recipe names, by key."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -153,28 +176,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     training = dict(recipe.training)
     name = training.setdefault("run_name", file.stem)
     training.setdefault("output_dir", str(Path("runs") / str(name)))
+    recipe = recipe.model_copy(update={"training": training})
     try:
-        return recipe.model_copy(
-            update={"training": _with_its_file(training, file), "rpn": _with_its_noise(recipe.rpn, file)}
-        )
+        found = {key: str(find_named_file(key, name, file, _FILE_SUFFIXES[key])) for key, name in recipe.files.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _with_its_file(training: dict[str, Any], recipe: Path) -> dict[str, Any]:
-    """`training` with the path of its DeepSpeed file instead of the file's name."""
-    name = training.get("deepspeed")
-    if not isinstance(name, str):
-        return training
-    return training | {"deepspeed": str(find_named_file("training.deepspeed", name, recipe, ".json"))}
-
-
-def _with_its_noise(rpn: RPNConfig | None, recipe: Path) -> RPNConfig | None:
-    """`rpn` with the path of the file that its noise is defined in instead of the file's name."""
-    if rpn is None or (name := file_of(rpn.noise)) is None:
-        return rpn
-    found = find_named_file("rpn.noise", name, recipe, ".py")
-    return rpn.model_copy(update={"noise": rpn.noise.replace(name, str(found))})
+    return recipe.with_files(found)
 
 
 def _read_yaml(file: Path, shown: str | Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def directory() -> Path:
 
 def names(*suffixes: str) -> list[str]:
     """The names of the files with one of these suffixes; without suffixes, of all files."""
-    found = [file.name for file in directory().iterdir() if file.suffix in (suffixes or KINDS)]
+    found = [f.name for f in directory().iterdir() if f.suffix in KINDS and f.suffix in (suffixes or KINDS)]
     return sorted(found, key=lambda name: ([*KINDS].index(Path(name).suffix), name))
 
 
@@ -74,7 +74,9 @@ def copy(name: str, to: str | Path | None = None) -> Path:
 
 
 def _about(file: Path) -> str:
-    """The first sentence of the comment at the top; of a DeepSpeed file, what it partitions and offloads."""
+    """The first line of the comment at the top, which must be one sentence. Of a DeepSpeed file, what it partitions
+    and offloads.
+    """
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".json":
         return _about_deepspeed(json.loads(text)["zero_optimization"])

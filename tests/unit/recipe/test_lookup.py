@@ -1,6 +1,7 @@
 """Where a recipe, and a file that it names, is looked for."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,5 +152,19 @@ def test_a_noise_of_a_module_is_left_alone():
 def test_the_files_that_a_recipe_names():
     Path("own.py").touch()
     recipe = load_recipe("demo.yaml", ["rpn.noise=own.py:jitter", "training.deepspeed=zero1.json"])
-    assert recipe.files == [shipped.directory() / "zero1.json", Path("own.py")]
-    assert load_recipe("demo.yaml", ["training.deepspeed=null", "rpn=null"]).files == []
+    assert recipe.files == {"training.deepspeed": str(shipped.directory() / "zero1.json"), "rpn.noise": "own.py"}
+    assert load_recipe("demo.yaml", ["training.deepspeed=null", "rpn=null"]).files == {}
+
+
+def test_more_files_beside_the_shipped_ones_do_no_harm(tmp_path, monkeypatch):
+    """Such as those that somebody adds to configs/ in a checkout."""
+    configs = shutil.copytree(shipped.directory(), tmp_path / "configs")
+    for name, text in {"mine.yml": "", "notes.txt": "", "own.py": "def jitter(): pass\n"}.items():
+        (configs / name).write_text(text)
+    monkeypatch.setattr(shipped, "directory", lambda: configs)
+    assert find_recipe("demo.yaml") == configs / "demo.yaml"
+    assert "did you mean 'demo.yaml'?" in refusal("dmo.yaml")
+    assert load_recipe("demo.yaml", ["rpn.noise=own.py:jitter"]).rpn.noise == f"{configs / 'own.py'}:jitter"
+    Path("own.py").touch()
+    assert load_recipe("demo.yaml", ["rpn.noise=own.py:jitter"]).rpn.noise == "own.py:jitter"
+    assert "mine.yml" not in [file.name for file in shipped.describe()]
