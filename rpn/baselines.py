@@ -5,8 +5,9 @@
     stream      rpn.streams.Stream
     returns     (batch, length, hidden)
 
-Gaussian and uniform numbers are drawn by torch's generators, seeded by the keys of the stream. They are the same for
-any padding and any number of ranks, but differ between CPU and GPU.
+Gaussian and uniform numbers are drawn by torch's generators, seeded by the keys of the stream: they repeat exactly on
+one kind of device, but differ between CPU and GPU. With scope "sequence" they are the same for any padding and any
+number of ranks.
 """
 
 import math

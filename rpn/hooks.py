@@ -258,7 +258,8 @@ def _layout(inputs: _Inputs, embeddings: Tensor) -> tuple[Tensor, Tensor | None]
     # Multiple-choice models use (batch, choices, length) and flatten it
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 3):
         warnings.warn(
-            "rpn: padding can be found only from a 2-D attention mask, not from this one: padding gets noise as well",
+            "rpn: this attention mask has neither 2 nor 3 dimensions, so padding cannot be found: if there is any, it "
+            "gets noise as well",
             stacklevel=2,
         )
         return everything, None

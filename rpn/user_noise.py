@@ -1,6 +1,5 @@
 """Custom noise functions, which a recipe names as FILE.py:FUNCTION or MODULE:FUNCTION."""
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -16,7 +15,6 @@ class NoiseNotFound(ValueError):
     """`RPNConfig.noise` names a file, a module or a function that does not exist."""
 
 
-@functools.cache
 def load_noise(noise: str) -> Callable:
     """The function that `RPNConfig.noise` names.
 
@@ -30,8 +28,8 @@ def load_noise(noise: str) -> Callable:
     module = _load_file(Path(place)) if file_of(noise) else _import(place)
     function = getattr(module, name, None)
     if not callable(function):
-        what = "has no function" if function is None else "has a value, not a function, called"
-        raise NoiseNotFound(f"{place} {what} '{name}'")
+        problem = f"has no function '{name}'" if function is None else f"'{name}' is not a function"
+        raise NoiseNotFound(f"{place}: {problem}")
     return function
 
 
@@ -40,19 +38,29 @@ def _load_file(file: Path) -> ModuleType:
         raise NoiseNotFound(f"{file}: no such file")
     # The name must not be that of an installed module: the user's file may be called json.py.
     name = f"_rpn_noise_{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
+    except TypeError:
+        if not name.startswith("."):
+            raise  # by the user's module
+        raise NoiseNotFound(f"'{name}' is not the name of a module; give a file as {name}.py:FUNCTION") from None
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # a module that the user's module imports
         raise NoiseNotFound(
             f"there is no module '{name}': install it, add its directory to PYTHONPATH, or give a file as "
-            f"{name}.py:FUNCTION"
+            f"{name.replace('.', '/')}.py:FUNCTION"
         ) from None
