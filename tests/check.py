@@ -13,6 +13,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 IMPORT_ORDER = "tests/unit/test_imports.py"
+TOPS = ("sparse_zero", "launcher", "rpn", "benchmarks")
 TWO_RANKS = "tests/distributed/test_training_loops.py"
 
 
@@ -30,7 +31,7 @@ def changed_files() -> set[str]:
 def package_of(file: str) -> str | None:
     """The package that a file of the product belongs to: sparse_zero/X, launcher/X, launcher, rpn or benchmarks."""
     top, *rest = Path(file).parts
-    if top not in ("sparse_zero", "launcher", "rpn", "benchmarks") or not rest:
+    if top not in TOPS or not rest:
         return None
     if len(rest) > 1 and top in ("sparse_zero", "launcher"):
         return f"{top}/{rest[0]}"
@@ -54,7 +55,7 @@ def importers(packages: Iterable[str]) -> set[str]:
     """The other packages that import one of these."""
     names = "|".join(re.escape(package.replace("/", ".")) for package in packages)
     importing = re.compile(rf"^\s*(from|import) ({names})\b", re.MULTILINE)
-    files = [file for top in ("sparse_zero", "launcher") for file in (REPOSITORY / top).rglob("*.py")] if names else []
+    files = [file for top in TOPS for file in (REPOSITORY / top).rglob("*.py")] if names else []
     found = {package_of(str(file.relative_to(REPOSITORY))) for file in files if importing.search(file.read_text())}
     return found - {*packages, None}
 
@@ -63,18 +64,18 @@ def main(options: list[str]) -> int:
     files = sorted(changed_files())
     tests = {path for path in map(tests_of, files) if path}
 
-    def is_within(path: str | None) -> bool:
-        return any(str(parent) in tests for parent in Path(path or "").parents)
+    def is_within(path: str) -> bool:
+        return any(str(parent) in tests for parent in Path(path).parents)
 
     tests = sorted(path for path in tests if not is_within(path))
     packages = {package for package in map(package_of, files) if package}
     others = [each for each in importers(packages) if not {each, str(Path(each).parent)} & packages]
-    untested = [file for file in files if file.endswith((".py", ".cpp", ".sh")) and not tests_of(file)]
+    untested = [file for file in files if not tests_of(file)]
     print(f"check: {len(files)} files have changed")
     if others:
         print(f"check: not run: the tests of {', '.join(sorted(others))}, which import what has changed")
     if untested:
-        print(f"check: not run: what tests {', '.join(untested)}")
+        print(f"check: left to make test: {', '.join(untested)}")
     words = [*dict.fromkeys([TWO_RANKS, *tests, IMPORT_ORDER]), *options]
     print(f"check: pytest {' '.join(words)}", flush=True)
     parallel = ["--numprocesses", "2", "--dist", "loadfile"]

@@ -25,6 +25,10 @@ else:
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+STARTS_RANKS = ("distributed", "cluster")
+"""Directories, and marks of their tests."""
+
+
 def pytest_collection_finish() -> None:
     """Exempt what has been imported from garbage collection: the Trainer collects several times in each run."""
     gc.collect()
@@ -35,9 +39,19 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[pytest.TestReport]:
     """A test that starts ranks and is skipped fails in CI, where .ci/run has installed what it needs."""
     report = yield
-    starts_ranks = any(item.get_closest_marker(name) for name in ("distributed", "cluster"))
-    if report.skipped and starts_ranks and os.environ.get("CI") == "true":
+    starts_ranks = any(item.get_closest_marker(name) for name in STARTS_RANKS)
+    if report.skipped and not hasattr(report, "wasxfail") and starts_ranks and os.environ.get("CI") == "true":
         report.outcome, report.longrepr = "failed", f"CI has to run this test: {call.excinfo.value}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[pytest.CollectReport]:
+    """The same for a file of such tests that is skipped as a whole."""
+    report = yield
+    starts_ranks = collector.path.parent.name in STARTS_RANKS
+    if report.outcome == "skipped" and starts_ranks and os.environ.get("CI") == "true":
+        report.outcome, report.longrepr = "failed", f"CI has to run {collector.path.name}: {report.longrepr[-1]}"
     return report
 
 

@@ -28,10 +28,6 @@ WAYS = {
 """By way: the part of the lab that it needs, what stands before the run's own words, and keys of `launch`."""
 
 
-BY_HAND = tuple(name for name in own_files.NAMES if not name.startswith("sparse_zero"))
-"""Python itself imports a package of that name, if it is started without -P."""
-
-
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
@@ -71,7 +67,7 @@ def test_the_losses_are_those_of_one_host(
         request.getfixturevalue("slurm")
     if command[0] != "deepspeed":
         # DeepSpeed's runner puts the working directory into PYTHONPATH; the command prevents it.
-        own_files.write(hostfile.parent, own_files.NAMES if command == COMMAND else BY_HAND)
+        own_files.write(hostfile.parent, own_files.NAMES if command == COMMAND else own_files.WITHOUT_SPARSE_ZERO)
     run = [*command, *words, *(f"launch.{key}" for key in keys)]
     hosts["n1"].run(
         *(str(word).replace("HOSTFILE", str(hostfile)) for word in run), cwd=hostfile.parent, timeout=SECONDS

@@ -3,7 +3,8 @@
 A request is a line of standard input, {"jobs": FILE, "ends": FILE}; "done" on standard output answers it. The first
 file maps each job's name to its launches, which run one after the other: {"count": ranks, "call": "module:function",
 "arguments": [...]}. Every rank calls the function in its own process, over gloo, and exits with what it returns. The
-second file gets how each launch ended. Jobs run at the same time, up to RANKS_AT_ONCE ranks. No rank is ended because
+second file gets how each launch ended. Jobs run at the same time, up to RANKS_AT_ONCE ranks: those of one request
+must not depend on each other. No rank is ended because
 another one failed: that ranks end by themselves is what the tests look at.
 """
 
@@ -20,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-HANG_SECONDS = 90.0
+LAUNCH_SECONDS, ENDING_SECONDS = 240.0, 90.0
 """How long a launch may take, and how long its ranks may take to end after one of them has failed."""
 RANKS_AT_ONCE = 4
 
@@ -33,14 +34,14 @@ IMPORTS = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # uses torch.compile, which imports the compiler
 )
-"""What a rank would import when it uses it."""
+"""Modules that ranks otherwise import during a run."""
 
 
 def import_everything() -> None:
     """What would otherwise cost every rank several seconds: imports, the loading of operators, tables."""
     for module in IMPORTS:
         importlib.import_module(module)
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.comm.torch import build_shm_op
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from sparse_zero.gradient import cpu
@@ -49,7 +50,7 @@ def import_everything() -> None:
     get_checkpoint_conversion_mapping("llama")
     remove_abandoned_locks()
     cpu.load_operator()
-    ShareMemCommBuilder().load()
+    build_shm_op()
 
 
 class Launch:
@@ -64,13 +65,15 @@ class Launch:
         self._first_failure: float | None = None
         self.pids: dict[int, int] = {}
         """Those that have not ended, with their ranks."""
+        self._group = 0
+        """The process group of all ranks: the pid of the first one."""
         for rank in range(self.count):
             pid = os.fork()
-            group = min(self.pids, key=self.pids.get, default=pid)  # that of the first rank
             if pid == 0:
-                _be_rank(rank, port, group, spec, log)
+                _be_rank(rank, port, self._group, spec, log)
+            self._group = self._group or pid
             with contextlib.suppress(ProcessLookupError):
-                os.setpgid(pid, group)
+                os.setpgid(pid, self._group)
             self.pids[pid] = rank
         self._started = time.monotonic()
 
@@ -82,11 +85,15 @@ class Launch:
 
     @property
     def hangs(self) -> bool:
-        return time.monotonic() - (self._first_failure or self._started) > HANG_SECONDS
+        if self._first_failure is not None:
+            return time.monotonic() - self._first_failure > ENDING_SECONDS
+        return time.monotonic() - self._started > LAUNCH_SECONDS
 
     def kill(self) -> None:
+        """Kill the ranks that are left, and whatever the ranks have started, such as the workers of a data loader."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._group, signal.SIGKILL)
         for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
     def end(self) -> dict[str, Any]:
@@ -149,19 +156,23 @@ def run(jobs: dict[str, list[Spec]], logs: Path) -> dict[str, list[dict[str, Any
         number = len(ends[name])
         running[name] = Launch(jobs[name][number], logs / f"{name}-{number}.log")
 
-    while waiting or running:
-        at_work = sum(launch.count for launch in running.values())
-        if waiting and (not running or at_work + jobs[waiting[0]][0]["count"] <= RANKS_AT_ONCE):
-            start(waiting.pop(0))
-            continue
-        _collect_one_end(running)
-        for name, launch in list(running.items()):
-            if not launch.pids or launch.hangs:
-                ends[name].append(launch.end())
-                launch.kill()
-                del running[name]
-                if len(ends[name]) < len(jobs[name]):
-                    start(name)
+    try:
+        while waiting or running:
+            at_work = sum(launch.count for launch in running.values())
+            if waiting and (not running or at_work + jobs[waiting[0]][0]["count"] <= RANKS_AT_ONCE):
+                start(waiting.pop(0))
+                continue
+            _collect_one_end(running)
+            for name, launch in list(running.items()):
+                if not launch.pids or launch.hangs:
+                    ends[name].append(launch.end())
+                    launch.kill()
+                    del running[name]
+                    if len(ends[name]) < len(jobs[name]):
+                        start(name)
+    finally:
+        for launch in running.values():
+            launch.kill()
     return ends
 
 
@@ -178,14 +189,16 @@ def _collect_one_end(running: dict[str, Launch]) -> None:
 
 
 def main() -> None:
+    # Ranks do not inherit it, so that the tests see its end when this process ends.
     answers = os.fdopen(os.dup(1), "w")
+    os.register_at_fork(after_in_child=lambda: os.close(answers.fileno()))
     os.dup2(2, 1)  # what libraries print is no answer
     import_everything()
     for line in sys.stdin:
         request = json.loads(line)
         ends = Path(request["ends"])
         logs = ends.with_suffix("")
-        logs.mkdir()
+        logs.mkdir(exist_ok=True)
         ends.write_text(json.dumps(run(json.loads(Path(request["jobs"]).read_text()), logs), indent=1))
         print("done", file=answers, flush=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,3 +134,7 @@ def main(base: str, out: str) -> None:
         sparsify(model, SparseConfig(density=tiny.density_of(model, TASK)))
         losses[way] = train(model.train())
     Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -6,6 +6,8 @@ run_ranks starts them through the launchers that users have; ForkServer forks th
 import contextlib
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +23,9 @@ import psutil
 _MARK = "SPARSE_ZERO_TEST_RUN"
 """An environment variable that marks every process of a run, also those that leave its session."""
 
+ANSWER_SECONDS = 900
+"""How long a request may take."""
+
 ON_CPU = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
@@ -30,7 +35,11 @@ ON_CPU = {
 
 
 class ForkServer:
-    """The process of fork_server.py, which forks ranks. It starts with the first request and ends with this one."""
+    """The process of fork_server.py, which forks ranks. It starts with the first request and ends with this one.
+
+    Forked ranks share the hash seed and numpy's random state, and skip the interpreter's exit. test_training_loops,
+    test_train_recipe and test_bad_input start ranks as users do.
+    """
 
     def __init__(self, errors: Path) -> None:
         """Args: errors: a file for what the process prints."""
@@ -47,15 +56,19 @@ class ForkServer:
         (directory / "jobs.json").write_text(json.dumps(jobs))
         request = {"jobs": str(directory / "jobs.json"), "ends": str(directory / "ends.json")}
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline().strip()
-        assert answer == "done", f"the fork server failed:\n{self._errors.read_text()[-4000:]}"
+        ready, _, _ = select.select([self._process.stdout], [], [], ANSWER_SECONDS)
+        answer = self._process.stdout.readline().strip() if ready else f"no answer for {ANSWER_SECONDS} s"
+        if answer != "done":
+            self._end()  # the next request starts another one
+        assert answer == "done", f"the fork server failed ({answer}):\n{self._errors.read_text()[-4000:]}"
         return json.loads((directory / "ends.json").read_text())
 
     def call(self, count: int, function: str, arguments: list[object], directory: Path) -> None:
         """Call "module:function" on `count` ranks. Raises AssertionError with their output if one of them fails."""
         spec = {"count": count, "call": function, "arguments": [str(argument) for argument in arguments]}
         [end] = self.run({"ranks": [spec]}, directory)["ranks"]
-        assert end["statuses"] == [0] * count, f"{end['statuses']}; the ranks printed\n{end['log']}"
+        hanging = f", ranks {end['hanging']} hang" if "hanging" in end else ""
+        assert end["statuses"] == [0] * count, f"{end['statuses']}{hanging}; the ranks printed\n{end['log']}"
 
     def _start(self) -> subprocess.Popen[str]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -63,10 +76,19 @@ class ForkServer:
         with self._errors.open("w") as errors:
             return subprocess.Popen(command, env=os.environ | ON_CPU, stderr=errors, **pipes)
 
+    def _end(self) -> None:
+        """End the process; a first signal lets it kill its ranks."""
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
     def close(self) -> None:
         if self._process is not None:
-            self._process.stdin.close()
-            self._process.wait()
+            self._end()
 
 
 @dataclass(frozen=True)
@@ -90,8 +112,9 @@ def run_ranks(
 ) -> Run:
     """Run a script (a Path) or a module (a str) on `count` ranks, on CPUs and over gloo.
 
-    launcher: "torchrun", "torchrun script", "deepspeed" (its runner), or "launcher.ways.torchrun" (ours, which keeps a
-    rank's exit status).
+    launcher: "torchrun", "torchrun script" (the console script: unlike `python -m`, it does not put the working
+    directory on its own path), "deepspeed" (its runner), or "launcher.ways.torchrun" (ours, which keeps a rank's exit
+    status).
     Raises AssertionError, with everything that was printed, where the exit status is not `status` or never comes.
     """
     __tracebackhide__ = True

@@ -76,16 +76,17 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def resharded(fork_server: ForkServer, bases: dict[str, Path], out: Path) -> dict[str, list[dict[str, Any]]]:
     """Runs on 4 ranks, and what goes on from their checkpoints on other numbers of ranks, at other stages."""
-    jobs = {}
+    sources, resumed = {}, {}
     for source in SOURCES:
         sized = {"per_device_train_batch_size": TOTAL // 4}
-        jobs[source] = [job(out / source, bases[TASK], source, 4, training=sized)]
+        sources[source] = [job(out / source, bases[TASK], source, 4, training=sized)]
     for source, count, target in PAIRS:
         name = f"{source}-{count}-{target}"
         sized = {"per_device_train_batch_size": TOTAL // count}
         checkpoint = out / source / f"checkpoint-{SAVED}"
-        jobs[name] = [job(out / name, bases[TASK], target, count, checkpoint, training=sized)]
-    return fork_server.run(jobs, out)
+        resumed[name] = [job(out / name, bases[TASK], target, count, checkpoint, training=sized)]
+    # The checkpoints of the first request are read in the second
+    return fork_server.run(sources, out) | fork_server.run(resumed, out)
 
 
 @pytest.mark.parametrize(("source", "count", "target"), PAIRS)

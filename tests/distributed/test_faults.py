@@ -281,7 +281,8 @@ def refused(fork_server: ForkServer, runs: tuple[Path, dict], bases: dict, data:
 
 
 REFUSALS = {
-    "flipped": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: damaged, or from another run: the digest of",
+    "flipped": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: damaged, or from another run: the digest of "
+    "bytes 0 to",
     "other-run": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: ",
     "missing": "{run}/checkpoint-8/shard-00001-of-00002.safetensors: missing",
     "not-resumed": "training.output_dir: {run} contains checkpoint-8 of an earlier run: resume it with --resume",

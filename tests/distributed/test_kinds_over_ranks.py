@@ -65,7 +65,7 @@ def token_loss(model: nn.Module, examples: list[dict]) -> torch.Tensor:
 
 
 def masked_training(out: Path, kind: str) -> list[float]:
-    """Dense gradients, AdamW on the selected scalars' changes and on what is trained whole."""
+    """Dense gradients, AdamW on the selected scalars' changes and on what is trained in full."""
     model = plain(out, kind)
     chosen = sparsify(plain(out, kind), SparseConfig(**kinds.KINDS[kind])).sparsity
     positions = {name: weight.flat_positions() for name, weight in chosen.weights.items()}

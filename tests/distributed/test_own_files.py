@@ -17,8 +17,6 @@ pytestmark = pytest.mark.distributed
 
 TASK = "sequence-classification"
 SHORT = {"max_steps": 1, "eval_on_start": False, "deepspeed": "zero2.json"}
-BY_HAND = tuple(name for name in own_files.NAMES if not name.startswith("sparse_zero"))
-"""Python imports a package of that name before any line of ours runs, unless it is started with -P."""
 
 
 @pytest.fixture
@@ -56,7 +54,7 @@ def test_ranks_of_the_command(recipe: Path, tmp_path: Path, launcher: str) -> No
 
 
 def test_ranks_that_are_started_by_hand(recipe: Path, tmp_path: Path) -> None:
-    own_files.write(Path(), BY_HAND)
+    own_files.write(Path(), own_files.WITHOUT_SPARSE_ZERO)
     run_ranks(2, "sparse_zero.train", recipe, launcher="torchrun script")
     finished(tmp_path, ranks=2)
 
@@ -64,7 +62,8 @@ def test_ranks_that_are_started_by_hand(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["sparse_zero.train", "launcher"])
 def test_python_m(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own_files.write(tmp_path, tuple(name for name in BY_HAND if name != "launcher.py" or module != "launcher"))
+    names = [name for name in own_files.WITHOUT_SPARSE_ZERO if name != f"{module}.py"]
+    own_files.write(tmp_path, names)
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     own_files.write(tmp_path)

@@ -10,7 +10,7 @@ from recipes import write_recipe
 from trainer_cases import zero_config
 
 from sparse_zero.planning.memory_and_traffic import model_states, traffic
-from sparse_zero.planning.planned_run import PlannedRun, read_recipe
+from sparse_zero.planning.planned_run import PlannedRun, describe_run
 from sparse_zero.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.distributed
@@ -87,7 +87,7 @@ def measured(
 
 
 def planned(recipe: Path) -> tuple[PlannedRun, Any]:
-    run = read_recipe(load_recipe(recipe))
+    run = describe_run(load_recipe(recipe))
     return run, run.zero_settings(str(run.zero["stage"]))
 
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from loops_worker import BATCH, LEARNING_RATE, STEPS, TASK, WAYS
-from ranks import ForkServer
+from ranks import run_ranks
 
 from sparse_zero import load_adapter, merge_and_unload
 
@@ -18,10 +18,11 @@ RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def out(fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the ranks have written."""
+def out(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks have written. They are started as users start a script of their own, and end as it ends."""
     out = tmp_path_factory.mktemp("loops")
-    fork_server.call(RANKS, "loops_worker:main", [bases[TASK], out], out)
+    run = run_ranks(RANKS, Path(__file__).with_name("loops_worker.py"), bases[TASK], out)
+    assert run.left_over == []
     return out
 
 

@@ -38,7 +38,7 @@ def selected_counts(task: str) -> dict[str, int]:
 
 
 def head_of(task: str) -> list[str]:
-    """The parameters trained whole."""
+    """The parameters trained in full."""
     return ["classifier.weight", "classifier.bias"] if task == "sequence-classification" else []
 
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import check
 import pytest
@@ -11,8 +13,8 @@ import pytest
 @pytest.mark.parametrize(
     ("file", "tests"),
     [
-        ("sparse_zero/zero/spans.py", "tests/unit/zero"),
-        ("sparse_zero/adapters/exchange/deltas.py", "tests/unit/adapters"),
+        ("sparse_zero/zero/resharding.py", "tests/unit/zero"),
+        ("sparse_zero/adapters/formats/deltas.py", "tests/unit/adapters"),
         ("sparse_zero/gradient/csrc/sampled.cpp", "tests/unit/gradient"),
         ("sparse_zero/train.py", None),
         ("launcher/ways/slurm.py", "tests/unit/launcher/ways"),
@@ -29,6 +31,7 @@ import pytest
 )
 def test_tests_of_a_changed_file(file: str, tests: str | None) -> None:
     assert check.tests_of(file) == tests
+    assert tests is None or (check.REPOSITORY / file).exists(), "an example of the past"
 
 
 def test_packages_that_import_a_changed_one() -> None:
@@ -60,6 +63,7 @@ def test_changes_are_those_of_the_working_tree_and_of_new_commits(tmp_path, monk
 
 def test_what_is_run_and_what_is_not_is_said(monkeypatch, capsys) -> None:
     files = {"launcher/ways/slurm.py", "launcher/cli.py", "sparse_zero/checkpoint/shards.py", "sparse_zero/train.py"}
+    files.add("README.md")
     commands = []
     monkeypatch.setattr(check, "changed_files", lambda: files)
     monkeypatch.setattr(
@@ -70,21 +74,52 @@ def test_what_is_run_and_what_is_not_is_said(monkeypatch, capsys) -> None:
     assert commands[0][-6:] == [*tests, "-k", "slurm"]
     said = capsys.readouterr().out
     assert f"check: pytest {' '.join(tests)} -k slurm" in said
-    assert "check: not run: the tests of sparse_zero/training, which import what has changed\n" in said
-    assert "check: not run: what tests sparse_zero/train.py\n" in said
+    assert "check: not run: the tests of benchmarks, sparse_zero/training, which import what has changed\n" in said
+    assert "check: left to make test: README.md, sparse_zero/train.py\n" in said
 
 
-@pytest.mark.parametrize(("ci", "status"), [("true", 1), ("", 0)])
-def test_a_skipped_test_that_starts_ranks_fails_in_ci(ci: str, status: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/distributed/test_doctor_probe.py",
-        "-k",
-        "two_real_ranks and mpi",
-    ]
-    environment = os.environ | {"CI": ci, "PATH": "/nowhere"}
-    done = subprocess.run(command, cwd=check.REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout
-    assert "no mpirun here" in done.stdout
+SKIPS = {
+    "distributed/test_one.py": """
+        import pytest
+        pytestmark = pytest.mark.distributed
+        def test_one(): pytest.skip("no mpirun")
+        @pytest.mark.xfail
+        def test_xfail(): assert False
+    """,
+    "distributed/test_file.py": """
+        import pytest
+        pytest.skip("no Slurm", allow_module_level=True)
+    """,
+    "cluster/test_fixture.py": """
+        import pytest
+        pytestmark = pytest.mark.cluster
+        @pytest.fixture
+        def hosts(): pytest.skip("no sshd")
+        def test_hosts(hosts): pass
+    """,
+    "unit/test_gpu.py": """
+        import pytest
+        def test_gpu(): pytest.skip("no GPU")
+    """,
+}
+
+
+@pytest.mark.parametrize(("ci", "failed"), [("true", {"no mpirun", "no Slurm", "no sshd"}), ("", set())])
+def test_skipped_tests_that_start_ranks_fail_in_ci(ci: str, failed: set[str], tmp_path: Path) -> None:
+    for name, text in SKIPS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    options = ["-p", "conftest", "-p", "no:cacheprovider", "-c", str(check.REPOSITORY / "pyproject.toml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", str(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"CI": ci, "PYTHONPATH": str(check.REPOSITORY / "tests")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == bool(failed), done.stdout
+    lines = done.stdout.splitlines()
+    refused = {
+        line.rpartition(": ")[2].removeprefix("Skipped: ") for line in lines if line.startswith("CI has to run")
+    }
+    assert refused == failed, done.stdout

@@ -25,7 +25,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
-def failed(reason: str) -> None:
+def skip_unless_in_ci(reason: str) -> None:
     """Skip on a user's machine, which may be offline; in CI it is a failure."""
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
@@ -85,7 +85,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         built = subprocess.run([*command, *options, str(directory)], capture_output=True, text=True)
         if built.returncode == 0:
             return next((directory / "dist").glob("*.whl"))
-    failed(f"pip cannot build a wheel here: {built.stderr.strip()[-1000:]}")
+    skip_unless_in_ci(f"pip cannot build a wheel here: {built.stderr.strip()[-1000:]}")
 
 
 def create(directory: Path, python: str, wheel: Path) -> Environment:
@@ -235,7 +235,7 @@ def test_another_python(version: str, wheel: Path, tmp_path: Path) -> None:
     environment = create(tmp_path, python, wheel)
     added = environment.pip("--constraint", REPOSITORY / "constraints.txt", *WITHOUT_TORCH)
     if added.returncode != 0:
-        failed(f"pip cannot install {', '.join(WITHOUT_TORCH)}: {added.stderr.strip()[-1000:]}")
+        skip_unless_in_ci(f"pip cannot install {', '.join(WITHOUT_TORCH)}: {added.stderr.strip()[-1000:]}")
     environment.run("python", "-W", "error", "-m", "compileall", "-q", *(environment.packages / p for p in PACKAGES))
     check_the_commands_without_torch(environment)
     told = environment.run("sparse-zero", "doctor", "--no-ranks", status=1)
