@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from docs_pages import PAGES, ROOT, Block, blocks, headings, inline_code, name_of, sparse_zero_commands
+from docs_pages import PAGES, ROOT, Block, blocks, headings, inline_code, name_of, prose, sparse_zero_commands
 from transformers import PreTrainedModel
 
 import rpn
@@ -28,8 +28,8 @@ def test_the_readme_has_at_most_160_lines() -> None:
 
 @each_page
 def test_a_page_has_one_title_and_starts_with_it(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("# ")
+    assert page.read_text(encoding="utf-8").startswith("# ")
+    assert len(re.findall(r"^# ", prose(page), re.M)) == 1
 
 
 # Links

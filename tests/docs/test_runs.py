@@ -23,7 +23,7 @@ ADDED = {"train": ("launch.launcher=local", "launch.processes_per_node=1")}
 """Options of subcommands: one rank, started directly, which spares two starts of Python."""
 
 NOT_RUN = {
-    "make demo": "trains for two minutes; the unit tests of its recipe and the CI run it",
+    "make demo": "trains for two minutes; the test of the wheel runs its recipe on fewer sentences",
     "make test": "runs these tests",
     "pip install --constraint constraints.txt .": "needs a package index; the tests of the wheel install it",
 }

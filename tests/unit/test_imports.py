@@ -91,6 +91,12 @@ def test_imports_between_rooms_run_one_way():
     assert upwards == []
 
 
+def test_no_module_imports_from_the_facade():
+    """Its names may belong to a higher room, which the graph does not show."""
+    trees = {module: ast.parse(file.read_text()) for module, file in MODULES.items() if module not in FACADES}
+    assert [module for module, tree in trees.items() if "sparse_zero" in set(imported(tree))] == []
+
+
 def test_no_imports_run_in_a_circle():
     assert list(graphlib.TopologicalSorter(IMPORTS).static_order())
 
@@ -98,6 +104,13 @@ def test_no_imports_run_in_a_circle():
 def test_a_circle_would_be_found():
     with pytest.raises(graphlib.CycleError):
         list(graphlib.TopologicalSorter({"a": {"b"}, "b": {"c"}, "c": {"a"}}).static_order())
+
+
+@pytest.mark.parametrize("page", ["docs/internals.md", "CONTRIBUTING.md"])
+def test_a_page_shows_the_order_from_the_top(page):
+    shown = re.findall(r"^\| `(launcher|rpn|sparse_zero/[\w.]+)` \|", (REPOSITORY / page).read_text(), re.M)
+    names = [name.removesuffix(".py").replace("/", ".") for name in shown]
+    assert names == [*dict.fromkeys("launcher" if n.startswith("launcher") else n for n in reversed(ORDER))]
 
 
 PACKAGES = sorted({room(module) for module in IMPORTS if MODULES[module].name == "__init__.py"} - {"rpn"})
