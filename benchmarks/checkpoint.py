@@ -30,9 +30,9 @@ from sparse_zero import SparseConfig, SparseTrainer, sparsify
 from sparse_zero.checkpoint.directory import Checkpoint
 from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.recipe.training import TrainingArguments
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
-MEETINGS = 500
+EXCHANGES = 500
 
 EXPORT = """
 import json, sys
@@ -105,9 +105,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
                 values.append(value)
     step = statistics.median(peak_of(lambda: one_step(trainer))[0] for _ in range(5))
     started = time.perf_counter()
-    for _ in range(MEETINGS):
+    for _ in range(EXCHANGES):
         ranks.any(False, False)
-    meeting = (time.perf_counter() - started) / MEETINGS
+    exchange = (time.perf_counter() - started) / EXCHANGES
     checkpoint = Checkpoint(f"{out}/checkpoint-1")
     shard = checkpoint.manifest.shards[ranks.rank].file.bytes
     extras = ranks.gather((extra / shard, extra_behind / shard))
@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             "ours_over_theirs": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
             "background_over_theirs": statistics.median(a / b for a, b in zip(behind, theirs, strict=True)),
             "step_seconds": step,
-            "meeting_microseconds": meeting * 1e6,
+            "exchange_microseconds": exchange * 1e6,
             "extra_memory_over_shard": largest,
             "extra_memory_in_background_over_shard": largest_behind,
             "export_extra_mebibytes": exported(checkpoint, out) / 2**20,

@@ -28,7 +28,7 @@ from turns import in_turns, ratio
 
 from sparse_zero import SparseConfig, sparsify
 from sparse_zero.model import weight_tensor
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
 Step = Callable[[torch.Tensor], None]
 METHODS = ("frozen", "sparse", "dense")

@@ -1,6 +1,6 @@
 """Time of the gradient at the selected positions, by each method and at many densities, in turns in one process.
 
-    python benchmarks/gradient.py                        a table, and constants that fit it for the cost model
+    python benchmarks/gradient.py                        a table, and the cost model's constants fitted to it
     python benchmarks/gradient.py --sizes 768x768 4096x4096 --densities 0.01 0.05 --json gradient.json
 
 Each figure is the median over all rounds of the ratio to the dense product in float32 in the same round. `chosen` is
@@ -20,7 +20,7 @@ from sparse_zero.gradient import cpu
 from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.gradient.sampled import _METHODS, TRANSIENT_BYTES, cheaper_method
 from sparse_zero.selection.rules import STRATIFIED, Selection
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
 
 def medians(calls: dict[str, Callable[[], object]], floor: str, rounds: int) -> dict[str, float]:
@@ -46,7 +46,10 @@ def measure(
     pattern = Pattern(strips_of(selection), R, C, granularity)
     rows, columns = torch.randn(N, R), torch.randn(N, C)
     x, y = rows.to(dtype), columns.to(dtype)
-    calls = {way: lambda way=way: _METHODS[way](x, y, pattern, torch.float32, TRANSIENT_BYTES) for way in _METHODS}
+    calls = {
+        method: lambda method=method: _METHODS[method](x, y, pattern, torch.float32, TRANSIENT_BYTES)
+        for method in _METHODS
+    }
     ratios = medians(calls | {"floor": lambda: rows.t() @ columns}, "floor", arguments.rounds)
     del ratios["floor"]
     return {
@@ -56,7 +59,7 @@ def measure(
         "granularity": granularity,
         "dtype": str(dtype).removeprefix("torch."),
         "count": selection.count,
-        "ratios": {way: round(ratio, 4) for way, ratio in ratios.items()},
+        "ratios": {method: round(ratio, 4) for method, ratio in ratios.items()},
         "chosen": cheaper_method(N, R, C, selection.count),
         "best": min(ratios, key=ratios.__getitem__),
     }
@@ -79,13 +82,13 @@ def measure_indices(R: int, C: int, density: float, granularity: int, arguments:
     stored = strips_of(selection)
     rows, columns = torch.randn(arguments.tokens, R), torch.randn(arguments.tokens, C)
 
-    def pattern(cells: torch.Tensor) -> Pattern:
-        return Pattern(cells, R, C, granularity)
+    def pattern(strip_indices: torch.Tensor) -> Pattern:
+        return Pattern(strip_indices, R, C, granularity)
 
     weight, base, delta = torch.zeros(R, C), torch.zeros(selection.count), torch.ones(selection.count)
 
-    def write(cells: torch.Tensor) -> None:
-        cpu.loaded_operators(weight).write_deltas(weight, base, delta, cells, C, granularity)
+    def write(strip_indices: torch.Tensor) -> None:
+        cpu.loaded_operators(weight).write_deltas(weight, base, delta, strip_indices, C, granularity)
 
     once = pattern(stored)
     calls = {
@@ -120,7 +123,7 @@ def main() -> None:
         for dtype in arguments.dtypes:
             row = measure(R, C, density, granularity, getattr(torch, dtype), arguments)
             measured.append(row)
-            cells = " ".join(f"{row['ratios'][way]:>8.3f}" for way in _METHODS)
+            cells = " ".join(f"{row['ratios'][method]:>8.3f}" for method in _METHODS)
             case = f"{f'{R} x {C}':<12} {granularity:>3} {density:>8.2%} {dtype:<9}"
             print(f"{case} {cells}   {row['chosen']:<8} {row['best']}", flush=True)
     constants = fitted(measured, arguments.tokens)

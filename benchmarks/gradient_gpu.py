@@ -62,8 +62,8 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def drawn(R: int, C: int, n: int, device: torch.device, granularity: int = 1) -> Pattern:
     """A pattern as a model stores it."""
-    cells = rules.stratified_positions(0, "weight", R * C // granularity, n // granularity, device=device)
-    return Pattern(cells.int(), R, C, granularity)
+    indices = rules.stratified_positions(0, "weight", R * C // granularity, n // granularity, device=device)
+    return Pattern(indices.int(), R, C, granularity)
 
 
 def case(N: int, R: int, C: int, density: float, dtype: torch.dtype, device: torch.device, rounds: int) -> Row:
@@ -132,9 +132,9 @@ def _section(run: Row) -> str:
         [
             f"## {run['device']}, {run['dtype']}",
             f"torch {run['torch']}; milliseconds, medians of {run['rounds']} rounds. An exclamation mark where "
-            "the way that is not chosen takes less time.",
+            "the method that is not chosen takes less time.",
             table(HEADER, [cells(result) for result in run["cases"]]),
-            table(["constant", "here", "sampled_cost.py"], measured),
+            table(["constant", "here", "cost model"], measured),
         ]
     )
 

@@ -31,7 +31,7 @@ from torch import nn
 from turns import in_turns, ratio
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
 GRANULARITIES = (1, 8, 16, 32, 64)
 SENTENCES = TUNING_SIZE

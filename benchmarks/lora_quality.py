@@ -10,13 +10,12 @@ budget. Its learning rate is the best on validation sentences, of RATES, as for 
 """
 
 import argparse
-from pathlib import Path
 
 import peft
 import torch
 from noise_quality import append_row, read_rows, train_and_measure
 from noise_quality_plan import EPOCHS, SEEDS, SIZES, TUNING_SEEDS, TUNING_SIZE, Row, Run, best
-from noise_quality_table import mean_and_deviation
+from noise_quality_table import mean_and_deviation, scores
 from tables import RESULTS, table
 from torch import nn
 from transformers.utils import logging
@@ -29,7 +28,7 @@ CACHE = RESULTS / "lora_quality.jsonl"
 
 
 def lora(model: nn.Module, run: Run) -> nn.Module:
-    """PEFT's LoRA with about `run.density` of the model's scalars, the classifier trained whole among them."""
+    """PEFT's LoRA with about `run.density` of the model's scalars, the classifier trained in full among them."""
     config = SparseConfig(targets="all-linear")
     whole = find_modules_to_save(model, config)
     targets = find_targets(model, config, whole)
@@ -80,16 +79,15 @@ def page(lora_rows: dict[str, Row], other_rows: dict[str, Row]) -> str:
     lines = []
     for method in ("sparse", "lora", "full"):
         tested = [row for row in rows if row["method"] == method and row["split"] == "test"]
+        assert len(tested) == len(SIZES) * len(SEEDS)
         cells = []
         for size in SIZES:
-            scores = [row["accuracy"] for row in tested if row["size"] == size]
-            mean, deviation = mean_and_deviation(scores)
+            mean, deviation = mean_and_deviation([row["accuracy"] for row in tested if row["size"] == size])
             cells.append(f"{100 * mean:.1f} ± {100 * deviation:.1f}")
-        assert len(tested) == len(SIZES) * len(SEEDS)
         # The oldest rows do not have the number of scalars
         trainable = next((f"{row['trainable']:,}" for row in tested if "trainable" in row), "")
         lines.append([method, trainable, f"{tested[0]['learning_rate']:g}", *cells])
-    tuned = ", ".join(f"{row['learning_rate']:g}: {100 * row['accuracy']:.1f}" for row in map(_row(lora_rows), RATES))
+    tuned = scores(tuning_runs(), "learning_rate", lora_rows)
     return "\n\n".join(
         [
             "# Test accuracy of LoRA, sparse and full fine-tuning",
@@ -102,11 +100,6 @@ def page(lora_rows: dict[str, Row], other_rows: dict[str, Row]) -> str:
     )
 
 
-def _row(done: dict[str, Row]):
-    by_rate = {run.learning_rate: done[run.key] for run in tuning_runs()}
-    return by_rate.__getitem__
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="runs of this call")
@@ -116,8 +109,10 @@ def main() -> None:
     if not arguments.table:
         add_missing_runs(arguments.limit, arguments.device)
     done = read_rows(CACHE)
-    if all(run.key in done for run in plan(done)):
-        Path(CACHE).with_suffix(".md").write_text(page(done, read_rows(RESULTS / "noise_quality.jsonl")) + "\n")
+    if missing := [run for run in plan(done) if run.key not in done]:
+        print(f"no page: {len(missing)} runs are missing")
+    else:
+        CACHE.with_suffix(".md").write_text(page(done, read_rows(RESULTS / "noise_quality.jsonl")) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from methods import METHODS, OURS, SHAPES, TARGETS
 from tables import RESULTS, Row, mebibytes, read, table, write
 
 from sparse_zero.gradient.sampled import TRANSIENT_BYTES
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
 PARTS = ("weights", "trained", "optimizer", "indices", "originals", "other", "activations", "transient")
 WAYS = {"sparse": ("zero2", "zero3"), "sparse-16": ("zero2", "zero3"), "lora": ("ddp", "zero2", "zero3")}
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--model", choices=SHAPES, default="llama-120m")
     parser.add_argument("--targets", choices=TARGETS, default="all-linear")
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

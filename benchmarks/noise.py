@@ -26,7 +26,7 @@ from turns import in_turns, ratio
 
 from rpn.noise import move_scalars
 from rpn.streams import Stream
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
 VOCABULARY = 30522
 DEMO_SHAPE = (16, 64, 384)

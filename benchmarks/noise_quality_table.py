@@ -136,11 +136,11 @@ def _tuning(done: dict[str, Row]) -> str:
     rates = quality.learning_rates_of(done)
     for method in quality.METHODS:
         runs = [run for run in quality.learning_rate_runs() if run.method == method]
-        lines.append(f"| {method}, learning rate | {_scores(runs, 'learning_rate', done)} |")
+        lines.append(f"| {method}, learning rate | {scores(runs, 'learning_rate', done)} |")
         for noise, (parameter, _) in quality.STRENGTHS.items():
             if method in rates:
                 runs = quality.strength_runs(method, noise, rates[method])
-                lines.append(f"| {method}, {noise}: {parameter} | {_scores(runs, 'strength', done)} |")
+                lines.append(f"| {method}, {noise}: {parameter} | {scores(runs, 'strength', done)} |")
     for run in quality.precision_runs(rates):
         if run.key in done:
             lines.append(
@@ -150,12 +150,12 @@ def _tuning(done: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def _scores(runs: list[quality.Run], setting: str, done: dict[str, Row]) -> str:
+def scores(runs: list[quality.Run], setting: str, done: dict[str, Row]) -> str:
     """Each value of a setting with its mean accuracy; the chosen one is bold."""
     chosen, shown = quality.best(runs, done), []
     for value in dict.fromkeys(getattr(run, setting) for run in runs):
-        scores = [done[run.key]["accuracy"] for run in runs if getattr(run, setting) == value and run.key in done]
-        text = f"{value:g}: {100 * statistics.fmean(scores):.1f}" if scores else f"{value:g}: missing"
+        found = [done[run.key]["accuracy"] for run in runs if getattr(run, setting) == value and run.key in done]
+        text = f"{value:g}: {100 * statistics.fmean(found):.1f}" if found else f"{value:g}: missing"
         shown.append(f"**{text}**" if chosen and getattr(chosen, setting) == value else text)
     return ", ".join(shown)
 

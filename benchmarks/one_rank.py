@@ -33,11 +33,16 @@ from methods import (
 from torch import nn
 from transformers import LlamaConfig
 
+from sparse_zero.model import layers, products, weight_tensor
 from sparse_zero.model.sparsify import Sparsity
 from sparse_zero.zero.parameters import fit_buckets, optimizer_bytes, optimizer_state_tensors
 
 WAYS = ("plain", "ddp", "zero2", "zero3")
-GRADIENT_NODES = ("_SampledGradientBackward", "_ReadGradientBackward", "SampledUseBackward")
+GRADIENT_NODES = tuple(
+    f"{function.__name__}Backward"
+    for function in (layers._SampledGradient, products.SampledGradient, weight_tensor._ReadRows)
+)
+"""The autograd nodes that compute gradients of deltas."""
 TIMED_STEPS = 3
 
 

@@ -9,7 +9,7 @@ All adapters have about the same number of scalars, on the value and output proj
                   stay in the cache, with the weights distributed over the threads
     plain         the same in plain torch: one whole weight after the other
     stored        the floor with positions that are read from the file (int32)
-    sparse-zero   load_adapter and the write into the weights: verified, unloadable, and trainable
+    sparse-zero   load_adapter and the write into the weights: verified, removable with `unload`, and trainable
     lora          PeftModel.from_pretrained, then merge_and_unload
     shira         PeftModel.from_pretrained
 """

@@ -32,7 +32,8 @@ from turns import in_turns
 
 from sparse_zero import SparseConfig, sparsify
 from sparse_zero.model.weight import SparseWeight
-from sparse_zero.zero.parameters import device_name, fit_buckets
+from sparse_zero.training.device import device_name
+from sparse_zero.zero.parameters import fit_buckets
 
 ZERO = {
     "0": {"stage": 0},

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from turns import in_turns, ratio
 
 from sparse_zero import SparseConfig, sparsify
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
 DENSITIES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 MODELS = ("llama-20m", "llama-60m", "llama-120m", "llama-350m")

@@ -1,6 +1,6 @@
 """Time of a training step: ours, forward and backward of the frozen model, and every peer, in turns in one process.
 
-    python benchmarks/step_time.py --suite cpu       120M, two sets of targets, float32 and bfloat16: README's table
+    python benchmarks/step_time.py --suite cpu       120M, two sets of targets, float32 and bfloat16
     python benchmarks/step_time.py --suite gpu       1B and 7B shapes, bfloat16, 4 and 2 sequences of 2,048 tokens
     python benchmarks/step_time.py --suite cpu --plot          no runs: page and plot again from the JSON
     python benchmarks/step_time.py --targets value-output --dtypes float32 --methods frozen sparse lora
@@ -39,7 +39,7 @@ from methods import (
 from tables import RESULTS, Row, read, spread, table, write
 from turns import in_turns, peak_flops, ratio
 
-from sparse_zero.zero.parameters import device_name
+from sparse_zero.training.device import device_name
 
 SUITES = {
     "cpu": {"models": ["llama-120m"], "targets": list(TARGETS), "dtypes": ["float32", "bfloat16"]},

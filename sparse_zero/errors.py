@@ -9,6 +9,11 @@ class UserError(ValueError):
     """An error in the user's input. The message says what is wrong, where, and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def refuse_to_overwrite(out: Path) -> None:
     """Raises UserError: `out` exists and is not an empty directory."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -34,6 +34,8 @@ POSITIONS_NAME = "adapter_positions.safetensors"
 CARD_NAME = "README.md"
 FORMAT_VERSION = 1
 ROWS_SUFFIX = ".rows"
+MODEL_SETTINGS = ("id2label", "label2id", "problem_type", "pad_token_id")
+"""Entries that a task sets in the base model's config, and that a merged model needs."""
 
 
 class SelectedTensor(BaseModel):
@@ -126,7 +128,7 @@ class Adapter:
         """A copy in memory. The values that `read_adapter` returns are mapped from the file, which may be deleted."""
         parts = {
             part: {name: tensor.clone() for name, tensor in getattr(self, part).items()}
-            for part in ("deltas", "whole", "rows")
+            for part in ("deltas", "whole", "rows", "stored_positions")
         }
         return dataclasses.replace(self, **parts)
 
@@ -155,8 +157,8 @@ def library_versions() -> dict[str, str]:
 def write_adapter(adapter: Adapter, directory: str | Path, card: str | None = None) -> None:
     """Write an adapter's files.
 
-    The config is written last. If writing is interrupted, the directory has no config, or one whose checksums do not
-    match the files, so it cannot be loaded by mistake.
+    The config is written last. If writing is interrupted, the directory has the old adapter, no config, or a config
+    whose checksums do not match the files. A mixture is never loaded.
 
     Args:
         adapter: the adapter.
@@ -319,22 +321,28 @@ def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], expected: set[
         raise UserError(f"{path}: '{odd[0]}' is in only one of {path.name} and {CONFIG_NAME}")
 
 
-def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a file. Raises UserError if the file is missing or damaged."""
     try:
-        tensors = load_file(path)
-        checksum = _checksum_of_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
-    if checksum != config.files.get(path.name):
+
+
+def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, torch.Tensor]:
+    tensors = read_safetensors(path)
+    if _checksum_of_file(path) != config.files.get(path.name):
         raise UserError(
             f"{path}: damaged, or from a different save than {CONFIG_NAME}, which has another checksum for it"
         )
     return tensors
 
 
+_ANY_FORMAT = ("adapter_*.json", "adapter_*.safetensors", "sparse_deltas.*", "*_init.*", "config.json")
+
+
 def adapter_bytes(directory: str | Path) -> int:
-    """Size of an adapter's files in bytes, without the model card."""
-    names = (CONFIG_NAME, WEIGHTS_NAME, POSITIONS_NAME)
-    return sum(path.stat().st_size for path in (Path(directory) / name for name in names) if path.exists())
+    """Size of an adapter's files of any format in bytes, without model card and tokenizer."""
+    return sum(path.stat().st_size for pattern in _ANY_FORMAT for path in Path(directory).glob(pattern))

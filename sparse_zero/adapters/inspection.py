@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from sparse_zero.adapters.files import adapter_bytes
 from sparse_zero.adapters.formats import format_module, read
 from sparse_zero.adapters.formats.contents import Contents
-from sparse_zero.adapters.formats.files import adapter_bytes
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
@@ -36,7 +36,7 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
     _add_shapes(contents)
     tensors = list(_tensors(contents))
     changes = {name: entry.values.float() for name, entry in contents.selected.items()}
-    size = adapter_bytes(Path(directory))
+    size = adapter_bytes(directory)
     facts = {
         "format": format_module(contents.format).TITLE,
         "base_model": contents.base,

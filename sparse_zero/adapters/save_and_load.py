@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sparse_zero.adapters.files import (
+    MODEL_SETTINGS,
     Adapter,
     AdapterConfig,
     SelectedTensor,
@@ -23,7 +24,7 @@ from sparse_zero.adapters.files import (
     write_adapter,
 )
 from sparse_zero.adapters.model_card import model_card
-from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings
+from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters, fingerprint
@@ -32,9 +33,6 @@ from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.zero.parameters import full_shape, gathered, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
-
-# Entries that a task sets in the base model's config, and that a merged model needs
-_MODEL_SETTINGS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
 def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool = True) -> None:
@@ -112,9 +110,9 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         base_fingerprint=sparsity.fingerprint,
         tokenizer=sparsity.tokenizer,
         new_tokens=sparsity.new_tokens,
-        task=_task_of(model),
+        task=task_of(type(model).__name__),
         dtype=str(some_weight.dtype).removeprefix("torch."),
-        model_settings={key: settings[key] for key in _MODEL_SETTINGS if settings.get(key) is not None},
+        model_settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
@@ -123,13 +121,6 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         results=sparsity.results,
         library_versions=library_versions(),
     )
-
-
-def _task_of(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    if name.endswith("ForSequenceClassification"):
-        return "sequence-classification"
-    return "causal-lm" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> nn.Module:

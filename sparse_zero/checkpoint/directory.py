@@ -3,7 +3,7 @@
 checkpoint-100/
     shard-00000-of-00004.safetensors    one per rank: its scalars' float32 values and moments, its random states
     trainer_state.json                  written by transformers: steps, log, best metric, states of callbacks
-    fixed.safetensors                   only if positions cannot be drawn again: what training does not change
+    fixed.safetensors                   only if positions cannot be drawn again, or rows are trained in full
     manifest.json                       written last: every file with its size and checksum, and what all ranks share
 
 The ranks write to checkpoint-100.tmp-RUN, flush it, and rename it when it is complete. Only directories named

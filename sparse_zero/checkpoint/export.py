@@ -2,8 +2,8 @@
 
 This module is the only one that knows both the checkpoint's and the adapter's format. In addition to the trained
 values an adapter needs its config, which every manifest contains, and data that training does not change and that
-cannot be drawn again: stored positions, and the base values of rows that are trained whole. If there is such data, the
-checkpoint has it in fixed.safetensors.
+cannot be drawn again: stored positions, and the base values of rows that are trained in full. If there is such data,
+the checkpoint has it in fixed.safetensors.
 """
 
 import time
@@ -61,8 +61,9 @@ class _LazyPositions(Mapping[str, torch.Tensor]):
 
 
 def fixed_entries(model: nn.Module) -> list[Entry]:
-    """The tensors of fixed.safetensors: stored positions, and the base values of rows that are trained whole. Empty if
-    there are none.
+    """The tensors of fixed.safetensors: stored positions, and the base values of rows that are trained in full.
+
+    Empty if there are none.
     """
     entries = []
     for name, weight in sparsity_of(model).weights.items():

@@ -11,7 +11,7 @@ from sparse_zero.checkpoint import random_states
 from sparse_zero.checkpoint.directory import Checkpoint
 from sparse_zero.checkpoint.shards import TensorFile
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.parameters import full_shape
 from sparse_zero.zero.partitions import VALUE, Partition
 from sparse_zero.zero.resharding import parameter_offsets, plan_reads

@@ -25,7 +25,7 @@ class ParameterRecord(_Record):
     name: str
     """The parameter's name in the base model, as in the adapter."""
     shape: list[int]
-    """(n,) for the n selected values of a weight; the full shape of a parameter that is trained whole."""
+    """(n,) for the n selected values of a weight; the full shape of a parameter that is trained in full."""
     dtype: str
     """The dtype of the values in the adapter. The shards are float32."""
     steps: int

@@ -13,7 +13,7 @@ from typing import IO
 
 from sparse_zero.checkpoint.directory import remove_leftovers
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 
 LOCK_NAME = ".lock"
 _TIMEOUT_SECONDS = 5.0

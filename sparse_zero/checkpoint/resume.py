@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_zero.errors import UserError
-from sparse_zero.zero.resharding import split_batch
 
 if TYPE_CHECKING:
     from sparse_zero.checkpoint.directory import Checkpoint
@@ -42,13 +41,13 @@ def find_resume_checkpoint(recipe: "Recipe", requested: str | bool | None) -> "C
     Args:
         recipe: of the run.
         requested: a checkpoint; a directory with checkpoints, of which the newest complete one is used; "auto" or True
-            for the recipe's own output directory; False to start from the beginning; None for the recipe's
-            training.resume_from_checkpoint, or False if the recipe does not set it.
+            for the newest complete one in the recipe's own output directory, if there is one; False to start from the
+            beginning; None for the recipe's training.resume_from_checkpoint, or False if the recipe does not set it.
 
     Returns: None to start from the beginning.
 
-    Raises UserError: there is no complete checkpoint, it is damaged, or a run that does not resume would overwrite the
-        checkpoints of an earlier run.
+    Raises UserError: the requested checkpoint does not exist or is damaged; there are checkpoints, but none is
+        complete; or a run that does not resume would overwrite the checkpoints of an earlier run.
     """
     from sparse_zero.checkpoint.directory import Checkpoint, list_checkpoints, newest_complete
 
@@ -113,3 +112,22 @@ def print_once(message: str) -> None:
     """Print one line on stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"sparse-zero: {message}", file=sys.stderr, flush=True)
+
+
+def split_batch(total: int, world_size: int, max_size: int) -> tuple[int, int] | None:
+    """Split a global batch evenly over the ranks.
+
+    Args:
+        total: examples in the global batch.
+        world_size: number of ranks.
+        max_size: the largest micro-batch of a rank, in examples, so that memory use does not grow.
+
+    Returns:
+        (size of a rank's micro-batch, number of micro-batches), with the largest possible micro-batch; None if the
+        examples cannot be split evenly.
+    """
+    if total % world_size:
+        return None
+    per_rank = total // world_size
+    size = max(size for size in range(1, min(max_size, per_rank) + 1) if per_rank % size == 0)
+    return size, per_rank // size

@@ -15,7 +15,7 @@ from sparse_zero.checkpoint.directory import FIXED_NAME, checkpoint_path, delete
 from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, ShardRecord, write_manifest
 from sparse_zero.checkpoint.shards import Entry, write_bytes, write_tensors
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.parameters import full_shape
 from sparse_zero.zero.partitions import VALUE, Partition
 from sparse_zero.zero.resharding import Span, even_slice, merge_spans, parameter_offsets

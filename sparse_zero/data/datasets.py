@@ -211,7 +211,7 @@ def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_lim
         check_max_length(data.max_length, model_limit)
         added = tokenizer.num_special_tokens_to_add(pair=data.columns.text_pair is not None)
         if data.max_length <= added:
-            raise UserError(f"data.max_length: {data.max_length} leaves no room for text and {added} special tokens")
+            raise UserError(f"data.max_length: {data.max_length} leaves no room beside {added} special tokens")
         return data.max_length
     # model_max_length is 10^30 if the tokenizer has no limit
     limits = [limit for limit in (model_limit, tokenizer.model_max_length) if limit is not None and limit < 10**9]

@@ -19,13 +19,21 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sparse_zero.data.package import package_path
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, first_line
 from sparse_zero.recipe.recipe import Task
 from sparse_zero.zero.parameters import full_shape
 
 logger = logging.getLogger(__name__)
 
-_AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+"""The auto class of transformers that loads a model for a task."""
+
+
+def task_of(class_name: str | None) -> Task | None:
+    """The task of a class of transformers: "sequence-classification", "causal-lm", or None for others."""
+    if class_name and class_name.endswith("ForSequenceClassification"):
+        return "sequence-classification"
+    return "causal-lm" if class_name and class_name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def load_model(
@@ -60,7 +68,7 @@ def load_model(
     # No report on the missing weights of a new head, which is normal. Other missing weights are reported below.
     transformers_logging.set_verbosity_error()
     try:
-        model, report = _AUTO_CLASS[task].from_pretrained(
+        model, report = AUTO_CLASS[task].from_pretrained(
             package_path(name),
             revision=revision,
             dtype=dtype,
@@ -70,7 +78,7 @@ def load_model(
             **kwargs,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.name: {name} cannot be loaded for {task}: {_first_line(error)}") from error
+        raise UserError(f"model.name: {name} cannot be loaded for {task}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     prefix = f"{model.base_model_prefix}."
@@ -96,11 +104,9 @@ def meta_model(
     """
     try:
         with torch.device("meta"):
-            return _AUTO_CLASS[task].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return AUTO_CLASS[task].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # a model's own code may raise any error
-        raise UserError(
-            f"model.name: {config.name_or_path} cannot be built for {task}: {_first_line(error)}"
-        ) from error
+        raise UserError(f"model.name: {config.name_or_path} cannot be built for {task}: {_reason(error)}") from error
 
 
 def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -112,7 +118,7 @@ def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(package_path(name), revision=revision, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer: the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model.tokenizer: the tokenizer of {name} cannot be loaded: {_reason(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -148,7 +154,7 @@ def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTra
     try:
         return AutoConfig.from_pretrained(package_path(name), revision=revision, **kwargs)
     except Exception as error:  # a model's own code may raise any error
-        raise UserError(f"model.name: {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"model.name: {name} cannot be loaded: {_reason(error)}") from error
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -166,7 +172,8 @@ def check_max_length(tokens: int, model_limit: int | None) -> None:
         raise UserError(f"data.max_length: {tokens} tokens, but the model supports at most {model_limit}")
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """The first line of an error's message; the last for an invalid config, whose first line only names a method."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()
+    if isinstance(error, StrictDataclassError):
+        return str(error).strip().splitlines()[-1].strip()
+    return first_line(error)

@@ -15,7 +15,7 @@ from sparse_zero.errors import UserError
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Distribute examples among sequences of at most `max_length` tokens, by best-fit decreasing.
 
-    The longest example is placed first, each in the sequence where it leaves the least free space.
+    Examples are placed from the longest to the shortest, each in the sequence where it leaves the least free space.
 
     Args:
         lengths: tokens of each example, at most `max_length`.

@@ -21,7 +21,8 @@ GATHER_TILE = 32
 """Positions per program of the sampled kernel."""
 
 LINE = 128
-"""Bytes that one step of its loop reads of each operand. More would need registers that other programs could use."""
+"""Bytes of each operand that one step of the sampled kernel's loop reads. More would need registers that other
+programs could use."""
 
 MIN_ROWS = 16
 """Size of the tensor cores' tile: strips of fewer rows are padded to it."""

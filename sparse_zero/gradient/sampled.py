@@ -114,9 +114,9 @@ def _dense(
     gather = _make_gather(pattern, chunks, transient_bytes // 4)
     for number, chunk in enumerate(chunks):
         product = rows_NR.new_empty(chunk.stop - chunk.start, C, dtype=dtype)
-        for some in chunk_slices(N, tokens):
-            beta = float(some.start > 0)
-            product.addmm_(rows_NR[some, chunk].to(dtype).t(), columns_NC[some].to(dtype), beta=beta)
+        for token_slice in chunk_slices(N, tokens):
+            beta = float(token_slice.start > 0)
+            product.addmm_(rows_NR[token_slice, chunk].to(dtype).t(), columns_NC[token_slice].to(dtype), beta=beta)
         gather(number, product, result)
     return result
 
@@ -140,8 +140,8 @@ def _make_gather(
 
     def gather(number: int, product: torch.Tensor, result: torch.Tensor) -> None:
         first, last = starts[number : number + 2]
-        for some in chunk_slices(last - first, max(1, transient_bytes // BYTES_PER_POSITION)):
-            scalars = slice(first + some.start, first + some.stop)
+        for part in chunk_slices(last - first, max(1, transient_bytes // BYTES_PER_POSITION)):
+            scalars = slice(first + part.start, first + part.stop)
             positions = pattern.flat_positions(scalars) - chunks[number].start * C
             result[scalars] = product.view(-1).index_select(0, positions)
 
@@ -190,8 +190,8 @@ def embedding_product(
     frequency = torch.bincount(ids_N) if by_frequency else None
     # A pair is an occurrence of a row and a selected position in this row
     pairs = max(1, transient_bytes // 2 // _BYTES_PER_PAIR)
-    for some in chunk_slices(ids_N.numel(), pairs):
-        ids = ids_N[some]
+    for token_slice in chunk_slices(ids_N.numel(), pairs):
+        ids = ids_N[token_slice]
         block = torch.div(ids, g, rounding_mode="trunc")
         first = starts[block]
         counts = starts[block + 1] - first
@@ -205,7 +205,7 @@ def embedding_product(
             ends = inside.cumsum(0)
             offset = torch.arange(occurrence.numel(), device=ids.device).sub_((ends - inside)[occurrence])
             column = strip_columns[first[rows][occurrence] + offset]
-            values = grad_NC[some][rows][occurrence, column].to(dtype)
+            values = grad_NC[token_slice][rows][occurrence, column].to(dtype)
             if frequency is not None:
                 values /= frequency[ids[rows]][occurrence]
             result.index_add_(0, offset.add_(begin[rows][occurrence]), values)

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
 from sparse_zero.model.products import kept_input
-from sparse_zero.model.weight import SparseWeight, StepCounter, scaled
+from sparse_zero.model.step_counter import StepCounter
+from sparse_zero.model.weight import SparseWeight, scaled
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target

@@ -23,7 +23,7 @@ class Product:
     """A product of a batch x and a tensor V that shows rows of a weight."""
 
     row_range: RowRange
-    transposed: bool = False
+    by_transpose: bool = False
     """Whether the product is x @ V^T, as in F.linear, instead of x @ V."""
     is_left: bool = False
     """Whether the weight is the left factor: V @ x, which is (x^T @ V^T)^T."""
@@ -50,8 +50,8 @@ class Product:
             x, grad_output = x[order], grad_output[order]
         x, grad_output = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad_output))
         # x is multiplied with W itself if W is not transposed, or twice
-        by_transpose = self.row_range.transposed != (self.transposed or self.is_left)
-        rows, columns = (grad_output, x) if by_transpose else (x, grad_output)
+        uses_transpose = self.row_range.transposed != (self.by_transpose or self.is_left)
+        rows, columns = (grad_output, x) if uses_transpose else (x, grad_output)
         size = x.shape[0] // matrices
         ends = [size * (i + 1) for i in range(matrices)] if groups is None else groups.tolist()
         bound, first = self.row_range.weight.transient_bytes, 0

@@ -15,7 +15,8 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers
 from sparse_zero.model.fingerprint import fingerprint
-from sparse_zero.model.weight import SparseWeight, StepCounter
+from sparse_zero.model.step_counter import StepCounter
+from sparse_zero.model.weight import SparseWeight
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
@@ -330,7 +331,7 @@ def set_scale(model: nn.Module, scale: float) -> None:
 
     Args:
         model: a sparse model, which may be wrapped.
-        scale: 1 for the trained model, 0 for the base model's weights.
+        scale: 1 for the trained values, 0 for the original values of the selected scalars.
 
     Raises:
         UserError: the model is not sparse.

@@ -8,7 +8,6 @@ keeps its name and its entry in the state dict. The module that owns a parameter
                                            strips on; created when first needed, never with indices: regenerated
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,53 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
 from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight_tensor import as_weight_tensor
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks, stream_key
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, is_whole
-
-
-class StepCounter:
-    """Counts optimizer steps and forwards of a model. Deltas are then written once per step, not once per forward.
-
-    DeepSpeed updates parameters through flat buffers, without a change of their version counters. But every optimizer,
-    including DeepSpeed's, calls torch's optimizer hooks.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        """Steps of any optimizer in this process."""
-        self.forwards = 0
-        """Forwards of the model."""
-        self.training_forwards = 0
-        """Forwards in training mode. Dropout draws a new mask for each."""
-        self.training = False
-        """Whether the last forward was one in training mode."""
-        reference = weakref.ref(self)
-
-        def count(*_: Any) -> None:
-            if counter := reference():
-                counter.steps += 1
-
-        weakref.finalize(self, register_optimizer_step_post_hook(count).remove)
-
-    def before_forward(self, model: nn.Module, _: Any) -> None:
-        """A forward pre-hook of the whole model: a layer may run several times in one forward."""
-        self.training = model.training
-        self.forwards += 1
-        self.training_forwards += model.training
-
-    def __deepcopy__(self, memo: dict) -> "StepCounter":
-        return self  # steps are counted for all optimizers of the process, so a copy of the model can share it
-
-    def __reduce__(self) -> tuple:
-        return StepCounter, ()  # a pickled model needs an optimizer hook in the process that opens it
 
 
 class SparseWeight:

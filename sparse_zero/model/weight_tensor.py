@@ -147,7 +147,7 @@ def _index(func: Callable, args: tuple, kwargs: dict) -> Any:
         return NotImplemented
     row_range = weight.row_range
     if row_range.is_matrix and not row_range.transposed:
-        return _with_sampled_gradient(func, args, kwargs, _Use(weight, index, Lookup(row_range)))
+        return _with_sampled_gradient(func, args, kwargs, _Call(weight, index, Lookup(row_range)))
     if not row_range.is_matrix and index.dim() == 1:
         copies = _weight_tensor(func(weight, index), row_range, is_copy=True)
         copies.samples = index % row_range.shape[0]
@@ -161,38 +161,38 @@ def _may_be_view(index: Any) -> bool:
     return not any(isinstance(i, list) or (isinstance(i, torch.Tensor) and i.dim()) for i in indices)
 
 
-class _Use(NamedTuple):
+class _Call(NamedTuple):
     """The roles of the arguments in a call that uses a WeightTensor."""
 
     weight: torch.Tensor
     inputs: torch.Tensor
-    use: Product | Lookup
+    operation: Product | Lookup
     groups: torch.Tensor | None = None
     """See `Product.gradient`."""
 
 
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> _Use | None:
-    return _product(weight, input, transposed=True)
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> _Call | None:
+    return _product(weight, input, by_transpose=True)
 
 
-def _matmul(input: torch.Tensor, other: torch.Tensor) -> _Use | None:
+def _matmul(input: torch.Tensor, other: torch.Tensor) -> _Call | None:
     if isinstance(other, WeightTensor):
         return _product(other, input)
     return _product(input, other, is_left=True)
 
 
-def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor) -> _Use | None:
+def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor) -> _Call | None:
     return _product(mat2, mat1)
 
 
-def _product(weight: torch.Tensor, inputs: torch.Tensor, **settings: bool) -> _Use | None:
+def _product(weight: torch.Tensor, inputs: torch.Tensor, **settings: bool) -> _Call | None:
     if not isinstance(weight, WeightTensor) or not inputs.dim():
         return None
     if weight.dim() == 3 and (inputs.dim() != 3 or inputs.shape[0] != weight.shape[0]):
         return None
     if weight.samples is not None:
-        return _Use(weight, inputs, Product(weight.row_range, **settings, grouping="samples"), weight.samples)
-    return _Use(weight, inputs, Product(weight.row_range, **settings))
+        return _Call(weight, inputs, Product(weight.row_range, **settings, grouping="samples"), weight.samples)
+    return _Call(weight, inputs, Product(weight.row_range, **settings))
 
 
 def _grouped_mm(
@@ -201,10 +201,10 @@ def _grouped_mm(
     offs: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> _Use | None:
+) -> _Call | None:
     if not isinstance(weight, WeightTensor) or weight.samples is not None or (input.dim(), weight.dim()) != (2, 3):
         return None
-    return _Use(weight, input, Product(weight.row_range, grouping="ends"), offs)
+    return _Call(weight, input, Product(weight.row_range, grouping="ends"), offs)
 
 
 def _grouped_products() -> Iterator[Callable]:
@@ -224,7 +224,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> _Use | None:
+) -> _Call | None:
     if (
         not isinstance(weight, WeightTensor)
         or not weight.row_range.is_matrix
@@ -232,7 +232,7 @@ def _embedding(
         or max_norm is not None
     ):
         return None
-    return _Use(weight, input, Lookup(weight.row_range, padding_idx, scale_grad_by_freq))
+    return _Call(weight, input, Lookup(weight.row_range, padding_idx, scale_grad_by_freq))
 
 
 def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -245,14 +245,14 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
     return _with_sampled_gradient(func, args, kwargs, found)
 
 
-def _with_sampled_gradient(func: Callable, args: tuple, kwargs: dict, found: _Use) -> torch.Tensor:
+def _with_sampled_gradient(func: Callable, args: tuple, kwargs: dict, found: _Call) -> torch.Tensor:
     """Call the function with a frozen weight, and add the gradient of the delta to its backward."""
-    frozen, delta = found.weight.detach(), found.use.row_range.delta
+    frozen, delta = found.weight.detach(), found.operation.row_range.delta
     args = tuple(frozen if arg is found.weight else arg for arg in args)
     output = func(*args, **{name: frozen if arg is found.weight else arg for name, arg in kwargs.items()})
     if not delta.numel():
         return output
-    return SampledGradient.apply(output, kept_input(found.inputs, output), found.groups, delta, found.use)
+    return SampledGradient.apply(output, kept_input(found.inputs, output), found.groups, delta, found.operation)
 
 
 _VIEWS = (
@@ -266,7 +266,7 @@ _CONVERSIONS = (
     *(torch.Tensor.to, torch.Tensor.type, torch.Tensor.type_as, torch.Tensor.contiguous, torch.Tensor.clone),
     *(torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.clone),
 )
-_USES: dict[Callable, Callable[..., _Use | None]] = {
+_USES: dict[Callable, Callable[..., _Call | None]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm), _matmul),
     **dict.fromkeys((torch.bmm, torch.Tensor.bmm), _matmul),

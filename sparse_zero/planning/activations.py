@@ -62,7 +62,7 @@ def activations(
         model: on the meta device, with its attention implementation and dtype. The requires_grad of its parameters is
             changed.
         targets: the weights that will be sparse.
-        whole: names of the parameters that are trained whole.
+        whole: names of the parameters that are trained in full.
         rows: sequences of a micro-batch.
         tokens: tokens of each sequence.
     """

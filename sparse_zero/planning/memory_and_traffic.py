@@ -29,11 +29,11 @@ class ModelSizes:
     """The number of scalars in each parameter of a sparse model."""
 
     base: tuple[int, ...]
-    """Parameters of the base model, including those that are trained whole. A tied parameter counts once."""
+    """Parameters of the base model, including those that are trained in full. A tied parameter counts once."""
     selected: tuple[int, ...]
     """The delta of each target: its number of selected scalars."""
     whole: tuple[int, ...]
-    """Parameters of the base model that are trained whole."""
+    """Parameters of the base model that are trained in full."""
     index_bytes: int
     """Bytes of the stored strips of all targets; 0 if they are regenerated."""
     scalar_bytes: int
@@ -264,7 +264,7 @@ def temporary_buffers(zero: ZeroSettings, ranks: int, sizes: ModelSizes) -> list
         live, formula = _gathered_at_once(zero, sizes)
         found.append(Allocation("gathered", live * b, formula, when="backward", exact=False))
     if stage > 0 and zero.offload_optimizer:
-        found.append(Allocation("gradient to offload", max(sizes.trained) * b, "largest * b", exact=False))
+        found.append(Allocation("gradient on its way", max(sizes.trained) * b, "largest * b", exact=False))
     elif stage > 0 or b < MASTER_BYTES:
         # Also if gradients are float32: DeepSpeed concatenates the pieces of the partition
         formula = f"4 * n{_per_rank(stage)}"

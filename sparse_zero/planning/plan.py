@@ -92,7 +92,7 @@ def plan(
     """Plan a run at every ZeRO stage.
 
     Args:
-        run: see `read_recipe`.
+        run: see `describe_run`.
         ranks: the world size.
         nodes: hosts; `ranks` must be a multiple.
         gpu_bytes: memory of each rank's accelerator, in bytes.

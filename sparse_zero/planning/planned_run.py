@@ -29,7 +29,7 @@ AUTOMATIC = {
     "stage3_prefetch_bucket_size": "auto",
     "stage3_param_persistence_threshold": "auto",
 }
-"""The settings in configs/, for the stages that the recipe's own DeepSpeed file does not configure."""
+"""The settings of the shipped DeepSpeed files, for stages that the recipe's DeepSpeed file does not configure."""
 
 NEUTRAL = {"stage", "allgather_bucket_size", "round_robin_gradients", "stage3_gather_16bit_weights_on_model_save"}
 """Settings that change neither memory nor traffic here. (Stages 1 and 2 gather into the model's own memory.)"""
@@ -72,7 +72,7 @@ class PlannedRun:
     transient_bytes: int
     """Temporary bytes for the gradient of a weight, and for writing its delta."""
     notes: tuple[str, ...]
-    """What the plan does not consider."""
+    """Assumptions of the plan, and what it does not consider."""
 
     @property
     def own_stage(self) -> str:
@@ -83,8 +83,8 @@ class PlannedRun:
         return name if offloads and name in STAGES else str(stage)
 
     def zero_settings(self, name: str) -> ZeroSettings:
-        """The settings of a stage: those of the recipe's DeepSpeed file if it configures that stage, else those in
-        configs/.
+        """The settings of a stage: those of the recipe's DeepSpeed file if it configures that stage, else those of the
+        shipped files.
 
         Args: name: a key of STAGES.
         """
@@ -97,7 +97,7 @@ class PlannedRun:
         return ZeroSettings.from_config(stage, settings, self.hidden_size, sum(self.sizes.trained))
 
 
-def read_recipe(recipe: Recipe) -> PlannedRun:
+def describe_run(recipe: Recipe) -> PlannedRun:
     """Determine the facts about a recipe's run. Only the configuration of the base model is loaded, and the model is
     built on the meta device.
 
@@ -246,7 +246,7 @@ def _notes(recipe: Recipe, deepspeed: Mapping[str, Any], model: PreTrainedModel)
     notes = []
     if not deepspeed:
         notes.append(
-            "training.deepspeed is not set: the plan assumes configs/zero2.json or zero3.json, a run would use DDP"
+            "training.deepspeed is not set: the plan assumes the shipped zero2.json or zero3.json; a run would use DDP"
         )
     if recipe.sparse.selection == "bernoulli":
         notes.append(

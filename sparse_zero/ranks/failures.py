@@ -42,7 +42,7 @@ class Outcome:
     """Why a run ends."""
 
     message: str
-    """One line that names the rank, its host and its log."""
+    """One line for the user. It names the rank, its host and its log where they matter."""
     status: int
     """The exit status of all ranks."""
     ranks: tuple[int, ...]

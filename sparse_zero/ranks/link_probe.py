@@ -39,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m sparse_zero.ranks.link_probe", description="One rank of a measurement of the links."
     )
     parser.add_argument(
-        "--seconds", type=float, default=60, help="time limit of the rendezvous, and again of the measurements"
+        "--seconds",
+        type=float,
+        default=60,
+        help="time limit for the rendezvous, and as long for the measurements",
     )
     parser.add_argument("--cpu", action="store_true", help="do not use accelerators")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it

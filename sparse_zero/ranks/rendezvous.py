@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, first_line
 from sparse_zero.ranks.extension_locks import remove_abandoned_locks
 from sparse_zero.ranks.failures import Outcome, RankInfo
 from sparse_zero.ranks.network import address_towards, interface_towards
@@ -49,7 +49,7 @@ def open_store(placement: Placement, rendezvous_seconds: float = 300) -> dist.St
         raise UserError(
             f"rank {placement.rank} on {socket.gethostname()} cannot reach rank 0 at "
             f"{placement.master_addr}:{placement.master_port} within {rendezvous_seconds:g} s: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{first_line(error)}"
         ) from None
     return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -74,7 +74,7 @@ class _Connection:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.rank: RankInfo | None = None
+        self.info: RankInfo | None = None
         """None until the rank has introduced itself."""
         self.has_left = False
         self._received = b""
@@ -169,7 +169,7 @@ class Watchdog:
     def has_connected_ranks(self) -> bool:
         """Whether a rank has joined and not left yet."""
         with self._lock:
-            return any(connection.rank and not connection.has_left for connection in self._connections.values())
+            return any(connection.info and not connection.has_left for connection in self._connections.values())
 
     def request_stop(self) -> None:
         """Ask all ranks to save a checkpoint and exit, including ranks that join later."""
@@ -267,15 +267,15 @@ class Watchdog:
             connection.socket.close()
             with self._lock:
                 del self._connections[connection.socket]
-                if connection.rank and not connection.has_left and not self._is_closing:
-                    self._add_failure(Failure(connection.rank.rank, "unreachable" if unreachable else "died"))
+                if connection.info and not connection.has_left and not self._is_closing:
+                    self._add_failure(Failure(connection.info.rank, "unreachable" if unreachable else "died"))
 
     def _handle(self, connection: _Connection, message: dict[str, Any]) -> None:
         kind = message["type"]
         if kind == "hello" and hmac.compare_digest(message["token"], self.address.token):
-            connection.rank = RankInfo(int(message["rank"]), message["host"], int(message["pid"]), message["log"])
+            connection.info = RankInfo(int(message["rank"]), message["host"], int(message["pid"]), message["log"])
             self._world_size = int(message["world_size"])
-            self.ranks[connection.rank.rank] = connection.rank
+            self.ranks[connection.info.rank] = connection.info
             if self.outcome is not None:
                 connection.send({"type": "outcome", "status": self.outcome.status})
             elif self._is_stopping:
@@ -286,15 +286,15 @@ class Watchdog:
                 self._broadcast(
                     {"type": "all-joined", "rank_0_host": self.ranks[0].host, "fallback_reporter": reporter}
                 )
-        elif connection.rank is None:
+        elif connection.info is None:
             raise ValueError("the sender has not introduced itself")
         elif kind == "failure":
             words = (message["kind"], message["message"], message["traceback"], message["status"])
-            self._add_failure(Failure(connection.rank.rank, *words))
+            self._add_failure(Failure(connection.info.rank, *words))
         elif kind == "bye":
             connection.has_left = True
             if message["message"]:
-                failure = Failure(connection.rank.rank, "stopped", message["message"], status=message["status"])
+                failure = Failure(connection.info.rank, "stopped", message["message"], status=message["status"])
                 self._add_failure(failure)
 
     def _fallback_reporter(self) -> int:
@@ -319,5 +319,5 @@ class Watchdog:
     def _broadcast(self, message: dict[str, Any]) -> None:
         connected = [each for each in self._connections.values() if each.rank and not each.has_left]
         # Rank 0 comes last: if it runs the watchdog, an outcome ends this process.
-        for connection in sorted(connected, key=lambda each: each.rank.rank, reverse=True):
+        for connection in sorted(connected, key=lambda each: each.info.rank, reverse=True):
             connection.send(message)

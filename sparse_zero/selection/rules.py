@@ -24,9 +24,10 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from sparse_zero.selection.threads import CHUNK_SCALARS
-
 STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
+
+CPU_CHUNK = 32_000
+"""Number of positions in a chunk on a CPU: torch divides operations on more than 32,768 among its threads."""
 
 SHARED_CHUNK = 1 << 16
 """Number of positions in a chunk that torch's threads compute together, small enough for the CPU's cache."""
@@ -314,7 +315,7 @@ def _ranges(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _chunk_size(device: torch.device | str) -> int:
-    return CHUNK_SCALARS if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
+    return CPU_CHUNK if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
 
 
 def stream_key(seed: int, name: str, rule: str = STRATIFIED) -> int:

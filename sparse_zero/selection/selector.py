@@ -153,7 +153,9 @@ def _checked_positions(
     if name not in parameters:
         raise UserError(f"positions: the model has no parameter '{name}'{did_you_mean(name, parameters)}")
     if name in whole:
-        raise UserError(f"positions: '{name}' is already trained in full (modules_to_save)")
+        raise UserError(
+            f"positions: '{name}' is already trained in full (sparse.modules_to_save, or the default head)"
+        )
     size = parameters[name].shape.numel()
     flat = flat.detach().to(torch.int64).flatten()
     if flat.numel() == 0 or bool((flat.diff() <= 0).any()) or flat[0] < 0 or flat[-1] >= size:

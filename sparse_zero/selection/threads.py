@@ -1,4 +1,4 @@
-"""A parallel map over threads, for CPU work on many weights or on chunks of a weight.
+"""A parallel map over threads, for CPU work on many weights.
 
 torch's own threads synchronize after each operation. If other processes use the cores as well, or if chunks fit into
 the cache, threads that synchronize only once, at the end, are several times faster.
@@ -13,9 +13,6 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-CHUNK_SCALARS = 32_000
-"""Number of scalars that a thread processes at a time. torch itself distributes operations on more than 32,768."""
 
 _this_thread = threading.local()
 

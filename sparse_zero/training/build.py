@@ -17,7 +17,7 @@ from sparse_zero.data.models import (
     resize_embeddings,
 )
 from sparse_zero.data.packing import check_packing
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, first_line
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import TrainingArguments, check_training
 
@@ -47,7 +47,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     try:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"training: {first_line(error)}") from error
     if arguments.deepspeed and torch.distributed.is_initialized():
         # On CPU Accelerate initialises torch's process group but not DeepSpeed's, and at stage 3 from_pretrained would
         # assume a world size of 1.

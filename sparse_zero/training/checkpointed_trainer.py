@@ -30,7 +30,7 @@ from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.model.sparsify import sparsity_of, unwrap
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
 from sparse_zero.zero.partitions import Partition
 
@@ -42,8 +42,10 @@ class CheckpointedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        ignored = {"save_only_model": "checkpoints always contain the optimizer's state"}
-        ignored["push_to_hub"] = "only the adapter is pushed; checkpoints stay in training.output_dir"
+        ignored = {
+            "save_only_model": "checkpoints always contain the optimizer's state",
+            "push_to_hub": "only the adapter is pushed; checkpoints stay in training.output_dir",
+        }
         for name, consequence in ignored.items():
             if getattr(self.args, name) and self.is_world_process_zero():
                 logger.warning("training.%s: %s", name, consequence)

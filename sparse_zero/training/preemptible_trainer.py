@@ -11,7 +11,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sparse_zero.checkpoint import random_states
 from sparse_zero.checkpoint.directory import checkpoint_path
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.ranks.stop_signals import Stopped, StopRequest
 from sparse_zero.training.checkpointed_trainer import CheckpointedTrainer
 
@@ -82,7 +82,7 @@ class PreemptibleTrainer(CheckpointedTrainer):
         self._check_for_stop()
 
     def _check_for_stop(self) -> None:
-        """Collective: whether a rank has received a signal."""
+        """Set `_is_stopping` if a rank has received a signal. A collective call."""
         flags = [] if self._stop is None else [self._stop.is_raised]
         self._is_stopping = any(self._exchange_flags(*flags))
 

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparse_zero.zero.parameters import peak_memory_bytes
+from sparse_zero.training.device import peak_memory_bytes
 
 WINDOW_SECONDS = 30.0
 """Rates are means over the last steps that took this long together."""
@@ -46,12 +46,12 @@ class Throughput:
     the objective makes several passes over it.
     """
 
-    def __init__(self, ranks: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Args: ranks: the world size; clock: returns seconds."""
-        self._ranks = ranks
+    def __init__(self, world_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Args: clock: returns seconds."""
+        self._world_size = world_size
         self._clock = clock
         self._recent: deque[tuple[float, int, int]] = deque()
-        """Seconds, samples and tokens of each step in the window. The next line has their sums."""
+        """Seconds, samples and tokens of each step in the window, of which the next three are the sums."""
         self._seconds, self._samples, self._tokens = 0.0, 0, 0
         self._batches = (0, 0)
         self._steps = 0
@@ -59,8 +59,9 @@ class Throughput:
         self._step_began = 0.0
 
     def begin(self) -> None:
-        """Call at the begin of each step. The time before the first step (an evaluation, skipped examples) does not
-        count.
+        """Call at the beginning of each step.
+
+        The time before the first step (an evaluation, skipped examples) does not count.
         """
         if self._began is None:
             self._began = self._step_began = self._clock()
@@ -92,12 +93,12 @@ class Throughput:
     @property
     def samples_per_second(self) -> float:
         """Of all ranks, in the last steps, without evaluations and saves. 0 before the first step has ended."""
-        return self._ranks * self._samples / self._seconds if self._seconds > 0 else 0.0
+        return self._world_size * self._samples / self._seconds if self._seconds > 0 else 0.0
 
     @property
     def tokens_per_second(self) -> float:
         """Like samples_per_second."""
-        return self._ranks * self._tokens / self._seconds if self._seconds > 0 else 0.0
+        return self._world_size * self._tokens / self._seconds if self._seconds > 0 else 0.0
 
     @property
     def steps_per_second(self) -> float | None:

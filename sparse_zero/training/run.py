@@ -25,14 +25,15 @@ from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.checkpoint.resume import find_resume_checkpoint, keep_batch_size
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
+from sparse_zero.training.device import device_name, peak_memory_bytes
 from sparse_zero.training.results_table import print_results
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
-from sparse_zero.zero.parameters import device_name, optimizer_bytes, peak_memory_bytes, zero_stage
+from sparse_zero.zero.parameters import optimizer_bytes, zero_stage
 
 
 def limit_output(is_first_of_host: bool) -> None:

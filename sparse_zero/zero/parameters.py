@@ -1,8 +1,9 @@
-"""Helpers for parameters that DeepSpeed ZeRO may partition. They work on ordinary parameters, too."""
+"""Helpers for parameters that DeepSpeed ZeRO may partition: gathering, gradient buckets, the optimizer's state.
+
+They work on ordinary parameters, too.
+"""
 
 import contextlib
-import platform
-import resource
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -99,11 +100,11 @@ def bucket_size(trained: int) -> int:
 
 
 def fit_buckets(config: dict[str, Any], model: nn.Module) -> None:
-    """Set `zero_optimization.reduce_bucket_size` to the number of trainable scalars, at most `MAX_BUCKET_SCALARS`.
+    """Set `zero_optimization.reduce_bucket_size`, if it is absent or "auto", to the number of trainable scalars.
 
-    Every rank allocates `reduce_bucket_size` scalars, twice that with `overlap_comm`. The default is half a billion;
-    Accelerate and the Trainer replace "auto" with the square of the hidden size. `SparseTrainer` calls this function.
-    Call it yourself before `deepspeed.initialize`.
+    It is at most `MAX_BUCKET_SCALARS`. Every rank allocates `reduce_bucket_size` scalars, twice that with
+    `overlap_comm`. DeepSpeed's default is half a billion; Accelerate and the Trainer replace "auto" with the square of
+    the hidden size. `SparseTrainer` calls this function. Call it yourself before `deepspeed.initialize`.
 
     Args:
         config: the DeepSpeed configuration, changed in place. A number that it already sets is kept.
@@ -140,18 +141,3 @@ def optimizer_state_tensors(optimizer: Any) -> list[torch.Tensor]:
 def optimizer_bytes(optimizer: Any) -> int:
     """Size of this rank's optimizer state in bytes: 12 * trainable / world size under ZeRO, plus padding."""
     return sum(tensor.numel() * tensor.element_size() for tensor in optimizer_state_tensors(optimizer))
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process in bytes: accelerator memory if there is an accelerator, else resident memory."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name() -> str:
-    """The name of the GPU, or the CPU architecture and the number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''} per process"

@@ -78,20 +78,3 @@ def plan_reads(wanted: Sequence[Span], shards: Sequence[Sequence[Span]]) -> list
             reads.append(Read(shard, offset + start - first, count, target_offset))
             start, target_offset = start + count, target_offset + count
     return reads
-
-
-def split_batch(total: int, world_size: int, max_size: int) -> tuple[int, int] | None:
-    """Split a global batch of `total` examples evenly over the ranks.
-
-    Args:
-        max_size: the largest micro-batch of a rank, in examples, so that memory use does not grow.
-
-    Returns:
-        (size of a rank's micro-batch, number of micro-batches), with the largest possible micro-batch; None if the
-        examples cannot be split evenly.
-    """
-    if total % world_size:
-        return None
-    per_rank = total // world_size
-    size = max(size for size in range(1, min(max_size, per_rank) + 1) if per_rank % size == 0)
-    return size, per_rank // size

@@ -2,18 +2,18 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from families import VOCABULARY, tiny
+from families import TASKS, VOCABULARY, tiny
 from peft import ShiraConfig, SupertuningConfig, get_peft_model
 from peft_sparta import SpaRTA
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-TASKS = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 SPARTA_FROZEN = ["embed_tokens", "q_proj", "k_proj", "mlp", "norm", "lm_head"]
 
@@ -92,3 +92,14 @@ def save_sparta(model: SpaRTA, out: Path, dtype: torch.dtype = torch.float32) ->
     if hasattr(model.model, "score"):
         save_file({"head": model.get_init_param(model.model.score.weight)}, out / "head_init.safetensors")
     model.eval()
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])

@@ -58,9 +58,11 @@ class RankProcess:
         owner: str = "launcher",
         deferred: bool = False,
     ) -> None:
-        """Args:
-        address: of the watchdog; None: the rank runs one.
-        deferred: whether the rank defers a request to stop, as during training.
+        """Start the process.
+
+        Args:
+            address: of the watchdog; None: the rank runs one.
+            deferred: whether the rank defers a request to stop, as during training.
         """
         arguments = json.dumps([rank, world_size, host, owner, str(address or ""), deferred])
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -44,4 +44,5 @@ def test_importing_the_package_imports_nothing_else():
     code = "import sys; before = set(sys.modules); import sparse_zero; print(*sorted(set(sys.modules) - before))"
     root = Path(sparse_zero.__file__).parents[1]
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert {name.partition(".")[0] for name in done.stdout.split()} == {"sparse_zero", "importlib", "warnings"}
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
+    assert imported - {"warnings"} == {"sparse_zero", "importlib"}  # importlib imports warnings up to Python 3.12

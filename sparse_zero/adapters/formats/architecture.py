@@ -9,21 +9,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from sparse_zero.adapters.files import Adapter
-from sparse_zero.data.models import load_config
-from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.data.models import AUTO_CLASS, load_config, task_of
+from sparse_zero.errors import UserError, did_you_mean, first_line
 from sparse_zero.selection.targets import Target, all_targets
-
-_AUTO_CLASS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
-
-
-def task_of(class_name: str | None) -> str | None:
-    """The task of a class of transformers: "sequence-classification", "causal-lm", or None for others."""
-    if class_name and class_name.endswith("ForSequenceClassification"):
-        return "sequence-classification"
-    return "causal-lm" if class_name and class_name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 @dataclass
@@ -180,11 +171,11 @@ def _model(origin: str | Path, config: PreTrainedConfig, task: str | None, class
     # The adapter's class may not fit a different base model that the user names
     fitting = [kind for kind in known if type(config) is getattr(kind, "config_class", None)]
     with torch.device("meta"):
-        if task in _AUTO_CLASS:
+        if task in AUTO_CLASS:
             try:
-                return _AUTO_CLASS[task].from_config(config)
+                return AUTO_CLASS[task].from_config(config)
             except ValueError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"{origin}: its base model has no head for {task} ({reason})") from None
         if not fitting:
             shown = f" ({', '.join(dict.fromkeys(names))})" if names else ""

@@ -8,9 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from sparse_zero.adapters.files import adapter_bytes
 from sparse_zero.adapters.formats import detect, format_module, model_delta
 from sparse_zero.adapters.formats.contents import Contents
-from sparse_zero.adapters.formats.files import adapter_bytes
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.errors import UserError, refuse_to_overwrite
 from sparse_zero.model.fingerprint import differing_parameters, fingerprint
@@ -23,7 +23,7 @@ def convert(
     base: str | None = None,
     max_density: float = model_delta.MAX_DENSITY,
 ) -> dict[str, Any]:
-    """Convert an adapter, or a fine-tuned model, to another format. If it fails, `out` does not exist.
+    """Convert an adapter, or a fine-tuned model, to another format. If it fails, `out` is unchanged.
 
     Args:
         source: the directory to convert.

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, first_line
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,16 +29,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a file. Raises UserError if the file is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-
-
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
@@ -49,13 +38,4 @@ def read_pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: damaged, or contains other objects than tensors ({first_line})") from None
-
-
-_FILES = ("adapter_*.json", "adapter_*.safetensors", "sparse_deltas.*", "*_init.*", "config.json")
-
-
-def adapter_bytes(directory: Path) -> int:
-    """Size of an adapter's files of any format in bytes, without model card and tokenizer."""
-    return sum(path.stat().st_size for pattern in _FILES for path in directory.glob(pattern))
+        raise UserError(f"{path}: damaged, or contains other objects than tensors ({first_line(error)})") from None

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from sparse_zero.adapters.formats.architecture import Architecture, architecture_of, configuration, task_of
+from sparse_zero.adapters.formats.architecture import Architecture, architecture_of, configuration
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
 from sparse_zero.adapters.formats.deltas import difference
 from sparse_zero.adapters.formats.files import read_json
 from sparse_zero.adapters.formats.model_weights import ModelWeights, has_weights, row_chunks
-from sparse_zero.data.models import load_tokenizer
+from sparse_zero.data.models import load_tokenizer, task_of
 from sparse_zero.errors import UserError
 
 TITLE = "a fine-tuned model"

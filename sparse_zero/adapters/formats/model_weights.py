@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from sparse_zero.adapters.formats.architecture import Architecture
 from sparse_zero.adapters.formats.files import read_json
 from sparse_zero.data.package import package_path
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = ["*.json", "*.safetensors"]
@@ -54,8 +54,9 @@ class ModelWeights:
             try:
                 directory = Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
             except (OSError, HfHubHTTPError, HFValidationError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"--base: {name} is not a directory and cannot be downloaded ({reason})") from None
+                raise UserError(
+                    f"--base: {name} is not a directory and cannot be downloaded ({first_line(error)})"
+                ) from None
         if not has_weights(directory):
             raise UserError(
                 f"{directory}: has neither {SINGLE} nor {INDEX}; save the model with transformers (save_pretrained)"
@@ -147,7 +148,7 @@ class LoadedModelWeights(ModelWeights):
                 self.directory, dtype="auto", output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{self.directory}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+            raise UserError(f"{self.directory}: cannot be loaded ({first_line(error)})") from None
         finally:
             transformers_logging.set_verbosity(verbosity)
         return {n: t.detach() for n, t in model.state_dict().items() if n not in report["missing_keys"]}

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_zero.adapters.files import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from sparse_zero.adapters.formats.architecture import Architecture, architecture_for, task_of
-from sparse_zero.adapters.formats.files import read_json, read_safetensors, write_json, write_safetensors
+from sparse_zero.adapters.files import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_safetensors
+from sparse_zero.adapters.formats.architecture import Architecture, architecture_for
+from sparse_zero.adapters.formats.files import read_json, write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
+from sparse_zero.data.models import task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 

@@ -7,24 +7,25 @@ sparse_deltas.safetensors       for each parameter NAME of the model `indices.NA
 head_init, new_embeddings_init  .safetensors or .pt: the initial values of a new head and of new tokens' embeddings
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_zero.adapters.files import Adapter, row_mask
-from sparse_zero.adapters.formats.architecture import Architecture, architecture_for, configuration, task_of
+from sparse_zero.adapters.files import MODEL_SETTINGS, Adapter, read_safetensors, row_mask
+from sparse_zero.adapters.formats.architecture import Architecture, architecture_for, configuration
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
 from sparse_zero.adapters.formats.deltas import difference
 from sparse_zero.adapters.formats.files import (
     read_json,
     read_pickled,
-    read_safetensors,
     write_json,
     write_safetensors,
 )
 from sparse_zero.adapters.formats.model_weights import ModelWeights
-from sparse_zero.data.models import add_tokens, load_tokenizer
+from sparse_zero.data.models import add_tokens, load_tokenizer, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
@@ -58,7 +59,7 @@ def read(directory: Path, base: str | None) -> Contents:
         dtype=settings.get("dtype") or settings.get("torch_dtype"),
         rule="each scalar at random (Bernoulli)",
         sparse={"selection": "bernoulli"},
-        settings={k: settings[k] for k in ("id2label", "label2id", "problem_type", "pad_token_id") if settings.get(k)},
+        settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
         config=configuration(directory),
     )
     if (head := _read_init(directory, HEAD)) is not None:
@@ -152,6 +153,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     classifier = architecture.task == "sequence-classification"
     _check_supported(adapter, architecture, classifier)
     config, base = adapter.config, adapter.config.base_model_name_or_path
+    open_base = functools.cache(lambda: ModelWeights.open(base, config.revision, architecture))
     some = next(iter((adapter.deltas | adapter.whole | adapter.rows).values()))
     tensors = {}
     for name, target in architecture.targets.items():
@@ -161,11 +163,10 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
             values = adapter.whole[name].flatten()
             at = torch.arange(values.numel())
         elif name in adapter.whole:
-            weights = ModelWeights.open(base, config.revision, architecture).require([name])
-            values = difference(weights.tensor(name), adapter.whole[name]).flatten()
+            values = difference(open_base().require([name]).tensor(name), adapter.whole[name]).flatten()
             at = torch.arange(values.numel())
         elif name in adapter.rows:
-            at, values = _with_rows(adapter, name, architecture)
+            at, values = _with_rows(adapter, name, architecture, open_base)
         elif name in adapter.deltas:
             at, values = adapter.positions(name), adapter.deltas[name]
         tensors[f"indices.{name}"] = _coordinates(at, tuple(target.shape))
@@ -237,14 +238,15 @@ def _new_rows(adapter: Adapter, name: str, architecture: Architecture) -> torch.
     return adapter.rows[name][new]
 
 
-def _with_rows(adapter: Adapter, name: str, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_rows(
+    adapter: Adapter, name: str, architecture: Architecture, open_base: Callable[[], ModelWeights]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions and deltas of a weight with fully trained rows, for the rows that the base model has."""
-    config, selection, (known, columns) = adapter.config, adapter.selection(name), architecture.shape(name)
+    selection, (known, columns) = adapter.selection(name), architecture.shape(name)
     flat, rows = adapter.positions(name), adapter.rows[name]
     old = [index for index, row in enumerate(selection.whole_rows) if row < known]
     if old:
-        weights = ModelWeights.open(config.base_model_name_or_path, config.revision, architecture).require([name])
-        before = weights.tensor(name)[[selection.whole_rows[index] for index in old]]
+        before = open_base().require([name]).tensor(name)[[selection.whole_rows[index] for index in old]]
         rows = difference(before, rows[old])
     inside = row_mask(selection, flat)
     values = rows.new_zeros(flat.numel())

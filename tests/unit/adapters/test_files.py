@@ -70,7 +70,7 @@ def test_the_config_tells_what_was_trained(bases, adapter):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 4.1), (torch.bfloat16, 2.1)])
 def test_bytes_per_trained_scalar(tmp_path, dtype, limit):
-    # Under ZeRO stage 3, deltas have the weights' dtype
+    # DeepSpeed casts the model, deltas included
     model = sparsify(
         nn.Sequential(*(nn.Linear(512, 512) for _ in range(4))), SparseConfig(density=0.1, targets="all-linear")
     )

@@ -23,7 +23,7 @@ from sparse_zero.checkpoint.loader import load_partition, read_random_states
 from sparse_zero.checkpoint.manifest import MANIFEST_NAME, Manifest, ParameterRecord, Progress
 from sparse_zero.checkpoint.writer import CheckpointWriter
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.partitions import Partition
 
 SHARD = "shard-00000-of-00001.safetensors"

@@ -12,13 +12,13 @@ import pytest
 from sparse_zero.checkpoint import output_lock
 from sparse_zero.checkpoint.output_lock import LOCK_NAME, locked
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 from sparse_zero.checkpoint.output_lock import locked
-from sparse_zero.ranks.agreement import Ranks
+from sparse_zero.ranks.collectives import Ranks
 with locked(Path(sys.argv[1]), Ranks()):
     print("holds", flush=True)
     time.sleep(60)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparse_zero.checkpoint import resume
-from sparse_zero.checkpoint.resume import complete_resume_option, keep_batch_size
+from sparse_zero.checkpoint.resume import complete_resume_option, keep_batch_size, split_batch
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import Recipe
 
@@ -81,3 +81,19 @@ def test_a_run_whose_only_checkpoint_is_damaged_is_not_restarted(tmp_path: Path,
 def test_a_named_checkpoint_must_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: no such checkpoint"):
         resume.find_resume_checkpoint(recipe(output_dir=str(tmp_path)), str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("total", "ranks", "at_most", "expected"),
+    [
+        (24, 4, 6, (6, 1)),
+        (24, 1, 6, (6, 4)),
+        (24, 2, 6, (6, 2)),
+        (24, 3, 6, (4, 2)),
+        (24, 8, 6, (3, 1)),
+        (24, 5, 6, None),
+        (7, 1, 4, (1, 7)),
+    ],
+)
+def test_split_batch(total: int, ranks: int, at_most: int, expected: tuple[int, int] | None) -> None:
+    assert split_batch(total, ranks, at_most) == expected

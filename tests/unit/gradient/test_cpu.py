@@ -53,8 +53,8 @@ def reference(rows: torch.Tensor, columns: torch.Tensor, pattern: Pattern) -> to
 )
 def test_more_rows_than_are_transposed_at_a_time(rows, granularity, threads):
     torch.manual_seed(0)
-    cells = torch.randperm(rows // granularity * C)[: 9 * max(1, 60 // granularity)].sort().values
-    pattern = Pattern(cells, rows, C, granularity)
+    indices = torch.randperm(rows // granularity * C)[: 9 * max(1, 60 // granularity)].sort().values
+    pattern = Pattern(indices, rows, C, granularity)
     operands = torch.randn(150, rows), torch.randn(150, C)
     result = cpu.load_operator()(*operands, *pattern.by_blocks, 64, 3, threads, torch.float32)
     torch.testing.assert_close(result.double(), reference(*operands, pattern), rtol=1e-5, atol=1e-5)

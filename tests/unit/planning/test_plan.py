@@ -11,7 +11,7 @@ from launcher.cli import main
 from sparse_zero import SparseConfig, sparsify
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, traffic
 from sparse_zero.planning.plan import device_bytes, least_ranks, plan
-from sparse_zero.planning.planned_run import read_recipe
+from sparse_zero.planning.planned_run import describe_run
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.selection import rules as positions
 
@@ -44,7 +44,7 @@ def recipe(base: Path, tmp_path: Path) -> Path:
 def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
     model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base)
     sparsify(model, SparseConfig(density=0.05, targets="all-linear"))
-    sizes = read_recipe(load_recipe(recipe)).sizes
+    sizes = describe_run(load_recipe(recipe)).sizes
     weights = model.sparsity.weights.values()
     assert sorted(sizes.selected) == sorted(weight.selection.count for weight in weights)
     assert sum(sizes.base) == model.sparsity.total_parameters
@@ -53,7 +53,7 @@ def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", "[v_proj, o_proj]"])
 def test_activations_are_those_that_autograd_saves(base: Path, recipe: Path, targets: str) -> None:
-    run = read_recipe(load_recipe(recipe, [f"sparse.targets={targets}"]))
+    run = describe_run(load_recipe(recipe, [f"sparse.targets={targets}"]))
     counted = run.activations.peak(checkpointed=False) - run.activations.loss
     model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base, attn_implementation="eager").train()
     sparsify(model, load_recipe(recipe, [f"sparse.targets={targets}"]).sparse)
@@ -71,7 +71,7 @@ def test_activations_are_those_that_autograd_saves(base: Path, recipe: Path, tar
 
 
 def test_checkpointing_saves_less(recipe: Path) -> None:
-    kept = read_recipe(load_recipe(recipe)).activations
+    kept = describe_run(load_recipe(recipe)).activations
     assert len(kept.layers) == 2
     assert kept.inputs == 2 * 3 * TOKENS * 32 * 4
     assert kept.peak(True) == kept.outside + kept.inputs + max(kept.loss, *kept.layers) < kept.peak(False)
@@ -101,7 +101,7 @@ def test_stage_3_does_not_gather_again_what_it_reuses() -> None:
 
 
 def test_the_smallest_number_of_ranks_is_the_smallest(recipe: Path) -> None:
-    run = read_recipe(load_recipe(recipe))
+    run = describe_run(load_recipe(recipe))
     zero = run.zero_settings("3")
     room = device_bytes(run, zero, 13)
     least = least_ranks(run, zero, room)
@@ -110,7 +110,7 @@ def test_the_smallest_number_of_ranks_is_the_smallest(recipe: Path) -> None:
 
 
 def test_the_lowest_stage_that_fits_is_chosen() -> None:
-    run = read_recipe(load_recipe(SHAPES / "plan.yaml", [f"model.name={SHAPES / 'llama-3-70b'}"]))
+    run = describe_run(load_recipe(SHAPES / "plan.yaml", [f"model.name={SHAPES / 'llama-3-70b'}"]))
     for name in ("0", "3"):
         size = device_bytes(run, run.zero_settings(name), 8)
         planned = plan(run, 8, gpu_bytes=round(1.01 * size / 0.92))
@@ -126,7 +126,7 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
         monkeypatch.setattr(positions, name, draws)
     for selection in ("bernoulli", "magnitude"):
         overrides = [f"model.name={SHAPES / 'llama-3.1-405b'}", f"sparse.selection={selection}"]
-        run = read_recipe(load_recipe(SHAPES / "plan.yaml", overrides))
+        run = describe_run(load_recipe(SHAPES / "plan.yaml", overrides))
         assert sum(run.sizes.base) == 405_853_388_800
         assert sum(run.sizes.selected) == round(0.01 * 405_853_388_800)
     assert plan(run, 8)["adapter_bytes"] == 6 * sum(run.sizes.selected)  # with magnitude also positions
@@ -200,7 +200,7 @@ def test_a_classifier_on_a_model_without_a_padding_token(recipe: Path) -> None:
     file = recipe.parent / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": None}))
     overrides = ["model.task=sequence-classification", "data.columns={text: text, label: label}"]
-    found = read_recipe(load_recipe(recipe, overrides)).activations
+    found = describe_run(load_recipe(recipe, overrides)).activations
     assert found.formula == "counted on the meta device"
     assert found.peak(checkpointed=False) > 0
 
@@ -212,7 +212,7 @@ def test_a_forward_that_fails_without_values_is_estimated(monkeypatch: pytest.Mo
         raise ValueError("needs values")
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
-    assert "Korthikanti" in read_recipe(load_recipe(recipe)).activations.formula
+    assert "Korthikanti" in describe_run(load_recipe(recipe)).activations.formula
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_forward_that_fails_without_values_is_estimated(monkeypatch: pytest.Mo
 def test_the_recipes_own_settings_are_planned(
     recipe: Path, settings: str, own: str, offloaded: tuple[bool, bool]
 ) -> None:
-    run = read_recipe(load_recipe(recipe, [f"training.deepspeed={{zero_optimization: {settings}}}"]))
+    run = describe_run(load_recipe(recipe, [f"training.deepspeed={{zero_optimization: {settings}}}"]))
     zero = run.zero_settings(own)
     assert plan(run, 2)["recipe_stage"] == own
     assert (zero.offload_optimizer, zero.offload_param) == offloaded

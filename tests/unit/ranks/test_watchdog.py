@@ -43,7 +43,7 @@ def test_a_death_is_sent_to_all_remaining_ranks_and_to_rank_0_last(open_watchdog
     send = _Connection.send
 
     def record(connection: _Connection, message: dict) -> None:
-        sent.append((message["type"], connection.rank.rank))
+        sent.append((message["type"], connection.info.rank))
         send(connection, message)
 
     monkeypatch.setattr(_Connection, "send", record)

@@ -101,7 +101,7 @@ def test_an_unreachable_host_is_not_reported_as_a_death(open_watchdog, start, ou
     receive = _Connection.receive
 
     def time_out(connection: _Connection) -> Any:
-        if connection.rank and connection.rank.rank == 1:
+        if connection.info and connection.info.rank == 1:
             raise OSError(errno.ETIMEDOUT, "timed out")
         return receive(connection)
 

@@ -79,7 +79,7 @@ def step(throughput: Throughput, clock: Clock, seconds: float, *batches: tuple[i
 
 
 def test_rates_are_of_all_ranks_and_micro_batches(clock: Clock) -> None:
-    throughput = Throughput(ranks=3, clock=clock)
+    throughput = Throughput(world_size=3, clock=clock)
     assert (throughput.samples_per_second, throughput.tokens_per_second, throughput.steps_per_second) == (0, 0, None)
     clock.wait(100)  # skipped examples, and an evaluation
     throughput.begin()
@@ -90,7 +90,7 @@ def test_rates_are_of_all_ranks_and_micro_batches(clock: Clock) -> None:
 
 
 def test_rates_are_of_the_last_steps(clock: Clock) -> None:
-    throughput = Throughput(ranks=1, clock=clock)
+    throughput = Throughput(world_size=1, clock=clock)
     throughput.begin()
     for _ in range(10):
         step(throughput, clock, 2, (2, 20))
@@ -104,7 +104,7 @@ def test_rates_are_of_the_last_steps(clock: Clock) -> None:
 
 
 def test_skipped_time_counts_only_for_the_remaining_time(clock: Clock) -> None:
-    throughput = Throughput(ranks=1, clock=clock)
+    throughput = Throughput(world_size=1, clock=clock)
     throughput.begin()
     step(throughput, clock, 1, (6, 60))
     clock.wait(9)
@@ -115,7 +115,7 @@ def test_skipped_time_counts_only_for_the_remaining_time(clock: Clock) -> None:
 
 
 def test_step_line(clock: Clock) -> None:
-    throughput = Throughput(ranks=4, clock=clock)
+    throughput = Throughput(world_size=4, clock=clock)
     throughput.begin()
     for _ in range(20):
         step(throughput, clock, 0.5, (64, 1625))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sparse_zero.zero.resharding import Span, even_slice, merge_spans, parameter_offsets, plan_reads, split_batch
+from sparse_zero.zero.resharding import Span, even_slice, merge_spans, parameter_offsets, plan_reads
 
 
 def test_offsets() -> None:
@@ -71,19 +71,3 @@ def test_the_same_partition_is_one_read_from_one_shard() -> None:
 def test_a_gap_is_an_error(wanted: Span) -> None:
     with pytest.raises(KeyError):
         plan_reads([wanted], [[(0, 4)], [(5, 9)], [(10, 20)]])
-
-
-@pytest.mark.parametrize(
-    ("total", "ranks", "at_most", "expected"),
-    [
-        (24, 4, 6, (6, 1)),
-        (24, 1, 6, (6, 4)),
-        (24, 2, 6, (6, 2)),
-        (24, 3, 6, (4, 2)),
-        (24, 8, 6, (3, 1)),
-        (24, 5, 6, None),
-        (7, 1, 4, (1, 7)),
-    ],
-)
-def test_split_batch(total: int, ranks: int, at_most: int, expected: tuple[int, int] | None) -> None:
-    assert split_batch(total, ranks, at_most) == expected

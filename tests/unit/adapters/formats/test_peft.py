@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from format_cases import CAUSAL, CLASSIFIER, logits, open_base, peft_adapter, save_base
+from format_cases import CAUSAL, CLASSIFIER, edit, logits, open_base, peft_adapter, save_base, truncate
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sparse_zero import SparseConfig, UserError, load_adapter, save_adapter, sparsify
 from sparse_zero.adapters.files import read_adapter, write_adapter
@@ -178,34 +178,32 @@ def test_tied_weights_are_refused(tmp_path):
 
 # Damaged or wrong input
 
+FILE = "adapter_model.safetensors"
 
-def edit(directory, change):
-    path = directory / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+
+def edited(change):
+    """What changes the tensors of an adapter in some directory."""
+    return lambda directory: edit(directory / FILE, change)
 
 
 def first(tensors, ending):
     return next(name for name in tensors if name.endswith(ending))
 
 
-def truncate(directory):
-    path = directory / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-
-
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (truncate, "adapter_model.safetensors: damaged"),
+        (lambda d: truncate(d / FILE), "adapter_model.safetensors: damaged"),
         (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
         (lambda d: (d / "adapter_config.json").write_text("{"), "adapter_config.json: damaged"),
-        (lambda d: edit(d, lambda t: t.pop(first(t, "_indices"))), "the indices of 'model.layers.0."),
-        (lambda d: edit(d, lambda t: t[first(t, "_indices")].fill_(0)), "contain duplicates"),
-        (lambda d: edit(d, lambda t: t[first(t, "_indices")].fill_(-1)), "are not valid for a weight of shape"),
-        (lambda d: edit(d, lambda t: t[first(t, "_indices")].fill_(10**6)), "are not valid for a weight of shape"),
-        (lambda d: edit(d, lambda t: t.update(odd=torch.zeros(1))), "'odd' is not a name that PEFT writes"),
+        (edited(lambda t: t.pop(first(t, "_indices"))), "the indices of 'model.layers.0."),
+        (edited(lambda t: t[first(t, "_indices")].fill_(0)), "contain duplicates"),
+        (edited(lambda t: t[first(t, "_indices")].fill_(-1)), "are not valid for a weight of shape"),
+        (
+            edited(lambda t: t[first(t, "_indices")].fill_(10**6)),
+            "are not valid for a weight of shape",
+        ),
+        (edited(lambda t: t.update(odd=torch.zeros(1))), "'odd' is not a name that PEFT writes"),
     ],
 )
 def test_damaged(bases, tmp_path, damage, complaint):

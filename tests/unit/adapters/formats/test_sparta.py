@@ -11,6 +11,7 @@ from format_cases import (
     CAUSAL,
     CLASSIFIER,
     SPARTA_FROZEN,
+    edit,
     logits,
     open_base,
     save_base,
@@ -18,9 +19,10 @@ from format_cases import (
     sparta_adapter,
     tokens,
     train,
+    truncate,
 )
 from peft_sparta import SpaRTA, SpaRTAforCausalLM, SpaRTAforSequenceClassification
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -222,16 +224,12 @@ def test_new_tokens_of_a_causal_model_are_refused(bases, tmp_path):
 
 # Damaged or wrong input
 
-
-def edit(directory, change):
-    path = directory / "sparse_deltas.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+FILE = "sparse_deltas.safetensors"
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-5])
+def edited(change):
+    """What changes the tensors of an adapter in some directory."""
+    return lambda directory: edit(directory / FILE, change)
 
 
 class Harmful:
@@ -255,12 +253,18 @@ NAME = "model.layers.0.self_attn.v_proj.weight"
         (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
         (lambda d: truncate(d / "config.json"), "config.json: damaged"),
         (harmful, "sparse_deltas.pt: damaged, or contains other objects than tensors"),
-        (lambda d: edit(d, lambda t: t.update(odd=torch.zeros(1))), "contains deltas, indices, odd, not indices and"),
-        (lambda d: edit(d, lambda t: t.pop(f"deltas.{NAME}")), f"'{NAME}' has only one of indices and deltas"),
-        (lambda d: edit(d, lambda t: t[f"indices.{NAME}"].fill_(99)), f"the indices of '{NAME}' are not valid for"),
-        (lambda d: edit(d, lambda t: t.update({f"indices.{NAME}": torch.zeros(9, 3)})), "are not valid for"),
         (
-            lambda d: edit(d, lambda t: t["indices.score.weight"].fill_(99)),
+            edited(lambda t: t.update(odd=torch.zeros(1))),
+            "contains deltas, indices, odd, not indices and",
+        ),
+        (edited(lambda t: t.pop(f"deltas.{NAME}")), f"'{NAME}' has only one of indices and deltas"),
+        (
+            edited(lambda t: t[f"indices.{NAME}"].fill_(99)),
+            f"the indices of '{NAME}' are not valid for",
+        ),
+        (edited(lambda t: t.update({f"indices.{NAME}": torch.zeros(9, 3)})), "are not valid for"),
+        (
+            edited(lambda t: t["indices.score.weight"].fill_(99)),
             "indices of 'score.weight' are not valid for",
         ),
     ],
