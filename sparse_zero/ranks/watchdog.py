@@ -93,7 +93,7 @@ class _Connection:
         if not data:
             return None
         *lines, self._received = (self._received + data).split(b"\n")
-        if len(self._received) > (_MAX_LINE_BYTES if self.rank else 4096):
+        if len(self._received) > (_MAX_LINE_BYTES if self.info else 4096):
             raise ValueError("the line is too long for a message")
         return [json.loads(line) for line in lines]
 
@@ -317,7 +317,7 @@ class Watchdog:
             self._broadcast({"type": "outcome", "status": outcome.status})
 
     def _broadcast(self, message: dict[str, Any]) -> None:
-        connected = [each for each in self._connections.values() if each.rank and not each.has_left]
+        connected = [each for each in self._connections.values() if each.info and not each.has_left]
         # Rank 0 comes last: if it runs the watchdog, an outcome ends this process.
         for connection in sorted(connected, key=lambda each: each.info.rank, reverse=True):
             connection.send(message)
