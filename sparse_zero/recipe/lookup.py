@@ -42,13 +42,18 @@ def find_named_file(key: str, name: str, recipe: Path, *suffixes: str) -> Path:
     is_shipped = recipe.parent.resolve() == shipped.directory().resolve()
     places = [Path(), recipe.parent] if is_shipped else [recipe.parent, Path()]
     for candidate in (*(place / name for place in places), shipped.find(name, *suffixes)):
-        if candidate is not None and candidate.is_file():
+        if candidate is not None and candidate.is_file() and _may_be_named(candidate, suffixes):
             return candidate
     ours = shipped.names(*suffixes)
     known = sorted({*ours, *(file.name for place in places for file in _files(place, suffixes))})
     hint = did_you_mean(name, known) or (f"; there are {', '.join(known)}" if known else "")
     where = ", in the working directory or among the shipped files" if ours else " or in the working directory"
     raise UserError(f"{key}: no file '{name}' beside the recipe{where}{hint}")
+
+
+def _may_be_named(file: Path, suffixes: Iterable[str]) -> bool:
+    """Whether a recipe may mean this file. A shipped file of another kind is a mistake, as `deepspeed: demo.yaml`."""
+    return file.suffix in suffixes or file.parent.resolve() != shipped.directory().resolve()
 
 
 def _files(directory: Path, suffixes: Iterable[str]) -> list[Path]:

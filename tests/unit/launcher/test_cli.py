@@ -20,8 +20,9 @@ IMPORTED = """
 import sys
 from launcher.cli import main
 for words in {commands}:
-    try: main(words)
-    except SystemExit: pass
+    try: status = main(words)
+    except SystemExit as end: status = end.code
+    assert not status, (words, status)
 print("IMPORTED", sorted({heavy} & set(sys.modules)))
 """
 TORCH = {"torch", "transformers", "deepspeed", "datasets", "numpy"}

@@ -80,7 +80,7 @@ def test_a_4d_mask_is_ignored_with_a_warning(ids: torch.Tensor) -> None:
     spy = Spy()
     rpn.attach(model, RPNConfig(), noise=spy)
     causal = torch.ones(8, 8, dtype=torch.bool).tril().expand(3, 1, -1, -1)
-    with pytest.warns(UserWarning, match="padding can be found only from a 2-D attention mask"):
+    with pytest.warns(UserWarning, match="neither 2 nor 3 dimensions, so padding cannot be found"):
         model(ids, attention_mask=causal)
     assert spy.keep.all()
 
