@@ -34,7 +34,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from sparse_zero.model import layers, products, weight_tensor
-from sparse_zero.model.sparsify import Sparsity
+from sparse_zero.model.sparsity import Sparsity
 from sparse_zero.zero.parameters import fit_buckets, optimizer_bytes, optimizer_state_tensors
 
 WAYS = ("plain", "ddp", "zero2", "zero3")

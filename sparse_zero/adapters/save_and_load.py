@@ -28,14 +28,22 @@ from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resi
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters, fingerprint
-from sparse_zero.model.sparsify import Sparsity, apply_selection, merge_and_unload, set_scale, sparsity_of, unwrap
+from sparse_zero.model.sparse_model import refresh
+from sparse_zero.model.sparsify import apply_selection, disable_adapter, merge_and_unload, set_scale
+from sparse_zero.model.sparsity import Sparsity, named_tensors, sparsity_of, state_of, unwrap
 from sparse_zero.selection.rules import STORED, Selection
-from sparse_zero.zero.parameters import full_shape, gathered, wait_for_prefetch
+from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
 
 
-def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool = True) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    is_main_process: bool = True,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write the active adapter of a sparse model to a directory.
 
         save_adapter(model, "adapter")
@@ -48,46 +56,76 @@ def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool 
         model: a sparse model, which may be wrapped by DDP, Accelerate or DeepSpeed.
         directory: created if necessary; files of another adapter in it are replaced.
         is_main_process: whether this rank writes. Under ZeRO stage 3, all ranks must call the function.
+        state_dict: the complete state dict of the model, as `accelerator.get_state_dict` returns it. Under ZeRO stage
+            3 one rank alone can then write.
 
     Raises:
-        UserError: the model is not sparse, or the directory cannot be written.
+        UserError: the model is not sparse, the directory cannot be written, or values are missing in the state dict.
     """
-    adapter = extract_adapter(model, keep=is_main_process)
+    adapter = extract_adapter(model, is_main_process, state_dict)
     if is_main_process:
         write_adapter(adapter, directory, model_card(adapter.config))
 
 
-def extract_adapter(model: nn.Module, keep: bool = True) -> Adapter:
+def extract_adapter(
+    model: nn.Module, keep: bool = True, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> Adapter:
     """Copy the active adapter of a sparse model to the CPU. Under ZeRO stage 3, all ranks must call it.
 
     Args:
         model: a sparse model, which may be wrapped.
         keep: whether to return the values on this rank. Otherwise only the config is filled.
+        state_dict: see `save_adapter`.
     """
     sparsity, inner = sparsity_of(model), unwrap(model)
-    parameters = dict(inner.named_parameters())
     wait_for_prefetch(inner)
     positions = {name: weight.flat_positions() for name, weight in sparsity.weights.items()} if keep else {}
     adapter = Adapter(adapter_config(inner, sparsity, positions), deltas={}, whole={})
-    for name, weight in sparsity.weights.items():
-        with gathered([weight.delta]):
-            if not keep:
-                continue
-            values = weight.delta.detach()
-            if weight.selection.rule == STORED:
-                adapter.stored_positions[name] = positions[name].cpu()
-            if weight.selection.whole_rows:
-                inside = row_mask(weight.selection, positions[name])
-                rows = weight.base[inside].to(torch.promote_types(weight.base.dtype, values.dtype)) + values[inside]
-                adapter.rows[name] = rows.to(values.dtype).cpu().view(-1, weight.shape[-1])
-                values = values[~inside]
-            if values.numel():
-                adapter.deltas[name] = values.to("cpu", copy=True)
-    for name in sparsity.whole:
-        with gathered([parameters[name]]):
-            if keep:
-                adapter.whole[name] = parameters[name].detach().to("cpu", copy=True)
+    for name, values in _deltas(sparsity, state_dict):
+        if not keep:
+            continue
+        weight = sparsity.weights[name]
+        if weight.selection.rule == STORED:
+            adapter.stored_positions[name] = positions[name].cpu()
+        if weight.selection.whole_rows:
+            inside = row_mask(weight.selection, positions[name])
+            rows = weight.base[inside].to(torch.promote_types(weight.base.dtype, values.dtype)) + values[inside]
+            adapter.rows[name] = rows.to(values.dtype).cpu().view(-1, weight.shape[-1])
+            values = values[~inside]
+        if values.numel():
+            adapter.deltas[name] = values.to("cpu", copy=True)
+    for name, values in _trained_values(inner, sparsity, state_dict):
+        if keep:
+            adapter.whole[name] = values.to("cpu", copy=True)
     return adapter
+
+
+def _deltas(sparsity: Sparsity, state_dict: Mapping[str, torch.Tensor] | None) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, weight in sparsity.weights.items():
+        if state_dict is not None and is_partitioned(weight.delta):
+            yield name, _value(state_dict, weight.tensor_name(name, "delta")).to(weight.delta.dtype)
+        else:
+            with gathered([weight.delta]):
+                yield name, weight.delta.detach()
+
+
+def _trained_values(
+    inner: nn.Module, sparsity: Sparsity, state_dict: Mapping[str, torch.Tensor] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if state_dict is None or sparsity.trained or not any(is_partitioned(p) for p in inner.parameters()):
+        yield from sparsity.trained_values(inner)
+        return
+    for name in sparsity.trained_names:
+        yield name, _value(state_dict, name)
+
+
+def _value(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in state_dict:
+        raise UserError(
+            f"the state dict has no '{name}': under ZeRO stage 3 set stage3_gather_16bit_weights_on_model_save in the "
+            "DeepSpeed configuration, or call save_adapter on all ranks"
+        )
+    return state_dict[name]
 
 
 def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str, torch.Tensor]) -> AdapterConfig:
@@ -100,14 +138,14 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     """
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    some_weight = dict(model.named_parameters())[next(iter([*sparsity.weights, *sparsity.whole]))]
+    some_weight = named_tensors(model)[next(iter([*sparsity.weights, *sparsity.whole]))]
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
     return AdapterConfig(
         base_model_name_or_path=sparsity.base_model,
         revision=sparsity.revision,
-        base_fingerprint=sparsity.fingerprint,
+        base_fingerprint=base_fingerprint(model, sparsity),
         tokenizer=sparsity.tokenizer,
         new_tokens=sparsity.new_tokens,
         task=task_of(type(model).__name__),
@@ -117,10 +155,22 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
         tensors=tensors,
-        modules_to_save=sparsity.whole,
+        modules_to_save=sparsity.trained_names,
         results=sparsity.results,
         library_versions=library_versions(),
     )
+
+
+def base_fingerprint(model: nn.Module, sparsity: Sparsity) -> dict[str, str]:
+    """The fingerprint of the base model of a sparse one without wrappers. Other weights may have been loaded."""
+    if sparsity.base_has_changed:
+        with_rows = {name for name, weight in sparsity.weights.items() if weight.selection.whole_rows}
+        deltas = {weight.tensor_name(name, "delta") for name, weight in sparsity.weights.items()}
+        with disable_adapter(model):
+            sparsity.fingerprint = fingerprint(model, {*sparsity.whole, *with_rows, *deltas})
+        for weight in sparsity.weights.values():
+            weight.base_has_changed = False
+    return sparsity.fingerprint
 
 
 def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> nn.Module:
@@ -145,13 +195,13 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
             selection than the sparse model. The model is then unchanged.
     """
     inner = unwrap(model)
-    adapter = read_adapter(directory)
-    if hasattr(inner, "sparsity") and adapter_name in (None, inner.sparsity.name):
-        _check_base(inner, adapter, directory, inner.sparsity.fingerprint)
-        _check_sparsified_alike(inner.sparsity, adapter, directory)
-        _set_values(inner, adapter, inner.sparsity.weights)
-    elif hasattr(inner, "sparsity"):
-        _check_base(inner, adapter, directory, inner.sparsity.fingerprint)
+    adapter, sparsity = read_adapter(directory), state_of(inner)
+    if sparsity is not None and adapter_name in (None, sparsity.name):
+        _check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
+        _check_sparsified_alike(sparsity, adapter, directory)
+        _set_values(inner, adapter, sparsity.weights)
+    elif sparsity is not None:
+        _check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
         for name in adapter.config.tensors:
             checked_positions(adapter, name, directory)
         inner.__dict__.setdefault("inactive_adapters", {})[adapter_name] = adapter.clone()
@@ -185,8 +235,8 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
 
     # The deltas of fully trained rows depend on the rows' original values, which are known afterwards
     deltas = {name: values for name, values in adapter.deltas.items() if name not in adapter.rows}
-    apply_selection(inner, config.sparse, selections, list(config.modules_to_save), chunks, base, deltas)
-    sparsity = inner.sparsity
+    apply_selection(inner, config.sparse, selections, config.modules_to_save, chunks, base, deltas)
+    sparsity = sparsity_of(inner)
     sparsity.name = adapter_name
     sparsity.base_model, sparsity.revision = config.base_model_name_or_path, config.revision
     sparsity.tokenizer, sparsity.new_tokens = config.tokenizer, list(config.new_tokens)
@@ -198,9 +248,9 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
 def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -> None:
     """Set the deltas of the weights `selected`, and all fully trained parameters."""
     wait_for_prefetch(inner)
-    parameters = dict(inner.named_parameters())
+    sparsity = sparsity_of(inner)
     for name in selected:
-        weight, values = inner.sparsity.weights[name], adapter.deltas.get(name)
+        weight, values = sparsity.weights[name], adapter.deltas.get(name)
         if name in adapter.rows:
             inside = row_mask(weight.selection, weight.flat_positions())
             device, rows = inside.device, adapter.rows[name].flatten()
@@ -211,13 +261,12 @@ def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -
             values = spread
         with gathered([weight.delta], write=True):
             weight.delta.copy_(values)
-    for name, values in adapter.whole.items():
-        with gathered([parameters[name]], write=True):
-            parameters[name].copy_(values)
+    sparsity.set_trained_values(inner, adapter.whole)
+    refresh(inner)
 
 
 def _check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None:
-    config, parameters = adapter.config, dict(model.named_parameters())
+    config, parameters = adapter.config, named_tensors(model)
     where = f"{origin}: trained on {config.base_model_name_or_path}, does not fit {type(model).__name__}"
     shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
     shapes |= {name: list(values.shape) for name, values in adapter.whole.items()}
@@ -252,7 +301,7 @@ def _check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: di
 
 def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | Path) -> None:
     config = adapter.config
-    same = sparsity.weights.keys() == config.tensors.keys() and set(sparsity.whole) == set(config.modules_to_save)
+    same = sparsity.weights.keys() == config.tensors.keys() and _are_trained(sparsity, config)
     for name, weight in sparsity.weights.items() if same else ():
         here = SelectedTensor.from_selection(weight.selection, weight.flat_positions())
         same = same and here.positions == config.tensors[name].positions
@@ -261,6 +310,11 @@ def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | 
             f"{origin}: the model has a different selection (seed, density, targets or modules_to_save); pass an "
             "adapter_name to load the adapter in addition to the active one"
         )
+
+
+def _are_trained(sparsity: Sparsity, config: AdapterConfig) -> bool:
+    """Whether the same parameters are fully trained. Adapters of version 0.1 have no buffers."""
+    return {*sparsity.whole} <= {*config.modules_to_save} <= {*sparsity.trained_names}
 
 
 def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> dict[str, Any]:

@@ -4,32 +4,18 @@
     load_adapter(model, "adapters/code", adapter_name="code")
     set_adapter(model, "code")
 
-One adapter is active: its deltas are in the weights. The others are in CPU memory. Create a new optimizer after a
-switch: an older one has the deltas of the adapter before. Under ZeRO stage 3, all ranks must call these functions.
+One adapter is active: its deltas are in the weights. An adapter that was active keeps its deltas, the same parameters,
+on the model's device: an optimizer that has them stays valid. A loaded adapter that was never active is in CPU memory.
+Under ZeRO stage 3, all ranks must call these functions.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import nn
 
 from sparse_zero.adapters.files import Adapter
-from sparse_zero.adapters.save_and_load import apply_adapter, extract_adapter
+from sparse_zero.adapters.save_and_load import apply_adapter
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.model.sparsify import merge_and_unload, sparsity_of, unload, unwrap
-from sparse_zero.zero.parameters import gathered, wait_for_prefetch
-
-
-@dataclass
-class MergedAdapter:
-    """A merged adapter, and the original values that `unmerge_adapter` restores."""
-
-    name: str
-    adapter: Adapter
-    base: dict[str, torch.Tensor]
-    """The original values of the selected scalars, (n,) of each weight, on the CPU."""
-    originals: dict[str, torch.Tensor]
-    """The original values of fully trained parameters."""
+from sparse_zero.model.sparsify import activate, deactivate, merge, unmerge
+from sparse_zero.model.sparsity import Sparsity, check_not_sparse, sparsity_of, unwrap
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -62,11 +48,20 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         raise UserError("set_adapter activates one adapter; combine_adapters makes one of several")
     if adapter_name not in inactive:
         raise _unknown_name(model, adapter_name)
-    current = extract_adapter(inner)
-    unload(inner)
-    apply_adapter(inner, inactive[adapter_name], adapter_name, adapter_name)
+    next_one, disabled = inactive[adapter_name], active.disabled
+    deactivate(inner)
+    try:
+        if isinstance(next_one, Sparsity):
+            activate(inner, next_one, disabled)
+        else:
+            apply_adapter(inner, next_one, adapter_name, adapter_name)
+            for _ in range(disabled):
+                sparsity_of(inner).disable(inner)
+    except UserError:
+        activate(inner, active, disabled)
+        raise
     del inactive[adapter_name]
-    inactive[active.name] = current
+    inactive[active.name] = active
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -91,8 +86,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def merge_adapter(model: nn.Module) -> None:
     """Merge the active adapter into the weights, in place. `unmerge_adapter` undoes it bit for bit.
 
-    The model then consists of plain modules, as after `merge_and_unload`, and needs CPU memory for the adapter and the
-    original values.
+    The model then consists of plain modules, as after `merge_and_unload`, and also keeps the deltas and the original
+    values.
 
     Args:
         model: a sparse model, which may be wrapped.
@@ -101,14 +96,9 @@ def merge_adapter(model: nn.Module) -> None:
         UserError: the model is not sparse.
     """
     inner = unwrap(model)
-    sparsity = sparsity_of(model)
-    base = {name: weight.base.cpu() for name, weight in sparsity.weights.items()}
-    merged = MergedAdapter(sparsity.name, extract_adapter(inner), base, sparsity.originals)
-    merge_and_unload(inner)
-    inner.merged_adapter = merged
+    vars(inner)["merged_adapter"] = merge(inner)
 
 
-@torch.no_grad()
 def unmerge_adapter(model: nn.Module) -> None:
     """Undo `merge_adapter`, in place: restore the base model's weights bit for bit, and apply the adapter to them.
 
@@ -116,23 +106,13 @@ def unmerge_adapter(model: nn.Module) -> None:
         model: a model after `merge_adapter`, which may be wrapped.
 
     Raises:
-        UserError: the model has no adapter that `merge_adapter` merged.
+        UserError: the model has no adapter that `merge_adapter` merged, or it was made sparse again since.
     """
     inner = unwrap(model)
-    merged: MergedAdapter | None = inner.__dict__.pop("merged_adapter", None)
-    if merged is None:
+    if "merged_adapter" not in vars(inner):
         raise UserError("nothing to unmerge: call merge_adapter(model) first")
-    wait_for_prefetch(inner)
-    parameters = dict(inner.named_parameters())
-    for name, base in merged.base.items():
-        flat = merged.adapter.positions(name, base.device)
-        with gathered([parameters[name]], write=True):
-            whole = parameters[name].detach()
-            whole.view(-1).index_copy_(0, flat.to(whole.device), base.to(whole.device))
-    for name, values in merged.originals.items():
-        with gathered([parameters[name]], write=True):
-            parameters[name].copy_(values)
-    apply_adapter(inner, merged.adapter, merged.name, merged.name)
+    check_not_sparse(inner)
+    unmerge(inner, vars(inner).pop("merged_adapter"))
 
 
 def _unknown_name(model: nn.Module, adapter_name: str) -> UserError:
@@ -141,5 +121,5 @@ def _unknown_name(model: nn.Module, adapter_name: str) -> UserError:
     return UserError(f"the model has no adapter '{adapter_name}'{hint}")
 
 
-def _inactive(inner: nn.Module) -> dict[str, Adapter]:
-    return inner.__dict__.setdefault("inactive_adapters", {})
+def _inactive(inner: nn.Module) -> dict[str, Adapter | Sparsity]:
+    return vars(inner).setdefault("inactive_adapters", {})

@@ -13,17 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from sparse_zero.errors import UserError
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
+from sparse_zero.model import state_dict
 from sparse_zero.model.products import kept_input
-from sparse_zero.model.step_counter import StepCounter
+from sparse_zero.model.refusals import refuse_second_derivatives, refuse_transforms
+from sparse_zero.model.saved_weights import saved_by_reference
 from sparse_zero.model.weight import SparseWeight, scaled
-from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection
-from sparse_zero.selection.targets import Target
-from sparse_zero.zero.parameters import is_partitioned, is_whole
+from sparse_zero.zero.parameters import is_whole
 
 
 class _SampledGradient(torch.autograd.Function):
@@ -38,23 +37,27 @@ class _SampledGradient(torch.autograd.Function):
         module: "SampledModule",
         sparse_weight: SparseWeight,
     ) -> torch.Tensor:
-        ctx.module, ctx.sparse_weight, ctx.dropout_step = module, sparse_weight, sparse_weight.dropout_step
+        ctx.module, ctx.sparse_weight, ctx.setting = module, sparse_weight, sparse_weight.setting
         ctx.save_for_backward(inputs)
         # Not a view: autograd forbids in-place operations (a ReLU) on views that a Function returns. Sharing memory is
         # safe because none of the wrapped modules needs its own output in backward.
         return output.data
 
     @staticmethod
-    @once_differentiable  # the module treats the weight as a constant
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
-        (inputs,) = ctx.saved_tensors
         weight = ctx.sparse_weight
-        # This node runs before the module's own backward, which reads the weight. ZeRO stage 3 may have gathered the
-        # weight again, without the deltas. Other weights are unchanged since the forward, or autograd raises an error.
-        if ctx.module.backward_reads_weight and is_partitioned(weight.weight):
-            weight.refresh_copy(ctx.dropout_step)
+        refuse_second_derivatives(weight.selection.name)
+        (inputs,) = ctx.saved_tensors
         gradient = ctx.module.delta_gradient(inputs, grad_output, weight)
-        return grad_output, None, scaled(gradient, weight, ctx.dropout_step), None, None
+        return grad_output, None, scaled(gradient, weight, ctx.setting), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, output: torch.Tensor, inputs: Any, delta: torch.Tensor | None, *_: Any) -> torch.Tensor:
+        """Forward mode: the tangent of the output, in which a tangent of the delta would be missing."""
+        if delta is not None:
+            name = ctx.sparse_weight.selection.name
+            raise UserError(f"{name}: forward-mode derivatives of deltas are not supported")
+        return output
 
 
 class SparseModule:
@@ -71,67 +74,50 @@ class SparseModule:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         weights = self.sparse_weights.values()
-        copies = [w for w in weights if is_partitioned(w.weight) and is_whole(w.weight)]
         with ExitStack() as stack:
             for weight in weights:
                 stack.enter_context(weight.share_reads())
-            if copies:
-                stack.enter_context(_SavedByReference(copies))
+            stack.enter_context(saved_by_reference(weight for weight in weights if is_whole(weight.weight)))
             return super().forward(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.selected_names and isinstance(value, nn.Parameter):
+            self.sparse_weights[name].replace(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        state_dict.refresh(self.sparse_weights)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state_dict.add_checksums(self.sparse_weights, destination, prefix)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict, *others: Any) -> None:
+        with state_dict.loading(self, state, prefix, *others) as is_right:
+            if is_right:
+                super()._load_from_state_dict(state, prefix, metadata, *others)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise UserError(
+            "nn.DataParallel cannot train a sparse model: start one process per GPU with torchrun or `sparse-zero "
+            "train`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_module, (self.plain_class, self.selected_names), self.__dict__
-
-
-class _SavedByReference(torch.autograd.graph.saved_tensors_hooks):
-    """Saves a reference for backward instead of the weight that ZeRO stage 3 gathered, so that it can be freed.
-
-    Autograd saves a parameter by reference, but here the module reads a computed tensor instead of the parameter.
-    """
-
-    def __init__(self, weights: list[SparseWeight]) -> None:
-        def pack(tensor: torch.Tensor) -> Any:
-            for weight in weights:
-                if (offset := _offset_in(weight.weight, tensor)) is not None:
-                    return weight, weight.dropout_step, tensor.size(), tensor.stride(), offset
-            return tensor
-
-        def unpack(packed: Any) -> torch.Tensor:
-            if isinstance(packed, torch.Tensor):
-                return packed
-            weight, dropout_step, size, stride, offset = packed
-            weight.refresh_copy(dropout_step)
-            copy = weight.weight.data
-            return copy.as_strided(size, stride, copy.storage_offset() + offset)
-
-        super().__init__(pack, unpack)
-
-
-def _offset_in(weight: torch.Tensor, tensor: torch.Tensor) -> int | None:
-    """The offset of a view of `weight` within it, in scalars. None if `tensor` is not such a view."""
-    if tensor.layout != torch.strided or tensor.dtype != weight.dtype or not tensor.numel():
-        return None
-    offset = (tensor.data_ptr() - weight.data_ptr()) // weight.element_size()
-    # Storages are not compared: one storage may contain several gathered parameters
-    return offset if 0 <= offset < weight.numel() else None
+        return new_module, (self.plain_class, self.selected_names), self.__dict__
 
 
 class SampledModule(SparseModule):
     """A module whose `weight` is selected and whose forward computes the gradient at the selected positions."""
 
-    backward_reads_weight: ClassVar[bool] = True
-
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Run the module on its single argument, which has a different name in each of these classes."""
         weight = self.sparse_weights["weight"]
         weight.refresh()
-        weight.reads_plain = True
-        try:
+        with weight.read_plain():
             output = super().forward(*args, **kwargs)
-        finally:
-            weight.reads_plain = False
         if not weight.trains:
             return output
+        refuse_transforms(weight.selection.name)
         (inputs,) = (*args, *kwargs.values())
         return _SampledGradient.apply(output, kept_input(inputs, output), weight.delta, self, weight)
 
@@ -156,8 +142,6 @@ class SparseConv1D(SampledModule, Conv1D):
 
 class SparseEmbedding(SampledModule, nn.Embedding):
     """nn.Embedding with a selected weight (rows, columns)."""
-
-    backward_reads_weight = False
 
     def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: ids (...), grad_output (..., columns). Returns: (n,)"""
@@ -199,27 +183,26 @@ def _read(module: SparseModule, name: str) -> torch.Tensor:
     return module.sparse_weights[name].read()
 
 
-def _new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
+def new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
+    """An empty sparse module, which unpickling fills."""
     kind = sparse_class(plain, names)
     return kind.__new__(kind)
 
 
-def attach(target: Target, selection: Selection, counter: StepCounter, config: SparseConfig) -> SparseWeight:
-    """Select scalars of a parameter, in place. Each module that owns the parameter becomes a sparse module.
-
-    Call `initialize` of the returned weight next.
-    """
-    weight = SparseWeight(target, selection, counter, config)
-    for module, name in target.owners:
+def attach(weight: SparseWeight) -> None:
+    """Make sparse modules of the modules that own the parameter, and register the tensors in them."""
+    weight.attach()
+    for module, name in weight.owners:
         weights = module.__dict__.setdefault("sparse_weights", {})
         weights[name] = weight
         module.__class__ = sparse_class(_plain_class(module), frozenset(weights))
-    return weight
 
 
 def detach(weight: SparseWeight) -> None:
     """Give the modules of a selected parameter their original classes. The parameter keeps its current values."""
-    weight.remove()
+    if not weight.is_attached:
+        return
+    weight.park()
     for module, name in weight.owners:
         del module.sparse_weights[name]
         plain = _plain_class(module)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
+from sparse_zero.model.refusals import refuse_second_derivatives
 from sparse_zero.model.row_range import RowRange
 
 
@@ -119,8 +119,8 @@ class SampledGradient(torch.autograd.Function):
         return output.data
 
     @staticmethod
-    @once_differentiable  # the function treats the weight as a constant
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        refuse_second_derivatives(ctx.use.row_range.weight.selection.name)
         inputs, groups = ctx.saved_tensors
         gradient = ctx.use.gradient(inputs, grad_output, groups)
         return grad_output, None, None, gradient, None

@@ -6,7 +6,7 @@ Shapes: a range is a matrix (R, C) or E matrices (E, R, C), with n selected scal
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -15,14 +15,17 @@ from sparse_zero.selection.rules import Selection
 
 
 class SelectedWeight(Protocol):
-    """The part of `model.weight.SparseWeight` that this module and `weight_tensor` use."""
+    """The part of `model.weight.SparseWeight` that other modules use."""
 
     weight: torch.Tensor
     selection: Selection
     shape: torch.Size
     transient_bytes: int
     warned_of_dense_gradient: bool
+    trains: bool
+    seen: Any
 
+    def restore(self, seen: Any) -> None: ...
     def effective_delta(self) -> torch.Tensor: ...
     def row_slice(self, first: int, rows: int) -> slice: ...
     def patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern]: ...

@@ -6,69 +6,38 @@ The method is SpaRTA (https://arxiv.org/abs/2502.15975).
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import layers
+from sparse_zero.model import layers, sparse_model
 from sparse_zero.model.fingerprint import fingerprint
+from sparse_zero.model.sparsity import (
+    Sparsity,
+    check_not_sparse,
+    read_tensors,
+    set_state,
+    sparsity_of,
+    state_of,
+    unwrap,
+)
 from sparse_zero.model.step_counter import StepCounter
-from sparse_zero.model.weight import SparseWeight
+from sparse_zero.model.weight import BASE, Setting, SparseWeight
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
 from sparse_zero.selection.threads import map_in_threads
-from sparse_zero.zero.parameters import gathered, is_partitioned, require_grad_on_leaf_inputs, wait_for_prefetch
+from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
 
 PositionChunks = Callable[[Selection, torch.device], Iterable[torch.Tensor]]
 """Returns the positions of a selection in chunks: int64, sorted, on the device."""
 
-
-@dataclass
-class Sparsity:
-    """The state of a sparse model, `model.sparsity`."""
-
-    config: SparseConfig
-    weights: dict[str, SparseWeight]
-    """The selected weights by parameter name, as in the base model's state dict."""
-    whole: list[str]
-    """Names of the fully trained parameters."""
-    originals: dict[str, torch.Tensor] = field(repr=False)
-    """Their original values, on the CPU."""
-    total_parameters: int
-    """Number of scalars of the base model; tied parameters count once."""
-    selected_parameters: int
-    """Number of selected scalars."""
-    whole_parameters: int
-    """Number of scalars of the fully trained parameters."""
-    counter: StepCounter = field(repr=False)
-    fingerprint: dict[str, str] = field(repr=False)
-    """The fingerprint of the base model; saved in adapters."""
-    name: str = "default"
-    """The name of the active adapter."""
-    base_model: str | None = None
-    """The source of the base model: a hub id, a directory or package://...; saved in adapters."""
-    revision: str | None = None
-    tokenizer: str | None = None
-    """The source of the tokenizer if it is not the base model."""
-    new_tokens: list[str] = field(default_factory=list)
-    """Tokens that were added to the tokenizer."""
-    results: dict[str, Any] = field(default_factory=dict)
-    """Metrics of the training run, for the model card."""
-    hooks: list[Any] = field(default_factory=list, repr=False)
-    """Handles of the model's hooks, removed by `unload`."""
-    has_leaf_hooks: bool = False
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Number of trainable scalars."""
-        return self.selected_parameters + self.whole_parameters
+_CONTENTS = "_sparse_zero_contents"
+"""The attribute of a model with its `SparseWeight.contents`."""
 
 
 def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
@@ -105,14 +74,25 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
         return in_chunks(stored[selection.name].to(device)) if selection.name in stored else selection.chunks(device)
 
-    return apply_selection(model, config, selections, parameter_names(model, whole_modules), chunks)
+    whole = [*parameter_names(model, whole_modules), *_buffer_names(model, whole_modules)]
+    return apply_selection(model, config, selections, whole, chunks)
+
+
+def _buffer_names(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """The names of all buffers in the given modules that a state dict contains."""
+    return [
+        f"{parent}.{name}" if parent else name
+        for module in modules
+        for parent, child in model.get_submodule(module).named_modules(prefix=module)
+        for name in child._buffers.keys() - child._non_persistent_buffers_set
+    ]
 
 
 def apply_selection(
     model: nn.Module,
     config: SparseConfig,
     selections: Iterable[Selection],
-    whole: list[str],
+    whole: Iterable[str],
     chunks: PositionChunks = Selection.chunks,
     base_fingerprint: dict[str, str] | None = None,
     deltas: Mapping[str, torch.Tensor] | None = None,
@@ -123,7 +103,7 @@ def apply_selection(
         model: the base model.
         config: how the deltas are trained, and what adapters save as their configuration.
         selections: the selection of each weight.
-        whole: names of the parameters to train fully.
+        whole: names of the parameters to train fully, and of the buffers to save with them.
         chunks: returns the positions of a selection.
         base_fingerprint: the fingerprint of the base model; None to compute it.
         deltas: (n,) by parameter name: initial deltas, which are written into the weights. Zeros for other weights.
@@ -136,7 +116,7 @@ def apply_selection(
     check_not_sparse(model)
     wait_for_prefetch(model)
     parameters = all_targets(model)
-    selections = list(selections)
+    selections, whole = list(selections), list(whole)
     if config.indices == "regenerated" and (
         stored := [selection.name for selection in selections if not selection.can_regenerate]
     ):
@@ -144,40 +124,109 @@ def apply_selection(
             "sparse.indices: the positions of %s cannot be regenerated: they are stored",
             ", ".join(stored),
         )
-    total = sum(target.shape.numel() for target in parameters.values())
     with_new_rows = {selection.name for selection in selections if selection.whole_rows}
-    base = fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint
-    originals = {name: _copy(parameters[name].parameter) for name in whole}
+    contents = vars(model).setdefault(_CONTENTS, {})
     counter = StepCounter()
     weights = {
-        selection.name: layers.attach(parameters[selection.name], selection, counter, config)
+        selection.name: SparseWeight(parameters[selection.name], selection, counter, config, contents)
         for selection in selections
     }
+    state = Sparsity(
+        config=config,
+        weights=weights,
+        whole=[name for name in whole if name in parameters],
+        buffers=[name for name in whole if name not in parameters],
+        originals=read_tensors(model, whole),
+        total_parameters=sum(target.shape.numel() for target in parameters.values()),
+        selected_parameters=sum(selection.count for selection in selections),
+        whole_parameters=sum(parameters[name].shape.numel() for name in whole if name in parameters),
+        counter=counter,
+        fingerprint=fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint,
+        required_grad={name: target.parameter.requires_grad for name, target in parameters.items()},
+        base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
+    )
+    for weight in weights.values():
+        layers.attach(weight)
     try:
         _initialize(weights, chunks, deltas or {})
     except UserError:
         for weight in weights.values():
             layers.detach(weight)
+            contents.pop(weight.selection.name, None)
         raise
-    trained = {id(weight.delta) for weight in weights.values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    for name in whole:
-        parameters[name].parameter.requires_grad_(True)
-    model.sparsity = Sparsity(
-        config=config,
-        weights=weights,
-        whole=whole,
-        originals=originals,
-        total_parameters=total,
-        selected_parameters=sum(selection.count for selection in selections),
-        whole_parameters=sum(parameters[name].shape.numel() for name in whole),
-        counter=counter,
-        fingerprint=base,
-        base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
-        hooks=[model.register_forward_pre_hook(hook) for hook in (counter.before_forward, _add_leaf_hooks)],
-    )
+    _attach(model, state)
     return model
+
+
+def _attach(model: nn.Module, state: Sparsity) -> None:
+    """Make a model sparse whose weights are attached to their modules."""
+    trained = {id(weight.delta): weight.delta.requires_grad for weight in state.weights.values()}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(trained.get(id(parameter), name in state.whole))
+    sparse_model.attach(model)
+    set_state(model, state)
+    state.hooks = [model.register_forward_pre_hook(sparse_model.before_forward)]
+    state.has_leaf_hooks = False
+
+
+def _detach(model: nn.Module, state: Sparsity) -> None:
+    """Make a plain model of it again, which keeps the values that it has."""
+    sparse_model.detach(model)
+    for weight in state.weights.values():
+        layers.detach(weight)
+    for hook in state.hooks:
+        hook.remove()
+    state.hooks = []
+    set_state(model, None)
+    for name, parameter in model.named_parameters():
+        if name in state.required_grad and parameter.is_floating_point():
+            parameter.requires_grad_(state.required_grad[name])
+
+
+def deactivate(model: nn.Module) -> Sparsity:
+    """Make a plain model with the original weights. `activate` undoes it. Under ZeRO stage 3, all ranks must call it.
+
+    Args: model: a sparse model without wrappers.
+
+    Returns: the state, which keeps the deltas, the original values and the positions, on the model's device, and the
+        trained values of fully trained parameters, on the CPU.
+    """
+    state = sparsity_of(model)
+    wait_for_prefetch(model)
+    if not state.disabled:
+        state.take_out(model)
+    _write_partitions(state, BASE)
+    _detach(model, state)
+    for name in state.weights:
+        state.contents.pop(name, None)
+    return state
+
+
+def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
+    """Make a model sparse again with a state of it. Under ZeRO stage 3, all ranks must call it.
+
+    Args:
+        model: a plain model without wrappers, with the original weights.
+        state: what `deactivate` returned.
+        disabled: the number of `disable_adapter` blocks that the model is in.
+    """
+    wait_for_prefetch(model)
+    for weight in state.weights.values():
+        layers.attach(weight)
+        weight.invalidate()
+    _attach(model, state)
+    state.disabled = disabled
+    if not disabled:
+        state.put_in(model)
+
+
+def _write_partitions(state: Sparsity, setting: Setting | None = None) -> None:
+    """Write the weights that ZeRO stage 3 partitions, so that the partitions get the values."""
+    for weight in state.weights.values():
+        if is_partitioned(weight.weight):
+            with gathered([weight.weight, weight.delta], write=True):
+                weight.write(setting)
 
 
 def _initialize(
@@ -200,60 +249,16 @@ def _initialize(
     except UserError:
         for weight in weights.values():
             if weight.is_written:
-                weight.enabled = False
-                weight.write()
+                weight.write(BASE)
         raise
-
-
-def _add_leaf_hooks(model: nn.Module, _: Any) -> None:
-    """A forward pre-hook that adds hooks to ZeRO's leaf modules. DeepSpeed chooses these after `sparsify`."""
-    sparsity = model.sparsity
-    partitioned = any(is_partitioned(weight.weight) for weight in sparsity.weights.values())
-    if partitioned and not sparsity.has_leaf_hooks:
-        sparsity.hooks += require_grad_on_leaf_inputs(model)
-        sparsity.has_leaf_hooks = True
-
-
-def _copy(parameter: nn.Parameter) -> torch.Tensor:
-    with gathered([parameter]):
-        return parameter.detach().to("cpu", copy=True)
-
-
-def check_not_sparse(model: nn.Module) -> None:
-    """Raise UserError if the model is sparse."""
-    if hasattr(model, "sparsity"):
-        raise UserError("this model is sparse already: call merge_and_unload(model) or unload(model) first")
-
-
-def sparsity_of(model: nn.Module) -> Sparsity:
-    """The `Sparsity` of a model, which may be wrapped by DDP, Accelerate or DeepSpeed.
-
-    Raises:
-        UserError: the model is not sparse.
-    """
-    inner = unwrap(model)
-    if not hasattr(inner, "sparsity"):
-        if "merged_adapter" in vars(inner):
-            raise UserError(
-                f"'{inner.merged_adapter.name}' is merged into this model: call unmerge_adapter(model) first"
-            )
-        raise UserError(f"{type(inner).__name__} is not sparse: call sparsify(model, SparseConfig(...)) first")
-    return inner.sparsity
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Remove wrappers that have the model as their attribute `module`."""
-    # Not hasattr: DeepSpeed's engine forwards attribute access to its module
-    while "sparsity" not in vars(model) and isinstance(model._modules.get("module"), nn.Module):
-        model = model.module
-    return model
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Write the deltas into the weights and remove everything else that `sparsify` added, in place.
 
-    The result is a plain model, e.g. for `save_pretrained`. It cannot be undone; see `merge_adapter`. Under ZeRO stage
-    3, all ranks must call it, and the model stays partitioned.
+    The result is a plain model, e.g. for `save_pretrained`. It cannot be undone; see `merge_adapter`. Inactive
+    adapters are removed: they belong to the base model. Under ZeRO stage 3, all ranks must call it, and the model
+    stays partitioned.
 
     Args:
         model: a sparse model, which may be wrapped.
@@ -264,17 +269,51 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         UserError: the model is not sparse.
     """
     model = unwrap(model)
+    merge(model)
+    return _forget(model)
+
+
+def merge(model: nn.Module) -> Sparsity:
+    """Make a plain model with the trained values, also within `disable_adapter`. `unmerge` undoes it.
+
+    Args: model: a sparse model without wrappers.
+
+    Returns: its state. Under ZeRO stage 3, all ranks must call it.
+    """
+    state = sparsity_of(model)
     wait_for_prefetch(model)
-    for weight in sparsity_of(model).weights.values():
-        with gathered([weight.weight, weight.delta], write=True):
-            weight.write()
-    return _remove(model)
+    if state.disabled:
+        state.disabled = 0
+        state.put_in(model)
+    for weight in state.weights.values():
+        weight.refresh_at_rest(checks_data=True)
+    _write_partitions(state)
+    _detach(model, state)
+    for name in state.weights:  # what the parameters contain is now the base of other adapters
+        state.contents.pop(name, None)
+    return state
+
+
+def unmerge(model: nn.Module, state: Sparsity) -> None:
+    """Make a sparse model again. Under ZeRO stage 3, all ranks must call it.
+
+    Args:
+        model: a plain model without wrappers.
+        state: what `merge` returned.
+    """
+    wait_for_prefetch(model)
+    for weight in state.weights.values():
+        layers.attach(weight)
+        weight.invalidate()
+    _write_partitions(state, BASE)
+    _attach(model, state)
+    sparse_model.refresh(model)
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Restore the base model's weights bit for bit and remove everything that `sparsify` added, in place.
 
-    Under ZeRO stage 3, all ranks must call it.
+    Inactive adapters are removed, too. Under ZeRO stage 3, all ranks must call it.
 
     Args:
         model: a sparse model, which may be wrapped.
@@ -285,13 +324,15 @@ def unload(model: nn.Module) -> nn.Module:
         UserError: the model is not sparse.
     """
     model = unwrap(model)
-    with disable_adapter(model):
-        for weight in model.sparsity.weights.values():
-            with gathered([weight.weight], write=True):
-                weight.write()
-        # So that the end of the block does not restore the trained values
-        model.sparsity.whole.clear()
-    return _remove(model)
+    deactivate(model)
+    return _forget(model)
+
+
+def _forget(model: nn.Module) -> nn.Module:
+    """Remove what belongs to all adapters of a model."""
+    for name in (_CONTENTS, "inactive_adapters"):
+        vars(model).pop(name, None)
+    return model
 
 
 @contextlib.contextmanager
@@ -301,7 +342,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         with disable_adapter(model):
             reference = model(**batch).logits
 
-    Under ZeRO stage 3, all ranks must enter and leave it.
+    Saving, loading, switching, merging and unloading give the same within it as outside. Under ZeRO stage 3, all
+    ranks must enter and leave it.
 
     Args:
         model: a sparse model, which may be wrapped.
@@ -310,20 +352,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         UserError: the model is not sparse.
     """
     model = unwrap(model)
-    sparsity = sparsity_of(model)
     wait_for_prefetch(model)
-    parameters = dict(model.named_parameters())
-    before = {weight: weight.enabled for weight in sparsity.weights.values()}
-    trained = {name: _copy(parameters[name]) for name in sparsity.whole}
-    for weight in before:
-        weight.enabled = False
-    _copy_into(parameters, {name: sparsity.originals[name] for name in sparsity.whole})
+    sparsity_of(model).disable(model)
     try:
         yield
     finally:
-        for weight, enabled in before.items():
-            weight.enabled = enabled
-        _copy_into(parameters, {name: trained[name] for name in sparsity.whole})
+        # The state may be that of another adapter now, and the model may have been merged
+        if (state := state_of(model)) is not None and state.disabled:
+            state.enable(model)
 
 
 def set_scale(model: nn.Module, scale: float) -> None:
@@ -338,19 +374,4 @@ def set_scale(model: nn.Module, scale: float) -> None:
     """
     for weight in sparsity_of(model).weights.values():
         weight.scale = float(scale)
-
-
-@torch.no_grad()
-def _copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    for name, value in values.items():
-        with gathered([parameters[name]], write=True):
-            parameters[name].copy_(value)
-
-
-def _remove(model: nn.Module) -> nn.Module:
-    for weight in model.sparsity.weights.values():
-        layers.detach(weight)
-    for hook in model.sparsity.hooks:
-        hook.remove()
-    del model.sparsity
-    return model.requires_grad_(True)
+    sparse_model.refresh(unwrap(model))

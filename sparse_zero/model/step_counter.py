@@ -1,17 +1,27 @@
 """Counts optimizer steps, which change deltas, and forwards, which read them."""
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+
+class Written(Protocol):
+    """The part of `model.weight.SparseWeight` that this module uses."""
+
+    delta: nn.Parameter
+    is_attached: bool
+
+    def refresh_at_rest(self) -> None: ...
 
 
 class StepCounter:
-    """Counts optimizer steps and forwards of a model. Deltas are then written once per step, not once per forward.
+    """Counts optimizer steps and forwards of a model. Deltas are written once per step, not once per forward.
 
-    DeepSpeed updates parameters through flat buffers, without a change of their version counters. But every optimizer,
-    including DeepSpeed's, calls torch's optimizer hooks.
+    After the step of an optimizer that has a delta, the delta is written at once. DeepSpeed updates parameters through
+    flat buffers, after its optimizer's step and without a change of version counters. But its optimizers call torch's
+    optimizer hooks too: from the number of steps the next forward knows that it must write.
     """
 
     def __init__(self) -> None:
@@ -23,13 +33,27 @@ class StepCounter:
         """Forwards in training mode. Dropout draws a new mask for each."""
         self.training = False
         """Whether the last forward was one in training mode."""
+        self.weights: weakref.WeakSet[Written] = weakref.WeakSet()
+        """The weights of the model and of its copies, those of inactive adapters included."""
         reference = weakref.ref(self)
 
-        def count(*_: Any) -> None:
+        def count(optimizer: Optimizer, *_: Any) -> None:
             if counter := reference():
-                counter.steps += 1
+                counter.after_step(optimizer)
 
         weakref.finalize(self, register_optimizer_step_post_hook(count).remove)
+
+    def add(self, weight: Written) -> None:
+        """Write the deltas of this weight after the steps of an optimizer that has them."""
+        self.weights.add(weight)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Count a step, and write the deltas that the optimizer has changed."""
+        self.steps += 1
+        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for weight in list(self.weights):
+            if weight.is_attached and id(weight.delta) in changed:
+                weight.refresh_at_rest()
 
     def before_forward(self, model: nn.Module, _: Any) -> None:
         """A forward pre-hook of the whole model: a layer may run several times in one forward."""
@@ -39,6 +63,9 @@ class StepCounter:
 
     def __deepcopy__(self, memo: dict) -> "StepCounter":
         return self  # steps are counted for all optimizers of the process, so a copy of the model can share it
+
+    def __copy__(self) -> "StepCounter":
+        return self
 
     def __reduce__(self) -> tuple:
         return StepCounter, ()  # a pickled model needs an optimizer hook in the process that opens it

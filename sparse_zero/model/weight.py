@@ -1,61 +1,90 @@
 """A selected parameter: it is frozen and has a trainable 1-D delta for its n selected positions.
 
 W[selected] = w0 + delta is written into the parameter itself, so that the model's own forward uses it. The parameter
-keeps its name and its entry in the state dict. The module that owns a parameter `weight` gets in addition
-    weight_delta         Parameter (n,)    trained; registered in every module that shares a tied weight
-    weight_base          buffer (n,)       w0, the original values, so that unmerging is exact
-    weight_strips        buffer (n / g,)   strip indices (see gradient/pattern.py), int32, or int64 from 2**31 possible
-                                           strips on; created when first needed, never with indices: regenerated
+keeps its name and its entry in the state dict. This module decides what the parameter contains, and when:
+- after `write` it has the deltas, or the original values while the adapter is disabled;
+- `refresh` writes again if the deltas, or the setting under which they were written, have changed;
+- `restore` puts back, for a backward, what its forward has seen.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sparse_zero.errors import UserError
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
-from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.model.flat_view import FlatView
+from sparse_zero.model.refusals import refuse_transforms
+from sparse_zero.model.selected_scalars import SelectedScalars
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight_tensor import as_weight_tensor
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, in_chunks, stream_key
+from sparse_zero.selection.rules import Selection, stream_key
 from sparse_zero.selection.targets import Target
-from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, is_whole
+from sparse_zero.zero.parameters import gathered, is_partitioned, is_whole
 
 
-class SparseWeight:
+class Setting(NamedTuple):
+    """How the deltas are added to the original values."""
+
+    enabled: bool
+    scale: float
+    dropout_step: int | None
+    """The number of the training forward whose dropout mask applies; None for no dropout."""
+
+
+BASE = Setting(enabled=False, scale=1.0, dropout_step=None)
+"""The original values."""
+
+
+class Seen(NamedTuple):
+    """What a forward has seen in a weight."""
+
+    setting: Setting
+    delta: tuple
+
+
+class SparseWeight(SelectedScalars):
     """A selected parameter and its tensors. It writes the deltas into the parameter, and creates what reads return."""
 
-    def __init__(self, target: Target, selection: Selection, counter: StepCounter, config: SparseConfig) -> None:
-        """Register the tensors in the modules that own the parameter. `initialize` fills them."""
-        self.owners, self.selection, self.counter = target.owners, selection, counter
-        self.dropout, self.transient_bytes = config.dropout, config.transient_mib * 2**20
-        self.regenerates = config.indices == "regenerated" and selection.can_regenerate
+    def __init__(
+        self,
+        target: Target,
+        selection: Selection,
+        counter: StepCounter,
+        config: SparseConfig,
+        contents: dict[str, "SparseWeight"],
+    ) -> None:
+        """Create the tensors. `attach` registers them in the modules, and `initialize` fills them.
+
+        Args: contents: by parameter name, the weight whose values are in the parameter now. All adapters of a model
+            share it.
+        """
+        super().__init__(target, selection, config)
+        self.counter, self.contents, self.dropout = counter, contents, config.dropout
         self.enabled, self.scale = True, 1.0
-        self.reads_plain = False
-        """Whether `read` returns the parameter itself: during the forward of a SampledModule."""
         weight = self.weight
-        self.shape = full_shape(weight) or torch.Size([1])
-        assert selection.count > 0, f"{selection.name}: a delta of length 0 breaks ZeRO stage 3"
         # Under ZeRO stage 3 the delta has the weight's dtype; the optimizer's partition has its float32 values
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
-        delta = nn.Parameter(torch.empty(selection.count, dtype=dtype, device=weight.device))
-        for module, name in self.owners:
-            module.register_parameter(f"{name}_delta", delta)
-        self._set_buffer("base", torch.empty(selection.count, dtype=weight.dtype, device=weight.device))
+        self._parked["delta"] = nn.Parameter(torch.empty(selection.count, dtype=dtype, device=weight.device))
+        self._parked["base"] = torch.empty(selection.count, dtype=weight.dtype, device=weight.device)
+        self.base_has_changed = False
+        """Whether other original values were loaded, so that the fingerprint of the base model is no longer right."""
         self.warned_of_dense_gradient = False
-        self._shares_reads = False
-        self._shared_read: torch.Tensor | None = None
-        self._row_starts: dict[int, int] = {}
-        """For some rows: the number of selected scalars in the rows before."""
         self._written: tuple | None = None
-        """The `_state` that was last written into the parameter."""
+        """The setting and the `_state` that were last written into the parameter."""
+        self._delta_hash: int | None = None
+        """The hash of the deltas that were last written."""
         self._copy_written: tuple | None = None
-        """The same for the copy that ZeRO stage 3 gathered."""
+        """The state that was last written into the copy that ZeRO stage 3 gathered."""
+        counter.add(self)
 
     @torch.no_grad()
     def initialize(self, position_chunks: Iterable[torch.Tensor], deltas: torch.Tensor | None = None) -> None:
@@ -78,139 +107,248 @@ class SparseWeight:
         start = 0
         try:
             with gathered([weight]):
-                whole = weight.detach().view(-1)
+                whole = FlatView(weight.detach())
                 # In one loop: the positions and values of a chunk are still in the cache when the sum is written
                 for flat in position_chunks:
                     chunk = slice(start, start + flat.numel())
-                    torch.index_select(whole, 0, flat, out=base[chunk])
+                    base[chunk] = whole.read(flat)
                     if deltas is not None:
                         delta[chunk] = deltas[chunk]
                     if writes:
-                        whole.index_copy_(0, flat, _sum(base[chunk], delta[chunk]).to(whole.dtype))
+                        whole.write(flat, _sum(base[chunk], delta[chunk]).to(base.dtype))
                     if strips is not None:
                         strips[chunk] = flat
                     start = chunk.stop
             assert start == self.selection.count, (self.selection, start)
         finally:
             if strips is not None:
-                self._set_buffer("strips", strips)
-            if writes:
-                self._written = self._state(self.dropout_step)
+                self._set_tensor("strips", strips)
+            if writes or (deltas is None and not is_partitioned(weight)):
+                self._note_written(self.at_rest)
 
-    @property
-    def weight(self) -> nn.Parameter:
-        module, name = self.owners[0]
-        return module._parameters[name]
+    @torch.no_grad()
+    def take_base(self) -> None:
+        """Take the parameter's values at the positions as the original values. The deltas stay."""
+        flat = self.flat_positions()
+        self.base.copy_(FlatView(self.weight.detach()).read(flat))
+        self.base_has_changed = True
+        self.contents.pop(self.selection.name, None)
+        self.invalidate()
 
-    @property
-    def delta(self) -> nn.Parameter:
-        """(n,)"""
-        return self._companion("delta")
+    @torch.no_grad()
+    def values_at_positions(self) -> torch.Tensor:
+        """(n,): what the parameter contains at the positions now."""
+        return FlatView(self.weight.detach()).read(self.flat_positions())
 
-    @property
-    def base(self) -> torch.Tensor:
-        """(n,), the original values."""
-        return self._companion("base")
+    def replace(self, parameter: nn.Parameter) -> None:
+        """Take another parameter in place of the weight, in all modules that own it: the new original values.
 
-    @property
-    def pattern(self) -> Pattern:
-        """The selected positions, in the parameter as a matrix."""
-        return self._pattern_of(self.strips())
+        Raises:
+            UserError: another shape, or the parameter belongs to another selected weight.
+        """
+        source = getattr(parameter, "_sparse_weight", None)
+        if source is self or parameter is self.weight:
+            return
+        others = [weight for weight in self.counter.weights if weight is not self and weight.is_attached]
+        if source is not None or any(parameter is weight.weight for weight in others):
+            raise UserError(
+                f"{self.selection.name}: tie weights before sparsify, or call unload(model) or merge_and_unload(model)"
+            )
+        if parameter.shape != self.shape:
+            raise UserError(
+                f"{self.selection.name}: has shape {list(self.shape)}, the new weight {list(parameter.shape)}; change "
+                "shapes before sparsify, or call unload(model) or merge_and_unload(model) first"
+            )
+        self.set_parameter(parameter)
+        self.take_base()
 
-    def _pattern_of(self, strips: torch.Tensor) -> Pattern:
-        return Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.selection.granularity)
+    def set_parameter(self, parameter: nn.Parameter) -> None:
+        """Register a parameter as the weight, frozen, in all modules that own it."""
+        for module, name in self.owners:
+            module._parameters[name] = parameter.requires_grad_(False)
 
-    def strips(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The strips [start, stop), as from Selection.strip_chunks, in the narrowest dtype."""
-        if self._has_buffer("strips"):
-            strips = self._companion("strips")
-            return strips if start == 0 and stop is None else strips[start:stop]
-        if not self.regenerates:
-            self._set_buffer("strips", self._draw_strips(0, self.selection.strip_count))
-            return self.strips(start, stop)
-        return self._draw_strips(start, self.selection.strip_count if stop is None else stop)
-
-    def _draw_strips(self, start: int, stop: int) -> torch.Tensor:
-        strips, filled = self._empty_strips(stop - start), 0
-        for chunk in self.selection.strip_chunks(self.base.device, start, stop):
-            strips[filled : filled + chunk.numel()] = chunk
-            filled += chunk.numel()
-        return strips
-
-    def _companion(self, kind: str) -> torch.Tensor:
-        """The tensor `weight_KIND` of the module that owns the parameter `weight`."""
-        module, name = self.owners[0]
-        return getattr(module, f"{name}_{kind}")
-
-    def _set_buffer(self, kind: str, value: torch.Tensor) -> None:
-        module, name = self.owners[0]
-        module.register_buffer(f"{name}_{kind}", value, persistent=False)
-
-    def _has_buffer(self, kind: str) -> bool:
-        module, name = self.owners[0]
-        return f"{name}_{kind}" in module._buffers
+    # What a computation sees
 
     @property
     def trains(self) -> bool:
         """Whether a computation now must include the delta in its autograd graph."""
         return self.enabled and torch.is_grad_enabled() and self.delta.requires_grad
 
-    def flat_positions(self) -> torch.Tensor:
-        """The selected positions in the flattened parameter, int64 (n,), sorted."""
-        return torch.cat([*self._flat_chunks()])
+    @property
+    def dropout_step(self) -> int | None:
+        """The number of the training forward whose dropout mask applies now; None for no dropout."""
+        return self.counter.training_forwards if self.dropout and self.counter.training else None
 
-    def _flat_chunks(self) -> Iterator[torch.Tensor]:
-        """`flat_positions` in chunks."""
-        if self.selection.granularity > 1:
-            yield from self.pattern.flat_chunks()
-        elif self.regenerates:
-            yield from self.selection.chunks(self.base.device)
-        else:
-            yield from (strips.long() for strips in in_chunks(self.strips()))
+    @property
+    def at_rest(self) -> Setting:
+        """The setting outside of forwards."""
+        return Setting(self.enabled, self.scale, None)
 
-    def _strip_chunks(self) -> Iterator[torch.Tensor]:
-        """The strip indices: in chunks if single scalars are regenerated, otherwise all at once."""
-        if self.regenerates and self.selection.granularity == 1:
-            yield from self.selection.chunks(self.base.device)
-        else:
-            yield self.strips()
+    @property
+    def setting(self) -> Setting:
+        """The setting of a forward."""
+        return Setting(self.enabled, self.scale, self.dropout_step)
 
-    def _empty_strips(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=self.selection.strip_dtype, device=self.weight.device)
+    @property
+    def seen(self) -> Seen:
+        """What a forward sees now; see `restore`."""
+        return Seen(self.setting, self._delta_state())
 
-    @torch.no_grad()
-    def write(self, dropout_step: int | None = None) -> None:
-        """Write W[selected] = w0 + delta, or w0 while disabled. The weight must be gathered.
+    def factor(self, setting: Setting) -> torch.Tensor | float | None:
+        """The factor of the delta: the scale, times the dropout mask (n,) if there is dropout. None for 1."""
+        if setting.dropout_step is None:
+            return None if setting.scale == 1 else setting.scale
+        # Depends on the step only: the same in a recomputation, after stage 3's next gather and on every rank
+        generator = torch.Generator(self.delta.device)
+        key = stream_key(self.selection.seed, self.selection.name, f"dropout/{setting.dropout_step}")
+        generator.manual_seed(abs(key))
+        kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
+        return kept * (setting.scale / (1 - self.dropout))
+
+    def read(self) -> torch.Tensor:
+        """The tensor that an access to the module's parameter returns."""
+        self.refresh()
+        weight = self.weight
+        if self in _here.plain or not self.trains or not is_whole(weight):
+            return weight
+        refuse_transforms(self.selection.name)
+        tensor = _here.shared.get(self)
+        if tensor is None:
+            tensor = as_weight_tensor(self)
+            # Makes isinstance(tensor, nn.Parameter) true, which Module.get_parameter, among others, requires
+            tensor._is_param, tensor._sparse_weight = True, self
+        if self in _here.shared:
+            _here.shared[self] = tensor
+        return tensor
+
+    @contextmanager
+    def share_reads(self) -> Iterator[None]:
+        """Within this block, which is one forward of a module, all reads return the same tensor. Experts that are read
+        one by one then share one gradient of the delta."""
+        _here.shared[self] = None
+        try:
+            yield
+        finally:
+            del _here.shared[self]
+
+    @contextmanager
+    def read_plain(self) -> Iterator[None]:
+        """Within this block reads return the parameter itself."""
+        _here.plain.add(self)
+        try:
+            yield
+        finally:
+            _here.plain.discard(self)
+
+    def effective_delta(self) -> torch.Tensor:
+        """The delta as it is added to the weight now, with dropout and scale, in its autograd graph. (n,)"""
+        return self.delta if self.dropout_step is None and self.scale == 1 else _Scaled.apply(self.delta, self)
+
+    # What the parameter contains
+
+    def refresh(self) -> None:
+        """Write the deltas for a forward, unless the weight has them already. Called before each read."""
+        if is_partitioned(self.weight):
+            if is_whole(self.weight):
+                self.refresh_copy(self.setting)
+        elif not self._has(self.setting):
+            self.write(self.setting)
+
+    def refresh_at_rest(self, setting: Setting | None = None, checks_data: bool = False) -> None:
+        """Write the deltas unless the weight has them already; not under ZeRO stage 3, where gathered copies get them.
 
         Args:
-            dropout_step: the number of the training forward whose dropout mask applies; None for no dropout.
+            setting: None for `at_rest`.
+            checks_data: also write after changes that autograd does not count, as by `delta.data`. On the CPU a hash
+                finds them. Elsewhere a hash would wait for the device: if gradients are enabled, the deltas are
+                written again, which takes less time.
         """
-        factor = self.factor(dropout_step)
-        weight = self.weight
-        # A stage-3 copy is written after each gather with the values that the graph has seen, so autograd must not
-        # count a change. Otherwise the count makes backward fail for graphs from before an optimizer step.
-        whole = (weight.data if is_partitioned(weight) else weight.detach()).view(-1)
-        write_strips = self._strip_writer(whole) if self._kernels_support(factor) else None
+        setting = self.at_rest if setting is None else setting
+        if is_partitioned(self.weight):
+            return
+        if not self._has(setting):
+            self.write(setting)
+        elif checks_data and self.delta.device.type == "cpu":
+            if self._delta_hash != _hash(self.delta):
+                self.write(setting)
+        elif checks_data and torch.is_grad_enabled():
+            self._write_values(self.weight.data, setting)
+
+    def restore(self, seen: Seen) -> None:
+        """Put back what a forward has seen, for its backward.
+
+        Raises:
+            UserError: the deltas have changed since.
+        """
+        if is_partitioned(self.weight):
+            self.refresh_copy(seen.setting)
+            return
+        if self._delta_state() != seen.delta:
+            raise UserError(
+                f"{self.selection.name}: its deltas have changed between a forward and the backward of it; call "
+                "backward before optimizer.step(), or repeat the forward"
+            )
+        if not self._has(seen.setting):
+            self.write(seen.setting)
+
+    def write(self, setting: Setting | None = None) -> None:
+        """Write W[selected] = w0 + delta, or w0 while disabled. The weight must be gathered.
+
+        If the weight contains the values of another adapter, these are removed first.
+
+        Args: setting: None for `at_rest`.
+        """
+        setting, weight = self.at_rest if setting is None else setting, self.weight
+        if is_partitioned(weight):
+            # A stage-3 copy is written after each gather with the values that the graph has seen, so autograd must not
+            # count a change. Otherwise the count makes backward fail for graphs from before an optimizer step.
+            self._write_values(weight.data, setting)
+            return
+        other = self.contents.get(self.selection.name)
+        if other is not None and other is not self:
+            other.write(BASE)
+        self._write_values(weight.detach(), setting)
+        self._note_written(setting)
+
+    def refresh_copy(self, setting: Setting) -> None:
+        """Write into the copy that ZeRO stage 3 gathered, unless this forward of the model has written it already.
+
+        A small weight often stays gathered from forward to backward. Each gather allocates a new tensor.
+        """
+        weight, delta = self.weight, self.delta
+        copies = (StorageWeakRef(tensor.untyped_storage()) for tensor in (weight, delta))
+        state = self.counter.forwards, setting, self._state(), *copies
+        if self._copy_written != state:
+            self._write_values(weight.data, setting)
+            self._copy_written = state
+
+    @torch.no_grad()
+    def _write_values(self, values: torch.Tensor, setting: Setting) -> None:
+        """Args: values: the complete weight, whose version counter autograd counts, or not."""
+        factor = self.factor(setting) if setting.enabled else None
+        whole = FlatView(values)
+        write_strips = self._strip_writer(whole.flat) if self._kernels_support(factor) else None
         scalars_per_index = self.selection.granularity if write_strips else 1
         start = 0
         for indices in self._strip_chunks() if write_strips else self._flat_chunks():
             chunk = slice(start, start + indices.numel() * scalars_per_index)
-            values, delta = self.base[chunk], None
-            if self.enabled:
+            base, delta = self.base[chunk], None
+            if setting.enabled:
                 delta = self.delta.detach()[chunk]
                 if factor is not None:
                     delta = delta * (factor[chunk] if isinstance(factor, torch.Tensor) else factor)
             if write_strips:
-                write_strips(whole, values, delta, indices)
+                write_strips(whole.flat, base, delta, indices)
             else:
-                values = values if delta is None else _sum(values, delta).to(weight.dtype)
-                whole.index_copy_(0, indices, values)
+                whole.write(indices, base if delta is None else _sum(base, delta).to(base.dtype))
             start = chunk.stop
 
-    def _strip_writer(self, whole: torch.Tensor) -> Callable[..., None] | None:
+    def _strip_writer(self, whole: torch.Tensor | None) -> Callable[..., None] | None:
         """A function of (matrix, base, delta, strip_indices) that writes base + delta in one kernel; None if the
         device has none."""
         columns, g = self.shape[-1], self.selection.granularity
+        if whole is None:
+            return None
         if operators := cpu.loaded_operators(whole):
             return lambda *tensors: operators.write_deltas.default(*tensors, columns, g)
         if not has_kernels(whole) or whole.element_size() > 4:
@@ -230,124 +368,56 @@ class SparseWeight:
         """Whether deltas were written into the parameter itself, not only into a copy that ZeRO stage 3 gathered."""
         return self._written is not None
 
-    def refresh(self) -> None:
-        """Write the deltas unless the weight has them already. Called before each read of the weight."""
-        if is_partitioned(self.weight):
-            if is_whole(self.weight):
-                self.refresh_copy(self.dropout_step)
-        elif self._written != self._state(self.dropout_step):
-            self.write(self.dropout_step)
-            self._written = self._state(self.dropout_step)
+    def _has(self, setting: Setting) -> bool:
+        """Whether the parameter contains the current deltas under this setting."""
+        return self._written == (setting, self._state()) and self.contents.get(self.selection.name) is self
 
-    def refresh_copy(self, dropout_step: int | None) -> None:
-        """Write into the copy that ZeRO stage 3 gathered, unless this forward of the model has written it already.
+    def _note_written(self, setting: Setting) -> None:
+        self.contents[self.selection.name] = self
+        self._written = setting, self._state()
+        self._delta_hash = _hash(self.delta) if self.delta.device.type == "cpu" else None
 
-        A small weight often stays gathered from forward to backward. Each gather allocates a new tensor.
+    def _state(self) -> tuple:
+        """A value that changes when w0 + delta may no longer be in the weight: after a step, a load, an assignment."""
+        weight = self.weight
+        return self.counter.steps, self._delta_state(), id(weight), _version(weight), weight.data_ptr()
 
-        Args:
-            dropout_step: see `write`.
-        """
-        weight, delta = self.weight, self.delta
-        copies = (StorageWeakRef(tensor.untyped_storage()) for tensor in (weight, delta))
-        state = self.counter.forwards, *self._state(dropout_step), *copies
-        if self._copy_written != state:
-            self.write(dropout_step)
-            self._copy_written = state
-
-    @property
-    def dropout_step(self) -> int | None:
-        """The number of the training forward whose dropout mask applies now; None for no dropout."""
-        return self.counter.training_forwards if self.dropout and self.counter.training else None
-
-    def factor(self, dropout_step: int | None) -> torch.Tensor | float | None:
-        """The factor of the delta: the scale, times the dropout mask (n,) if there is dropout. None for 1."""
-        if dropout_step is None:
-            return None if self.scale == 1 else self.scale
-        # Depends on the step only: the same in a recomputation, after stage 3's next gather and on every rank
-        generator = torch.Generator(self.delta.device)
-        generator.manual_seed(abs(stream_key(self.selection.seed, self.selection.name, f"dropout/{dropout_step}")))
-        kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
-        return kept * (self.scale / (1 - self.dropout))
-
-    def _state(self, dropout_step: int | None) -> tuple:
-        """A value that changes when w0 + delta may no longer be in the weight: after a step, a load, an assignment, or
-        when the adapter is disabled."""
-        weight, delta = self.weight, self.delta
-        tensors = (id(delta), delta._version, id(weight), weight._version)
-        return self.counter.steps, self.enabled, self.scale, dropout_step, *tensors
+    def _delta_state(self) -> tuple:
+        delta = self.delta
+        return id(delta), _version(delta), delta.data_ptr()
 
     def invalidate(self) -> None:
-        """Make the next forward write the deltas. Needed after changes that autograd does not count (`delta.data`)."""
+        """Make the next forward write the deltas."""
         self._written = self._copy_written = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A StorageWeakRef must not be copied
         return self.__dict__ | {"_copy_written": None}
 
-    def read(self) -> torch.Tensor:
-        """The tensor that an access to the module's parameter returns."""
-        self.refresh()
-        weight = self.weight
-        if self.reads_plain or not self.trains or not is_whole(weight):
-            return weight
-        tensor = as_weight_tensor(self) if self._shared_read is None else self._shared_read
-        # Makes isinstance(tensor, nn.Parameter) true, which Module.get_parameter, among others, requires
-        tensor._is_param = True
-        if self._shares_reads:
-            self._shared_read = tensor
-        return tensor
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.counter.add(self)
 
-    @contextmanager
-    def share_reads(self) -> Iterator[None]:
-        """Within this block, which is one forward of a module, all reads return the same tensor. Experts that are read
-        one by one then share one gradient of the delta."""
-        self._shares_reads = True
-        try:
-            yield
-        finally:
-            self._shares_reads, self._shared_read = False, None
 
-    def effective_delta(self) -> torch.Tensor:
-        """The delta as it is added to the weight now, with dropout and scale, in its autograd graph. (n,)"""
-        return self.delta if self.dropout_step is None and self.scale == 1 else _Scaled.apply(self.delta, self)
+class _Here(threading.local):
+    """How this thread reads weights now."""
 
-    def row_slice(self, first: int, rows: int) -> slice:
-        """The slice of the delta that belongs to rows [first, first + rows) of the weight as a matrix.
+    def __init__(self) -> None:
+        self.plain: set[SparseWeight] = set()
+        """Those that are read as plain parameters, in the forward of a SampledModule."""
+        self.shared: dict[SparseWeight, torch.Tensor | None] = {}
+        """Those for which all reads return the same tensor, and this tensor after the first read."""
 
-        Both bounds must be multiples of the granularity.
-        """
-        if not self._row_starts:
-            # The bounds of all experts at once: one synchronisation with the accelerator
-            matrix_rows = self.shape[-2] if len(self.shape) > 1 else 1
-            self._find_row_starts(range(0, self.shape[:-1].numel() + 1, matrix_rows))
-        if missing := [row for row in (first, first + rows) if row not in self._row_starts]:
-            self._find_row_starts(missing)
-        return slice(self._row_starts[first], self._row_starts[first + rows])
 
-    def _find_row_starts(self, rows: Sequence[int]) -> None:
-        g, strips = self.selection.granularity, self.strips()
-        edges = torch.tensor([row // g * self.shape[-1] for row in rows], dtype=strips.dtype, device=strips.device)
-        starts = torch.searchsorted(strips, edges).tolist()
-        self._row_starts |= {row: start * g for row, start in zip(rows, starts, strict=True)}
+_here = _Here()
 
-    def patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern]:
-        """The patterns of rows [first, first + rows) of the weight as a matrix, one for each `rows_per_pattern`."""
-        g, columns = self.selection.granularity, self.shape[-1]
-        strips = None if self.regenerates and self.selection.is_sliceable else self.strips()
-        for start in range(first, first + rows, rows_per_pattern):
-            scalars = self.row_slice(start, rows_per_pattern)
-            part = slice(scalars.start // g, scalars.stop // g)
-            indices = (self.strips(part.start, part.stop) if strips is None else strips[part]) - start // g * columns
-            yield Pattern(indices, rows_per_pattern, columns, g)
 
-    def remove(self) -> None:
-        """Remove the delta and its buffers from the modules. The parameter keeps its current values."""
-        for module, name in self.owners:
-            delattr(module, f"{name}_delta")
-        module, name = self.owners[0]
-        for kind in ("base", "strips"):
-            module._buffers.pop(f"{name}_{kind}", None)
-            module._non_persistent_buffers_set.discard(f"{name}_{kind}")
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _hash(delta: torch.Tensor) -> int:
+    return xxhash.xxh3_64_intdigest(delta.detach().contiguous().view(torch.uint8).numpy())
 
 
 def _sum(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -359,16 +429,16 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, delta: torch.Tensor, sparse_weight: SparseWeight) -> torch.Tensor:
-        ctx.sparse_weight, ctx.dropout_step = sparse_weight, sparse_weight.dropout_step
+        ctx.sparse_weight, ctx.setting = sparse_weight, sparse_weight.setting
         # Autograd would make a view of the argument itself
         return delta.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return scaled(grad, ctx.sparse_weight, ctx.dropout_step), None
+        return scaled(grad, ctx.sparse_weight, ctx.setting), None
 
 
-def scaled(gradient: torch.Tensor, weight: SparseWeight, dropout_step: int | None) -> torch.Tensor:
+def scaled(gradient: torch.Tensor, weight: SparseWeight, setting: Setting) -> torch.Tensor:
     """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
-    factor = weight.factor(dropout_step)
+    factor = weight.factor(setting)
     return (gradient if factor is None else gradient * factor).to(weight.delta.dtype)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from sparse_zero.model.products import Lookup, Product, SampledGradient, kept_input
 from sparse_zero.model.row_range import RowRange, SelectedWeight
+from sparse_zero.model.saved_weights import saved_by_reference
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +250,8 @@ def _with_sampled_gradient(func: Callable, args: tuple, kwargs: dict, found: _Ca
     """Call the function with a frozen weight, and add the gradient of the delta to its backward."""
     frozen, delta = found.weight.detach(), found.operation.row_range.delta
     args = tuple(frozen if arg is found.weight else arg for arg in args)
-    output = func(*args, **{name: frozen if arg is found.weight else arg for name, arg in kwargs.items()})
+    with saved_by_reference([found.operation.row_range.weight]):
+        output = func(*args, **{name: frozen if arg is found.weight else arg for name, arg in kwargs.items()})
     if not delta.numel():
         return output
     return SampledGradient.apply(output, kept_input(found.inputs, output), found.groups, delta, found.operation)

@@ -29,7 +29,8 @@ from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
 from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters
-from sparse_zero.model.sparsify import sparsity_of, unwrap
+from sparse_zero.model.sparse_model import refresh
+from sparse_zero.model.sparsity import sparsity_of, unwrap
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
 from sparse_zero.zero.partitions import Partition
@@ -247,8 +248,7 @@ class CheckpointedTrainer(Trainer):
         deepspeed_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
         sparsity = sparsity_of(self.model)
         sparsity.counter.training_forwards = manifest.progress.forwards
-        for weight in sparsity.weights.values():
-            weight.invalidate()
+        refresh(unwrap(self.model))
         self._random_states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
 
     def _check_selection(self, checkpoint: Checkpoint) -> None:
@@ -286,8 +286,7 @@ class CheckpointedTrainer(Trainer):
         parameters = self._trained_parameters()
         wait_for_prefetch(unwrap(self.model))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
-        for weight in sparsity_of(self.model).weights.values():
-            weight.invalidate()
+        refresh(unwrap(self.model))
 
     # The loop
 

@@ -10,7 +10,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from sparse_zero.adapters.save_and_load import save_adapter
-from sparse_zero.model.sparsify import sparsity_of
+from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
 from sparse_zero.training.progress import JobProgress
 from sparse_zero.training.tensorboard import ResumableTensorBoardCallback

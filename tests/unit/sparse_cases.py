@@ -148,8 +148,9 @@ def assert_gradients(
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the base model's entries in the state dict, without the deltas."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.endswith("_delta")}
+    """Copies of the base model's entries in the state dict."""
+    own = ("weight_delta", "weight_base", "weight_positions", "bias_delta", "bias_base", "bias_positions")
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.endswith(own)}
 
 
 def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

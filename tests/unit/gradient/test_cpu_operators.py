@@ -96,12 +96,12 @@ def test_the_weight_is_the_original_plus_the_delta(path, dtype, settings, indice
             weight.delta.data = torch.randn(weight.delta.shape).to(change_dtype)
             expected = plain.get_parameter(name).detach().clone().view(-1)
             flat = weight.flat_positions()
-            forwards = 3 if "dropout" in settings else None
-            factor = 1 if forwards is None else weight.factor(forwards)
+            setting = weight.at_rest._replace(dropout_step=3 if "dropout" in settings else None)
+            factor = weight.factor(setting) if "dropout" in settings else 1
             wide = torch.promote_types(dtype, torch.float32)
             expected[flat] = (expected[flat].to(wide) + weight.delta.detach() * factor).to(dtype)
             version = weight.weight._version
-            weight.write(forwards)
+            weight.write(setting)
             assert torch.equal(weight.weight.detach().view(-1), expected)
             assert not torch.equal(weight.weight, plain.get_parameter(name))
             # Autograd detects the change in graphs that have saved the weight

@@ -62,14 +62,14 @@ def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dt
     dense = copy.deepcopy(base).requires_grad_(True)
     for name, weight in weights.items():
         expected, flat = base.get_parameter(name).detach().clone().view(-1), weight.flat_positions()
-        factor = weight.factor(weight.dropout_step)
+        factor = weight.factor(weight.setting)
         change = weight.delta.detach() * (1 if factor is None else factor)
         expected[flat] = (expected[flat].float() + change).to(dtype)
         assert torch.equal(weight.weight.detach().view(-1), expected), name
         dense.get_parameter(name).data.copy_(weight.weight)
     dense(**batch()).loss.backward()
     for name, weight in weights.items():
-        factor = weight.factor(weight.dropout_step)
+        factor = weight.factor(weight.setting)
         expected = dense.get_parameter(name).grad.flatten()[weight.flat_positions()].float()
         found = weight.delta.grad
         scale = dense.get_parameter(name).grad.abs().max().item()

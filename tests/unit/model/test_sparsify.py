@@ -63,9 +63,8 @@ def test_the_trainable_parameters_are_the_deltas_and_the_head():
 @pytest.mark.parametrize("case", CASES)
 def test_the_state_dict_keeps_the_names_of_the_base_model(case):
     base, model = both(case)
-    own = {name for name in model.state_dict() if not name.endswith("weight_delta")}
-    assert own == set(base.state_dict())
-    assert {name.removesuffix("_delta") for name in set(model.state_dict()) - own} == set(model.sparsity.weights)
+    added = {f"{name}_{kind}" for name in model.sparsity.weights for kind in ("delta", "base", "positions")}
+    assert set(model.state_dict()) == {*base.state_dict(), *added}
 
 
 def test_a_sparse_model_is_refused():

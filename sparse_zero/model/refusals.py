@@ -1,0 +1,29 @@
+"""Derivatives that a sparse model does not have: they raise an error instead of being silently wrong."""
+
+import torch
+
+from sparse_zero.errors import UserError
+
+
+def refuse_second_derivatives(name: str) -> None:
+    """Raise UserError in a backward with create_graph=True: its result would not depend on the deltas.
+
+    Args: name: of the parameter.
+    """
+    if torch.is_grad_enabled():
+        raise UserError(
+            f"{name}: second derivatives of a sparse model are not supported: call backward or torch.autograd.grad "
+            "without create_graph=True"
+        )
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise UserError within torch.func.grad, vmap and the like, which do not see the gradient of a delta.
+
+    Args: name: of the parameter.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise UserError(
+            f"{name}: the deltas of a sparse model cannot be trained within torch.func (grad, vmap, jvp ...); use "
+            "torch.autograd, or call merge_and_unload(model) first"
+        )

@@ -1,0 +1,207 @@
+"""The selected scalars of a parameter: their positions, and the tensors that the parameter's module gets for them.
+
+The module that owns a parameter `weight` gets
+    weight_delta         Parameter (n,)    trained; registered in every module that shares a tied weight
+    weight_base          buffer (n,)       w0, the original values; in the state dict
+    weight_strips        buffer (n / g,)   strip indices (see gradient/pattern.py), int32, or int64 from 2**31 possible
+                                           strips on; created when first needed, never with indices: regenerated
+A module that has such a name already gets `weight_sparse_delta` and so on.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.rules import Selection, checksum, in_chunks
+from sparse_zero.selection.targets import Target
+from sparse_zero.zero.parameters import full_shape
+
+_KINDS = ("delta", "base", "strips")
+
+
+class SelectedScalars:
+    """The selected scalars of one parameter."""
+
+    def __init__(self, target: Target, selection: Selection, config: SparseConfig) -> None:
+        self.owners, self.selection = target.owners, selection
+        self.transient_bytes = config.transient_mib * 2**20
+        self.regenerates = config.indices == "regenerated" and selection.can_regenerate
+        self.shape = full_shape(self.weight) or torch.Size([1])
+        assert selection.count > 0, f"{selection.name}: a delta of length 0 breaks ZeRO stage 3"
+        self._infix = _free_infix(self.owners)
+        self._parked: dict[str, torch.Tensor] | None = {}
+        """The tensors while no module has them: before `attach` and after `park`."""
+        self._row_starts: dict[int, int] = {}
+        """For some rows: the number of selected scalars in the rows before."""
+        self._checksum: str | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        module, name = self.owners[0]
+        return module._parameters[name]
+
+    @property
+    def delta(self) -> nn.Parameter:
+        """(n,)"""
+        return self._tensor("delta")
+
+    @property
+    def base(self) -> torch.Tensor:
+        """(n,), the original values."""
+        return self._tensor("base")
+
+    # The tensors
+
+    def attach(self) -> None:
+        """Register the tensors in the modules that own the parameter, on its device."""
+        device, tensors, self._parked = self.weight.device, self._parked, None
+        for kind, tensor in tensors.items():
+            if kind == "delta":
+                if tensor.device != device:
+                    tensor.data = tensor.data.to(device)
+                for module, name in self.owners:
+                    module.register_parameter(self.tensor_name(name, kind), tensor)
+            else:
+                self._set_tensor(kind, tensor.to(device))
+
+    def park(self) -> None:
+        """Remove the tensors from the modules, and keep them."""
+        if self._parked is not None:
+            return
+        (module, name), parked = self.owners[0], {}
+        for kind in _KINDS:
+            attribute = self.tensor_name(name, kind)
+            if kind == "delta":
+                parked[kind] = module._parameters[attribute]
+                for owner, weight_name in self.owners:
+                    del owner._parameters[self.tensor_name(weight_name, kind)]
+            elif attribute in module._buffers:
+                parked[kind] = module._buffers.pop(attribute)
+                module._non_persistent_buffers_set.discard(attribute)
+        self._parked = parked
+
+    @property
+    def is_attached(self) -> bool:
+        return self._parked is None
+
+    def tensor_name(self, weight_name: str, kind: str) -> str:
+        """The attribute of a module for one of the tensors: `weight_delta`."""
+        return f"{weight_name}_{self._infix}{kind}"
+
+    def _tensor(self, kind: str) -> torch.Tensor:
+        if self._parked is not None:
+            return self._parked[kind]
+        module, name = self.owners[0]
+        return getattr(module, self.tensor_name(name, kind))
+
+    def _set_tensor(self, kind: str, value: torch.Tensor) -> None:
+        if self._parked is not None:
+            self._parked[kind] = value
+            return
+        module, name = self.owners[0]
+        module.register_buffer(self.tensor_name(name, kind), value, persistent=kind == "base")
+
+    def _has_strips(self) -> bool:
+        if self._parked is not None:
+            return "strips" in self._parked
+        module, name = self.owners[0]
+        return self.tensor_name(name, "strips") in module._buffers
+
+    # The positions
+
+    @property
+    def checksum(self) -> str:
+        """The checksum of the positions, see `rules.checksum`."""
+        if self._checksum is None:
+            self._checksum = checksum(self.flat_positions())
+        return self._checksum
+
+    @property
+    def pattern(self) -> Pattern:
+        """The selected positions, in the parameter as a matrix."""
+        return self._pattern_of(self.strips())
+
+    def _pattern_of(self, strips: torch.Tensor) -> Pattern:
+        return Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.selection.granularity)
+
+    def strips(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The strips [start, stop), as from Selection.strip_chunks, in the narrowest dtype."""
+        if self._has_strips():
+            strips = self._tensor("strips")
+            return strips if start == 0 and stop is None else strips[start:stop]
+        if not self.regenerates:
+            self._set_tensor("strips", self._draw_strips(0, self.selection.strip_count))
+            return self.strips(start, stop)
+        return self._draw_strips(start, self.selection.strip_count if stop is None else stop)
+
+    def _draw_strips(self, start: int, stop: int) -> torch.Tensor:
+        strips, filled = self._empty_strips(stop - start), 0
+        for chunk in self.selection.strip_chunks(self.base.device, start, stop):
+            strips[filled : filled + chunk.numel()] = chunk
+            filled += chunk.numel()
+        return strips
+
+    def _empty_strips(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=self.selection.strip_dtype, device=self.weight.device)
+
+    def flat_positions(self) -> torch.Tensor:
+        """The selected positions in the flattened parameter, int64 (n,), sorted."""
+        return torch.cat([*self._flat_chunks()])
+
+    def _flat_chunks(self) -> Iterator[torch.Tensor]:
+        """`flat_positions` in chunks."""
+        if self.selection.granularity > 1:
+            yield from self.pattern.flat_chunks()
+        elif self.regenerates:
+            yield from self.selection.chunks(self.base.device)
+        else:
+            yield from (strips.long() for strips in in_chunks(self.strips()))
+
+    def _strip_chunks(self) -> Iterator[torch.Tensor]:
+        """The strip indices: in chunks if single scalars are regenerated, otherwise all at once."""
+        if self.regenerates and self.selection.granularity == 1:
+            yield from self.selection.chunks(self.base.device)
+        else:
+            yield self.strips()
+
+    # Parts of the weight
+
+    def row_slice(self, first: int, rows: int) -> slice:
+        """The slice of the delta that belongs to rows [first, first + rows) of the weight as a matrix.
+
+        Both bounds must be multiples of the granularity.
+        """
+        if not self._row_starts:
+            # The bounds of all experts at once: one synchronisation with the accelerator
+            matrix_rows = self.shape[-2] if len(self.shape) > 1 else 1
+            self._find_row_starts(range(0, self.shape[:-1].numel() + 1, matrix_rows))
+        if missing := [row for row in (first, first + rows) if row not in self._row_starts]:
+            self._find_row_starts(missing)
+        return slice(self._row_starts[first], self._row_starts[first + rows])
+
+    def _find_row_starts(self, rows: Sequence[int]) -> None:
+        g, strips = self.selection.granularity, self.strips()
+        edges = torch.tensor([row // g * self.shape[-1] for row in rows], dtype=strips.dtype, device=strips.device)
+        starts = torch.searchsorted(strips, edges).tolist()
+        self._row_starts |= {row: start * g for row, start in zip(rows, starts, strict=True)}
+
+    def patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern]:
+        """The patterns of rows [first, first + rows) of the weight as a matrix, one for each `rows_per_pattern`."""
+        g, columns = self.selection.granularity, self.shape[-1]
+        strips = None if self.regenerates and self.selection.is_sliceable else self.strips()
+        for start in range(first, first + rows, rows_per_pattern):
+            scalars = self.row_slice(start, rows_per_pattern)
+            part = slice(scalars.start // g, scalars.stop // g)
+            indices = (self.strips(part.start, part.stop) if strips is None else strips[part]) - start // g * columns
+            yield Pattern(indices, rows_per_pattern, columns, g)
+
+
+def _free_infix(owners: Sequence[tuple[nn.Module, str]]) -> str:
+    """What stands between `weight_` and `delta` so that no module has these names already: nothing, if possible."""
+    infix = ""
+    while any(hasattr(module, f"{name}_{infix}{kind}") for module, name in owners for kind in _KINDS):
+        infix += "sparse_"
+    return infix

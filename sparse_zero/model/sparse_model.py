@@ -1,0 +1,154 @@
+"""The class of a sparse model as a whole: a subclass of the model's own class.
+
+It keeps calls that read, save or rebuild the model from giving stale or mixed weights.
+"""
+
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sparse_zero.errors import UserError
+from sparse_zero.model import layers
+from sparse_zero.model.sparsity import sparsity_of, state_of
+from sparse_zero.zero.parameters import is_partitioned, require_grad_on_leaf_inputs
+
+
+class SparseModel:
+    """A mixin for the outermost module of a sparse model."""
+
+    model_class: ClassVar[type[nn.Module]]
+    """The class before."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for weight in state_of(self).weights.values():
+            weight.refresh_at_rest()
+        return super().named_parameters(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        sparsity = state_of(self)
+        deltas = {weight.tensor_name(name, "delta") for name, weight in sparsity.weights.items()}
+        if not deltas & state_dict.keys():  # a plain model's: these are the original values
+            loaded = [name for name in sparsity.trained_names if name in state_dict]
+            sparsity.originals |= {name: state_dict[name].detach().to("cpu", copy=True) for name in loaded}
+        return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapter, as `save_adapter` and as PEFT's `save_pretrained`.
+
+        A merged model is written by `merge_and_unload(model).save_pretrained(...)`.
+
+        Args:
+            save_directory: the adapter's directory.
+            is_main_process: whether this rank writes.
+            state_dict: the complete state dict, from which one rank alone can write under ZeRO stage 3. Otherwise
+                all ranks must call it.
+            push_to_hub: not supported.
+            **kwargs: arguments of PreTrainedModel.save_pretrained that only concern a base model's files; ignored.
+
+        Raises:
+            UserError: the directory cannot be written, or an argument is not supported.
+        """
+        if push_to_hub:
+            raise UserError(
+                f"push_to_hub: save the adapter, then upload its directory: hf upload REPO {save_directory}"
+            )
+        # The package that knows the files builds on this one, and is loaded when it is needed
+        save_adapter = importlib.import_module("sparse_zero").save_adapter
+        save_adapter(self, save_directory, is_main_process, state_dict=state_dict)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        # Without a gradient, reads return the parameters themselves
+        with torch.no_grad():
+            return super().tie_weights(*args, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        rows = self.get_input_embeddings().weight.shape[0]
+        if new_num_tokens not in (None, rows) or pad_to_multiple_of is not None:
+            raise UserError(
+                f"resize_token_embeddings: the deltas belong to positions in embeddings of {rows} rows; call it "
+                "before sparsify, or call merge_and_unload(model) or unload(model) first"
+            )
+        return super().resize_token_embeddings(new_num_tokens)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        if isinstance(self, layers.SparseModule):
+            plain, names = self.plain_class, self.selected_names
+        else:
+            plain, names = self.model_class, frozenset()
+        return _new_model, (plain, names), self.__dict__
+
+
+def refresh(model: nn.Module) -> None:
+    """Write the deltas into the weights, if they have changed since they were written.
+
+    It is done after every step of a torch optimizer and before every forward, `state_dict()` and
+    `named_parameters()`. Call it to read a weight through a reference that you kept, after DeepSpeed's
+    `engine.step()` or after a change of `delta.data`.
+
+    Args:
+        model: a sparse model, which may be wrapped.
+
+    Raises:
+        UserError: the model is not sparse.
+    """
+    for weight in sparsity_of(model).weights.values():
+        weight.refresh_at_rest(checks_data=True)
+
+
+def before_forward(model: nn.Module, inputs: Any) -> None:
+    """A forward pre-hook of the whole model."""
+    sparsity = state_of(model)
+    sparsity.counter.before_forward(model, inputs)
+    for weight in sparsity.weights.values():
+        weight.refresh_at_rest(weight.setting, checks_data=True)
+    if not sparsity.has_leaf_hooks and any(is_partitioned(weight.weight) for weight in sparsity.weights.values()):
+        # ZeRO's leaf modules are chosen after `sparsify`
+        sparsity.hooks += require_grad_on_leaf_inputs(model)
+        sparsity.has_leaf_hooks = True
+
+
+@functools.cache
+def _sparse_model_class(before: type[nn.Module]) -> type[SparseModel]:
+    names = [name for name in vars(SparseModel) if callable(getattr(SparseModel, name)) and name[:2] != "__"]
+    # A model that has no such function, as nn.Sequential has no `save_pretrained`, does not get it
+    missing = {name: _MISSING for name in names if not hasattr(before, name)}
+    members = {"model_class": before, "__module__": before.__module__, "__qualname__": before.__qualname__} | missing
+    return type(before.__name__, (SparseModel, before), members)
+
+
+class _Missing:
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError
+
+
+_MISSING = _Missing()
+
+
+def attach(model: nn.Module) -> None:
+    """Give the outermost module of a sparse model its class."""
+    model.__class__ = _sparse_model_class(type(model))
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`. Before its layers are detached."""
+    model.__class__ = model.model_class
+
+
+def _new_model(plain: type[nn.Module], names: frozenset[str]) -> nn.Module:
+    kind = _sparse_model_class(layers.sparse_class(plain, names) if names else plain)
+    return kind.__new__(kind)

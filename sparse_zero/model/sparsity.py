@@ -1,0 +1,201 @@
+"""The state of a sparse model: which scalars are trained, what they were, and whether the adapter is enabled."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_zero.errors import UserError
+from sparse_zero.model.step_counter import StepCounter
+from sparse_zero.model.weight import SparseWeight
+from sparse_zero.selection.config import SparseConfig
+from sparse_zero.zero.parameters import gathered
+
+_STATE = "_sparse_zero_state"
+
+
+@dataclass
+class Sparsity:
+    """The state of a sparse model, `model.sparsity`."""
+
+    config: SparseConfig
+    weights: dict[str, SparseWeight]
+    """The selected weights by parameter name, as in the base model's state dict."""
+    whole: list[str]
+    """Names of the fully trained parameters."""
+    buffers: list[str]
+    """Names of the buffers of fully trained modules, such as BatchNorm's statistics. They are saved with them."""
+    originals: dict[str, torch.Tensor] = field(repr=False)
+    """The original values of the fully trained parameters and their buffers, on the CPU."""
+    total_parameters: int
+    """Number of scalars of the base model; tied parameters count once."""
+    selected_parameters: int
+    """Number of selected scalars."""
+    whole_parameters: int
+    """Number of scalars of the fully trained parameters."""
+    counter: StepCounter = field(repr=False)
+    fingerprint: dict[str, str] = field(repr=False)
+    """The fingerprint of the base model; saved in adapters."""
+    required_grad: dict[str, bool] = field(repr=False)
+    """Whether each parameter of the base model required a gradient before `sparsify`."""
+    name: str = "default"
+    """The name of the active adapter."""
+    base_model: str | None = None
+    """The source of the base model: a hub id, a directory or package://...; saved in adapters."""
+    revision: str | None = None
+    tokenizer: str | None = None
+    """The source of the tokenizer if it is not the base model."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens that were added to the tokenizer."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the training run, for the model card."""
+    hooks: list[Any] = field(default_factory=list, repr=False)
+    """Handles of the model's hooks, removed by `unload`."""
+    has_leaf_hooks: bool = False
+    disabled: int = 0
+    """The number of `disable_adapter` blocks that the model is in."""
+    trained: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    """The trained values of fully trained parameters and their buffers while others are in the model: while it is
+    disabled, and while another adapter is active. On the CPU."""
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of trainable scalars."""
+        return self.selected_parameters + self.whole_parameters
+
+    @property
+    def contents(self) -> dict[str, SparseWeight]:
+        """By parameter name, the weight whose values are in the parameter now; shared by all adapters of a model."""
+        return next(iter(self.weights.values())).contents if self.weights else {}
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Names of the fully trained parameters and their buffers."""
+        return [*self.whole, *self.buffers]
+
+    # Which values are in the model. The model is an argument because a copy of a model copies its state.
+
+    def disable(self, model: nn.Module) -> None:
+        """Put the original values into the model. Under ZeRO stage 3, all ranks must call it."""
+        self.disabled += 1
+        if self.disabled == 1:
+            self.take_out(model)
+
+    def enable(self, model: nn.Module) -> None:
+        """Undo one `disable`. Under ZeRO stage 3, all ranks must call it."""
+        self.disabled = max(self.disabled - 1, 0)
+        if not self.disabled:
+            self.put_in(model)
+
+    def take_out(self, model: nn.Module) -> None:
+        """Replace the trained values in the model by the original ones, and keep the trained ones."""
+        self.trained = read_tensors(model, self.trained_names)
+        write_tensors(model, self.originals)
+        self._set_enabled(False)
+
+    def put_in(self, model: nn.Module) -> None:
+        """Undo `take_out`."""
+        trained, self.trained = self.trained, {}
+        write_tensors(model, trained)
+        self._set_enabled(True)
+
+    def _set_enabled(self, enabled: bool) -> None:
+        for weight in self.weights.values():
+            weight.enabled = enabled
+            weight.refresh_at_rest()
+
+    def trained_values(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """The values of the fully trained parameters and their buffers, whether or not they are in the model now.
+
+        Under ZeRO stage 3, all ranks must iterate over all of them.
+        """
+        tensors = named_tensors(model) if not self.trained else {}
+        for name in self.trained_names:
+            if name in self.trained:
+                yield name, self.trained[name]
+            else:
+                with gathered([tensors[name]]):
+                    yield name, tensors[name].detach()
+
+    def set_trained_values(self, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+        """Set fully trained parameters and their buffers; while they are not in the model, the values that return."""
+        if self.disabled:
+            self.trained |= {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+        else:
+            write_tensors(model, values)
+
+    @property
+    def base_has_changed(self) -> bool:
+        """Whether other weights of the base model were loaded since its fingerprint was computed."""
+        return any(weight.base_has_changed for weight in self.weights.values())
+
+
+def set_state(model: nn.Module, state: Sparsity | None) -> None:
+    """Make a model sparse, or plain again: `model.sparsity`, unless the model has an attribute of this name itself."""
+    members = vars(model)
+    previous = members.pop(_STATE, None)
+    if members.get("sparsity") is previous and previous is not None:
+        del members["sparsity"]
+    if state is not None:
+        members[_STATE] = state
+        if not hasattr(model, "sparsity"):
+            members["sparsity"] = state
+
+
+def state_of(model: nn.Module) -> Sparsity | None:
+    """The state of a sparse model without wrappers; None if it is not sparse."""
+    return vars(model).get(_STATE)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Remove wrappers that have the model as their attribute `module`."""
+    # Not hasattr: DeepSpeed's engine forwards attribute access to its module
+    while _STATE not in vars(model) and isinstance(model._modules.get("module"), nn.Module):
+        model = model.module
+    return model
+
+
+def check_not_sparse(model: nn.Module) -> None:
+    """Raise UserError if the model is sparse."""
+    if state_of(model) is not None:
+        raise UserError("this model is sparse already: call merge_and_unload(model) or unload(model) first")
+
+
+def sparsity_of(model: nn.Module) -> Sparsity:
+    """The `Sparsity` of a model, which may be wrapped by DDP, Accelerate or DeepSpeed.
+
+    Raises:
+        UserError: the model is not sparse.
+    """
+    inner = unwrap(model)
+    state = state_of(inner)
+    if state is not None:
+        return state
+    if "merged_adapter" in vars(inner):
+        raise UserError(f"'{inner.merged_adapter.name}' is merged into this model: call unmerge_adapter(model) first")
+    raise UserError(f"{type(inner).__name__} is not sparse: call sparsify(model, SparseConfig(...)) first")
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a model by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def read_tensors(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    """Copies of parameters and buffers on the CPU. Under ZeRO stage 3, all ranks must call it."""
+    tensors, copies = named_tensors(model) if names else {}, {}
+    for name in names:
+        with gathered([tensors[name]]):
+            copies[name] = tensors[name].detach().to("cpu", copy=True)
+    return copies
+
+
+@torch.no_grad()
+def write_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Set parameters and buffers. Under ZeRO stage 3, all ranks must call it."""
+    tensors = named_tensors(model) if values else {}
+    for name, value in values.items():
+        with gathered([tensors[name]], write=True):
+            tensors[name].copy_(value)
