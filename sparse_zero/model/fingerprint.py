@@ -7,6 +7,7 @@ import torch
 import xxhash
 from torch import nn
 
+from sparse_zero.model.flat_view import FlatView
 from sparse_zero.selection.rules import stratified_positions
 from sparse_zero.zero.parameters import gathered
 
@@ -37,10 +38,10 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
         if name in exclude:
             continue
         with gathered([parameter]):
-            flat = parameter.detach().view(-1)
-            if flat.numel():
-                sample = flat[sampled_positions(flat.numel(), flat.device)]
-                samples[name] = sample.to(torch.bfloat16) if flat.is_floating_point() else sample
+            numel, device = parameter.numel(), parameter.device
+            if numel:
+                sample = FlatView(parameter.detach()).read(sampled_positions(numel, device))
+                samples[name] = sample.to(torch.bfloat16) if parameter.is_floating_point() else sample
     return {name: _hash(sample) for name, sample in samples.items()}
 
 

@@ -12,17 +12,18 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.errors import UserError
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
-from sparse_zero.model import state_dict
+from sparse_zero.model import compiled, state_dict
 from sparse_zero.model.products import kept_input
 from sparse_zero.model.refusals import refuse_second_derivatives, refuse_transforms
 from sparse_zero.model.saved_weights import saved_by_reference
-from sparse_zero.model.weight import SparseWeight, scaled
-from sparse_zero.zero.parameters import is_whole
+from sparse_zero.model.weight import SparseWeight
+from sparse_zero.zero.parameters import is_partitioned, is_whole
 
 
 class _SampledGradient(torch.autograd.Function):
@@ -39,17 +40,20 @@ class _SampledGradient(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.module, ctx.sparse_weight, ctx.setting = module, sparse_weight, sparse_weight.setting
         ctx.save_for_backward(inputs)
+        ctx.set_materialize_grads(False)
         # Not a view: autograd forbids in-place operations (a ReLU) on views that a Function returns. Sharing memory is
         # safe because none of the wrapped modules needs its own output in backward.
         return output.data
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple:
         weight = ctx.sparse_weight
+        if grad_output is None:
+            return None, None, None, None, None
         refuse_second_derivatives(weight.selection.name)
         (inputs,) = ctx.saved_tensors
         gradient = ctx.module.delta_gradient(inputs, grad_output, weight)
-        return grad_output, None, scaled(gradient, weight, ctx.setting), None, None
+        return grad_output, None, weight.scaled(gradient, ctx.setting), None, None
 
     @staticmethod
     def jvp(ctx: Any, output: torch.Tensor, inputs: Any, delta: torch.Tensor | None, *_: Any) -> torch.Tensor:
@@ -69,9 +73,13 @@ class SparseModule:
     """Names of the selected parameters within the module."""
     sparse_weights: dict[str, SparseWeight]
     """The selected parameters by these names."""
+    delta_names: dict[str, str]
+    """The attributes of the module with their deltas."""
+    owner_indices: dict[str, int]
+    """The index of this module among the owners of each."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         weights = self.sparse_weights.values()
         with ExitStack() as stack:
@@ -112,6 +120,8 @@ class SampledModule(SparseModule):
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Run the module on its single argument, which has a different name in each of these classes."""
         weight = self.sparse_weights["weight"]
+        if torch.compiler.is_compiling() and not is_partitioned(self._parameters["weight"]):
+            return self._compiled(weight, *args, **kwargs)
         weight.refresh()
         with weight.read_plain():
             output = super().forward(*args, **kwargs)
@@ -121,9 +131,23 @@ class SampledModule(SparseModule):
         (inputs,) = (*args, *kwargs.values())
         return _SampledGradient.apply(output, kept_input(inputs, output), weight.delta, self, weight)
 
+    def _compiled(self, weight: SparseWeight, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """The forward that torch.compile traces."""
+        (inputs,) = (*args, *kwargs.values())
+        output = self.product(inputs, self._parameters["weight"])
+        delta = self._parameters[self.delta_names["weight"]]
+        if not (weight.enabled and torch.is_grad_enabled() and delta.requires_grad):
+            return output
+        if inputs.is_floating_point() and inputs.element_size() > output.element_size():
+            inputs = inputs.to(output.dtype)
+        return compiled.SampledGradient.apply(output, inputs, delta, weight.number, self.owner_indices["weight"])
+
 
 class SparseLinear(SampledModule, nn.Linear):
     """nn.Linear with a selected weight (out, in)."""
+
+    def product(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(inputs, weight, self.bias)
 
     @staticmethod
     def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
@@ -134,6 +158,9 @@ class SparseLinear(SampledModule, nn.Linear):
 class SparseConv1D(SampledModule, Conv1D):
     """GPT-2's linear layer with a selected weight (in, out)."""
 
+    def product(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, _flat(inputs), weight).view(*inputs.shape[:-1], self.nf)
+
     @staticmethod
     def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: inputs (..., in), grad_output (..., out). Returns: (n,)"""
@@ -142,6 +169,9 @@ class SparseConv1D(SampledModule, Conv1D):
 
 class SparseEmbedding(SampledModule, nn.Embedding):
     """nn.Embedding with a selected weight (rows, columns)."""
+
+    def product(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
     def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: ids (...), grad_output (..., columns). Returns: (n,)"""
@@ -172,15 +202,24 @@ def sparse_class(plain: type[nn.Module], names: frozenset[str]) -> type[SparseMo
     else:
         # Its forward may call that of nn.Linear or nn.Embedding, or read the weight itself. Both give right gradients.
         bases = (plain, _SAMPLED[sampled])
-    members = {name: property(functools.partial(_read, name=name)) for name in names}
+    members = {name: _property(name) for name in names}
     members |= {"plain_class": plain, "selected_names": names}
     # DeepSpeed, transformers and other libraries compare names of classes
     members |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     return type(plain.__name__, bases, members)
 
 
-def _read(module: SparseModule, name: str) -> torch.Tensor:
-    return module.sparse_weights[name].read()
+def _property(name: str) -> property:
+    def read(module: SparseModule) -> torch.Tensor:
+        weight, parameter = module.sparse_weights[name], module._parameters[name]
+        if not torch.compiler.is_compiling() or is_partitioned(parameter):
+            return weight.read()
+        delta = module._parameters[module.delta_names[name]]
+        if not (weight.enabled and torch.is_grad_enabled() and delta.requires_grad):
+            return parameter
+        return compiled.Read.apply(delta, parameter, weight.number)
+
+    return property(read)
 
 
 def new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
@@ -192,9 +231,11 @@ def new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
 def attach(weight: SparseWeight) -> None:
     """Make sparse modules of the modules that own the parameter, and register the tensors in them."""
     weight.attach()
-    for module, name in weight.owners:
+    for index, (module, name) in enumerate(weight.owners):
         weights = module.__dict__.setdefault("sparse_weights", {})
         weights[name] = weight
+        module.__dict__.setdefault("delta_names", {})[name] = weight.tensor_name(name, "delta")
+        module.__dict__.setdefault("owner_indices", {})[name] = index
         module.__class__ = sparse_class(_plain_class(module), frozenset(weights))
 
 
@@ -209,7 +250,7 @@ def detach(weight: SparseWeight) -> None:
         if module.sparse_weights:
             module.__class__ = sparse_class(plain, frozenset(module.sparse_weights))
         else:
-            del module.sparse_weights
+            del module.sparse_weights, module.delta_names, module.owner_indices
             module.__class__ = plain
 
 

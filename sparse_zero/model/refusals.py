@@ -20,7 +20,7 @@ def refuse_second_derivatives(name: str) -> None:
 def refuse_transforms(name: str) -> None:
     """Raise UserError within torch.func.grad, vmap and the like, which do not see the gradient of a delta.
 
-    Args: name: of the parameter.
+    Args: name: of the parameter or the model.
     """
     if torch._C._functorch.maybe_current_level() is not None:
         raise UserError(

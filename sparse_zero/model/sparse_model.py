@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import layers
+from sparse_zero.model import compiled, layers
+from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.sparsity import sparsity_of, state_of
-from sparse_zero.zero.parameters import is_partitioned, require_grad_on_leaf_inputs
+from sparse_zero.zero.parameters import require_grad_on_leaf_inputs
 
 
 class SparseModel:
@@ -113,10 +114,15 @@ def refresh(model: nn.Module) -> None:
 def before_forward(model: nn.Module, inputs: Any) -> None:
     """A forward pre-hook of the whole model."""
     sparsity = state_of(model)
+    if torch.compiler.is_compiling() and not sparsity.is_partitioned:
+        compiled.refuse(type(model).__name__, sparsity.config.dropout)
+        return
+    if torch.is_grad_enabled():
+        refuse_transforms(type(model).__name__)
     sparsity.counter.before_forward(model, inputs)
     for weight in sparsity.weights.values():
         weight.refresh_at_rest(weight.setting, checks_data=True)
-    if not sparsity.has_leaf_hooks and any(is_partitioned(weight.weight) for weight in sparsity.weights.values()):
+    if sparsity.is_partitioned and not sparsity.has_leaf_hooks:
         # ZeRO's leaf modules are chosen after `sparsify`
         sparsity.hooks += require_grad_on_leaf_inputs(model)
         sparsity.has_leaf_hooks = True

@@ -11,7 +11,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.zero.parameters import gathered
+from sparse_zero.zero.parameters import gathered, is_partitioned
 
 _STATE = "_sparse_zero_state"
 
@@ -64,6 +64,11 @@ class Sparsity:
     def trainable_parameters(self) -> int:
         """Number of trainable scalars."""
         return self.selected_parameters + self.whole_parameters
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether ZeRO stage 3 partitions the weights."""
+        return any(is_partitioned(weight.weight) for weight in self.weights.values())
 
     @property
     def contents(self) -> dict[str, SparseWeight]:

@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sparse_zero.errors import UserError
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
+from sparse_zero.model.compiled import number_of
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.selected_scalars import SelectedScalars
@@ -75,6 +76,7 @@ class SparseWeight(SelectedScalars):
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
         self._parked["delta"] = nn.Parameter(torch.empty(selection.count, dtype=dtype, device=weight.device))
         self._parked["base"] = torch.empty(selection.count, dtype=weight.dtype, device=weight.device)
+        self.number = number_of(self)
         self.base_has_changed = False
         """Whether other original values were loaded, so that the fingerprint of the base model is no longer right."""
         self.warned_of_dense_gradient = False
@@ -204,6 +206,11 @@ class SparseWeight(SelectedScalars):
         generator.manual_seed(abs(key))
         kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
         return kept * (setting.scale / (1 - self.dropout))
+
+    def scaled(self, gradient: torch.Tensor, setting: Setting) -> torch.Tensor:
+        """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
+        factor = self.factor(setting)
+        return (gradient if factor is None else gradient * factor).to(self.delta.dtype)
 
     def read(self) -> torch.Tensor:
         """The tensor that an access to the module's parameter returns."""
@@ -396,6 +403,7 @@ class SparseWeight(SelectedScalars):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.number = number_of(self)
         self.counter.add(self)
 
 
@@ -435,10 +443,4 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return scaled(grad, ctx.sparse_weight, ctx.setting), None
-
-
-def scaled(gradient: torch.Tensor, weight: SparseWeight, setting: Setting) -> torch.Tensor:
-    """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
-    factor = weight.factor(setting)
-    return (gradient if factor is None else gradient * factor).to(weight.delta.dtype)
+        return ctx.sparse_weight.scaled(grad, ctx.setting), None

@@ -1,0 +1,112 @@
+"""What torch.compile traces instead of the eager forward: tensor operations only, without a graph break.
+
+The weights have their deltas already: they are written when an optimizer steps, not in the forward. A product or a
+lookup has a node in the graph whose backward calls the operator `sparse_zero::delta_gradient`; any other reader one
+that calls `sparse_zero::selected`, with a dense gradient of the weight. Both get the weight by a number, because an
+operator takes only tensors and numbers.
+"""
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from sparse_zero.errors import UserError
+
+
+class CompiledWeight(Protocol):
+    """The part of `model.weight.SparseWeight` that this module uses."""
+
+    owners: tuple[tuple[nn.Module, str], ...]
+    delta: nn.Parameter
+    setting: Any
+
+    def flat_positions(self) -> torch.Tensor: ...
+    def scaled(self, gradient: torch.Tensor, setting: Any) -> torch.Tensor: ...
+
+
+_WEIGHTS: weakref.WeakValueDictionary[int, CompiledWeight] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def number_of(weight: CompiledWeight) -> int:
+    """Register a weight.
+
+    Returns: its number, which is valid in this process.
+    """
+    number = next(_numbers)
+    _WEIGHTS[number] = weight
+    return number
+
+
+def refuse(name: str, dropout: float) -> None:
+    """Raise UserError for what only an eager forward does.
+
+    Args:
+        name: of the model.
+        dropout: of the deltas, whose mask is drawn in each forward.
+    """
+    if dropout:
+        raise UserError(f"{name}: sparse.dropout cannot be compiled: set it to 0, or do not use torch.compile")
+
+
+class SampledGradient(torch.autograd.Function):
+    """The identity on a module's output, whose backward also returns the gradient of the delta."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, inputs: torch.Tensor, delta: torch.Tensor, number: int, owner: int
+    ) -> torch.Tensor:
+        """Args: owner: the index of the module among the weight's owners."""
+        ctx.save_for_backward(inputs)
+        ctx.number, ctx.owner = number, owner
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        (inputs,) = ctx.saved_tensors
+        gradient = torch.ops.sparse_zero.delta_gradient(inputs, grad_output, ctx.number, ctx.owner)
+        return grad_output, None, gradient, None, None
+
+
+class Read(torch.autograd.Function):
+    """The weight, whose backward selects the gradient of the delta from the dense gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: torch.Tensor, values: torch.Tensor, number: int) -> torch.Tensor:
+        ctx.number = number
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        return torch.ops.sparse_zero.selected(grad, ctx.number), None, None
+
+
+@torch.library.custom_op("sparse_zero::delta_gradient", mutates_args=())
+def _delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, number: int, owner: int) -> torch.Tensor:
+    weight = _WEIGHTS[number]
+    module, _ = weight.owners[owner]
+    return weight.scaled(module.delta_gradient(inputs, grad_output, weight), weight.setting)
+
+
+@_delta_gradient.register_fake
+def _(inputs: torch.Tensor, grad_output: torch.Tensor, number: int, owner: int) -> torch.Tensor:
+    return _like_delta(grad_output, number)
+
+
+@torch.library.custom_op("sparse_zero::selected", mutates_args=())
+def _selected(grad: torch.Tensor, number: int) -> torch.Tensor:
+    weight = _WEIGHTS[number]
+    return weight.scaled(grad.reshape(-1).index_select(0, weight.flat_positions()), weight.setting)
+
+
+@_selected.register_fake
+def _(grad: torch.Tensor, number: int) -> torch.Tensor:
+    return _like_delta(grad, number)
+
+
+def _like_delta(grad: torch.Tensor, number: int) -> torch.Tensor:
+    delta = _WEIGHTS[number].delta
+    return grad.new_empty(delta.numel(), dtype=delta.dtype)
