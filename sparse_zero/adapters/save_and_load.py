@@ -28,7 +28,8 @@ from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resi
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters, fingerprint
-from sparse_zero.model.sparsify import Sparsity, apply_selection, merge_and_unload, set_scale, sparsity_of, unwrap
+from sparse_zero.model.sparsify import Sparsity, apply_selection, merge_and_unload, set_scale, sparsity_of
+from sparse_zero.model.wrappers import parameters_by_name, unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.zero.parameters import full_shape, gathered, wait_for_prefetch
 
@@ -65,7 +66,7 @@ def extract_adapter(model: nn.Module, keep: bool = True) -> Adapter:
         keep: whether to return the values on this rank. Otherwise only the config is filled.
     """
     sparsity, inner = sparsity_of(model), unwrap(model)
-    parameters = dict(inner.named_parameters())
+    parameters = parameters_by_name(inner)
     wait_for_prefetch(inner)
     positions = {name: weight.flat_positions() for name, weight in sparsity.weights.items()} if keep else {}
     adapter = Adapter(adapter_config(inner, sparsity, positions), deltas={}, whole={})
@@ -100,7 +101,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     """
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    some_weight = dict(model.named_parameters())[next(iter([*sparsity.weights, *sparsity.whole]))]
+    some_weight = parameters_by_name(model)[next(iter([*sparsity.weights, *sparsity.whole]))]
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
@@ -156,6 +157,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
             checked_positions(adapter, name, directory)
         inner.__dict__.setdefault("inactive_adapters", {})[adapter_name] = adapter.clone()
     else:
+        inner = unwrap_for(model, [*adapter.config.tensors, *adapter.config.modules_to_save])
         apply_adapter(inner, adapter, directory, adapter_name or "default")
     return model
 
@@ -198,7 +200,7 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
 def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -> None:
     """Set the deltas of the weights `selected`, and all fully trained parameters."""
     wait_for_prefetch(inner)
-    parameters = dict(inner.named_parameters())
+    parameters = parameters_by_name(inner)
     for name in selected:
         weight, values = inner.sparsity.weights[name], adapter.deltas.get(name)
         if name in adapter.rows:

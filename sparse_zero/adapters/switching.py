@@ -16,7 +16,8 @@ from torch import nn
 from sparse_zero.adapters.files import Adapter
 from sparse_zero.adapters.save_and_load import apply_adapter, extract_adapter
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.model.sparsify import merge_and_unload, sparsity_of, unload, unwrap
+from sparse_zero.model.sparsify import merge_and_unload, sparsity_of, unload
+from sparse_zero.model.wrappers import unwrap
 from sparse_zero.zero.parameters import gathered, wait_for_prefetch
 
 

@@ -17,6 +17,7 @@ from sparse_zero.model import layers
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
+from sparse_zero.model.wrappers import check_wrappers, parameters_by_name, unwrap
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
@@ -87,7 +88,7 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
         save_adapter(model, "adapter")
 
     Args:
-        model: any module.
+        model: any module. It may be compiled, but not be wrapped in DDP or by DeepSpeed yet.
         config: which scalars to train, and how many.
         positions: train these scalars instead of those that the config's targets, budget and selection give. By
             parameter name: int64 (n,), indices into the flattened parameter.
@@ -98,14 +99,17 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
         UserError: no weight to select from, a budget that cannot be met, a model that is sparse already, or positions
             that do not fit the model.
     """
-    check_not_sparse(model)
-    whole_modules = find_modules_to_save(model, config)
-    selections, stored = select_scalars(model, config, whole_modules, positions)
+    check_wrappers(model)
+    inner = unwrap(model)
+    check_not_sparse(inner)
+    whole_modules = find_modules_to_save(inner, config)
+    selections, stored = select_scalars(inner, config, whole_modules, positions)
 
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
         return in_chunks(stored[selection.name].to(device)) if selection.name in stored else selection.chunks(device)
 
-    return apply_selection(model, config, selections, parameter_names(model, whole_modules), chunks)
+    apply_selection(inner, config, selections, parameter_names(inner, whole_modules), chunks)
+    return model
 
 
 def apply_selection(
@@ -241,14 +245,6 @@ def sparsity_of(model: nn.Module) -> Sparsity:
     return inner.sparsity
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Remove wrappers that have the model as their attribute `module`."""
-    # Not hasattr: DeepSpeed's engine forwards attribute access to its module
-    while "sparsity" not in vars(model) and isinstance(model._modules.get("module"), nn.Module):
-        model = model.module
-    return model
-
-
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Write the deltas into the weights and remove everything else that `sparsify` added, in place.
 
@@ -312,7 +308,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     model = unwrap(model)
     sparsity = sparsity_of(model)
     wait_for_prefetch(model)
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     before = {weight: weight.enabled for weight in sparsity.weights.values()}
     trained = {name: _copy(parameters[name]) for name in sparsity.whole}
     for weight in before:
