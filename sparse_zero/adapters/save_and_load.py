@@ -31,6 +31,7 @@ from sparse_zero.model.fingerprint import differing_parameters, fingerprint
 from sparse_zero.model.sparsify import Sparsity, apply_selection, merge_and_unload, set_scale, sparsity_of
 from sparse_zero.model.wrappers import parameters_by_name, unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
+from sparse_zero.selection.unsupported import check_model, check_supported
 from sparse_zero.zero.parameters import full_shape, gathered, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,10 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     """
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    some_weight = parameters_by_name(model)[next(iter([*sparsity.weights, *sparsity.whole]))]
+    dtype = parameters_by_name(model)[next(iter([*sparsity.weights, *sparsity.whole]))].dtype
+    if torch.float16 in (dtype, sparsity.dtype):
+        # A fingerprint is of float16 values or not, whatever the model was converted to since
+        dtype = sparsity.dtype
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
@@ -112,7 +116,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         tokenizer=sparsity.tokenizer,
         new_tokens=sparsity.new_tokens,
         task=task_of(type(model).__name__),
-        dtype=str(some_weight.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         model_settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
@@ -172,11 +176,13 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
         adapter_name: the name it gets.
 
     Raises:
-        UserError: the adapter does not fit the model, which is then unchanged.
+        UserError: the adapter does not fit the model, or a parameter cannot be trained. The model is then unchanged.
     """
     config = adapter.config
+    check_model(inner)
     wait_for_prefetch(inner)
     _check_shapes(inner, adapter, origin)
+    check_supported(inner, config.tensors, config.modules_to_save)
     with_rows = {name for name in config.tensors if config.tensors[name].whole_rows}
     base = fingerprint(inner, {*config.modules_to_save, *with_rows})
     _check_base(inner, adapter, origin, base)

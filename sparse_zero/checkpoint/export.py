@@ -29,8 +29,8 @@ from sparse_zero.checkpoint.directory import FIXED_NAME, Checkpoint, newest_comp
 from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_tensors
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsity_of
-from sparse_zero.model.wrappers import unwrap
 from sparse_zero.model.weight import SparseWeight
+from sparse_zero.model.wrappers import unwrap
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.zero.partitions import VALUE
 from sparse_zero.zero.resharding import parameter_offsets, plan_reads

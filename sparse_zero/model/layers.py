@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from sparse_zero.errors import UserError
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
 from sparse_zero.model.products import kept_input
 from sparse_zero.model.step_counter import StepCounter
@@ -78,6 +79,13 @@ class SparseModule:
             if copies:
                 stack.enter_context(_SavedByReference(copies))
             return super().forward(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        # Replicas have tensors instead of parameters, and would share one set of deltas
+        raise UserError(
+            "nn.DataParallel cannot run a sparse model on several devices: use DistributedDataParallel, with a "
+            "process for each"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new_module, (self.plain_class, self.selected_names), self.__dict__

@@ -23,6 +23,7 @@ from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
 from sparse_zero.selection.threads import map_in_threads
+from sparse_zero.selection.unsupported import check_model, check_supported
 from sparse_zero.zero.parameters import gathered, is_partitioned, require_grad_on_leaf_inputs, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Sparsity:
     counter: StepCounter = field(repr=False)
     fingerprint: dict[str, str] = field(repr=False)
     """The fingerprint of the base model; saved in adapters."""
+    dtype: torch.dtype
+    """The dtype of the base model, to which the fingerprint belongs."""
     name: str = "default"
     """The name of the active adapter."""
     base_model: str | None = None
@@ -96,12 +99,13 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
     Returns: the same model.
 
     Raises:
-        UserError: no weight to select from, a budget that cannot be met, a model that is sparse already, or positions
-            that do not fit the model.
+        UserError: no weight to select from, a budget that cannot be met, a model that is sparse or sharded already, a
+            parameter that cannot be trained, or positions that do not fit the model. The model is then unchanged.
     """
     check_wrappers(model)
     inner = unwrap(model)
     check_not_sparse(inner)
+    check_model(inner)
     whole_modules = find_modules_to_save(inner, config)
     selections, stored = select_scalars(inner, config, whole_modules, positions)
 
@@ -112,6 +116,7 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
     return model
 
 
+@torch.inference_mode(False)  # a delta that is created under it could never be trained
 def apply_selection(
     model: nn.Module,
     config: SparseConfig,
@@ -135,12 +140,14 @@ def apply_selection(
     Returns: the same model.
 
     Raises:
-        UserError: the model is sparse already, or `chunks` raised it. The model is then unchanged.
+        UserError: the model is sparse already, a parameter cannot be trained, or `chunks` raised it. The model is then
+            unchanged.
     """
     check_not_sparse(model)
+    selections = list(selections)
+    check_supported(model, [selection.name for selection in selections], whole)
     wait_for_prefetch(model)
     parameters = all_targets(model)
-    selections = list(selections)
     if config.indices == "regenerated" and (
         stored := [selection.name for selection in selections if not selection.can_regenerate]
     ):
@@ -165,7 +172,8 @@ def apply_selection(
         raise
     trained = {id(weight.delta) for weight in weights.values()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+        if parameter.requires_grad and id(parameter) not in trained:
+            parameter.requires_grad_(False)
     for name in whole:
         parameters[name].parameter.requires_grad_(True)
     model.sparsity = Sparsity(
@@ -178,6 +186,7 @@ def apply_selection(
         whole_parameters=sum(parameters[name].shape.numel() for name in whole),
         counter=counter,
         fingerprint=base,
+        dtype=next((parameters[name].parameter.dtype for name in (*weights, *whole)), torch.float32),
         base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
         hooks=[model.register_forward_pre_hook(hook) for hook in (counter.before_forward, _add_leaf_hooks)],
     )
@@ -349,4 +358,7 @@ def _remove(model: nn.Module) -> nn.Module:
     for hook in model.sparsity.hooks:
         hook.remove()
     del model.sparsity
-    return model.requires_grad_(True)
+    for parameter in model.parameters():
+        if (parameter.is_floating_point() or parameter.is_complex()) and not parameter.is_inference():
+            parameter.requires_grad_(True)
+    return model
