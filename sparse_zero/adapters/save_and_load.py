@@ -28,6 +28,7 @@ from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resi
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters, fingerprint
+from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparsify import Sparsity, apply_selection, merge_and_unload, set_scale, sparsity_of
 from sparse_zero.model.wrappers import parameters_by_name, unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
@@ -44,7 +45,8 @@ def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool 
         save_adapter(model, "adapter", is_main_process=accelerator.is_main_process)  # on all ranks
 
     The directory contains adapter_config.json, adapter_model.safetensors, a model card, and
-    adapter_positions.safetensors if the positions cannot be drawn again from the config.
+    adapter_positions.safetensors if the positions cannot be drawn again from the config. Values that are NaN or
+    infinite are saved with a warning.
 
     Args:
         model: a sparse model, which may be wrapped by DDP, Accelerate or DeepSpeed.
@@ -56,6 +58,9 @@ def save_adapter(model: nn.Module, directory: str | Path, is_main_process: bool 
     """
     adapter = extract_adapter(model, keep=is_main_process)
     if is_main_process:
+        parts = (adapter.deltas, adapter.rows, adapter.whole)
+        if counts := count_not_finite(item for part in parts for item in part.items()):
+            logger.warning("%s: saved values that are NaN or infinite: %s", directory, describe(counts))
         write_adapter(adapter, directory, model_card(adapter.config))
 
 
@@ -271,19 +276,20 @@ def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | 
         )
 
 
-def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> dict[str, Any]:
+def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, force: bool = False) -> dict[str, Any]:
     """Merge an adapter into its base model and write the result as a Hugging Face model directory.
 
     Args:
         directory: an adapter directory.
         out: the directory to write.
         scale: the factor of the deltas; see `set_scale`.
+        force: merge values that are NaN or infinite, too.
 
     Returns: facts for the user.
 
     Raises:
-        UserError: see `load_adapter` and `load_model`; also `out` is a file or the base model's directory, or the
-            adapter does not name a base model and task.
+        UserError: see `load_adapter`, `load_model` and `merge_and_unload`; also `out` is a file or the base model's
+            directory, or the adapter does not name a base model and task.
     """
     started = time.perf_counter()
     config = read_config(directory)
@@ -309,7 +315,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
         resize_embeddings(model, tokenizer)
     load_adapter(model, directory)
     set_scale(model, scale)
-    merge_and_unload(model)
+    merge_and_unload(model, force)
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)

@@ -89,7 +89,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise _unknown_name(model, adapter_name)
 
 
-def merge_adapter(model: nn.Module) -> None:
+def merge_adapter(model: nn.Module, force: bool = False) -> None:
     """Merge the active adapter into the weights, in place. `unmerge_adapter` undoes it bit for bit.
 
     The model then consists of plain modules, as after `merge_and_unload`, and needs CPU memory for the adapter and the
@@ -97,15 +97,16 @@ def merge_adapter(model: nn.Module) -> None:
 
     Args:
         model: a sparse model, which may be wrapped.
+        force: merge values that are NaN or infinite, too.
 
     Raises:
-        UserError: the model is not sparse.
+        UserError: the model is not sparse, or a trained value is NaN or infinite. The model is then unchanged.
     """
     inner = unwrap(model)
     sparsity = sparsity_of(model)
     base = {name: weight.base.cpu() for name, weight in sparsity.weights.items()}
     merged = MergedAdapter(sparsity.name, extract_adapter(inner), base, sparsity.originals)
-    merge_and_unload(inner)
+    merge_and_unload(inner, force)
     inner.merged_adapter = merged
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers
 from sparse_zero.model.fingerprint import fingerprint
+from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import check_wrappers, parameters_by_name, unwrap
@@ -254,7 +255,7 @@ def sparsity_of(model: nn.Module) -> Sparsity:
     return inner.sparsity
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, force: bool = False) -> nn.Module:
     """Write the deltas into the weights and remove everything else that `sparsify` added, in place.
 
     The result is a plain model, e.g. for `save_pretrained`. It cannot be undone; see `merge_adapter`. Under ZeRO stage
@@ -262,18 +263,34 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Args:
         model: a sparse model, which may be wrapped.
+        force: merge values that are NaN or infinite, too.
 
     Returns: the model, without wrappers.
 
     Raises:
-        UserError: the model is not sparse.
+        UserError: the model is not sparse, or a trained value is NaN or infinite. The model is then unchanged.
     """
     model = unwrap(model)
+    sparsity = sparsity_of(model)
     wait_for_prefetch(model)
-    for weight in sparsity_of(model).weights.values():
+    if not force and (counts := count_not_finite(_trained_values(model))):
+        raise UserError(
+            f"NaN or infinite: {describe(counts)}; the training diverged: load an earlier checkpoint or adapter, or "
+            "merge it as it is with force=True (sparse-zero merge --force)"
+        )
+    for weight in sparsity.weights.values():
         with gathered([weight.weight, weight.delta], write=True):
             weight.write()
     return _remove(model)
+
+
+def _trained_values(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The deltas and the fully trained parameters by name, each gathered while it is yielded. Collective."""
+    parameters = parameters_by_name(model)
+    trained = {name: weight.delta for name, weight in model.sparsity.weights.items()}
+    for name, parameter in [*trained.items(), *((name, parameters[name]) for name in model.sparsity.whole)]:
+        with gathered([parameter]):
+            yield name, parameter
 
 
 def unload(model: nn.Module) -> nn.Module:

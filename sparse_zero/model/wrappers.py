@@ -88,9 +88,8 @@ def _wrapped_by(model: nn.Module) -> nn.Module | None:
         return None
     attribute = next((_ATTRIBUTES[name] for name in _class_names(model) if name in _ATTRIBUTES), None)
     if attribute is not None:
-        # Not getattr: wrappers forward the access to attributes to what they wrap
-        return model._modules.get(attribute)
-    inner = model._modules.get("module")
+        return _child(model, attribute)
+    inner = _child(model, "module")
     return inner if any(_is_marked(module) for module in _chain_of_modules(inner)) else None
 
 
@@ -98,7 +97,12 @@ def _chain_of_modules(module: nn.Module | None) -> Iterator[nn.Module]:
     while module is not None:
         yield module
         attribute = next((_ATTRIBUTES[name] for name in _class_names(module) if name in _ATTRIBUTES), "module")
-        module = module._modules.get(attribute)
+        module = _child(module, attribute)
+
+
+def _child(model: nn.Module, name: str) -> nn.Module | None:
+    # Not getattr: wrappers forward the access to attributes to what they wrap
+    return dict(model.named_children()).get(name)
 
 
 def _is_marked(model: nn.Module) -> bool:
