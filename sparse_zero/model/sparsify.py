@@ -16,6 +16,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model import layers
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.finite import count_not_finite, describe
+from sparse_zero.model.first_backward import FirstBackward
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import check_wrappers, parameters_by_name, unwrap
@@ -67,7 +68,7 @@ class Sparsity:
     results: dict[str, Any] = field(default_factory=dict)
     """Metrics of the training run, for the model card."""
     hooks: list[Any] = field(default_factory=list, repr=False)
-    """Handles of the model's hooks, removed by `unload`."""
+    """Handles of the hooks of the model and its parameters, removed by `unload`."""
     has_leaf_hooks: bool = False
 
     @property
@@ -177,6 +178,8 @@ def apply_selection(
             parameter.requires_grad_(False)
     for name in whole:
         parameters[name].parameter.requires_grad_(True)
+    deltas_and_whole = {name: weight.delta for name, weight in weights.items()}
+    counter.watch = FirstBackward(deltas_and_whole | {name: parameters[name].parameter for name in whole})
     model.sparsity = Sparsity(
         config=config,
         weights=weights,
@@ -189,7 +192,10 @@ def apply_selection(
         fingerprint=base,
         dtype=next((parameters[name].parameter.dtype for name in (*weights, *whole)), torch.float32),
         base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
-        hooks=[model.register_forward_pre_hook(hook) for hook in (counter.before_forward, _add_leaf_hooks)],
+        hooks=[
+            *(model.register_forward_pre_hook(hook) for hook in (counter.before_forward, _add_leaf_hooks)),
+            counter.watch,
+        ],
     )
     return model
 

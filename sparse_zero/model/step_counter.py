@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_zero.model.first_backward import FirstBackward
+
 
 class StepCounter:
     """Counts optimizer steps and forwards of a model. Deltas are then written once per step, not once per forward.
@@ -23,11 +25,15 @@ class StepCounter:
         """Forwards in training mode. Dropout draws a new mask for each."""
         self.training = False
         """Whether the last forward was one in training mode."""
+        self.watch: FirstBackward | None = None
+        """Watches the model's first backward, until the optimizer step after it."""
         reference = weakref.ref(self)
 
-        def count(*_: Any) -> None:
+        def count(optimizer: Any, *_: Any) -> None:
             if counter := reference():
                 counter.steps += 1
+                if counter.watch and counter.watch.after_step(optimizer):
+                    counter.watch = None
 
         weakref.finalize(self, register_optimizer_step_post_hook(count).remove)
 
