@@ -24,7 +24,7 @@ from sparse_zero.model.weight_tensor import as_weight_tensor
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks, stream_key
 from sparse_zero.selection.targets import Target
-from sparse_zero.selection.unsupported import check_values
+from sparse_zero.selection.unsupported import no_values
 from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, is_whole
 
 
@@ -188,9 +188,8 @@ class SparseWeight:
         """
         factor = self.factor(dropout_step)
         weight = self.weight
-        # The model may have been offloaded after `sparsify`
-        for tensor in (weight, self.delta):
-            check_values(self.selection.name, tensor, [module for module, _ in self.owners])
+        if weight.is_meta or self.delta.is_meta:  # the model was offloaded after `sparsify`
+            raise no_values(self.selection.name, [module for module, _ in self.owners])
         # A stage-3 copy is written after each gather with the values that the graph has seen, so autograd must not
         # count a change. Otherwise the count makes backward fail for graphs from before an optimizer step.
         whole = (weight.data if is_partitioned(weight) else weight.detach()).view(-1)

@@ -72,19 +72,18 @@ def check_model(model: nn.Module) -> None:
     for name, target in all_targets(model).items():
         if isinstance(target.parameter, nn.parameter.UninitializedParameter):
             raise UserError(f"{name} has no shape yet (a lazy module): run one forward before sparsify")
-        check_values(name, target.parameter, [module for module, _ in target.owners])
+        if target.parameter.is_meta and not is_partitioned(target.parameter):
+            raise no_values(name, [module for module, _ in target.owners])
 
 
-def check_values(name: str, parameter: torch.Tensor, owners: Iterable[nn.Module]) -> None:
-    """Raise UserError if a parameter is on the meta device, perhaps because Accelerate offloads one of its owners."""
-    if not parameter.is_meta or is_partitioned(parameter):
-        return
+def no_values(name: str, owners: Iterable[nn.Module]) -> UserError:
+    """The error for a parameter on the meta device, where it may be because Accelerate offloads one of its owners."""
     if any(_is_offloaded(module) for module in owners):
-        raise UserError(
+        return UserError(
             f"{name} is offloaded by Accelerate (device_map or cpu_offload), which hides its values: load the model "
             "without offloading; ZeRO stage 3 can train a model that does not fit one device"
         )
-    raise UserError(f"{name} is on the meta device, without values: load the weights before sparsify")
+    return UserError(f"{name} is on the meta device, without values: load the weights before sparsify")
 
 
 def only_supported(targets: Mapping[str, Target], leave_out: bool) -> dict[str, Target]:
