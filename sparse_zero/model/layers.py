@@ -88,7 +88,7 @@ class SparseModule:
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_module, (self.plain_class, self.selected_names), self.__dict__
+        return _new_module, (self.plain_class, self.selected_names), self.__getstate__()
 
 
 class _SavedByReference(torch.autograd.graph.saved_tensors_hooks):

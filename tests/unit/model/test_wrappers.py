@@ -1,6 +1,7 @@
 """What wraps a model: every function finds the sparse model inside, and names are those of the inner model."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -130,6 +131,15 @@ def test_a_model_that_is_compiled_in_place(tmp_path):
     nudge(model)
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(mlp(), tmp_path)(INPUTS), model(INPUTS))
+
+
+def test_copies_of_a_module_that_is_compiled_in_place():
+    model = sparsify(mlp(), CONFIG)
+    nudge(model)
+    model[0].compile(backend="eager")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin[0]._compiled_call_impl is None, "like a copy of nn.Linear"
+        assert torch.equal(twin(INPUTS), model(INPUTS))
 
 
 @pytest.mark.parametrize("wrap", [DDP, ENGINE, nn.DataParallel, lambda model: torch.compile(DDP(model))])
