@@ -84,7 +84,7 @@ class AdapterConfig(BaseModel):
     """Tokens that were added to the tokenizer."""
     task: str | None
     dtype: str
-    """The dtype of the base model in training."""
+    """The dtype of the base model in training. If only that or the dtype before `sparsify` is float16: the latter."""
     model_settings: dict[str, Any] = {}
     """Entries of the model's config that the task sets (id2label, pad_token_id)."""
     sparse: SparseConfig

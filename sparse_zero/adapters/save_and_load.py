@@ -28,10 +28,13 @@ from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resi
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters, fingerprint
+from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsify import apply_selection, disable_adapter, merge_and_unload, set_scale
-from sparse_zero.model.sparsity import Sparsity, named_tensors, sparsity_of, state_of, unwrap
+from sparse_zero.model.sparsity import Sparsity, sparsity_of, state_of
+from sparse_zero.model.wrappers import tensors_by_name, unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
+from sparse_zero.selection.unsupported import check_model, check_supported
 from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,8 @@ def save_adapter(
         save_adapter(model, "adapter", is_main_process=accelerator.is_main_process)  # on all ranks
 
     The directory contains adapter_config.json, adapter_model.safetensors, a model card, and
-    adapter_positions.safetensors if the positions cannot be drawn again from the config.
+    adapter_positions.safetensors if the positions cannot be drawn again from the config. Values that are NaN or
+    infinite are saved with a warning.
 
     Args:
         model: a sparse model, which may be wrapped by DDP, Accelerate or DeepSpeed.
@@ -64,6 +68,9 @@ def save_adapter(
     """
     adapter = extract_adapter(model, is_main_process, state_dict)
     if is_main_process:
+        parts = (adapter.deltas, adapter.rows, adapter.whole)
+        if counts := count_not_finite(item for part in parts for item in part.items()):
+            logger.warning("%s: saved values that are NaN or infinite: %s", directory, describe(counts))
         write_adapter(adapter, directory, model_card(adapter.config))
 
 
@@ -138,7 +145,10 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     """
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    some_weight = named_tensors(model)[next(iter([*sparsity.weights, *sparsity.whole]))]
+    dtype = tensors_by_name(model)[next(iter([*sparsity.weights, *sparsity.whole]))].dtype
+    if torch.float16 in (dtype, sparsity.dtype):
+        # A fingerprint is of float16 values or not, whatever the model was converted to since
+        dtype = sparsity.dtype
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
@@ -149,7 +159,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         tokenizer=sparsity.tokenizer,
         new_tokens=sparsity.new_tokens,
         task=task_of(type(model).__name__),
-        dtype=str(some_weight.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         model_settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
@@ -206,6 +216,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
             checked_positions(adapter, name, directory)
         inner.__dict__.setdefault("inactive_adapters", {})[adapter_name] = adapter.clone()
     else:
+        inner = unwrap_for(model, [*adapter.config.tensors, *adapter.config.modules_to_save])
         apply_adapter(inner, adapter, directory, adapter_name or "default")
     return model
 
@@ -220,11 +231,13 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
         adapter_name: the name it gets.
 
     Raises:
-        UserError: the adapter does not fit the model, which is then unchanged.
+        UserError: the adapter does not fit the model, or a parameter cannot be trained. The model is then unchanged.
     """
     config = adapter.config
+    check_model(inner)
     wait_for_prefetch(inner)
     _check_shapes(inner, adapter, origin)
+    check_supported(inner, config.tensors, config.modules_to_save)
     with_rows = {name for name in config.tensors if config.tensors[name].whole_rows}
     base = fingerprint(inner, {*config.modules_to_save, *with_rows})
     _check_base(inner, adapter, origin, base)
@@ -266,7 +279,7 @@ def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -
 
 
 def _check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None:
-    config, parameters = adapter.config, named_tensors(model)
+    config, parameters = adapter.config, tensors_by_name(model)
     where = f"{origin}: trained on {config.base_model_name_or_path}, does not fit {type(model).__name__}"
     shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
     shapes |= {name: list(values.shape) for name, values in adapter.whole.items()}
@@ -317,19 +330,20 @@ def _are_trained(sparsity: Sparsity, config: AdapterConfig) -> bool:
     return {*sparsity.whole} <= {*config.modules_to_save} <= {*sparsity.trained_names}
 
 
-def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> dict[str, Any]:
+def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, force: bool = False) -> dict[str, Any]:
     """Merge an adapter into its base model and write the result as a Hugging Face model directory.
 
     Args:
         directory: an adapter directory.
         out: the directory to write.
         scale: the factor of the deltas; see `set_scale`.
+        force: merge values that are NaN or infinite, too.
 
     Returns: facts for the user.
 
     Raises:
-        UserError: see `load_adapter` and `load_model`; also `out` is a file or the base model's directory, or the
-            adapter does not name a base model and task.
+        UserError: see `load_adapter`, `load_model` and `merge_and_unload`; also `out` is a file or the base model's
+            directory, or the adapter does not name a base model and task.
     """
     started = time.perf_counter()
     config = read_config(directory)
@@ -355,7 +369,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0) -> 
         resize_embeddings(model, tokenizer)
     load_adapter(model, directory)
     set_scale(model, scale)
-    merge_and_unload(model)
+    merge_and_unload(model, force)
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)

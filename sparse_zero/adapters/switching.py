@@ -15,7 +15,8 @@ from sparse_zero.adapters.files import Adapter
 from sparse_zero.adapters.save_and_load import apply_adapter
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.model.sparsify import activate, deactivate, merge, unmerge
-from sparse_zero.model.sparsity import Sparsity, check_not_sparse, sparsity_of, unwrap
+from sparse_zero.model.sparsity import Sparsity, check_not_sparse, sparsity_of
+from sparse_zero.model.wrappers import unwrap
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -83,7 +84,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise _unknown_name(model, adapter_name)
 
 
-def merge_adapter(model: nn.Module) -> None:
+def merge_adapter(model: nn.Module, force: bool = False) -> None:
     """Merge the active adapter into the weights, in place. `unmerge_adapter` undoes it bit for bit.
 
     The model then consists of plain modules, as after `merge_and_unload`, and also keeps the deltas and the original
@@ -91,12 +92,13 @@ def merge_adapter(model: nn.Module) -> None:
 
     Args:
         model: a sparse model, which may be wrapped.
+        force: merge values that are NaN or infinite, too.
 
     Raises:
-        UserError: the model is not sparse.
+        UserError: the model is not sparse, or a trained value is NaN or infinite. The model is then unchanged.
     """
     inner = unwrap(model)
-    vars(inner)["merged_adapter"] = merge(inner)
+    vars(inner)["merged_adapter"] = merge(inner, force)
 
 
 def unmerge_adapter(model: nn.Module) -> None:

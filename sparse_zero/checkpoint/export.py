@@ -28,8 +28,9 @@ from sparse_zero.adapters.save_and_load import adapter_config
 from sparse_zero.checkpoint.directory import FIXED_NAME, Checkpoint, newest_complete
 from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_tensors
 from sparse_zero.errors import UserError
-from sparse_zero.model.sparsity import sparsity_of, unwrap
+from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.model.weight import SparseWeight
+from sparse_zero.model.wrappers import unwrap
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.zero.partitions import VALUE
 from sparse_zero.zero.resharding import parameter_offsets, plan_reads

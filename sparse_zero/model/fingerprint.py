@@ -9,6 +9,7 @@ from torch import nn
 
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.selection.rules import stratified_positions
+from sparse_zero.selection.unsupported import has_plain_values
 from sparse_zero.zero.parameters import gathered
 
 SAMPLES_PER_PARAMETER = 64
@@ -35,7 +36,8 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
         )
     )
     for name, parameter in model.named_parameters():
-        if name in exclude:
+        # Quantized and sharded parameters have no scalars of the base model that could be compared
+        if name in exclude or not has_plain_values(parameter):
             continue
         with gathered([parameter]):
             numel, device = parameter.numel(), parameter.device

@@ -106,12 +106,12 @@ class SparseModule:
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise UserError(
-            "nn.DataParallel cannot train a sparse model: start one process per GPU with torchrun or `sparse-zero "
-            "train`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+            "nn.DataParallel cannot run a sparse model: use DistributedDataParallel, with a process for each GPU "
+            "(torchrun, `sparse-zero train`), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return new_module, (self.plain_class, self.selected_names), self.__dict__
+        return new_module, (self.plain_class, self.selected_names), self.__getstate__()
 
 
 class SampledModule(SparseModule):

@@ -91,7 +91,7 @@ class SparseModel:
             plain, names = self.plain_class, self.selected_names
         else:
             plain, names = self.model_class, frozenset()
-        return _new_model, (plain, names), self.__dict__
+        return _new_model, (plain, names), self.__getstate__()
 
 
 def refresh(model: nn.Module) -> None:

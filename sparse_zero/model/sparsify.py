@@ -12,32 +12,25 @@ from torch import nn
 
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers, sparse_model
+from sparse_zero.model.activation import CONTENTS, attach, deactivate, merge
 from sparse_zero.model.fingerprint import fingerprint
-from sparse_zero.model.sparsity import (
-    Sparsity,
-    check_not_sparse,
-    read_tensors,
-    set_state,
-    sparsity_of,
-    state_of,
-    unwrap,
-)
+from sparse_zero.model.first_backward import FirstBackward
+from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_tensors, sparsity_of, state_of
 from sparse_zero.model.step_counter import StepCounter
-from sparse_zero.model.weight import BASE, Setting, SparseWeight
+from sparse_zero.model.weight import BASE, SparseWeight
+from sparse_zero.model.wrappers import check_wrappers, unwrap
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
 from sparse_zero.selection.threads import map_in_threads
-from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
+from sparse_zero.selection.unsupported import check_model, check_supported
+from sparse_zero.zero.parameters import is_partitioned, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
 
 PositionChunks = Callable[[Selection, torch.device], Iterable[torch.Tensor]]
 """Returns the positions of a selection in chunks: int64, sorted, on the device."""
-
-_CONTENTS = "_sparse_zero_contents"
-"""The attribute of a model with its `SparseWeight.contents`."""
 
 
 def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
@@ -56,7 +49,7 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
         save_adapter(model, "adapter")
 
     Args:
-        model: any module.
+        model: any module. It may be compiled, but not be wrapped in DDP or by DeepSpeed yet.
         config: which scalars to train, and how many.
         positions: train these scalars instead of those that the config's targets, budget and selection give. By
             parameter name: int64 (n,), indices into the flattened parameter.
@@ -64,18 +57,22 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
     Returns: the same model.
 
     Raises:
-        UserError: no weight to select from, a budget that cannot be met, a model that is sparse already, or positions
-            that do not fit the model.
+        UserError: no weight to select from, a budget that cannot be met, a model that is sparse or sharded already, a
+            parameter that cannot be trained, or positions that do not fit the model. The model is then unchanged.
     """
-    check_not_sparse(model)
-    whole_modules = find_modules_to_save(model, config)
-    selections, stored = select_scalars(model, config, whole_modules, positions)
+    check_wrappers(model)
+    inner = unwrap(model)
+    check_not_sparse(inner)
+    check_model(inner)
+    whole_modules = find_modules_to_save(inner, config)
+    selections, stored = select_scalars(inner, config, whole_modules, positions)
 
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
         return in_chunks(stored[selection.name].to(device)) if selection.name in stored else selection.chunks(device)
 
-    whole = [*parameter_names(model, whole_modules), *_buffer_names(model, whole_modules)]
-    return apply_selection(model, config, selections, whole, chunks)
+    whole = [*parameter_names(inner, whole_modules), *_buffer_names(inner, whole_modules)]
+    apply_selection(inner, config, selections, whole, chunks)
+    return model
 
 
 def _buffer_names(model: nn.Module, modules: Iterable[str]) -> list[str]:
@@ -84,10 +81,11 @@ def _buffer_names(model: nn.Module, modules: Iterable[str]) -> list[str]:
         f"{parent}.{name}" if parent else name
         for module in modules
         for parent, child in model.get_submodule(module).named_modules(prefix=module)
-        for name in child._buffers.keys() - child._non_persistent_buffers_set
+        for name in {*child._buffers.keys()} - {*child._non_persistent_buffers_set}
     ]
 
 
+@torch.inference_mode(False)  # a delta that is created under it could never be trained
 def apply_selection(
     model: nn.Module,
     config: SparseConfig,
@@ -111,12 +109,14 @@ def apply_selection(
     Returns: the same model.
 
     Raises:
-        UserError: the model is sparse already, or `chunks` raised it. The model is then unchanged.
+        UserError: the model is sparse already, a parameter cannot be trained, or `chunks` raised it. The model is then
+            unchanged.
     """
     check_not_sparse(model)
+    selections, whole = list(selections), list(whole)
+    check_supported(model, [selection.name for selection in selections], whole)
     wait_for_prefetch(model)
     parameters = all_targets(model)
-    selections, whole = list(selections), list(whole)
     if config.indices == "regenerated" and (
         stored := [selection.name for selection in selections if not selection.can_regenerate]
     ):
@@ -125,7 +125,7 @@ def apply_selection(
             ", ".join(stored),
         )
     with_new_rows = {selection.name for selection in selections if selection.whole_rows}
-    contents = vars(model).setdefault(_CONTENTS, {})
+    contents = vars(model).setdefault(CONTENTS, {})
     counter = StepCounter()
     weights = {
         selection.name: SparseWeight(parameters[selection.name], selection, counter, config, contents)
@@ -142,6 +142,7 @@ def apply_selection(
         whole_parameters=sum(parameters[name].shape.numel() for name in whole if name in parameters),
         counter=counter,
         fingerprint=fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint,
+        dtype=next((parameters[name].parameter.dtype for name in (*weights, *whole)), torch.float32),
         required_grad={name: target.parameter.requires_grad for name, target in parameters.items()},
         base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
     )
@@ -154,79 +155,11 @@ def apply_selection(
             layers.detach(weight)
             contents.pop(weight.selection.name, None)
         raise
-    _attach(model, state)
+    attach(model, state)
+    tensors = {name: weight.delta for name, weight in weights.items()}
+    counter.watch = FirstBackward(tensors | {name: parameters[name].parameter for name in state.whole})
+    state.hooks.append(counter.watch)
     return model
-
-
-def _attach(model: nn.Module, state: Sparsity) -> None:
-    """Make a model sparse whose weights are attached to their modules."""
-    trained = {id(weight.delta): weight.delta.requires_grad for weight in state.weights.values()}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(trained.get(id(parameter), name in state.whole))
-    sparse_model.attach(model)
-    set_state(model, state)
-    state.hooks = [model.register_forward_pre_hook(sparse_model.before_forward)]
-    state.has_leaf_hooks = False
-
-
-def _detach(model: nn.Module, state: Sparsity) -> None:
-    """Make a plain model of it again, which keeps the values that it has."""
-    sparse_model.detach(model)
-    for weight in state.weights.values():
-        layers.detach(weight)
-    for hook in state.hooks:
-        hook.remove()
-    state.hooks = []
-    set_state(model, None)
-    for name, parameter in model.named_parameters():
-        if name in state.required_grad and parameter.is_floating_point():
-            parameter.requires_grad_(state.required_grad[name])
-
-
-def deactivate(model: nn.Module) -> Sparsity:
-    """Make a plain model with the original weights. `activate` undoes it. Under ZeRO stage 3, all ranks must call it.
-
-    Args: model: a sparse model without wrappers.
-
-    Returns: the state, which keeps the deltas, the original values and the positions, on the model's device, and the
-        trained values of fully trained parameters, on the CPU.
-    """
-    state = sparsity_of(model)
-    wait_for_prefetch(model)
-    if not state.disabled:
-        state.take_out(model)
-    _write_partitions(state, BASE)
-    _detach(model, state)
-    for name in state.weights:
-        state.contents.pop(name, None)
-    return state
-
-
-def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
-    """Make a model sparse again with a state of it. Under ZeRO stage 3, all ranks must call it.
-
-    Args:
-        model: a plain model without wrappers, with the original weights.
-        state: what `deactivate` returned.
-        disabled: the number of `disable_adapter` blocks that the model is in.
-    """
-    wait_for_prefetch(model)
-    for weight in state.weights.values():
-        layers.attach(weight)
-        weight.invalidate()
-    _attach(model, state)
-    state.disabled = disabled
-    if not disabled:
-        state.put_in(model)
-
-
-def _write_partitions(state: Sparsity, setting: Setting | None = None) -> None:
-    """Write the weights that ZeRO stage 3 partitions, so that the partitions get the values."""
-    for weight in state.weights.values():
-        if is_partitioned(weight.weight):
-            with gathered([weight.weight, weight.delta], write=True):
-                weight.write(setting)
 
 
 def _initialize(
@@ -253,7 +186,7 @@ def _initialize(
         raise
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, force: bool = False) -> nn.Module:
     """Write the deltas into the weights and remove everything else that `sparsify` added, in place.
 
     The result is a plain model, e.g. for `save_pretrained`. It cannot be undone; see `merge_adapter`. Inactive
@@ -262,52 +195,16 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Args:
         model: a sparse model, which may be wrapped.
+        force: merge values that are NaN or infinite, too.
 
     Returns: the model, without wrappers.
 
     Raises:
-        UserError: the model is not sparse.
+        UserError: the model is not sparse, or a trained value is NaN or infinite. The model is then unchanged.
     """
     model = unwrap(model)
-    merge(model)
+    merge(model, force)
     return _forget(model)
-
-
-def merge(model: nn.Module) -> Sparsity:
-    """Make a plain model with the trained values, also within `disable_adapter`. `unmerge` undoes it.
-
-    Args: model: a sparse model without wrappers.
-
-    Returns: its state. Under ZeRO stage 3, all ranks must call it.
-    """
-    state = sparsity_of(model)
-    wait_for_prefetch(model)
-    if state.disabled:
-        state.disabled = 0
-        state.put_in(model)
-    for weight in state.weights.values():
-        weight.refresh_at_rest(checks_data=True)
-    _write_partitions(state)
-    _detach(model, state)
-    for name in state.weights:  # what the parameters contain is now the base of other adapters
-        state.contents.pop(name, None)
-    return state
-
-
-def unmerge(model: nn.Module, state: Sparsity) -> None:
-    """Make a sparse model again. Under ZeRO stage 3, all ranks must call it.
-
-    Args:
-        model: a plain model without wrappers.
-        state: what `merge` returned.
-    """
-    wait_for_prefetch(model)
-    for weight in state.weights.values():
-        layers.attach(weight)
-        weight.invalidate()
-    _write_partitions(state, BASE)
-    _attach(model, state)
-    sparse_model.refresh(model)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -330,7 +227,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 def _forget(model: nn.Module) -> nn.Module:
     """Remove what belongs to all adapters of a model."""
-    for name in (_CONTENTS, "inactive_adapters"):
+    for name in (CONTENTS, "inactive_adapters"):
         vars(model).pop(name, None)
     return model
 

@@ -10,10 +10,9 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
+from sparse_zero.model.wrappers import STATE, tensors_by_name, unwrap
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.zero.parameters import gathered, is_partitioned
-
-_STATE = "_sparse_zero_state"
 
 
 @dataclass
@@ -38,6 +37,8 @@ class Sparsity:
     counter: StepCounter = field(repr=False)
     fingerprint: dict[str, str] = field(repr=False)
     """The fingerprint of the base model; saved in adapters."""
+    dtype: torch.dtype
+    """The dtype of the base model, to which the fingerprint belongs."""
     required_grad: dict[str, bool] = field(repr=False)
     """Whether each parameter of the base model required a gradient before `sparsify`."""
     name: str = "default"
@@ -52,7 +53,7 @@ class Sparsity:
     results: dict[str, Any] = field(default_factory=dict)
     """Metrics of the training run, for the model card."""
     hooks: list[Any] = field(default_factory=list, repr=False)
-    """Handles of the model's hooks, removed by `unload`."""
+    """Handles of the hooks of the model and its parameters, removed by `unload`."""
     has_leaf_hooks: bool = False
     disabled: int = 0
     """The number of `disable_adapter` blocks that the model is in."""
@@ -116,7 +117,7 @@ class Sparsity:
 
         Under ZeRO stage 3, all ranks must iterate over all of them.
         """
-        tensors = named_tensors(model) if not self.trained else {}
+        tensors = tensors_by_name(model) if not self.trained else {}
         for name in self.trained_names:
             if name in self.trained:
                 yield name, self.trained[name]
@@ -140,26 +141,18 @@ class Sparsity:
 def set_state(model: nn.Module, state: Sparsity | None) -> None:
     """Make a model sparse, or plain again: `model.sparsity`, unless the model has an attribute of this name itself."""
     members = vars(model)
-    previous = members.pop(_STATE, None)
+    previous = members.pop(STATE, None)
     if members.get("sparsity") is previous and previous is not None:
         del members["sparsity"]
     if state is not None:
-        members[_STATE] = state
+        members[STATE] = state
         if not hasattr(model, "sparsity"):
             members["sparsity"] = state
 
 
 def state_of(model: nn.Module) -> Sparsity | None:
     """The state of a sparse model without wrappers; None if it is not sparse."""
-    return vars(model).get(_STATE)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Remove wrappers that have the model as their attribute `module`."""
-    # Not hasattr: DeepSpeed's engine forwards attribute access to its module
-    while _STATE not in vars(model) and isinstance(model._modules.get("module"), nn.Module):
-        model = model.module
-    return model
+    return vars(model).get(STATE)
 
 
 def check_not_sparse(model: nn.Module) -> None:
@@ -183,14 +176,9 @@ def sparsity_of(model: nn.Module) -> Sparsity:
     raise UserError(f"{type(inner).__name__} is not sparse: call sparsify(model, SparseConfig(...)) first")
 
 
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and buffers of a model by name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
 def read_tensors(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     """Copies of parameters and buffers on the CPU. Under ZeRO stage 3, all ranks must call it."""
-    tensors, copies = named_tensors(model) if names else {}, {}
+    tensors, copies = tensors_by_name(model) if names else {}, {}
     for name in names:
         with gathered([tensors[name]]):
             copies[name] = tensors[name].detach().to("cpu", copy=True)
@@ -200,7 +188,7 @@ def read_tensors(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def write_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Set parameters and buffers. Under ZeRO stage 3, all ranks must call it."""
-    tensors = named_tensors(model) if values else {}
+    tensors = tensors_by_name(model) if values else {}
     for name, value in values.items():
         with gathered([tensors[name]], write=True):
             tensors[name].copy_(value)

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from sparse_zero.model.first_backward import FirstBackward
+
 
 class Written(Protocol):
     """The part of `model.weight.SparseWeight` that this module uses."""
@@ -33,6 +35,8 @@ class StepCounter:
         """Forwards in training mode. Dropout draws a new mask for each."""
         self.training = False
         """Whether the last forward was one in training mode."""
+        self.watch: FirstBackward | None = None
+        """Watches the model's first backward, until the optimizer step after it."""
         self.weights: weakref.WeakSet[Written] = weakref.WeakSet()
         """The weights of the model and of its copies, those of inactive adapters included."""
         reference = weakref.ref(self)
@@ -50,6 +54,8 @@ class StepCounter:
     def after_step(self, optimizer: Optimizer) -> None:
         """Count a step, and write the deltas that the optimizer has changed."""
         self.steps += 1
+        if self.watch and self.watch.after_step(optimizer):
+            self.watch = None
         changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for weight in list(self.weights):
             if weight.is_attached and id(weight.delta) in changed:

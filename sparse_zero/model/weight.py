@@ -8,7 +8,7 @@ keeps its name and its entry in the state dict. This module decides what the par
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,31 +18,16 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparse_zero.errors import UserError
-from sparse_zero.gradient import cpu
-from sparse_zero.gradient.cost import has_kernels
 from sparse_zero.model.compiled import number_of
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.refusals import refuse_transforms
-from sparse_zero.model.selected_scalars import SelectedScalars
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight_tensor import as_weight_tensor
+from sparse_zero.model.weight_values import BASE, Setting, WeightValues, add_delta
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, stream_key
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import gathered, is_partitioned, is_whole
-
-
-class Setting(NamedTuple):
-    """How the deltas are added to the original values."""
-
-    enabled: bool
-    scale: float
-    dropout_step: int | None
-    """The number of the training forward whose dropout mask applies; None for no dropout."""
-
-
-BASE = Setting(enabled=False, scale=1.0, dropout_step=None)
-"""The original values."""
 
 
 class Seen(NamedTuple):
@@ -52,7 +37,7 @@ class Seen(NamedTuple):
     delta: tuple
 
 
-class SparseWeight(SelectedScalars):
+class SparseWeight(WeightValues):
     """A selected parameter and its tensors. It writes the deltas into the parameter, and creates what reads return."""
 
     def __init__(
@@ -69,13 +54,8 @@ class SparseWeight(SelectedScalars):
             share it.
         """
         super().__init__(target, selection, config)
-        self.counter, self.contents, self.dropout = counter, contents, config.dropout
+        self.counter, self.contents = counter, contents
         self.enabled, self.scale = True, 1.0
-        weight = self.weight
-        # Under ZeRO stage 3 the delta has the weight's dtype; the optimizer's partition has its float32 values
-        dtype = weight.dtype if is_partitioned(weight) else torch.float32
-        self._parked["delta"] = nn.Parameter(torch.empty(selection.count, dtype=dtype, device=weight.device))
-        self._parked["base"] = torch.empty(selection.count, dtype=weight.dtype, device=weight.device)
         self.number = number_of(self)
         self.base_has_changed = False
         """Whether other original values were loaded, so that the fingerprint of the base model is no longer right."""
@@ -117,7 +97,7 @@ class SparseWeight(SelectedScalars):
                     if deltas is not None:
                         delta[chunk] = deltas[chunk]
                     if writes:
-                        whole.write(flat, _sum(base[chunk], delta[chunk]).to(base.dtype))
+                        whole.write(flat, add_delta(base[chunk], delta[chunk]).to(base.dtype))
                     if strips is not None:
                         strips[chunk] = flat
                     start = chunk.stop
@@ -196,22 +176,6 @@ class SparseWeight(SelectedScalars):
         """What a forward sees now; see `restore`."""
         return Seen(self.setting, self._delta_state())
 
-    def factor(self, setting: Setting) -> torch.Tensor | float | None:
-        """The factor of the delta: the scale, times the dropout mask (n,) if there is dropout. None for 1."""
-        if setting.dropout_step is None:
-            return None if setting.scale == 1 else setting.scale
-        # Depends on the step only: the same in a recomputation, after stage 3's next gather and on every rank
-        generator = torch.Generator(self.delta.device)
-        key = stream_key(self.selection.seed, self.selection.name, f"dropout/{setting.dropout_step}")
-        generator.manual_seed(abs(key))
-        kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
-        return kept * (setting.scale / (1 - self.dropout))
-
-    def scaled(self, gradient: torch.Tensor, setting: Setting) -> torch.Tensor:
-        """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
-        factor = self.factor(setting)
-        return (gradient if factor is None else gradient * factor).to(self.delta.dtype)
-
     def read(self) -> torch.Tensor:
         """The tensor that an access to the module's parameter returns."""
         self.refresh()
@@ -279,7 +243,7 @@ class SparseWeight(SelectedScalars):
             if self._delta_hash != _hash(self.delta):
                 self.write(setting)
         elif checks_data and torch.is_grad_enabled():
-            self._write_values(self.weight.data, setting)
+            self.write_values(self.weight.data, setting)
 
     def restore(self, seen: Seen) -> None:
         """Put back what a forward has seen, for its backward.
@@ -309,12 +273,12 @@ class SparseWeight(SelectedScalars):
         if is_partitioned(weight):
             # A stage-3 copy is written after each gather with the values that the graph has seen, so autograd must not
             # count a change. Otherwise the count makes backward fail for graphs from before an optimizer step.
-            self._write_values(weight.data, setting)
+            self.write_values(weight.data, setting)
             return
         other = self.contents.get(self.selection.name)
         if other is not None and other is not self:
             other.write(BASE)
-        self._write_values(weight.detach(), setting)
+        self.write_values(weight.detach(), setting)
         self._note_written(setting)
 
     def refresh_copy(self, setting: Setting) -> None:
@@ -326,49 +290,8 @@ class SparseWeight(SelectedScalars):
         copies = (StorageWeakRef(tensor.untyped_storage()) for tensor in (weight, delta))
         state = self.counter.forwards, setting, self._state(), *copies
         if self._copy_written != state:
-            self._write_values(weight.data, setting)
+            self.write_values(weight.data, setting)
             self._copy_written = state
-
-    @torch.no_grad()
-    def _write_values(self, values: torch.Tensor, setting: Setting) -> None:
-        """Args: values: the complete weight, whose version counter autograd counts, or not."""
-        factor = self.factor(setting) if setting.enabled else None
-        whole = FlatView(values)
-        write_strips = self._strip_writer(whole.flat) if self._kernels_support(factor) else None
-        scalars_per_index = self.selection.granularity if write_strips else 1
-        start = 0
-        for indices in self._strip_chunks() if write_strips else self._flat_chunks():
-            chunk = slice(start, start + indices.numel() * scalars_per_index)
-            base, delta = self.base[chunk], None
-            if setting.enabled:
-                delta = self.delta.detach()[chunk]
-                if factor is not None:
-                    delta = delta * (factor[chunk] if isinstance(factor, torch.Tensor) else factor)
-            if write_strips:
-                write_strips(whole.flat, base, delta, indices)
-            else:
-                whole.write(indices, base if delta is None else _sum(base, delta).to(base.dtype))
-            start = chunk.stop
-
-    def _strip_writer(self, whole: torch.Tensor | None) -> Callable[..., None] | None:
-        """A function of (matrix, base, delta, strip_indices) that writes base + delta in one kernel; None if the
-        device has none."""
-        columns, g = self.shape[-1], self.selection.granularity
-        if whole is None:
-            return None
-        if operators := cpu.loaded_operators(whole):
-            return lambda *tensors: operators.write_deltas.default(*tensors, columns, g)
-        if not has_kernels(whole) or whole.element_size() > 4:
-            return None
-        from sparse_zero.gradient.triton_kernels import write_deltas
-
-        return lambda matrix, base, delta, strips: write_deltas(matrix, base, delta, self._pattern_of(strips))
-
-    def _kernels_support(self, factor: torch.Tensor | float | None) -> bool:
-        """Whether the operator and the kernel that write strips support the dtypes of `write`."""
-        supported = {self.weight.dtype, torch.float32}
-        given = {self.delta.dtype, factor.dtype if isinstance(factor, torch.Tensor) else torch.float32}
-        return given <= supported and self.base.dtype == self.weight.dtype
 
     @property
     def is_written(self) -> bool:
@@ -426,10 +349,6 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 def _hash(delta: torch.Tensor) -> int:
     return xxhash.xxh3_64_intdigest(delta.detach().contiguous().view(torch.uint8).numpy())
-
-
-def _sum(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    return base.to(torch.promote_types(base.dtype, torch.float32)) + delta
 
 
 class _Scaled(torch.autograd.Function):

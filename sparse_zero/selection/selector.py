@@ -11,6 +11,7 @@ from sparse_zero.selection.budget import counts_for_density, counts_for_rank
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import STORED, STRATIFIED, Selection
 from sparse_zero.selection.targets import Target, all_targets, find_targets, parameter_names, untargeted
+from sparse_zero.selection.unsupported import only_supported
 from sparse_zero.zero.parameters import gathered
 
 
@@ -33,7 +34,8 @@ def select_scalars(
         The selections, and the positions, int64 (n,) by parameter name, of those that cannot be drawn again.
 
     Raises:
-        UserError: a pattern matches nothing, the budget is impossible, or the positions are invalid.
+        UserError: a pattern matches nothing, a target cannot be trained, the budget is impossible, or the positions
+            are invalid.
     """
     parameters, whole = all_targets(model), parameter_names(model, whole_modules)
     rows = _token_rows(model, config, parameters, whole)
@@ -43,7 +45,7 @@ def select_scalars(
             Selection(STORED, name, tuple(parameters[name].shape), flat.numel()) for name, flat in stored.items()
         ]
         return selections, stored
-    targets = find_targets(model, config, whole_modules)
+    targets = only_supported(find_targets(model, config, whole_modules), leave_out=config.targets == "all")
     counts = _counts(config, parameters, targets, whole, rows)
     selections, stored = [], {}
     for name, count in counts.items():

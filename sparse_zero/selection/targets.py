@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.errors import UserError, nearest
@@ -83,7 +84,7 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
         The targets by parameter name, in the order of the model; a tied parameter occurs once.
 
     Raises:
-        UserError: a pattern matches nothing (the message lists similar names), or a parameter that cannot be a target.
+        UserError: a pattern matches nothing (the message lists similar names), or an embedding with max_norm.
     """
     parameters = all_targets(model)
     whole = tuple(whole)
@@ -99,9 +100,6 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
     if not found:
         raise UserError("sparse.exclude_modules: every target is excluded: nothing is left to train")
     for name in sorted(found):
-        if not candidates[name].parameter.is_floating_point():
-            dtype = str(candidates[name].parameter.dtype).removeprefix("torch.")
-            raise UserError(f"sparse.targets: {name} has dtype {dtype}: quantized weights cannot be trained")
         for module, _ in candidates[name].owners:
             if getattr(module, "max_norm", None) is not None:
                 raise UserError(
@@ -171,10 +169,10 @@ def _configured(
         chosen = [name for name in matched if name in linear] or matched
         parameters = [parameter for name in chosen for parameter in own[name]]
         parameters = parameters or [
-            names[id(module._parameters[name])]
+            names[id(parameter)]
             for module_name, module in modules.items()
-            for name in module._parameters
-            if id(module._parameters[name]) in names and _matches(f"{module_name}.{name}".lstrip("."), [pattern])
+            for name, parameter in module._parameters.items()
+            if id(parameter) in names and _matches(f"{module_name}.{name}".lstrip("."), [pattern])
         ]
         if not parameters:
             raise UserError(_no_match(pattern, matched, modules, linear, whole))
@@ -192,14 +190,17 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module._parameters.values() if parameter is not None]
+    return [parameter for _, parameter in module._parameters.items() if parameter is not None]
 
 
 def _main_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a module's name refers to: its weight, the matrices of its experts, or else all its own."""
+    """The parameters that a module's name refers to: its weight, the matrices of its experts, what a
+    parametrization (torch.nn.utils.parametrize) computes its weight from, or else all its own."""
     if _is_experts(module):
         return [p for p in _own_parameters(module) if len(full_shape(p)) == 3]
-    weight = module._parameters.get("weight")
+    weight = dict(module._parameters.items()).get("weight")  # a torch.jit script's have no `get`
+    if weight is None and is_parametrized(module, "weight"):
+        return list(module.parametrizations["weight"].parameters())
     return _own_parameters(module) if weight is None else [weight]
 
 

@@ -30,7 +30,8 @@ from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.model.sparse_model import refresh
-from sparse_zero.model.sparsity import sparsity_of, unwrap
+from sparse_zero.model.sparsity import sparsity_of
+from sparse_zero.model.wrappers import unwrap
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
 from sparse_zero.zero.partitions import Partition

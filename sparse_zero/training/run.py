@@ -131,13 +131,16 @@ def _train(
     if trainer.is_world_process_zero():
         results["adapter_bytes"] = adapter_bytes(output / "adapter")
         results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
-        if merge:
-            # At stage 3 from_pretrained would still partition the model over all ranks, but only this rank loads it.
-            unset_hf_deepspeed_config()
-            write_merged(output / "adapter", output / "merged")
-            results["paths"]["merged"] = str(output / "merged")
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print_results(results, path)
+        try:
+            if merge:
+                # At stage 3 from_pretrained would still partition the model over all ranks, but only this rank loads
+                unset_hf_deepspeed_config()
+                write_merged(output / "adapter", output / "merged")
+                results["paths"]["merged"] = str(output / "merged")
+        finally:
+            # Also if the merge fails: the training is done
+            (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            print_results(results, path)
     return results
 
 

@@ -76,7 +76,7 @@ def test_merge(capsys, monkeypatch):
     stand_in(
         monkeypatch,
         "sparse_zero.adapters.save_and_load",
-        write_merged=lambda adapter, out, scale: {**facts, "out": out},
+        write_merged=lambda adapter, out, scale, force: {**facts, "out": out} | ({"forced": True} if force else {}),
     )
     assert main(["merge", ".", "merged", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
@@ -84,6 +84,8 @@ def test_merge(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "12,345" in out
     assert out.endswith("next: AutoModelForCausalLM.from_pretrained('merged')\n")
+    assert main(["merge", ".", "merged", "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forced"]
 
 
 def test_inspect(capsys, monkeypatch):

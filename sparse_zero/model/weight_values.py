@@ -1,0 +1,107 @@
+"""The values of a selected weight: w0 + factor * delta at the selected positions, and how they are written."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sparse_zero.gradient import cpu
+from sparse_zero.gradient.cost import has_kernels
+from sparse_zero.model.flat_view import FlatView
+from sparse_zero.model.selected_scalars import SelectedScalars
+from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.rules import Selection, stream_key
+from sparse_zero.selection.targets import Target
+from sparse_zero.selection.unsupported import no_values
+from sparse_zero.zero.parameters import is_partitioned
+
+
+class Setting(NamedTuple):
+    """How the deltas are added to the original values."""
+
+    enabled: bool
+    scale: float
+    dropout_step: int | None
+    """The number of the training forward whose dropout mask applies; None for no dropout."""
+
+
+BASE = Setting(enabled=False, scale=1.0, dropout_step=None)
+"""The original values."""
+
+
+class WeightValues(SelectedScalars):
+    """The deltas and the original values of a selected parameter."""
+
+    def __init__(self, target: Target, selection: Selection, config: SparseConfig) -> None:
+        super().__init__(target, selection, config)
+        self.dropout = config.dropout
+        weight = self.weight
+        # Under ZeRO stage 3 the delta has the weight's dtype; the optimizer's partition has its float32 values
+        dtype = weight.dtype if is_partitioned(weight) else torch.float32
+        self._parked["delta"] = nn.Parameter(torch.empty(selection.count, dtype=dtype, device=weight.device))
+        self._parked["base"] = torch.empty(selection.count, dtype=weight.dtype, device=weight.device)
+
+    def factor(self, setting: Setting) -> torch.Tensor | float | None:
+        """The factor of the delta: the scale, times the dropout mask (n,) if there is dropout. None for 1."""
+        if setting.dropout_step is None:
+            return None if setting.scale == 1 else setting.scale
+        # Depends on the step only: the same in a recomputation, after stage 3's next gather and on every rank
+        generator = torch.Generator(self.delta.device)
+        key = stream_key(self.selection.seed, self.selection.name, f"dropout/{setting.dropout_step}")
+        generator.manual_seed(abs(key))
+        kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
+        return kept * (setting.scale / (1 - self.dropout))
+
+    def scaled(self, gradient: torch.Tensor, setting: Setting) -> torch.Tensor:
+        """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
+        factor = self.factor(setting)
+        return (gradient if factor is None else gradient * factor).to(self.delta.dtype)
+
+    @torch.no_grad()
+    def write_values(self, values: torch.Tensor, setting: Setting) -> None:
+        """Args: values: the complete weight, whose version counter autograd counts, or not."""
+        if values.is_meta or self.delta.is_meta:  # the model was offloaded after `sparsify`
+            raise no_values(self.selection.name, [module for module, _ in self.owners])
+        factor = self.factor(setting) if setting.enabled else None
+        whole = FlatView(values)
+        write_strips = self._strip_writer(whole.flat) if self._kernels_support(factor) else None
+        scalars_per_index = self.selection.granularity if write_strips else 1
+        start = 0
+        for indices in self._strip_chunks() if write_strips else self._flat_chunks():
+            chunk = slice(start, start + indices.numel() * scalars_per_index)
+            base, delta = self.base[chunk], None
+            if setting.enabled:
+                delta = self.delta.detach()[chunk]
+                if factor is not None:
+                    delta = delta * (factor[chunk] if isinstance(factor, torch.Tensor) else factor)
+            if write_strips:
+                write_strips(whole.flat, base, delta, indices)
+            else:
+                whole.write(indices, base if delta is None else add_delta(base, delta).to(base.dtype))
+            start = chunk.stop
+
+    def _strip_writer(self, whole: torch.Tensor | None) -> Callable[..., None] | None:
+        """A function of (matrix, base, delta, strip_indices) that writes base + delta in one kernel; None if the
+        device has none."""
+        columns, g = self.shape[-1], self.selection.granularity
+        if whole is None:
+            return None
+        if operators := cpu.loaded_operators(whole):
+            return lambda *tensors: operators.write_deltas.default(*tensors, columns, g)
+        if not has_kernels(whole) or whole.element_size() > 4:
+            return None
+        from sparse_zero.gradient.triton_kernels import write_deltas
+
+        return lambda matrix, base, delta, strips: write_deltas(matrix, base, delta, self._pattern_of(strips))
+
+    def _kernels_support(self, factor: torch.Tensor | float | None) -> bool:
+        """Whether the operator and the kernel that write strips support the dtypes of `write`."""
+        supported = {self.weight.dtype, torch.float32}
+        given = {self.delta.dtype, factor.dtype if isinstance(factor, torch.Tensor) else torch.float32}
+        return given <= supported and self.base.dtype == self.weight.dtype
+
+
+def add_delta(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The sum in at least float32."""
+    return base.to(torch.promote_types(base.dtype, torch.float32)) + delta
