@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparse_zero.adapters.switching import unmerge_adapter as unmerge_adapter
     from sparse_zero.data.package import package_path as package_path
     from sparse_zero.errors import UserError as UserError
+    from sparse_zero.model.sparse_model import refresh as refresh
     from sparse_zero.model.sparsify import disable_adapter as disable_adapter
     from sparse_zero.model.sparsify import merge_and_unload as merge_and_unload
     from sparse_zero.model.sparsify import set_scale as set_scale
@@ -38,6 +39,7 @@ _HOME = {
     "unload": "sparse_zero.model.sparsify",
     "disable_adapter": "sparse_zero.model.sparsify",
     "set_scale": "sparse_zero.model.sparsify",
+    "refresh": "sparse_zero.model.sparse_model",
     "combine_adapters": "sparse_zero.adapters.combine",
     "save_adapter": "sparse_zero.adapters.save_and_load",
     "load_adapter": "sparse_zero.adapters.save_and_load",

@@ -14,7 +14,7 @@ from torch import nn
 from sparse_zero.adapters.files import Adapter
 from sparse_zero.adapters.save_and_load import apply_adapter
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.model.sparsify import activate, deactivate, merge, unmerge
+from sparse_zero.model.activation import activate, deactivate, merge, unmerge
 from sparse_zero.model.sparsity import Sparsity, check_not_sparse, sparsity_of
 from sparse_zero.model.wrappers import unwrap
 

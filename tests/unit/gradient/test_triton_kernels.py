@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_zero import SparseConfig, sparsify
 from sparse_zero.gradient import sampled as sampled_gradient
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.model import weight as sparse_weight
+from sparse_zero.model import weight_values
 from sparse_zero.selection import rules
 
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
@@ -313,7 +313,7 @@ def test_deltas_are_written_with_torchs_bits(dtype, index_dtype, granularity):
 @pytest.mark.parametrize("indices", ["stored", "regenerated"])
 @pytest.mark.parametrize("granularity", [1, 8])
 def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monkeypatch, granularity, indices):
-    monkeypatch.setattr(sparse_weight, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr(weight_values, "has_kernels", lambda tensor: True)
     monkeypatch.setattr(sparse_weight.cpu, "loaded_operators", lambda tensor: None)
     config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity, indices=indices)
     model = sparsify(torch.nn.Sequential(torch.nn.Linear(20, 16)).to(DEVICE), config)
