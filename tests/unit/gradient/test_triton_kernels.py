@@ -314,7 +314,7 @@ def test_deltas_are_written_with_torchs_bits(dtype, index_dtype, granularity):
 @pytest.mark.parametrize("granularity", [1, 8])
 def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monkeypatch, granularity, indices):
     monkeypatch.setattr(weight_values, "has_kernels", lambda tensor: True)
-    monkeypatch.setattr(sparse_weight.cpu, "loaded_operators", lambda tensor: None)
+    monkeypatch.setattr(weight_values.cpu, "loaded_operators", lambda tensor: None)
     config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity, indices=indices)
     model = sparsify(torch.nn.Sequential(torch.nn.Linear(20, 16)).to(DEVICE), config)
     (weight,) = model.sparsity.weights.values()
