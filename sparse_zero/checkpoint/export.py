@@ -1,9 +1,9 @@
 """Exports a checkpoint as an adapter, without a GPU, without the base model, and with the memory of one tensor.
 
 This module is the only one that knows both the checkpoint's and the adapter's format. In addition to the trained
-values an adapter needs its config, which every manifest contains, and data that training does not change and that
-cannot be drawn again: stored positions, and the base values of rows that are trained in full. If there is such data,
-the checkpoint has it in fixed.safetensors.
+values an adapter needs its config, which every manifest contains, and data that no optimizer changes and that cannot
+be drawn again: stored positions, the base values of rows that are trained in full, and the buffers of modules that are
+trained in full, such as BatchNorm's statistics. If there is such data, the checkpoint has it in fixed.safetensors.
 """
 
 import time
@@ -28,7 +28,7 @@ from sparse_zero.adapters.save_and_load import adapter_config
 from sparse_zero.checkpoint.directory import FIXED_NAME, Checkpoint, newest_complete
 from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_tensors
 from sparse_zero.errors import UserError
-from sparse_zero.model.sparsity import sparsity_of
+from sparse_zero.model.sparsity import read_values, set_values, sparsity_of
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import unwrap
 from sparse_zero.selection.rules import STORED, Selection
@@ -36,7 +36,7 @@ from sparse_zero.zero.partitions import VALUE
 from sparse_zero.zero.resharding import parameter_offsets, plan_reads
 
 _CHUNK_SCALARS = 2**20
-_POSITIONS, _BASE = "positions.", "base."
+_POSITIONS, _BASE, _BUFFER = "positions.", "base.", "buffer."
 
 
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
@@ -62,12 +62,11 @@ class _LazyPositions(Mapping[str, torch.Tensor]):
 
 
 def fixed_entries(model: nn.Module) -> list[Entry]:
-    """The tensors of fixed.safetensors: stored positions, and the base values of rows that are trained in full.
-
-    Empty if there are none.
-    """
-    entries = []
-    for name, weight in sparsity_of(model).weights.items():
+    """The tensors of fixed.safetensors: what an adapter needs besides the trained values. Empty if there are none."""
+    sparsity, entries = sparsity_of(model), []
+    for name, buffer in read_values(unwrap(model), sparsity.buffers).items():
+        entries.append(Entry(_BUFFER + name, buffer.dtype, tuple(buffer.shape), [buffer.flatten()]))
+    for name, weight in sparsity.weights.items():
         if weight.selection.rule == STORED:
             entries.append(
                 Entry(_POSITIONS + name, _index_dtype(weight.selection), (weight.selection.count,), _positions(weight))
@@ -85,6 +84,22 @@ def _positions(weight: SparseWeight) -> Iterator[torch.Tensor]:
 
 def _base_rows(weight: SparseWeight) -> Iterator[torch.Tensor]:
     yield weight.base[row_mask(weight.selection, weight.flat_positions())]
+
+
+def load_buffers(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Set the buffers of modules that are trained in full. Those of a checkpoint of version 0.1 are not in it.
+
+    Raises UserError: the file is damaged.
+    """
+    names = sparsity_of(model).buffers
+    record = checkpoint.manifest.files.get(FIXED_NAME)
+    if not names or record is None:
+        return
+    with TensorFile(checkpoint.directory / FIXED_NAME, record) as file:
+        saved = [name for name in names if _BUFFER + name in file.names()]
+        set_values(
+            unwrap(model), {name: file.tensor(_BUFFER + name).view(file.shape(_BUFFER + name)) for name in saved}
+        )
 
 
 def _index_dtype(selection: Selection) -> torch.dtype:
@@ -180,6 +195,12 @@ class _AdapterTensors:
                 entries.append(Entry(name, dtype, (others,), self._outside_rows(name, dtype)))
             rows = (len(selection.whole_rows), selection.shape[-1])
             entries.append(Entry(name + ROWS_SUFFIX, dtype, rows, self._rows(name, dtype)))
+        trained = {parameter.name for parameter in self._manifest.parameters}
+        for name in self.config.modules_to_save:
+            if name not in trained:
+                file = self._file(FIXED_NAME, self._manifest.files[FIXED_NAME])
+                dtype, shape = file.dtype(_BUFFER + name), file.shape(_BUFFER + name)
+                entries.append(Entry(name, dtype, shape, self._fixed(_BUFFER + name)))
         return entries
 
     def positions(self) -> list[Entry]:

@@ -162,12 +162,18 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self._tensors[name]["dtype"]]
+
     def numel(self, name: str) -> int:
-        return _numel(tuple(self._tensors[name]["shape"]))
+        return _numel(self.shape(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns: the whole tensor, flattened to 1-D."""
-        values = torch.empty(self.numel(name), dtype=_DTYPES[self._tensors[name]["dtype"]])
+        values = torch.empty(self.numel(name), dtype=self.dtype(name))
         self.copy(name, 0, values)
         return values
 
@@ -180,7 +186,7 @@ class TensorFile:
             out: (n,) on any device and of any dtype; filled with n scalars.
         """
         entry = self._tensors[name]
-        dtype = _DTYPES[entry["dtype"]]
+        dtype = self.dtype(name)
         begin = self._data + entry["data_offsets"][0] + start * dtype.itemsize
         at = 0
         for piece in self._views(begin, begin + out.numel() * dtype.itemsize):

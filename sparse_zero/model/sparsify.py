@@ -15,7 +15,7 @@ from sparse_zero.model import layers, sparse_model
 from sparse_zero.model.activation import CONTENTS, attach, deactivate, merge
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.first_backward import FirstBackward
-from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_tensors, sparsity_of, state_of
+from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_values, sparsity_of, state_of
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import BASE, SparseWeight
 from sparse_zero.model.wrappers import check_wrappers, unwrap
@@ -136,7 +136,7 @@ def apply_selection(
         weights=weights,
         whole=[name for name in whole if name in parameters],
         buffers=[name for name in whole if name not in parameters],
-        originals=read_tensors(model, whole),
+        originals=read_values(model, whole),
         total_parameters=sum(target.shape.numel() for target in parameters.values()),
         selected_parameters=sum(selection.count for selection in selections),
         whole_parameters=sum(parameters[name].shape.numel() for name in whole if name in parameters),

@@ -97,14 +97,14 @@ class Sparsity:
 
     def take_out(self, model: nn.Module) -> None:
         """Replace the trained values in the model by the original ones, and keep the trained ones."""
-        self.trained = read_tensors(model, self.trained_names)
-        write_tensors(model, self.originals)
+        self.trained = read_values(model, self.trained_names)
+        set_values(model, self.originals)
         self._set_enabled(False)
 
     def put_in(self, model: nn.Module) -> None:
         """Undo `take_out`."""
         trained, self.trained = self.trained, {}
-        write_tensors(model, trained)
+        set_values(model, trained)
         self._set_enabled(True)
 
     def _set_enabled(self, enabled: bool) -> None:
@@ -130,7 +130,7 @@ class Sparsity:
         if self.disabled:
             self.trained |= {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
         else:
-            write_tensors(model, values)
+            set_values(model, values)
 
     @property
     def base_has_changed(self) -> bool:
@@ -176,7 +176,7 @@ def sparsity_of(model: nn.Module) -> Sparsity:
     raise UserError(f"{type(inner).__name__} is not sparse: call sparsify(model, SparseConfig(...)) first")
 
 
-def read_tensors(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+def read_values(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     """Copies of parameters and buffers on the CPU. Under ZeRO stage 3, all ranks must call it."""
     tensors, copies = tensors_by_name(model) if names else {}, {}
     for name in names:
@@ -186,7 +186,7 @@ def read_tensors(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def write_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+def set_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Set parameters and buffers. Under ZeRO stage 3, all ranks must call it."""
     tensors = tensors_by_name(model) if values else {}
     for name, value in values.items():

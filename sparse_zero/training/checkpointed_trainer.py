@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from sparse_zero.checkpoint import deepspeed_state, random_states
 from sparse_zero.checkpoint.directory import Checkpoint, checkpoint_path, newest_complete
-from sparse_zero.checkpoint.export import describe_adapter, fixed_entries
+from sparse_zero.checkpoint.export import describe_adapter, fixed_entries, load_buffers
 from sparse_zero.checkpoint.loader import load_partition, read_random_states
 from sparse_zero.checkpoint.manifest import Manifest, Progress
 from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
@@ -249,6 +249,7 @@ class CheckpointedTrainer(Trainer):
         deepspeed_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
         sparsity = sparsity_of(self.model)
         sparsity.counter.training_forwards = manifest.progress.forwards
+        self._ranks.run_together(lambda: load_buffers(checkpoint, self.model))
         refresh(unwrap(self.model))
         self._random_states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
 
@@ -256,6 +257,9 @@ class CheckpointedTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         saved, here = checkpoint.manifest.adapter, self._adapter_description()
+        # A checkpoint of version 0.1 has no buffers
+        buffers = {*sparsity_of(self.model).buffers} - {*saved.get("modules_to_save", ())}
+        here = here | {"modules_to_save": [name for name in here["modules_to_save"] if name not in buffers]}
         for key in ("tensors", "modules_to_save"):
             if saved.get(key) != here[key]:
                 raise UserError(
@@ -287,6 +291,7 @@ class CheckpointedTrainer(Trainer):
         parameters = self._trained_parameters()
         wait_for_prefetch(unwrap(self.model))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
+        self._ranks.run_together(lambda: load_buffers(checkpoint, self.model))
         refresh(unwrap(self.model))
 
     # The loop
