@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from sparse_zero.selection.parts import LANGUAGE, Parts
+from sparse_zero.selection.parts import Parts, outermost_of
 from sparse_zero.selection.patterns import matches
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ INNER = ("", ".dense", ".0", ".linear")
 def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
     """The names of the value and output projections; of each attention block both or none.
 
-    A composite model and a model in which nothing is known are told of in one warning.
+    Of a composite model, those of its language model. One without a language model, e.g. CLIP, gives those of all its
+    parts. One warning tells what was taken and what was left, or that nothing is known.
 
     Args:
         model: any module. Its `config`, if it has one, tells the family and the parts.
@@ -68,56 +69,68 @@ def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
     Returns: names of linear layers; None if no attention block is found.
     """
     linear, parts = list(linear), Parts(model)
-    beside = parts.beside_language(linear)
-    is_composite = bool(beside) and len(set(parts.families.values())) > 1
+    text = parts.text_models()
+    is_composite = bool(text) and parts.has_towers(linear)
     if is_composite and parts.has_language_model:
-        found = _in_parts(parts, [name for name in linear if parts.kinds[name] == LANGUAGE], is_composite)
+        found = _projections(parts, [name for name in linear if parts.is_text[name]], is_composite)
         if found:
-            logger.warning(
-                "sparse.targets: the targets are the value and output projections of the language model%s; %s %s "
-                "frozen: to train others, list modules in sparse.targets, e.g. '%s.*'",
-                "".join(f" {name}" for name in parts.language_modules() if name),
-                " and ".join(beside),
-                "stays" if len(beside) == 1 else "stay",
-                beside[0],
-            )
+            _warn_of_left(f"of the language model{_names([name for name in text if name])}", parts.beside_text(linear))
             return found
-    found = _in_parts(parts, linear, is_composite)
+    found = _projections(parts, linear, is_composite)
+    taken = outermost_of(parts.own_configs(), found)
     if not found:
         logger.warning(
             "sparse.targets: the value and output projections of %s are not known; all linear layers are used as "
             "targets",
-            parts.families[""] or type(model).__name__,
+            parts.family("") or type(model).__name__,
         )
-        return None
-    if is_composite and (text := parts.language_modules()):
+    elif is_composite and len(taken) > 1:
         logger.warning(
             "sparse.targets: %s has no language model: the targets are the value and output projections of all its "
-            "parts, %s: to train only some, list modules in sparse.targets, e.g. '%s.*'",
+            "parts,%s; to train only some, list modules in sparse.targets, e.g. '%s.*'",
             type(model).__name__,
-            " and ".join([*text, *beside]),
-            text[0],
+            _names(taken),
+            taken[0],
         )
-    return found
+    elif left := [name for name in _parts_with_attention(parts, linear) if name not in taken]:
+        _warn_of_left("named self_attn", left)
+    return found or None
 
 
-def _in_parts(parts: Parts, linear: list[str], is_composite: bool) -> set[str]:
+def _warn_of_left(taken: str, left: list[str]) -> None:
+    logger.warning(
+        "sparse.targets: the targets are the value and output projections %s;%s %s frozen: to train others, list "
+        "modules in sparse.targets, e.g. '%s.*'",
+        taken,
+        _names(left),
+        "stays" if len(left) == 1 else "stay",
+        left[0],
+    )
+
+
+def _names(names: list[str]) -> str:
+    """The end of a sentence's part: " a, b and c"."""
+    first = f" {', '.join(names[:-1])} and" if len(names) > 1 else ""
+    return first + "".join(f" {name}" for name in names[-1:])
+
+
+def _parts_with_attention(parts: Parts, linear: list[str]) -> list[str]:
+    return outermost_of(parts.own_configs(), (name for block in _attention_blocks(set(linear)) for name in block))
+
+
+def _projections(parts: Parts, linear: list[str], is_composite: bool) -> set[str]:
     """The value and output projections among some linear layers."""
-    found: set[str] = set()
-    for family in {parts.families[name] for name in linear}:
-        names = [name for name in linear if parts.families[name] == family]
-        patterns = VALUE_AND_OUTPUT.get(family or "", [])
-        known = {name for name in names if matches(name, patterns)}
-        found |= known or _by_structure(names, is_composite)
-    return found
-
-
-def _by_structure(linear: list[str], is_composite: bool) -> set[str]:
-    blocks = [set(block) for block in _attention_blocks(set(linear))]
+    blocks = list(_attention_blocks(set(linear)))
     if not is_composite and all(any(matches(name, [pattern]) for name in linear) for pattern in LLAMA):
         # The targets of these models have always been those in `self_attn` alone
         blocks = [block for block in blocks if any(matches(name, LLAMA) for name in block)]
-    return {name for block in blocks for name in block}
+    found: set[str] = set()
+    for family in {parts.family(name) for name in linear}:
+        names = {name for name in linear if parts.family(name) == family}
+        patterns = VALUE_AND_OUTPUT.get(family or "", [])
+        known = {name for name in names if matches(name, patterns)}
+        found |= known or {name for block in blocks for name in block} & names
+    return found
 
 
 def _attention_blocks(linear: set[str]) -> Iterator[tuple[str, str]]:

@@ -5,69 +5,98 @@ modules of a part keep it as `config`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-
-LANGUAGE, OTHER = "language", "other"
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 TEXT_CONFIGS = ("text_config", "text_encoder", "encoder", "decoder", "encoder_config", "decoder_config", "generator")
 """What composite configs call those of their text models. An encoder or decoder may also be that of a tower."""
 
 
 class Parts:
-    """Which modules of a model belong to its language model, by module name."""
+    """Which modules of a model belong to its text models, and which to other parts. By module name."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.kinds: dict[str, str] = {}
-        """LANGUAGE or OTHER. All of a model without sub-configs is one part."""
-        self.families: dict[str, str | None] = {}
-        """The `model_type` of each module's part."""
+        self.modules = dict(model.named_modules())
+        self.is_text: dict[str, bool] = {}
+        """False for towers, projectors and heads. A model without a config is one text model."""
+        self.configs: dict[str, PreTrainedConfig | None] = {}
+        """The config of each module's part."""
         text = _text_configs(_config_of(model))
-        configs: dict[str, PreTrainedConfig | None] = {}
-        for name, module in model.named_modules():
-            above = name.rpartition(".")[0]
-            inherited, own = configs.get(above) if name else None, _config_of(module)
-            if name and (own is None or type(own) is type(inherited)):
-                configs[name], self.kinds[name] = inherited, self.kinds[above]
+        for name, module in self.modules.items():
+            above, own = name.rpartition(".")[0], _config_of(module)
+            if name and (own is None or type(own) is type(self.configs[above])):
+                self.configs[name], self.is_text[name] = self.configs[above], self.is_text[above]
             else:
-                configs[name], self.kinds[name] = own, _kind(module, own, text)
-            self.families[name] = getattr(configs[name], "model_type", None)
-        self._around_language = {
-            ".".join(name.split(".")[:depth])
-            for name in self.kinds
-            if self.kinds[name] == LANGUAGE
-            for depth in range(name.count(".") + 2)
-        }
+                self.configs[name], self.is_text[name] = own, _is_text(module, own, text)
+        self._mark_what_feeds_the_text_model()
+        self._around_text = {above for name, is_text in self.is_text.items() if is_text for above in _path(name)}
+
+    def _mark_what_feeds_the_text_model(self) -> None:
+        """If the text model is the model itself: modules that hold a tower, but not the embedding of the tokens."""
+        embedding = _embedding_of(self.modules[""]) if self.is_text[""] else None
+        embeddings = {above for name, module in self.modules.items() if module is embedding for above in _path(name)}
+        holders = {above for name in self.own_configs() if not self.is_text[name] for above in _path(name)}
+        if embeddings:
+            for name in self.modules:
+                if any(above in holders - embeddings for above in _path(name)):
+                    self.is_text[name] = False
+
+    def family(self, name: str) -> str | None:
+        """The `model_type` of a module's part."""
+        return getattr(self.configs[name], "model_type", None)
+
+    def own_configs(self) -> list[str]:
+        """The names of the modules that have another config than the whole model: towers and text models."""
+        root = type(self.configs[""])
+        return [name for name, config in self.configs.items() if type(config) is not root]
+
+    def has_towers(self, linear: Iterable[str]) -> bool:
+        """Whether a linear layer lies in a part with a config of its own that is no text model."""
+        own = set(self.own_configs())
+        return any(name in own and not self.is_text[name] for name in linear)
 
     @property
     def has_language_model(self) -> bool:
-        """Whether a part writes text: it has an output embedding or causal attention. Text encoders do not."""
-        modules = dict(self.model.named_modules())
+        """Whether a text model writes text. Encoders, such as CLIP's, have neither a head nor causal attention."""
+        text = [name for name, is_text in self.is_text.items() if is_text]
         return any(
-            getattr(modules[name], "is_causal", False) is True or _has_head(modules[name])
-            for name in self._around_language
-        )
+            getattr(self.modules[name], "is_causal", False) is True or _is_decoder(self.configs[name]) for name in text
+        ) or any(_has_head(self.modules[name]) for name in self._around_text)
 
-    def language_modules(self) -> list[str]:
-        """The names of the language model's outermost modules; [""] if it is the model itself."""
-        return self._outermost(name for name, kind in self.kinds.items() if kind == LANGUAGE)
+    def text_models(self) -> list[str]:
+        """The names of the outermost modules of text models; [""] if it is the model itself."""
+        return _outermost(name for name, is_text in self.is_text.items() if is_text)
 
-    def beside_language(self, linear: Iterable[str]) -> list[str]:
-        """The names of the outermost modules outside the language model that have linear layers."""
-        inside = {".".join(name.split(".")[:depth]) for name in linear for depth in range(name.count(".") + 2)}
-        outside = [name for name, kind in self.kinds.items() if kind == OTHER and name not in self._around_language]
-        return self._outermost(name for name in outside if name in inside)
+    def beside_text(self, linear: Iterable[str]) -> list[str]:
+        """The names of the outermost modules outside text models that have linear layers."""
+        inside = {above for name in linear for above in _path(name)}
+        return _outermost(name for name in self.modules if name in inside and name not in self._around_text)
 
-    def _outermost(self, names: Iterable[str]) -> list[str]:
-        found: dict[str, str] = {}
-        for name in names:
-            above = (".".join(name.split(".")[:depth]) for depth in range(name.count(".") + 1))
-            if not any(prefix in found for prefix in above):
-                found[name] = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        return list(dict.fromkeys(found.values()))
+
+def outermost_of(parts: Iterable[str], linear: Iterable[str]) -> list[str]:
+    """The outermost of some modules that contain one of the linear layers."""
+    inside = {above for name in linear for above in _path(name)}
+    return _outermost(name for name in parts if name in inside)
+
+
+def _outermost(names: Iterable[str]) -> list[str]:
+    """Those that are in none of the others, with * for the numbers of layers. `names` is in the order of the model."""
+    found: list[str] = []
+    for name in names:
+        if set(found).isdisjoint(_path(name)):
+            found.append(name)
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found))
+
+
+def _path(name: str) -> Iterator[str]:
+    """The names of a module and of those around it, from the whole model, "", on."""
+    yield ""
+    parts = name.split(".") if name else []
+    for depth in range(1, len(parts) + 1):
+        yield ".".join(parts[:depth])
 
 
 def _config_of(module: nn.Module) -> PreTrainedConfig | None:
@@ -75,34 +104,47 @@ def _config_of(module: nn.Module) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
+def _embedding_of(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:  # e.g. a model of sounds
+        return None
+
+
+def _sub_configs(config: PreTrainedConfig, names: Iterable[str]) -> list[PreTrainedConfig]:
+    found = (getattr(config, name, None) for name in names)
+    return [sub for sub in found if isinstance(sub, PreTrainedConfig)]
+
+
 def _text_configs(config: PreTrainedConfig | None) -> list[PreTrainedConfig]:
     """The configs of the text models in a model, which may be its own."""
     if config is None:
         return []
-    named = [getattr(config, name, None) for name in TEXT_CONFIGS]
-    found = [sub for sub in named if isinstance(sub, PreTrainedConfig)]
+    found = _sub_configs(config, TEXT_CONFIGS)
+    # T5Gemma 2's encoder reads images, and has a text model
+    found += [inner for sub in found for inner in _sub_configs(sub, ["text_config"])]
     try:
         text = config.get_text_config()
     except ValueError:  # several text models, each found by its name
         return found
     if text is config and not found:
         # A model around a composite model, e.g. ColPali
-        subs = [sub for sub in vars(config).values() if isinstance(sub, PreTrainedConfig)]
-        found = [inner for sub in subs if (inner := _inner_text_config(sub)) is not sub]
+        found = [inner for sub in _sub_configs(config, vars(config)) for inner in _sub_configs(sub, ["text_config"])]
     return [text, *found]
 
 
-def _inner_text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    text = getattr(config, "text_config", None)
-    return text if isinstance(text, PreTrainedConfig) else config
-
-
-def _kind(module: nn.Module, config: PreTrainedConfig | None, text: list[PreTrainedConfig]) -> str:
+def _is_text(module: nn.Module, config: PreTrainedConfig | None, text: list[PreTrainedConfig]) -> bool:
     if config is None:
-        return LANGUAGE
-    modalities = getattr(module, "input_modalities", "text")
+        return True
+    if not isinstance(module, PreTrainedModel):
+        return False  # a resampler or head with the text model's config
+    modalities = module.input_modalities
     reads_text = "text" in ((modalities,) if isinstance(modalities, str) else modalities)
-    return LANGUAGE if reads_text and any(type(config) is type(sub) for sub in text) else OTHER
+    return reads_text and any(type(config) is type(sub) for sub in text)
+
+
+def _is_decoder(config: PreTrainedConfig | None) -> bool:
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _has_head(module: nn.Module) -> bool:

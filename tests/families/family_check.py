@@ -60,8 +60,10 @@ class Dense:
         self.outputs = [output.detach() for output in outputs]
         if not all(output.isfinite().any() for output in outputs):
             raise NotBuiltError("the dense model: outputs are not finite")
-        if not all(map(torch.equal, map(torch.nan_to_num, self.outputs), map(torch.nan_to_num, repeated))):
-            raise NotBuiltError("the dense model: two runs on the same inputs differ")
+        try:
+            _compare("two runs", repeated, self.outputs)
+        except WrongError as error:
+            raise NotBuiltError(f"the dense model: {error}") from error
         self.gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         self.model.zero_grad()
 
@@ -166,13 +168,15 @@ def _compare_gradients(model: nn.Module, dense: Mapping[str, torch.Tensor | None
     for name, parameter in model.named_parameters():
         if name in model.sparsity.whole:
             found[name], expected[name] = parameter.grad, dense[name]
+    # The true gradient of a key projection's bias is zero: what is computed are rounding errors of larger ones
+    smallest = 0.01 * max(float(gradient.abs().max()) for gradient in dense.values() if gradient is not None)
     for name, gradient in found.items():
         known = expected[name]
         # A parameter that is not reached has no gradient, or zeros
         gradient = torch.zeros(()) if gradient is None else gradient
         known = torch.zeros(()) if known is None else known
-        scale = 1.0 if dense[name] is None else dense[name].abs().max()
-        if not torch.allclose(gradient, known, rtol=1e-3, atol=TOLERANCE * float(scale) + 1e-7, equal_nan=True):
+        scale = 0.0 if dense[name] is None else float(dense[name].abs().max())
+        if not torch.allclose(gradient, known, rtol=1e-3, atol=TOLERANCE * max(scale, smallest), equal_nan=True):
             difference = (gradient - known).abs().max()
             raise WrongError(f"the gradient of {name} differs by {difference:.2g} of {scale:.2g}")
 
