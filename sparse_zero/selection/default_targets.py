@@ -93,7 +93,7 @@ def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
             taken[0],
         )
     elif left := [name for name in _parts_with_attention(parts, linear) if name not in taken]:
-        _warn_of_left("named self_attn", left)
+        _warn_of_left("in self_attn modules", left)
     return found or None
 
 

@@ -129,7 +129,8 @@ def _text_configs(config: PreTrainedConfig | None) -> list[PreTrainedConfig]:
         return found
     if text is config and not found:
         # A model around a composite model, e.g. ColPali
-        found = [inner for sub in _sub_configs(config, vars(config)) for inner in _sub_configs(sub, ["text_config"])]
+        subs = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+        found = [inner for sub in subs for inner in _sub_configs(sub, ["text_config"])]
     return [text, *found]
 
 

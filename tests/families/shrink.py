@@ -109,7 +109,8 @@ def _small_list(name: str, values: list[int]) -> list[int]:
     if re.search(r"(depths|num_blocks|layers)$", name):
         return [min(value, 1) for value in values]
     if re.search(r"hidden_sizes|embed_dims?|channels|dims|widths|_dim|neck_hidden_sizes|feature_sizes", name):
-        return [max(8, value * HIDDEN // max(values) // 8 * 8) for value in values]
+        # Up to 4 are the channels of an image
+        return [v if v <= 4 else max(8, v * HIDDEN // max(values) // 8 * 8) for v in values]
     if re.search(r"image_size|img_size", name):
         return [min(value, 32) for value in values]
     if re.search(r"patch_size", name):
@@ -122,7 +123,7 @@ def _small_list(name: str, values: list[int]) -> list[int]:
 def _small_rope(rope: Any, mrope: bool) -> Any:
     if not isinstance(rope, dict):
         return rope
-    if "mrope_section" in rope or (mrope and "rope_type" in rope):
+    if "mrope_section" in rope or (mrope and rope.get("rope_type", "axial") != "axial"):
         rope["mrope_section"] = [2, 1, 1]
     if "original_max_position_embeddings" in rope:
         rope["original_max_position_embeddings"] = 64
