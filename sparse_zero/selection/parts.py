@@ -11,7 +11,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-TEXT_CONFIGS = ("text_config", "text_encoder", "encoder", "decoder", "encoder_config", "decoder_config", "generator")
+TEXT_CONFIGS = (
+    *("text_config", "text_encoder", "encoder", "decoder", "encoder_config", "decoder_config", "generator"),
+    *("llm_config", "language_config"),
+)
 """What composite configs call those of their text models. An encoder or decoder may also be that of a tower."""
 
 
@@ -128,9 +131,10 @@ def _text_configs(config: PreTrainedConfig | None) -> list[PreTrainedConfig]:
     except ValueError:  # several text models, each found by its name
         return found
     if text is config and not found:
-        # A model around a composite model, e.g. ColPali
+        # A decoder by any name, or that in a composite model within this one, e.g. ColPali
         subs = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
-        found = [inner for sub in subs for inner in _sub_configs(sub, ["text_config"])]
+        found = [sub for sub in subs if _is_decoder(sub)]
+        found += [inner for sub in subs for inner in _sub_configs(sub, ["text_config"])]
     return [text, *found]
 
 
@@ -139,7 +143,7 @@ def _is_text(module: nn.Module, config: PreTrainedConfig | None, text: list[PreT
         return True
     if not isinstance(module, PreTrainedModel):
         return False  # a resampler or head with the text model's config
-    modalities = module.input_modalities
+    modalities = getattr(module, "input_modalities", "text")
     reads_text = "text" in ((modalities,) if isinstance(modalities, str) else modalities)
     return reads_text and any(type(config) is type(sub) for sub in text)
 

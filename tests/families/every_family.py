@@ -1,8 +1,9 @@
 """Check every family of the installed transformers, and write docs/families.md. `make families` runs all of it.
 
-    python tests/families/every_family.py [--shard 0/2] [--results runs/families.jsonl] [FAMILY ...]
+    python tests/families/every_family.py [--shard 0/2] [--results FILE] [FAMILY ...]
 
-Each family is a line of the results. A run goes on where the one before was stopped, and checks named families again.
+Each family is a line of the results. A run goes on where the one before was stopped, and starts again if that was
+complete. Named families are checked again.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from family_check import RAW, TARGETS, Dense, check, default_endings
 from tiny_family import NotBuiltError, families, one_line
 
 REPOSITORY = Path(__file__).parents[2]
-RESULTS = REPOSITORY / "runs" / "families.jsonl"
+RESULTS = REPOSITORY / "runs" / f"families-{transformers.__version__}.jsonl"
 TABLE = REPOSITORY / "docs" / "families.md"
 SECONDS = 120
 """Limit for one family."""
@@ -40,6 +41,9 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     every = families()
     done = read(options.results)
+    if not options.families and not [name for name in every if name not in done]:
+        options.results.unlink()
+        done = {}
     left = options.families or [name for name in every[index::count] if name not in done]
     for position, family in enumerate(left, 1):
         append(options.results, {"family": family, "not_built": "the process ended"})

@@ -21,7 +21,7 @@ TASKS = (
     *("CTC", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "OBJECT_DETECTION"),
     *("DEPTH_ESTIMATION", "VIDEO_CLASSIFICATION", "PRETRAINING"),
 )
-MROPE = r"qwen2_vl|qwen2_5_vl|qwen2_5_omni|colqwen2|glm4v|glm_ocr|paddleocr"
+MROPE = r"qwen2_vl|qwen2_5_vl|qwen2_5_omni|colqwen2|glm4v|glm46v|glm_image|glmga|glm_ocr|paddleocr"
 
 
 class NotBuiltError(Exception):
@@ -58,6 +58,8 @@ def _mappings(family: str) -> list[Mapping]:
         tasks = ["SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM", *tasks]
     elif getattr(config, "is_decoder", None) is False:
         tasks = ["MASKED_LM", *tasks]
+    if "text_config" in getattr(config, "sub_configs", {}):
+        tasks = ["IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", *tasks]
     mappings = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in tasks] + [modeling_auto.MODEL_MAPPING]
     return [mapping for mapping in mappings if config in mapping]
 
@@ -88,7 +90,6 @@ def tiny_family(family: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     try:
         config = tiny_config(family)
-        config._attn_implementation = override(family).attention
         with torch.device("meta"):
             size = sum(p.numel() for p in model_type(tiny_config(family)).parameters())
         if size > LARGEST:
@@ -147,11 +148,13 @@ def _inputs(family: str, model: PreTrainedModel) -> dict[str, Any]:
         text = config.get_text_config()
     except ValueError:
         text = config
-    vocabulary = min(getattr(text, "vocab_size", None) or VOCABULARY, 58)
+    vocabulary = max(6, min(getattr(text, "vocab_size", None) or VOCABULARY, 58))
     size, channels = _setting(config, 32, "image_size"), _setting(config, 3, "num_channels", "in_channels", "in_chans")
     tokens = torch.randint(5, vocabulary, (2, 12), generator=generator)
     image = torch.randn(2, channels, size, size, generator=generator)
     main = model.main_input_name
+    if main not in names:
+        main = next((name for name in ("input_ids", "pixel_values", "input_features") if name in names), main)
     inputs: dict[str, Any] = {}
     if main == "pixel_values_videos":
         inputs[main] = image[:, None].repeat(1, 4, 1, 1, 1)
@@ -174,9 +177,25 @@ def _inputs(family: str, model: PreTrainedModel) -> dict[str, Any]:
         inputs["bbox"] = torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1)
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = tokens[:, :7].clone()
+    for name in ("input_features_mask", "audio_mel_mask"):
+        if name in names and main == "input_features":
+            inputs[name] = torch.ones(2, inputs[main].shape[1], dtype=torch.bool)
+    if "grid_thw" in names and not {"input_ids", "input_features"} & names:
+        inputs = _patches(model, names)
     fixed = {"use_cache": False, "return_dict": True}
     inputs |= {name: value for name, value in fixed.items() if name in names}
     return override(family).inputs(model, inputs) if override(family).inputs else inputs
+
+
+def _patches(model: PreTrainedModel, names: set[str]) -> dict[str, torch.Tensor]:
+    """Two images of 4 x 4 patches each, flattened as for Qwen2-VL's vision tower."""
+    config = model.config
+    length = _setting(config, 3, "in_channels", "in_chans", "num_channels") * _setting(config, 8, "patch_size") ** 2
+    length *= _setting(config, 1, "temporal_patch_size")
+    main = "hidden_states" if "hidden_states" in names else "pixel_values"
+    patches = torch.randn(32, length, generator=torch.Generator().manual_seed(3))
+    more = {"merge_sizes": torch.tensor([1, 1])} if "merge_sizes" in names else {}
+    return {main: patches, "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])} | more
 
 
 def _sound(model: PreTrainedModel, generator: torch.Generator) -> torch.Tensor:
