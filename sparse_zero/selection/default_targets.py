@@ -56,6 +56,10 @@ INNER = ("", ".dense", ".0", ".linear")
 """Where the linear layer is in the module of a projection: itself, as in BERT, in a Sequential, or wrapped."""
 
 
+SHOWN = 5
+"""The most names in a warning."""
+
+
 def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
     """The names of the value and output projections; of each attention block both or none.
 
@@ -72,11 +76,11 @@ def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
     text = parts.text_models()
     is_composite = bool(text) and parts.has_towers(linear)
     if is_composite and parts.has_language_model:
-        found = _projections(parts, [name for name in linear if parts.is_text[name]], is_composite)
+        found = _projections(parts, [name for name in linear if parts.is_text[name]], in_self_attn=False)
         if found:
             _warn_of_left(f"of the language model{_names([name for name in text if name])}", parts.beside_text(linear))
             return found
-    found = _projections(parts, linear, is_composite)
+    found = _projections(parts, linear, in_self_attn=_has_llamas_names(linear))
     taken = outermost_of(parts.own_configs(), found)
     if not found:
         logger.warning(
@@ -84,6 +88,8 @@ def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
             "targets",
             parts.family("") or type(model).__name__,
         )
+    elif left := [name for name in _parts_with_attention(parts, linear) if name not in taken]:
+        _warn_of_left("in self_attn modules", left)
     elif is_composite and len(taken) > 1:
         logger.warning(
             "sparse.targets: %s has no language model: the targets are the value and output projections of all its "
@@ -92,8 +98,6 @@ def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
             _names(taken),
             taken[0],
         )
-    elif left := [name for name in _parts_with_attention(parts, linear) if name not in taken]:
-        _warn_of_left("in self_attn modules", left)
     return found or None
 
 
@@ -110,6 +114,8 @@ def _warn_of_left(taken: str, left: list[str]) -> None:
 
 def _names(names: list[str]) -> str:
     """The end of a sentence's part: " a, b and c"."""
+    if len(names) > SHOWN:
+        return f" {', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"
     first = f" {', '.join(names[:-1])} and" if len(names) > 1 else ""
     return first + "".join(f" {name}" for name in names[-1:])
 
@@ -118,11 +124,21 @@ def _parts_with_attention(parts: Parts, linear: list[str]) -> list[str]:
     return outermost_of(parts.own_configs(), (name for block in _attention_blocks(set(linear)) for name in block))
 
 
-def _projections(parts: Parts, linear: list[str], is_composite: bool) -> set[str]:
-    """The value and output projections among some linear layers."""
+def _has_llamas_names(linear: list[str]) -> bool:
+    return all(any(matches(name, [pattern]) for name in linear) for pattern in LLAMA)
+
+
+def _projections(parts: Parts, linear: list[str], in_self_attn: bool) -> set[str]:
+    """The value and output projections among some linear layers.
+
+    Args:
+        parts: tells the families.
+        linear: their names.
+        in_self_attn: whether to leave out blocks without Llama's names. The targets of models that have these names
+            have always been those in `self_attn` alone.
+    """
     blocks = list(_attention_blocks(set(linear)))
-    if not is_composite and all(any(matches(name, [pattern]) for name in linear) for pattern in LLAMA):
-        # The targets of these models have always been those in `self_attn` alone
+    if in_self_attn:
         blocks = [block for block in blocks if any(matches(name, LLAMA) for name in block)]
     found: set[str] = set()
     for family in {parts.family(name) for name in linear}:

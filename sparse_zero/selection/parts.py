@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 TEXT_CONFIGS = (
     *("text_config", "text_encoder", "encoder", "decoder", "encoder_config", "decoder_config", "generator"),
-    *("llm_config", "language_config"),
+    *("llm_config", "language_config", "patcher_config", "global_config"),
 )
-"""What composite configs call those of their text models. An encoder or decoder may also be that of a tower."""
+"""What composite configs call those of their text models; BLT, which reads bytes, has four. An encoder or decoder may
+also be that of a tower."""
 
 
 class Parts:
@@ -57,9 +58,14 @@ class Parts:
         return [name for name, config in self.configs.items() if type(config) is not root]
 
     def has_towers(self, linear: Iterable[str]) -> bool:
-        """Whether a linear layer lies in a part with a config of its own that is no text model."""
-        own = set(self.own_configs())
-        return any(name in own and not self.is_text[name] for name in linear)
+        """Whether a linear layer lies in a part with a config of its own that is no text model.
+
+        A model that reads nothing but text has no tower, as far as its classes say what they read.
+        """
+        own = self.own_configs()
+        if all(set(_modalities(self.modules[name])) == {"text"} for name in ("", *own)):
+            return False
+        return any(not self.is_text[name] for name in set(own).intersection(linear))
 
     @property
     def has_language_model(self) -> bool:
@@ -67,7 +73,7 @@ class Parts:
         text = [name for name, is_text in self.is_text.items() if is_text]
         return any(
             getattr(self.modules[name], "is_causal", False) is True or _is_decoder(self.configs[name]) for name in text
-        ) or any(_has_head(self.modules[name]) for name in self._around_text)
+        ) or any(map(self._has_head, self._around_text))
 
     def text_models(self) -> list[str]:
         """The names of the outermost modules of text models; [""] if it is the model itself."""
@@ -75,8 +81,14 @@ class Parts:
 
     def beside_text(self, linear: Iterable[str]) -> list[str]:
         """The names of the outermost modules outside text models that have linear layers."""
+        heads = {id(self.modules[name].get_output_embeddings()) for name in self._around_text if self._has_head(name)}
         inside = {above for name in linear for above in _path(name)}
-        return _outermost(name for name in self.modules if name in inside and name not in self._around_text)
+        outside = (name for name in self.modules if name in inside and name not in self._around_text)
+        return _outermost(name for name in outside if id(self.modules[name]) not in heads)
+
+    def _has_head(self, name: str) -> bool:
+        module = self.modules[name]
+        return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
 
 
 def outermost_of(parts: Iterable[str], linear: Iterable[str]) -> list[str]:
@@ -143,14 +155,13 @@ def _is_text(module: nn.Module, config: PreTrainedConfig | None, text: list[PreT
         return True
     if not isinstance(module, PreTrainedModel):
         return False  # a resampler or head with the text model's config
-    modalities = getattr(module, "input_modalities", "text")
-    reads_text = "text" in ((modalities,) if isinstance(modalities, str) else modalities)
-    return reads_text and any(type(config) is type(sub) for sub in text)
+    return "text" in _modalities(module) and any(type(config) is type(sub) for sub in text)
+
+
+def _modalities(module: nn.Module) -> tuple[str, ...]:
+    found = getattr(module, "input_modalities", "text")
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _is_decoder(config: PreTrainedConfig | None) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-
-
-def _has_head(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
