@@ -55,7 +55,6 @@ OUTPUTS = (
 INNER = ("", ".dense", ".0", ".linear")
 """Where the linear layer is in the module of a projection: itself, as in BERT, in a Sequential, or wrapped."""
 
-
 SHOWN = 5
 """The most names in a warning."""
 
@@ -77,8 +76,9 @@ def default_targets(model: nn.Module, linear: Iterable[str]) -> set[str] | None:
     is_composite = bool(text) and parts.has_towers(linear)
     if is_composite and parts.has_language_model:
         found = _projections(parts, [name for name in linear if parts.is_text[name]], in_self_attn=False)
+        if found and (left := parts.beside_text(linear)):
+            _warn_of_left(f"of the language model{_names([name for name in text if name])}", left)
         if found:
-            _warn_of_left(f"of the language model{_names([name for name in text if name])}", parts.beside_text(linear))
             return found
     found = _projections(parts, linear, in_self_attn=_has_llamas_names(linear))
     taken = outermost_of(parts.own_configs(), found)

@@ -20,8 +20,8 @@ trained this way; the messages are below the table.
 {counts}
 
 The default targets, with `sparse.targets` left out, are the value and output projections of each attention block. Of a
-composite model they are those of the language model alone: families with a † have vision or audio towers or other
-parts that stay frozen, and a warning names these. To train others, see [Choosing](choosing.md#targets).
+composite model they are those of the language model alone. Families with a † have parts that stay frozen, most of
+them vision and audio towers and projectors, and a warning names these. To train others, see [Choosing](choosing.md#targets).
 
 | family | model | default targets | default | all-linear | all |
 |---|---|---|---|---|---|
