@@ -21,7 +21,8 @@ trained this way; the messages are below the table.
 
 The default targets, with `sparse.targets` left out, are the value and output projections of each attention block. Of a
 composite model they are those of the language model alone. Families with a † have parts that stay frozen, most of
-them vision and audio towers and projectors, and a warning names these. To train others, see [Choosing](choosing.md#targets).
+them vision and audio towers and projectors, and a warning names these. To train others, see
+[Choosing](choosing.md#targets).
 
 | family | model | default targets | default | all-linear | all |
 |---|---|---|---|---|---|
