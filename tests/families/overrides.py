@@ -91,6 +91,8 @@ OVERRIDES: dict[str, Override] = {
     "glm4v_moe_text": Override({"head_dim": 16}),
     "jamba": Override({"attn_layer_period": 2, "attn_layer_offset": 1}),
     "kimi_linear": Override({"num_experts": 8}),
+    # The auto classes find it by the name EvollaModel only
+    "evolla": Override(model_class="EvollaForProteinText2Text"),
     "gemma3n_text": Override({"num_kv_shared_layers": 0}),
     "glmasr_encoder": Override(inputs=_sound_first),
     "voxtral_realtime_encoder": Override(inputs=_sound_first),
