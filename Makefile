@@ -1,7 +1,8 @@
-# make demo   set up, fine-tune the packaged MiniLM-L6 on two ranks, evaluate, merge
-# make test   set up, run the linter and all tests: less than 20 minutes
-# make check  the linter and the tests of what has changed: less than two minutes
-# make docs   build the documentation into site/
+# make demo      set up, fine-tune the packaged MiniLM-L6 on two ranks, evaluate, merge
+# make test      set up, run the linter and all tests: less than 20 minutes
+# make check     the linter and the tests of what has changed: less than two minutes
+# make families  what sparsify does with every family of transformers, into docs/families.md: 3 minutes on one core
+# make docs      build the documentation into site/
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes_per
 # What takes longest comes first. A worker runs all tests of a file, which share hosts, ranks or a wheel.
 TESTS := tests/cluster tests/distributed tests/wheel tests/docs tests/unit
 
-.PHONY: demo test check lint docs clean
+.PHONY: demo test check lint families docs clean
 
 demo: $(SETUP)
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
@@ -27,6 +28,10 @@ check: lint
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# SHARD=0/2 and SHARD=1/2 run beside each other. A run that was stopped goes on.
+families: $(SETUP)
+	$(BIN)/python tests/families/every_family.py --shard $(or $(SHARD),0/1)
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

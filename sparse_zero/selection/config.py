@@ -36,11 +36,11 @@ class SparseConfig(BaseModel):
     of every target matrix."""
 
     targets: Literal["all-linear", "all"] | list[str] | None = None
-    """The parameters in which scalars are selected. None: the value and output projections of the model's family.
-    "all-linear": every linear layer except the head, expert weights included. "all": every parameter. A list: shell
-    patterns or endings of module names ("v_proj", "*.layers.1?.mlp.*") or of parameter names ("*.bias",
-    "experts.down_proj"). For a module, its weight is used. If a pattern matches linear layers and other modules, only
-    the linear layers are used."""
+    """The parameters in which scalars are selected. None: the value and output projections, of a composite model those
+    of its language model. "all-linear": every linear layer except the head, expert weights included. "all": every
+    parameter. A list: shell patterns or endings of module names ("v_proj", "*.layers.1?.mlp.*") or of parameter names
+    ("*.bias", "experts.down_proj"). For a module, its weight is used. If a pattern matches linear layers and other
+    modules, only the linear layers are used."""
 
     exclude_modules: list[str] | None = None
     """Modules that stay frozen even if `targets` matches them; patterns as in `targets`."""

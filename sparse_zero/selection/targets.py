@@ -1,7 +1,5 @@
 """Finds the target parameters of a model, and the modules that are trained in full, by name patterns."""
 
-import fnmatch
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,34 +8,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from sparse_zero.errors import UserError, nearest
+from sparse_zero.errors import UserError
 from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.default_targets import default_targets
+from sparse_zero.selection.patterns import matches, similar, within
 from sparse_zero.zero.parameters import full_shape
-
-logger = logging.getLogger(__name__)
-
-VALUE_AND_OUTPUT: dict[str, list[str]] = {
-    "bert": ["attention.self.value", "attention.output.dense"],
-    "roberta": ["attention.self.value", "attention.output.dense"],
-    "xlm-roberta": ["attention.self.value", "attention.output.dense"],
-    "electra": ["attention.self.value", "attention.output.dense"],
-    "distilbert": ["attention.v_lin", "attention.out_lin"],
-    "deberta-v2": ["attention.self.value_proj", "attention.output.dense"],
-    "gpt2": ["attn.c_attn", "attn.c_proj"],
-    "gpt_neox": ["attention.query_key_value", "attention.dense"],
-    "falcon": ["self_attention.query_key_value", "self_attention.dense"],
-    "bloom": ["self_attention.query_key_value", "self_attention.dense"],
-    "phi": ["self_attn.v_proj", "self_attn.dense"],
-    "phi3": ["self_attn.qkv_proj", "self_attn.o_proj"],
-    "opt": ["self_attn.v_proj", "self_attn.out_proj"],
-    "t5": ["SelfAttention.v", "SelfAttention.o", "EncDecAttention.v", "EncDecAttention.o"],
-    "mt5": ["SelfAttention.v", "SelfAttention.o", "EncDecAttention.v", "EncDecAttention.o"],
-}
-"""The value and output projections, SpaRTA's targets (arXiv 2502.15975), by `config.model_type`. A fused projection is
-one target."""
-
-COMMON_VALUE_AND_OUTPUT = ["self_attn.v_proj", "self_attn.o_proj"]
-"""Llama's names, also used by Mistral, Mixtral, Qwen, Gemma, OLMo, Granite, SmolLM and many other families."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +67,10 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
     candidates = {name: target for name, target in parameters.items() if name not in inside}
     found = _configured(model, config, candidates, whole)
     for pattern in config.exclude_modules or []:
-        frozen = {name for name in parameters if _within(name, pattern)}
+        frozen = {name for name in parameters if within(name, pattern)}
         if not frozen:
             names = [name for name, _ in model.named_modules() if name]
-            raise UserError(f"sparse.exclude_modules: no module matches '{pattern}'{_near(pattern, names)}")
+            raise UserError(f"sparse.exclude_modules: no module matches '{pattern}'{similar(pattern, names)}")
         found -= frozen
     if not found:
         raise UserError("sparse.exclude_modules: every target is excluded: nothing is left to train")
@@ -151,20 +126,16 @@ def _configured(
     if config.targets == "all":
         return set(candidates)
     if config.targets == "all-linear" or config.targets is None:
-        patterns = None if config.targets else _family_patterns(model, linear)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        found = [
-            parameter
-            for name, parameters in linear.items()
-            if modules[name] is not head and (patterns is None or _matches(name, patterns))
-            for parameter in parameters
-        ]
+        chosen = [name for name in linear if modules[name] is not head]
+        known = None if config.targets else default_targets(model, chosen)
+        found = [parameter for name in chosen if known is None or name in known for parameter in linear[name]]
         if not found:
             raise UserError(f"sparse.targets: {type(model).__name__} has no linear layer to select from")
         return set(found)
     found = []
     for pattern in config.targets:
-        matched = [name for name in modules if name and _matches(name, [pattern])]
+        matched = [name for name in modules if name and matches(name, [pattern])]
         # Only linear layers if there are any, so that "layers.0.mlp.*" does not include a norm.
         chosen = [name for name in matched if name in linear] or matched
         parameters = [parameter for name in chosen for parameter in own[name]]
@@ -172,7 +143,7 @@ def _configured(
             names[id(parameter)]
             for module_name, module in modules.items()
             for name, parameter in module._parameters.items()
-            if id(parameter) in names and _matches(f"{module_name}.{name}".lstrip("."), [pattern])
+            if id(parameter) in names and matches(f"{module_name}.{name}".lstrip("."), [pattern])
         ]
         if not parameters:
             raise UserError(_no_match(pattern, matched, modules, linear, whole))
@@ -214,9 +185,9 @@ def find_modules_to_save(model: nn.Module, config: SparseConfig) -> list[str]:
     if config.modules_to_save is not None:
         found = []
         for pattern in config.modules_to_save:
-            matched = [name for name in names if _matches(name, [pattern])]
+            matched = [name for name in names if matches(name, [pattern])]
             if not matched:
-                raise UserError(f"sparse.modules_to_save: no module matches '{pattern}'{_near(pattern, names)}")
+                raise UserError(f"sparse.modules_to_save: no module matches '{pattern}'{similar(pattern, names)}")
             if not any(True for name in matched for _ in model.get_submodule(name).parameters()):
                 raise UserError(f"sparse.modules_to_save: '{pattern}' has no parameters to train")
             found += matched
@@ -230,31 +201,6 @@ def find_modules_to_save(model: nn.Module, config: SparseConfig) -> list[str]:
     ]
 
 
-def _family_patterns(model: nn.Module, linear: Iterable[str]) -> list[str] | None:
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family in VALUE_AND_OUTPUT:
-        return VALUE_AND_OUTPUT[family]
-    # Both must match: BART's value projection has Llama's name, but its output projection does not.
-    if all(any(_matches(name, [pattern]) for name in linear) for pattern in COMMON_VALUE_AND_OUTPUT):
-        return COMMON_VALUE_AND_OUTPUT
-    logger.warning(
-        "sparse.targets: the value and output projections of %s are not known; all linear layers are used as targets",
-        family or type(model).__name__,
-    )
-    return None
-
-
-def _matches(name: str, patterns: list[str]) -> bool:
-    """Whether a shell pattern matches the whole name, or an ending of the name after a dot."""
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase("." + name, "*." + p) for p in patterns)
-
-
-def _within(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a parameter or a module that contains it."""
-    parts = name.split(".")
-    return any(_matches(".".join(parts[:k]), [pattern]) for k in range(1, len(parts) + 1))
-
-
 def _no_match(
     pattern: str,
     matched: Sequence[str],
@@ -262,18 +208,12 @@ def _no_match(
     linear: Iterable[str],
     whole: tuple[str, ...],
 ) -> str:
-    if any(_within(name, pattern) for name in whole):
+    if any(within(name, pattern) for name in whole):
         return f"sparse.targets: '{pattern}' is already trained in full (sparse.modules_to_save, or the default head)"
     if not matched:
-        return f"sparse.targets: '{pattern}' matches no module or parameter{_near(pattern, linear)}"
+        return f"sparse.targets: '{pattern}' matches no module or parameter{similar(pattern, linear)}"
     name = matched[0]
     kind = type(modules[name]).__name__
     if any(True for _ in modules[name].parameters()):
         return f"sparse.targets: '{pattern}' matches {name}, a {kind}; use '{pattern}.*' for the layers in it"
-    return f"sparse.targets: '{pattern}' matches {name}, a {kind}, which has no parameters{_near(pattern, linear)}"
-
-
-def _near(pattern: str, names: Iterable[str]) -> str:
-    endings = dict.fromkeys(".".join(name.split(".")[-k:]) for k in (pattern.count(".") + 1, 1, 2) for name in names)
-    found = nearest(pattern, endings) or [e for e in endings if "." not in e and not e.isdigit()][:6]
-    return f"; similar names: {', '.join(found)}" if found else ""
+    return f"sparse.targets: '{pattern}' matches {name}, a {kind}, which has no parameters{similar(pattern, linear)}"

@@ -258,15 +258,6 @@ def test_an_unknown_family_warns_and_falls_back_to_all_linear_layers(caplog):
     assert "the value and output projections of Sequential are not known" in caplog.text
 
 
-def test_a_family_with_only_a_known_value_projection_falls_back_as_well(caplog):
-    # BART's projections are v_proj, as Llama's, and out_proj.
-    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
-    model = tiny("bart", "seq2seq-lm", d_model=16, encoder_layers=1, decoder_layers=1, **heads)
-    found = targets_of(model)
-    assert {"out_proj", "v_proj", "fc1"} <= {name.rpartition(".")[2] for name in found}
-    assert "the value and output projections of bart are not known" in caplog.text
-
-
 def test_a_model_without_linear_layers_is_refused():
     assert "Sequential has no linear layer" in refusal(nn.Sequential(nn.Embedding(4, 4)))
 
