@@ -196,6 +196,9 @@ class SparseWeight(WeightValues):
     def share_reads(self) -> Iterator[None]:
         """Within this block, which is one forward of a module, all reads return the same tensor. Experts that are read
         one by one then share one gradient of the delta."""
+        if self in _here.shared:  # a module inside of another one that has the same, tied weight
+            yield
+            return
         _here.shared[self] = None
         try:
             yield
@@ -205,11 +208,13 @@ class SparseWeight(WeightValues):
     @contextmanager
     def read_plain(self) -> Iterator[None]:
         """Within this block reads return the parameter itself."""
+        is_plain = self in _here.plain
         _here.plain.add(self)
         try:
             yield
         finally:
-            _here.plain.discard(self)
+            if not is_plain:
+                _here.plain.discard(self)
 
     def effective_delta(self) -> torch.Tensor:
         """The delta as it is added to the weight now, with dropout and scale, in its autograd graph. (n,)"""
