@@ -353,6 +353,8 @@ class CheckpointedTrainer(Trainer):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _end_step(self) -> None:
+        if self.args.torch_compile and self.is_deepspeed_enabled:  # a compiled forward does not write the deltas
+            refresh(self.model)
         self._exchange_flags()
 
     def _exchange_flags(self, *flags: bool) -> list[bool]:

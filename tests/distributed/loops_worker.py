@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 from sparse_zero import (
     SparseConfig,
     SparseTrainer,
+    disable_adapter,
     merge_adapter,
     merge_and_unload,
     save_adapter,
@@ -43,11 +44,18 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()), LEARNING_RATE, weight_decay=0.0)
 
 
+def reference(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """The base model's outputs, between a forward and its backward, as in DPO."""
+    with disable_adapter(model), torch.no_grad():
+        model(**batch)
+
+
 def torch_loop(model: PreTrainedModel) -> list[float]:
     optimizer = adamw(model)
     wrapped, losses = DistributedDataParallel(model), []
     for batch in batches_of_this_rank():
         loss = wrapped(**batch).loss
+        reference(wrapped, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -81,6 +89,7 @@ def deepspeed_loop(model: PreTrainedModel, stage: int) -> list[float]:
     losses = []
     for batch in batches_of_this_rank():
         loss = engine(**batch).loss
+        reference(engine, batch)
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -95,8 +104,18 @@ def deepspeed_loop(model: PreTrainedModel, stage: int) -> list[float]:
     return losses
 
 
-def trainer(model: PreTrainedModel) -> list[float]:
+def trainer(
+    model: PreTrainedModel, kind: type[Trainer] = SparseTrainer, stage: int | None = None, saved: str | None = None
+) -> list[float]:
+    """Args: saved: the directory into which the Trainer saves the model."""
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
     arguments = TrainingArguments(
+        deepspeed=config if stage else None,
         output_dir="unused",
         use_cpu=True,
         report_to="none",
@@ -110,8 +129,11 @@ def trainer(model: PreTrainedModel) -> list[float]:
         lr_scheduler_type="constant",
         max_grad_norm=0,
     )
-    runner = SparseTrainer(model, arguments, train_dataset=examples())
+    runner = kind(model, arguments, train_dataset=examples())
     runner.train()
+    if saved:
+        runner.save_model(saved)
+        save_adapter(model, f"{saved}-by-hand", is_main_process=dist.get_rank() == 0)
     return [entry["loss"] for entry in runner.state.log_history if "loss" in entry]
 
 
@@ -119,6 +141,9 @@ WAYS: dict[str, Callable[[PreTrainedModel], list[float]]] = {
     "torch": torch_loop,
     "accelerate": accelerate_loop,
     "trainer": trainer,
+    "plain-trainer": lambda model: trainer(model, Trainer, saved="plain"),
+    "plain-trainer2": lambda model: trainer(model, Trainer, 2, "plain2"),
+    "plain-trainer3": lambda model: trainer(model, Trainer, 3, "plain3"),
     "deepspeed1": lambda model: deepspeed_loop(model, 1),
     "deepspeed2": lambda model: deepspeed_loop(model, 2),
     "deepspeed3": lambda model: deepspeed_loop(model, 3),

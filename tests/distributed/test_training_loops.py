@@ -9,6 +9,7 @@ import tiny
 import torch
 from loops_worker import BATCH, LEARNING_RATE, STEPS, TASK, WAYS
 from ranks import run_ranks
+from safetensors.torch import load_file
 
 from sparse_zero import load_adapter, merge_and_unload
 
@@ -46,6 +47,19 @@ def test_every_loop_gives_the_losses_of_the_reference(ranks: list, reference: li
 
 def test_ranks_see_different_examples(ranks: list) -> None:
     assert ranks[0]["torch"] != pytest.approx(ranks[1]["torch"], abs=1e-2)
+
+
+@pytest.mark.parametrize("name", ["plain", "plain2", "plain3"])
+def test_a_plain_trainer_saves_the_adapter(bases: dict[str, Path], out: Path, name: str) -> None:
+    assert sorted(path.name for path in (out / name).iterdir() if path.suffix in (".json", ".safetensors")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    saved, expected = (load_file(out / each / "adapter_model.safetensors") for each in (name, f"{name}-by-hand"))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)
+    assert any(value.abs().max() > 0 for key, value in saved.items() if not key.startswith("classifier"))
+    load_adapter(tiny.AUTO_CLASS[TASK].from_pretrained(bases[TASK]), out / name)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
