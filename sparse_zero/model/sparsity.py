@@ -15,6 +15,10 @@ from sparse_zero.selection.config import SparseConfig
 from sparse_zero.zero.parameters import gathered, is_partitioned
 
 
+_APART = 2**20
+"""What is added to a version while other values are in a tensor, so that it is no version of the trained values."""
+
+
 @dataclass
 class Sparsity:
     """The state of a sparse model, `model.sparsity`."""
@@ -60,6 +64,8 @@ class Sparsity:
     trained: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     """The trained values of fully trained parameters and their buffers while others are in the model: while it is
     disabled, and while another adapter is active. On the CPU."""
+    versions: dict[str, int] = field(default_factory=dict, repr=False)
+    """Autograd's version counters of these tensors when they had the trained values."""
 
     @property
     def trainable_parameters(self) -> int:
@@ -98,13 +104,18 @@ class Sparsity:
     def take_out(self, model: nn.Module) -> None:
         """Replace the trained values in the model by the original ones, and keep the trained ones."""
         self.trained = read_values(model, self.trained_names)
+        tensors = tensors_by_name(model) if self.trained else {}
+        self.versions = {name: tensors[name]._version for name in self.trained}
         set_values(model, self.originals)
+        # Autograd refuses a backward of graphs from before, until the trained values are back
+        _set_versions(tensors, {name: version + _APART for name, version in self.versions.items()})
         self._set_enabled(False)
 
     def put_in(self, model: nn.Module) -> None:
         """Undo `take_out`."""
         trained, self.trained = self.trained, {}
         set_values(model, trained)
+        _set_versions(tensors_by_name(model) if trained else {}, self.versions)
         self._set_enabled(True)
 
     def _set_enabled(self, enabled: bool) -> None:
@@ -136,6 +147,12 @@ class Sparsity:
     def base_has_changed(self) -> bool:
         """Whether other weights of the base model were loaded since its fingerprint was computed."""
         return any(weight.base_has_changed for weight in self.weights.values())
+
+
+def _set_versions(tensors: Mapping[str, torch.Tensor], versions: Mapping[str, int]) -> None:
+    """Set autograd's version counters, by which a backward knows that a saved tensor has its values still, or again."""
+    for name, version in versions.items():
+        torch._C._autograd._unsafe_set_version_counter((tensors[name],), (version,))
 
 
 def set_state(model: nn.Module, state: Sparsity | None) -> None:

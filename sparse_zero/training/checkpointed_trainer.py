@@ -353,8 +353,6 @@ class CheckpointedTrainer(Trainer):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _end_step(self) -> None:
-        if self.args.torch_compile and self.is_deepspeed_enabled:  # a compiled forward does not write the deltas
-            refresh(self.model)
         self._exchange_flags()
 
     def _exchange_flags(self, *flags: bool) -> list[bool]:
@@ -383,4 +381,6 @@ class _LoopCallback(TrainerCallback):
         self._trainer._epoch_ended = True
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if args.torch_compile and self._trainer.is_deepspeed_enabled:
+            refresh(self._trainer.model)  # a compiled forward does not write the deltas
         self._trainer._end_step()

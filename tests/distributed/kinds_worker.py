@@ -52,7 +52,7 @@ def watched_copies(model: nn.Module) -> Iterator[dict[str, int]]:
     """Counts the gathered copies into which deltas are written in a forward, and those still there at its end."""
     made: list[StorageWeakRef] = []
     counts = {"made": 0, "kept": 0}
-    write = SparseWeight.write
+    write = SparseWeight.write_values
 
     def watched(weight: SparseWeight, *args: Any) -> None:
         write(weight, *args)
@@ -65,10 +65,10 @@ def watched_copies(model: nn.Module) -> Iterator[dict[str, int]]:
         counts["kept"] += sum(not reference.expired() for reference in made)
         made.clear()
 
-    SparseWeight.write = watched
+    SparseWeight.write_values = watched
     hooks = [model.register_forward_pre_hook(lambda *_: made.clear()), model.register_forward_hook(after_forward)]
     yield counts
-    SparseWeight.write = write
+    SparseWeight.write_values = write
     for hook in hooks:
         hook.remove()
 

@@ -141,12 +141,12 @@ WAYS: dict[str, Callable[[PreTrainedModel], list[float]]] = {
     "torch": torch_loop,
     "accelerate": accelerate_loop,
     "trainer": trainer,
-    "plain-trainer": lambda model: trainer(model, Trainer, saved="plain"),
-    "plain-trainer2": lambda model: trainer(model, Trainer, 2, "plain2"),
-    "plain-trainer3": lambda model: trainer(model, Trainer, 3, "plain3"),
     "deepspeed1": lambda model: deepspeed_loop(model, 1),
     "deepspeed2": lambda model: deepspeed_loop(model, 2),
     "deepspeed3": lambda model: deepspeed_loop(model, 3),
+    "plain-trainer": lambda model: trainer(model, Trainer, saved="plain"),
+    "plain-trainer2": lambda model: trainer(model, Trainer, 2, "plain2"),
+    "plain-trainer3": lambda model: trainer(model, Trainer, 3, "plain3"),
 }
 
 

@@ -71,15 +71,15 @@ def numel(parameter: nn.Parameter) -> int:
 def counted_writes() -> Iterator[list[int]]:
     """How often deltas are written into their weights, added to the last entry of the list."""
     counts: list[int] = []
-    write = SparseWeight.write
+    write = SparseWeight.write_values
 
     def counted(weight: SparseWeight, *args: Any) -> None:
         counts[-1] += 1
         write(weight, *args)
 
-    SparseWeight.write = counted
+    SparseWeight.write_values = counted
     yield counts
-    SparseWeight.write = write
+    SparseWeight.write_values = write
 
 
 def messages() -> dict[str, dict[int, int]]:
