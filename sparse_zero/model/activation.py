@@ -15,7 +15,7 @@ from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparsity import Sparsity, set_state, sparsity_of
 from sparse_zero.model.weight_values import BASE, Setting
 from sparse_zero.model.wrappers import tensors_by_name
-from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
+from sparse_zero.zero.parameters import gathered, wait_for_prefetch
 
 CONTENTS = "_sparse_zero_contents"
 """The attribute of a model with its `SparseWeight.contents`."""
@@ -89,7 +89,7 @@ def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
 def _write_partitions(state: Sparsity, setting: Setting | None = None) -> None:
     """Write the weights that ZeRO stage 3 partitions, so that the partitions get the values."""
     for weight in state.weights.values():
-        if is_partitioned(weight.weight):
+        if weight.is_partitioned:
             with gathered([weight.weight, weight.delta], write=True):
                 weight.write(setting)
 

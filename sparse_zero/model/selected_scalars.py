@@ -17,7 +17,7 @@ from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, checksum, in_chunks
 from sparse_zero.selection.targets import Target
-from sparse_zero.zero.parameters import full_shape
+from sparse_zero.zero.parameters import full_shape, is_partitioned
 
 _KINDS = ("delta", "base", "strips")
 
@@ -42,6 +42,15 @@ class SelectedScalars:
     def weight(self) -> nn.Parameter:
         module, name = self.owners[0]
         return module._parameters[name]
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether ZeRO stage 3 partitions the parameter.
+
+        Not read through `weight`: DeepSpeed takes an access within a forward as a use, and gathers the parameter.
+        """
+        module, name = self.owners[0]
+        return is_partitioned(dict.__getitem__(module._parameters, name))
 
     @property
     def delta(self) -> nn.Parameter:

@@ -12,8 +12,7 @@ from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import STATE, tensors_by_name, unwrap
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.zero.parameters import gathered, is_partitioned
-
+from sparse_zero.zero.parameters import gathered
 
 _APART = 2**20
 """What is added to a version while other values are in a tensor, so that it is no version of the trained values."""
@@ -75,7 +74,7 @@ class Sparsity:
     @property
     def is_partitioned(self) -> bool:
         """Whether ZeRO stage 3 partitions the weights."""
-        return any(is_partitioned(weight.weight) for weight in self.weights.values())
+        return any(weight.is_partitioned for weight in self.weights.values())
 
     @property
     def contents(self) -> dict[str, SparseWeight]:
@@ -150,7 +149,7 @@ class Sparsity:
 
 
 def _set_versions(tensors: Mapping[str, torch.Tensor], versions: Mapping[str, int]) -> None:
-    """Set autograd's version counters, by which a backward knows that a saved tensor has its values still, or again."""
+    """Set autograd's version counters, by which a backward knows that a saved tensor has its values again."""
     for name, version in versions.items():
         torch._C._autograd._unsafe_set_version_counter((tensors[name],), (version,))
 

@@ -240,7 +240,7 @@ class SparseWeight(WeightValues):
                 written again, which takes less time.
         """
         setting = self.at_rest if setting is None else setting
-        if is_partitioned(self.weight):
+        if self.is_partitioned:
             return
         if not self._has(setting):
             self.write(setting)
