@@ -122,7 +122,11 @@ def test_buckets_are_no_larger_than_the_gradient(ranks: list, name: str) -> None
 
 @pytest.mark.parametrize("name", CASES)
 def test_deltas_are_written_once_into_each_copy_of_a_weight(ranks: list, name: str) -> None:
-    writes = {"3-cut": [2 * WEIGHTS], "3-accumulates": [2 * WEIGHTS] * 2}
+    # A copy is gathered again for the backward, except of the first weight, whose input needs no gradient
+    twice = WEIGHTS + WEIGHTS - 1
+    writes = {"3-cut": [twice], "3-accumulates": [twice] * 2}
+    # At stage 0 the optimizer has the deltas themselves: they are written when it has stepped
+    writes |= {"0-accumulates": [0, WEIGHTS]}
     # The other copies stay from forward to backward, and below stage 3 from one optimizer step to the next
     once = [WEIGHTS] + [0] * (_micro_batches(name) - 1)
     for rank in ranks:
