@@ -80,6 +80,8 @@ def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
     for weight in state.weights.values():
         layers.attach(weight)
         weight.invalidate()
+        if not weight.is_partitioned and not torch.equal(weight.values_at_positions(), weight.base):
+            weight.take_base()  # other weights were loaded while another adapter was active
     attach(model, state)
     state.disabled = disabled
     if not disabled:

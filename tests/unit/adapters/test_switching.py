@@ -162,3 +162,23 @@ def test_scaling(scale):
         # dL/d(delta) = scale * dL/dW
         torch.testing.assert_close(one.grad, scale * other.grad, rtol=1e-5, atol=1e-8)
     assert torch.equal(logits(merge_and_unload(model)), logits(merge_and_unload(twin)))
+
+
+def test_an_adapter_that_was_active_follows_other_base_weights(tmp_path):
+    """They are loaded while it is inactive: it must not bring back scalars of the weights before."""
+    base, other = mlp(0), mlp(9)
+    model = sparsify(copy.deepcopy(base), SparseConfig(density=0.2, targets="all-linear"))
+    second = sparsify(copy.deepcopy(base), SparseConfig(density=0.2, targets="all-linear", seed=1))
+    save_adapter(second, tmp_path)
+    load_adapter(model, tmp_path, "second")
+    set_adapter(model, "second")
+    model.load_state_dict(other.state_dict(), strict=False)
+    set_adapter(model, "default")
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), other(x))
+    assert torch.equal(unload(model)(x), other(x))
+
+
+def mlp(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
