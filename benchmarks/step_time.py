@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py --suite cpu       120M, two sets of targets, float32 and bfloat16
     python benchmarks/step_time.py --suite gpu       1B and 7B shapes, bfloat16, 4 and 2 sequences of 2,048 tokens
+    python benchmarks/step_time.py --suite cpu_compiled       ours and the frozen model under torch.compile
     python benchmarks/step_time.py --suite cpu --plot          no runs: page and plot again from the JSON
     python benchmarks/step_time.py --targets value-output --dtypes float32 --methods frozen sparse lora
 
@@ -44,6 +45,13 @@ from sparse_zero.training.device import device_name
 SUITES = {
     "cpu": {"models": ["llama-120m"], "targets": list(TARGETS), "dtypes": ["float32", "bfloat16"]},
     "gpu": {"models": ["llama-1b", "llama-7b"], "targets": list(TARGETS), "dtypes": ["bfloat16"]},
+    "cpu_compiled": {
+        "models": ["llama-120m"],
+        "targets": list(TARGETS),
+        "dtypes": ["float32"],
+        "methods": ["frozen", "sparse"],
+        "compile": True,
+    },
 }
 SEQUENCES = {"llama-1b": 4, "llama-7b": 2}
 GOALS = {"frozen": {"value-output": 1.05, "all-linear": 1.10}, "lora": 0.97, "peft-sparta": 0.70, "shira": 0.85}
@@ -61,16 +69,19 @@ class Setting:
     rounds: int
     device: str
     sequences: int = 1
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.targets}, {self.dtype}, {100 * self.density:g}%"
+        compiled = ", compiled" if self.compiled else ""
+        return f"{self.model}, {self.targets}, {self.dtype}, {100 * self.density:g}%{compiled}"
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     for model, dtype, targets in itertools.product(arguments.models, arguments.dtypes, arguments.targets):
         tokens = arguments.tokens or (2048 if model in SUITES["gpu"]["models"] else 1024)
         how = arguments.density, arguments.of, arguments.rounds, arguments.device
-        yield Setting(model, targets, dtype, tokens, *how, arguments.sequences or SEQUENCES.get(model, 1))
+        sequences = arguments.sequences or SEQUENCES.get(model, 1)
+        yield Setting(model, targets, dtype, tokens, *how, sequences, arguments.compile)
 
 
 def groups(methods: list[str], together: int | None) -> Iterator[list[str]]:
@@ -129,7 +140,7 @@ def _measure_together(
     for name in names:
         try:
             model = prepare(name, base, budget)
-            step = training_step(model, ids)
+            step = training_step(torch.compile(model, fullgraph=True) if setting.compiled else model, ids)
             first = step().item()
         except (ImportError, torch.OutOfMemoryError) as error:
             left_out[name] = str(error).splitlines()[0]
@@ -236,6 +247,7 @@ def main() -> None:
         "--sequences", type=int, help="sequences of a step; default: 4 for llama-1b, 2 for llama-7b, else 1"
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="every method under torch.compile(fullgraph=True)")
     parser.add_argument("--together", type=int, help="number of peers in memory at the same time; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -20,7 +20,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
 from sparse_zero.model import compiled, state_dict
 from sparse_zero.model.products import kept_input
-from sparse_zero.model.refusals import refuse_second_derivatives, refuse_transforms
+from sparse_zero.model.refusals import refuse_replacement, refuse_second_derivatives, refuse_transforms
 from sparse_zero.model.saved_weights import saved_by_reference
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.zero.parameters import is_partitioned, is_whole
@@ -93,6 +93,11 @@ class SparseModule:
             self.sparse_weights[name].replace(value)
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.selected_names:
+            refuse_replacement(self.sparse_weights[name].selection.name)
+        super().__delattr__(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         state_dict.refresh(self.sparse_weights)

@@ -1,4 +1,6 @@
-"""Derivatives that a sparse model does not have: they raise an error instead of being silently wrong."""
+"""What cannot be done with a sparse model: it raises an error instead of being silently wrong."""
+
+from typing import NoReturn
 
 import torch
 
@@ -15,6 +17,14 @@ def refuse_second_derivatives(name: str) -> None:
             f"{name}: second derivatives of a sparse model are not supported: call backward or torch.autograd.grad "
             "without create_graph=True"
         )
+
+
+def refuse_replacement(name: str) -> NoReturn:
+    """Raise UserError for a weight that is removed, parametrized or set.
+
+    Args: name: of the parameter.
+    """
+    raise UserError(f"{name}: a sparse weight cannot be removed, parametrized or set; do it before sparsify")
 
 
 def refuse_transforms(name: str) -> None:
