@@ -20,11 +20,11 @@ def refuse_second_derivatives(name: str) -> None:
 
 
 def refuse_replacement(name: str) -> NoReturn:
-    """Raise UserError for a weight that is removed, parametrized or set.
+    """Raise UserError for a weight that is removed, as torch.nn.utils.parametrize does.
 
     Args: name: of the parameter.
     """
-    raise UserError(f"{name}: a sparse weight cannot be removed, parametrized or set; do it before sparsify")
+    raise UserError(f"{name}: a sparse weight cannot be removed or parametrized; do it before sparsify")
 
 
 def refuse_transforms(name: str) -> None:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from sparse_zero.model.products import Lookup, Product, SampledGradient, kept_input
-from sparse_zero.model.refusals import refuse_replacement
 from sparse_zero.model.row_range import RowRange, SelectedWeight
 from sparse_zero.model.saved_weights import saved_by_reference
 
@@ -40,8 +39,6 @@ class WeightTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.set_:  # by torch.nn.utils.parametrize, among others
-            refuse_replacement(args[0].row_range.weight.selection.name)
         if any(kind not in (cls, torch.Tensor, torch.nn.Parameter) for kind in types):
             # Another subclass has its own rules; it gets an ordinary tensor
             args, kwargs = tree_map_only(cls, _plain, (args, kwargs))
