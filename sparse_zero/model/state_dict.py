@@ -53,7 +53,14 @@ def loading(
         errors += refused
         yield False
         return
-    yield True
+    # With assign=True parameters are assigned, as a user may do, whose values would be the original ones
+    for weight in weights.values():
+        weight.is_loading = True
+    try:
+        yield True
+    finally:
+        for weight in weights.values():
+            weight.is_loading = False
     for key, _ in _checksum_keys(weights, prefix):
         if key in unexpected:
             unexpected.remove(key)

@@ -59,6 +59,8 @@ class SparseWeight(WeightValues):
         self.number = number_of(self)
         self.base_has_changed = False
         """Whether other original values were loaded, so that the fingerprint of the base model is no longer right."""
+        self.is_loading = False
+        """Whether a state dict is loaded, which says itself what the original values are."""
         self.warned_of_dense_gradient = False
         self._written: tuple | None = None
         """The setting and the `_state` that were last written into the parameter."""
@@ -142,7 +144,8 @@ class SparseWeight(WeightValues):
                 "shapes before sparsify, or call unload(model) or merge_and_unload(model) first"
             )
         self.set_parameter(parameter)
-        self.take_base()
+        if not self.is_loading:
+            self.take_base()
 
     def set_parameter(self, parameter: nn.Parameter) -> None:
         """Register a parameter as the weight, frozen, in all modules that own it."""
