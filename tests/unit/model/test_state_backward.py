@@ -1,5 +1,6 @@
 """A backward uses what its forward has seen, whatever ran in between; only changed deltas are an error."""
 
+import sys
 import threading
 from collections.abc import Callable
 
@@ -321,11 +322,14 @@ def test_threads_that_train_one_model():
         except BaseException as error:
             errors.append(error)
 
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=work, args=(part,)) for part in inputs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
     assert errors == []
     for ours, right in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-3)
