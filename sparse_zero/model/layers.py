@@ -140,7 +140,8 @@ class SampledModule(SparseModule):
             return output
         if inputs.is_floating_point() and inputs.element_size() > output.element_size():
             inputs = inputs.to(output.dtype)
-        return compiled.SampledGradient.apply(output, inputs, delta, weight.number, self.owner_indices["weight"])
+        owner = self.owner_indices["weight"]
+        return compiled.SampledGradient.apply(output, inputs, delta, weight.number, owner, weight.scale_text)
 
 
 class SparseLinear(SampledModule, nn.Linear):
@@ -217,7 +218,7 @@ def _property(name: str) -> property:
         delta = module._parameters[module.delta_names[name]]
         if not (weight.enabled and torch.is_grad_enabled() and delta.requires_grad):
             return parameter
-        return compiled.Read.apply(delta, parameter, weight.number)
+        return compiled.Read.apply(delta, parameter, weight.number, weight.scale_text)
 
     return property(read)
 

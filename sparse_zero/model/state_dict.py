@@ -76,6 +76,7 @@ def loading(
         elif base_key in missing and delta_key in state:
             missing.remove(base_key)
         weight.invalidate()
+        weight.refresh_at_rest()  # for readers that go around the modules, and compiled models
 
 
 def _refusal(module: Any, weight: SparseWeight, name: str, state: dict[str, Any], prefix: str) -> str | None:

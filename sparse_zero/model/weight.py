@@ -146,6 +146,7 @@ class SparseWeight(WeightValues):
         self.set_parameter(parameter)
         if not self.is_loading:
             self.take_base()
+            self.refresh_at_rest()
 
     def set_parameter(self, parameter: nn.Parameter) -> None:
         """Register a parameter as the weight, frozen, in all modules that own it."""
@@ -158,6 +159,15 @@ class SparseWeight(WeightValues):
     def trains(self) -> bool:
         """Whether a computation now must include the delta in its autograd graph."""
         return self.enabled and torch.is_grad_enabled() and self.delta.requires_grad
+
+    @property
+    def scale(self) -> float:
+        """The factor of the deltas."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale, self.scale_text = scale, repr(scale)
 
     @property
     def dropout_step(self) -> int | None:
