@@ -51,6 +51,10 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         raise _unknown_name(model, adapter_name)
     next_one, disabled = inactive[adapter_name], active.disabled
     deactivate(inner)
+    if active.base_has_changed:  # the base that is in the model now is that of all its adapters
+        for state in inactive.values():
+            if isinstance(state, Sparsity):
+                state.has_old_base = True
     try:
         if isinstance(next_one, Sparsity):
             activate(inner, next_one, disabled)

@@ -12,7 +12,7 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers, sparse_model
 from sparse_zero.model.finite import count_not_finite, describe
-from sparse_zero.model.sparsity import Sparsity, set_state, sparsity_of
+from sparse_zero.model.sparsity import Sparsity, read_tensors, set_state, sparsity_of
 from sparse_zero.model.weight_values import BASE, Setting
 from sparse_zero.model.wrappers import tensors_by_name
 from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
@@ -79,10 +79,16 @@ def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
     wait_for_prefetch(model)
     for weight in state.weights.values():
         layers.attach(weight)
+        if state.has_old_base:
+            weight.take_base()
         weight.invalidate()
+    if state.has_old_base:
+        state.originals, state.has_old_base = read_tensors(model, state.trained_names), False
     attach(model, state)
     state.disabled = disabled
-    if not disabled:
+    if disabled:
+        state.freeze(model)
+    else:
         state.put_in(model)
 
 

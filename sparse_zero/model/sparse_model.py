@@ -30,14 +30,27 @@ class SparseModel:
             weight.refresh_at_rest()
         return super().named_parameters(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(state_dict, *args, **kwargs)
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        result = super().state_dict(*args, prefix=prefix, **kwargs)
+        # The deltas are in it within `disable_adapter`, too: loading it must not give one without the other
         sparsity = state_of(self)
-        deltas = {weight.tensor_name(name, "delta") for name, weight in sparsity.weights.items()}
-        if not deltas & state_dict.keys():  # a plain model's: these are the original values
-            loaded = [name for name in sparsity.trained_names if name in state_dict]
-            sparsity.originals |= {name: state_dict[name].detach().to("cpu", copy=True) for name in loaded}
+        for name, value in sparsity.trained.items() if not sparsity.is_partitioned else ():
+            if prefix + name in result:
+                result[prefix + name] = value.to(result[prefix + name].device)
         return result
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Called before the same of the modules in it, also if a model that contains this one is loaded."""
+        sparsity = state_of(self)
+        deltas = {prefix + weight.tensor_name(name, "delta") for name, weight in sparsity.weights.items()}
+        names = [name for name in sparsity.trained_names if prefix + name in state]
+        loaded = {name: state[prefix + name].detach().to("cpu", copy=True) for name in names}
+        if not deltas & state.keys():  # a plain model's: these are the original values
+            sparsity.originals |= loaded
+        if sparsity.trained:  # others are in the model now
+            sparsity.trained |= loaded
+            state.update({prefix + name: sparsity.originals[name].clone() for name in names})
+        super()._load_from_state_dict(state, prefix, *others)
 
     def save_pretrained(
         self,

@@ -1,5 +1,6 @@
 """State dicts of sparse models: what is saved is what is there after loading, whatever was there before."""
 
+import contextlib
 import copy
 import io
 
@@ -7,10 +8,30 @@ import pytest
 import torch
 from families import tiny
 from sparse_cases import batch_of, dense_copy, nudge, output_of
-from state_cases import CONFIG, X, dense, mlp, output, sparse_mlp, with_head
+from state_cases import (
+    CONFIG,
+    HEAD,
+    X,
+    deltas,
+    dense,
+    dense_with_head,
+    mlp,
+    output,
+    saved,
+    sparse_mlp,
+    with_head,
+)
 from torch import nn
 
-from sparse_zero import SparseConfig, disable_adapter, merge_and_unload, sparsify, unload
+from sparse_zero import (
+    SparseConfig,
+    disable_adapter,
+    load_adapter,
+    merge_and_unload,
+    set_adapter,
+    sparsify,
+    unload,
+)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -82,27 +103,65 @@ def test_the_weights_in_a_state_dict_are_those_of_the_merged_model():
     assert all(torch.equal(plain.state_dict()[name], merged[name]) for name in merged)
 
 
-@pytest.mark.parametrize("within", [False, True])
-def test_saved_and_loaded_in_memory_with_fully_trained_modules(within):
-    """Within `disable_adapter` a state dict has the original values in the weights, and the deltas beside them."""
+@pytest.mark.parametrize("save_within", [False, True])
+@pytest.mark.parametrize("load_within", [False, True])
+def test_fully_trained_modules_and_disable_adapter(save_within, load_within):
     model = with_head()
+    expected = output(dense_with_head(model))
     file = io.BytesIO()
-    torch.save(model.state_dict(), file)
+    with disable_adapter(model) if save_within else contextlib.nullcontext():
+        torch.save(model.state_dict(), file)
     file.seek(0)
-    other = with_head(seed=0)
-    nudge(other, seed=8)
-    other.load_state_dict(torch.load(file))
-    assert torch.equal(output(other), output(model))
-    if within:
+    other = sparsify(mlp(9), HEAD)
+    with disable_adapter(other) if load_within else contextlib.nullcontext():
+        other.load_state_dict(torch.load(file))
+        if load_within:
+            assert torch.equal(other[0].weight, mlp()[0].weight)
+            assert torch.equal(other[2].weight, mlp(9)[2].weight)
+    assert torch.equal(output(other), expected)
+    assert torch.equal(output(model), expected)
+
+
+class Outer(nn.Module):
+    """A model that contains a sparse one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_sparse_model_within_a_larger_one():
+    model = Outer(with_head())
+    expected = output(model)
+    for delta in deltas(model.inner):
+        delta.data.mul_(1)
+    other = Outer(sparsify(mlp(9), HEAD))
+    with disable_adapter(other.inner):
+        other.load_state_dict(model.state_dict())
+    assert torch.equal(output(other), expected)
+    other.load_state_dict({f"inner.{name}": tensor for name, tensor in mlp(5).state_dict().items()}, strict=False)
+    with disable_adapter(other.inner):
+        assert torch.equal(output(other), output(mlp(5)))
+    assert torch.equal(output(unload(other.inner)), output(mlp(5)))
+
+
+@pytest.mark.parametrize("source", [lambda: mlp(5), lambda: sparsify(mlp(5), CONFIG)])
+def test_another_base_is_that_of_all_adapters(source, tmp_path):
+    saved(sparse_mlp(), tmp_path / "a")
+    saved(sparse_mlp(seed=1), tmp_path / "b")
+    model = load_adapter(load_adapter(mlp(), tmp_path / "a", "a"), tmp_path / "b", "b")
+    set_adapter(model, "b")
+    set_adapter(model, "a")
+    model.load_state_dict(source().state_dict(), strict=False)
+    for name in "abab":
+        set_adapter(model, name)
+        assert torch.equal(output(model), output(dense(model, mlp(5))))
         with disable_adapter(model):
-            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        third = sparsify(mlp(9), model.sparsity.config)
-        third.load_state_dict(state)
-        with disable_adapter(third):
-            pass
-        weight = third.sparsity.weights["0.weight"]
-        assert torch.equal(weight.delta, model.sparsity.weights["0.weight"].delta)
-        assert torch.equal(third[0].weight, model[0].weight)
+            assert torch.equal(output(model), output(mlp(5)))
+    assert torch.equal(output(unload(model)), output(mlp(5)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma"])
