@@ -127,17 +127,18 @@ def test_the_counters_of_optimizer_steps_go_with_the_model():
 
 def test_a_model_that_is_collected_within_a_step():
     """Torch iterates over its hooks then."""
-    (_, model), (_, dropped) = both("mlp"), both("mlp")
-    optimizer = adamw(trainable(model))
-    dropped.itself = dropped
-    watched = [dropped]
+    dropped = []
 
     def collect(*_: object) -> None:
-        watched.clear()
+        dropped.clear()
         gc.collect()
 
-    del dropped
+    # Hooks of models that are registered now come after it
     hook = register_optimizer_step_post_hook(collect)
+    (_, model), (_, other) = both("mlp"), both("mlp")
+    optimizer = adamw(trainable(model))
+    dropped.append(other)
+    del other
     try:
         loss_of(model, batch_of("mlp")).backward()
         optimizer.step()

@@ -245,6 +245,21 @@ def test_save_on_cpu_gives_the_same_gradients_and_gets_every_activation():
     assert all(torch.equal(*pair) for pair in zip(gradients(model), expected, strict=True))
 
 
+def test_hooks_get_what_a_module_saves_beside_its_weights():
+    model, shapes = sparsify(Products(), CONFIG), {}
+    for net in (Products(), model):
+        seen = shapes[net] = []
+
+        def pack(tensor: torch.Tensor, seen: list = seen) -> torch.Tensor:
+            seen.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(X)
+        assert torch.Size([4, 6]) in seen  # of tanh
+    assert torch.Size([4, 10]) in shapes[model]
+
+
 # What is refused
 
 
