@@ -128,8 +128,9 @@ def merge(model: nn.Module, force: bool) -> Sparsity:
         weight.refresh_at_rest(checks_data=True)
     _write_partitions(state)
     _detach(model, state)
-    for name in state.weights:  # what the parameters contain is now the base of other adapters
+    for name, weight in state.weights.items():  # what the parameters contain is now the base of other adapters
         state.contents.pop(name, None)
+        weight.is_plain = True
     return state
 
 
@@ -151,6 +152,7 @@ def unmerge(model: nn.Module, state: Sparsity) -> None:
     wait_for_prefetch(model)
     for weight in state.weights.values():
         layers.attach(weight)
+        weight.is_plain = False
         weight.invalidate()
     _write_partitions(state, BASE)
     attach(model, state)

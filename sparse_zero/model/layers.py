@@ -38,7 +38,9 @@ class _SampledGradient(torch.autograd.Function):
         module: "SampledModule",
         sparse_weight: SparseWeight,
     ) -> torch.Tensor:
-        ctx.module, ctx.sparse_weight, ctx.setting = module, sparse_weight, sparse_weight.setting
+        ctx.sparse_weight, ctx.setting = sparse_weight, sparse_weight.setting
+        # The module may be plain when backward runs, with another adapter
+        ctx.delta_gradient = module.delta_gradient
         ctx.save_for_backward(inputs)
         ctx.set_materialize_grads(False)
         # Not a view: autograd forbids in-place operations (a ReLU) on views that a Function returns. Sharing memory is
@@ -51,8 +53,9 @@ class _SampledGradient(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None, None
         refuse_second_derivatives(weight.selection.name)
+        weight.check_not_plain()
         (inputs,) = ctx.saved_tensors
-        gradient = ctx.module.delta_gradient(inputs, grad_output, weight)
+        gradient = ctx.delta_gradient(inputs, grad_output, weight)
         return grad_output, None, weight.scaled(gradient, ctx.setting), None, None
 
     @staticmethod

@@ -16,6 +16,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model import compiled, layers
 from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.sparsity import sparsity_of, state_of
+from sparse_zero.model.state_dict import refusals
 from sparse_zero.zero.parameters import require_grad_on_leaf_inputs
 
 
@@ -42,6 +43,8 @@ class SparseModel:
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
         """Called before the same of the modules in it, also if a model that contains this one is loaded."""
         sparsity = state_of(self)
+        if refused := refusals(sparsity.weights, state, prefix):
+            raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(self).__name__}:", *refused]))
         deltas = {prefix + weight.tensor_name(name, "delta") for name, weight in sparsity.weights.items()}
         names = [name for name in sparsity.trained_names if prefix + name in state]
         loaded = {name: state[prefix + name].detach().to("cpu", copy=True) for name in names}

@@ -79,6 +79,20 @@ def loading(
         weight.refresh_at_rest()  # for readers that go around the modules, and compiled models
 
 
+def refusals(weights: Mapping[str, SparseWeight], state: dict[str, Any], prefix: str) -> list[str]:
+    """Why a state dict does not fit a sparse model. Before any module is loaded, so that nothing is.
+
+    Args: weights: by their names in the model.
+    """
+    found = []
+    for full_name, weight in weights.items():
+        module, name = weight.owners[0]
+        path = prefix + full_name.removesuffix(name)
+        if full_name.endswith(name) and (error := _refusal(module, weight, name, state, path)):
+            found.append(error)
+    return found
+
+
 def _refusal(module: Any, weight: SparseWeight, name: str, state: dict[str, Any], prefix: str) -> str | None:
     weight_key, delta_key, base_key = _keys(weight, name, prefix)
     expected = state.get(weight_key.removesuffix(name) + weight.tensor_name(name, _CHECKSUM))

@@ -27,6 +27,18 @@ def sparse_mlp(base: int = 0, **settings: object) -> nn.Module:
     return model
 
 
+class Products(nn.Module):
+    """A product with a parameter, and another reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.v = nn.Parameter(torch.randn(10, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.w) * self.v
+
+
 HEAD = CONFIG.model_copy(update={"density": 0.5, "modules_to_save": ["2"]})
 
 

@@ -193,6 +193,14 @@ def test_another_selection_is_refused_before_anything_is_changed():
     assert torch.equal(output(other), before)
 
 
+def test_a_refused_state_dict_leaves_fully_trained_modules():
+    model, state = with_head(), with_head(seed=1).state_dict()
+    before = output(model)
+    with pytest.raises(RuntimeError, match="saved with another selection"):
+        model.load_state_dict(state)
+    assert torch.equal(output(model), before)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_dict_without_original_values(assign):
     """As of version 0.1: right only in a model with the same original values."""
