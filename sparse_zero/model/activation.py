@@ -12,7 +12,7 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers, sparse_model
 from sparse_zero.model.finite import count_not_finite, describe
-from sparse_zero.model.sparsity import Sparsity, set_state, sparsity_of
+from sparse_zero.model.sparsity import Sparsity, read_values, set_state, sparsity_of
 from sparse_zero.model.weight_values import BASE, Setting
 from sparse_zero.model.wrappers import tensors_by_name
 from sparse_zero.zero.parameters import gathered, wait_for_prefetch
@@ -77,14 +77,18 @@ def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
         disabled: the number of `disable_adapter` blocks that the model is in.
     """
     wait_for_prefetch(model)
+    # Other weights may have been loaded while another adapter was active
     for weight in state.weights.values():
         layers.attach(weight)
         weight.invalidate()
         if not weight.is_partitioned and not torch.equal(weight.values_at_positions(), weight.base):
-            weight.take_base()  # other weights were loaded while another adapter was active
+            weight.take_base()
+    state.originals = read_values(model, state.trained_names)
     attach(model, state)
     state.disabled = disabled
-    if not disabled:
+    if disabled:
+        state.freeze(model)
+    else:
         state.put_in(model)
 
 
@@ -124,8 +128,9 @@ def merge(model: nn.Module, force: bool) -> Sparsity:
         weight.refresh_at_rest(checks_data=True)
     _write_partitions(state)
     _detach(model, state)
-    for name in state.weights:  # what the parameters contain is now the base of other adapters
+    for name, weight in state.weights.items():  # what the parameters contain is now the base of other adapters
         state.contents.pop(name, None)
+        weight.is_plain = True
     return state
 
 
@@ -147,6 +152,7 @@ def unmerge(model: nn.Module, state: Sparsity) -> None:
     wait_for_prefetch(model)
     for weight in state.weights.values():
         layers.attach(weight)
+        weight.is_plain = False
         weight.invalidate()
     _write_partitions(state, BASE)
     attach(model, state)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
+from sparse_zero.model.weight_values import Setting
 
 
 class CompiledWeight(Protocol):
@@ -21,10 +22,9 @@ class CompiledWeight(Protocol):
 
     owners: tuple[tuple[nn.Module, str], ...]
     delta: nn.Parameter
-    setting: Any
 
     def flat_positions(self) -> torch.Tensor: ...
-    def scaled(self, gradient: torch.Tensor, setting: Any) -> torch.Tensor: ...
+    def scaled(self, gradient: torch.Tensor, setting: Setting) -> torch.Tensor: ...
 
 
 _WEIGHTS: weakref.WeakValueDictionary[int, CompiledWeight] = weakref.WeakValueDictionary()
@@ -57,53 +57,65 @@ class SampledGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, inputs: torch.Tensor, delta: torch.Tensor, number: int, owner: int
+        ctx: Any,
+        output: torch.Tensor,
+        inputs: torch.Tensor,
+        delta: torch.Tensor,
+        number: int,
+        owner: int,
+        scale: str,
     ) -> torch.Tensor:
-        """Args: owner: the index of the module among the weight's owners."""
+        """Args:
+        owner: the index of the module among the weight's owners.
+        scale: that of the forward, as a text; it may be another when backward runs. torch.compile makes a
+            variable of a number that changes, which such a Function cannot keep.
+        """
         ctx.save_for_backward(inputs)
-        ctx.number, ctx.owner = number, owner
+        ctx.number, ctx.owner, ctx.scale = number, owner, scale
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         (inputs,) = ctx.saved_tensors
-        gradient = torch.ops.sparse_zero.delta_gradient(inputs, grad_output, ctx.number, ctx.owner)
-        return grad_output, None, gradient, None, None
+        gradient = torch.ops.sparse_zero.delta_gradient(inputs, grad_output, ctx.number, ctx.owner, ctx.scale)
+        return grad_output, None, gradient, None, None, None
 
 
 class Read(torch.autograd.Function):
     """The weight, whose backward selects the gradient of the delta from the dense gradient."""
 
     @staticmethod
-    def forward(ctx: Any, delta: torch.Tensor, values: torch.Tensor, number: int) -> torch.Tensor:
-        ctx.number = number
+    def forward(ctx: Any, delta: torch.Tensor, values: torch.Tensor, number: int, scale: str) -> torch.Tensor:
+        ctx.number, ctx.scale = number, scale
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        return torch.ops.sparse_zero.selected(grad, ctx.number), None, None
+        return torch.ops.sparse_zero.selected(grad, ctx.number, ctx.scale), None, None, None
 
 
 @torch.library.custom_op("sparse_zero::delta_gradient", mutates_args=())
-def _delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, number: int, owner: int) -> torch.Tensor:
+def _delta_gradient(
+    inputs: torch.Tensor, grad_output: torch.Tensor, number: int, owner: int, scale: str
+) -> torch.Tensor:
     weight = _WEIGHTS[number]
     module, _ = weight.owners[owner]
-    return weight.scaled(module.delta_gradient(inputs, grad_output, weight), weight.setting)
+    return weight.scaled(module.delta_gradient(inputs, grad_output, weight), Setting(True, float(scale), None))
 
 
 @_delta_gradient.register_fake
-def _(inputs: torch.Tensor, grad_output: torch.Tensor, number: int, owner: int) -> torch.Tensor:
+def _(inputs: torch.Tensor, grad_output: torch.Tensor, number: int, owner: int, scale: str) -> torch.Tensor:
     return _like_delta(grad_output, number)
 
 
 @torch.library.custom_op("sparse_zero::selected", mutates_args=())
-def _selected(grad: torch.Tensor, number: int) -> torch.Tensor:
+def _selected(grad: torch.Tensor, number: int, scale: str) -> torch.Tensor:
     weight = _WEIGHTS[number]
-    return weight.scaled(grad.reshape(-1).index_select(0, weight.flat_positions()), weight.setting)
+    return weight.scaled(grad.reshape(-1).index_select(0, weight.flat_positions()), Setting(True, float(scale), None))
 
 
 @_selected.register_fake
-def _(grad: torch.Tensor, number: int) -> torch.Tensor:
+def _(grad: torch.Tensor, number: int, scale: str) -> torch.Tensor:
     return _like_delta(grad, number)
 
 

@@ -38,7 +38,9 @@ class _SampledGradient(torch.autograd.Function):
         module: "SampledModule",
         sparse_weight: SparseWeight,
     ) -> torch.Tensor:
-        ctx.module, ctx.sparse_weight, ctx.setting = module, sparse_weight, sparse_weight.setting
+        ctx.sparse_weight, ctx.setting = sparse_weight, sparse_weight.setting
+        # The module may be plain when backward runs, with another adapter
+        ctx.delta_gradient = module.delta_gradient
         ctx.save_for_backward(inputs)
         ctx.set_materialize_grads(False)
         # Not a view: autograd forbids in-place operations (a ReLU) on views that a Function returns. Sharing memory is
@@ -51,8 +53,9 @@ class _SampledGradient(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None, None
         refuse_second_derivatives(weight.selection.name)
+        weight.check_not_plain()
         (inputs,) = ctx.saved_tensors
-        gradient = ctx.module.delta_gradient(inputs, grad_output, weight)
+        gradient = ctx.delta_gradient(inputs, grad_output, weight)
         return grad_output, None, weight.scaled(gradient, ctx.setting), None, None
 
     @staticmethod
@@ -145,7 +148,8 @@ class SampledModule(SparseModule):
             return output
         if inputs.is_floating_point() and inputs.element_size() > output.element_size():
             inputs = inputs.to(output.dtype)
-        return compiled.SampledGradient.apply(output, inputs, delta, weight.number, self.owner_indices["weight"])
+        owner = self.owner_indices["weight"]
+        return compiled.SampledGradient.apply(output, inputs, delta, weight.number, owner, weight.scale_text)
 
 
 class SparseLinear(SampledModule, nn.Linear):
@@ -222,7 +226,7 @@ def _property(name: str) -> property:
         delta = module._parameters[module.delta_names[name]]
         if not (weight.enabled and torch.is_grad_enabled() and delta.requires_grad):
             return parameter
-        return compiled.Read.apply(delta, parameter, weight.number)
+        return compiled.Read.apply(delta, parameter, weight.number, weight.scale_text)
 
     return property(read)
 

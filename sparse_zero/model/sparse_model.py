@@ -16,6 +16,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model import compiled, layers
 from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.sparsity import sparsity_of, state_of
+from sparse_zero.model.state_dict import refusals
 from sparse_zero.zero.parameters import require_grad_on_leaf_inputs
 
 
@@ -30,14 +31,29 @@ class SparseModel:
             weight.refresh_at_rest()
         return super().named_parameters(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().load_state_dict(state_dict, *args, **kwargs)
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        result = super().state_dict(*args, prefix=prefix, **kwargs)
+        # The deltas are in it within `disable_adapter`, too: loading it must not give one without the other
         sparsity = state_of(self)
-        deltas = {weight.tensor_name(name, "delta") for name, weight in sparsity.weights.items()}
-        if not deltas & state_dict.keys():  # a plain model's: these are the original values
-            loaded = [name for name in sparsity.trained_names if name in state_dict]
-            sparsity.originals |= {name: state_dict[name].detach().to("cpu", copy=True) for name in loaded}
+        for name, value in sparsity.trained.items() if not sparsity.is_partitioned else ():
+            if prefix + name in result:
+                result[prefix + name] = value.to(result[prefix + name].device)
         return result
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Called before the same of the modules in it, also if a model that contains this one is loaded."""
+        sparsity = state_of(self)
+        if refused := refusals(sparsity.weights, state, prefix):
+            raise RuntimeError("\n\t".join([f"Error(s) in loading state_dict for {type(self).__name__}:", *refused]))
+        deltas = {prefix + weight.tensor_name(name, "delta") for name, weight in sparsity.weights.items()}
+        names = [name for name in sparsity.trained_names if prefix + name in state]
+        loaded = {name: state[prefix + name].detach().to("cpu", copy=True) for name in names}
+        if not deltas & state.keys():  # a plain model's: these are the original values
+            sparsity.originals |= loaded
+        if sparsity.trained:  # others are in the model now
+            sparsity.trained |= loaded
+            state.update({prefix + name: sparsity.originals[name].clone() for name in names})
+        super()._load_from_state_dict(state, prefix, *others)
 
     def save_pretrained(
         self,

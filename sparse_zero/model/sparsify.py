@@ -221,12 +221,17 @@ def unload(model: nn.Module) -> nn.Module:
         UserError: the model is not sparse.
     """
     model = unwrap(model)
-    deactivate(model)
+    state = deactivate(model)
+    for weight in state.weights.values():
+        weight.is_plain = True
     return _forget(model)
 
 
 def _forget(model: nn.Module) -> nn.Module:
     """Remove what belongs to all adapters of a model."""
+    for adapter in vars(model).get("inactive_adapters", {}).values():
+        for weight in adapter.weights.values() if isinstance(adapter, Sparsity) else ():
+            weight.is_plain = True
     for name in (CONTENTS, "inactive_adapters"):
         vars(model).pop(name, None)
     return model

@@ -65,6 +65,8 @@ class Sparsity:
     disabled, and while another adapter is active. On the CPU."""
     versions: dict[str, int] = field(default_factory=dict, repr=False)
     """Autograd's version counters of these tensors when they had the trained values."""
+    frozen: list[str] = field(default_factory=list, repr=False)
+    """The fully trained parameters that are frozen while their trained values are not in the model."""
 
     @property
     def trainable_parameters(self) -> int:
@@ -108,6 +110,7 @@ class Sparsity:
         set_values(model, self.originals)
         # Autograd refuses a backward of graphs from before, until the trained values are back
         _set_versions(tensors, {name: version + _APART for name, version in self.versions.items()})
+        self.freeze(model)
         self._set_enabled(False)
 
     def put_in(self, model: nn.Module) -> None:
@@ -115,7 +118,21 @@ class Sparsity:
         trained, self.trained = self.trained, {}
         set_values(model, trained)
         _set_versions(tensors_by_name(model) if trained else {}, self.versions)
+        for name, parameter in self._whole_parameters(model):
+            parameter.requires_grad_(name in self.frozen or parameter.requires_grad)
+        self.frozen = []
         self._set_enabled(True)
+
+    def freeze(self, model: nn.Module) -> None:
+        """Freeze the fully trained parameters while they have the original values: a loss of the base model has no
+        gradient for the adapter."""
+        self.frozen = [name for name, parameter in self._whole_parameters(model) if parameter.requires_grad]
+        for _, parameter in self._whole_parameters(model):
+            parameter.requires_grad_(False)
+
+    def _whole_parameters(self, model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+        tensors = tensors_by_name(model) if self.whole else {}
+        return [(name, tensors[name]) for name in self.whole]
 
     def _set_enabled(self, enabled: bool) -> None:
         for weight in self.weights.values():
@@ -172,9 +189,16 @@ def state_of(model: nn.Module) -> Sparsity | None:
 
 
 def check_not_sparse(model: nn.Module) -> None:
-    """Raise UserError if the model is sparse."""
+    """Raise UserError if the model is sparse, or a module in it belongs to a sparse model: a submodule that is sparse
+    itself, or one that two models share."""
     if state_of(model) is not None:
         raise UserError("this model is sparse already: call merge_and_unload(model) or unload(model) first")
+    for name, module in model.named_modules():
+        if "sparse_weights" in vars(module):
+            raise UserError(
+                f"{name or 'the model'} belongs to a sparse model already: make the model sparse that contains all "
+                "users of it, or call merge_and_unload or unload for the other one first"
+            )
 
 
 def sparsity_of(model: nn.Module) -> Sparsity:

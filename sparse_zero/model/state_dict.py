@@ -53,7 +53,14 @@ def loading(
         errors += refused
         yield False
         return
-    yield True
+    # With assign=True parameters are assigned, as a user may do, whose values would be the original ones
+    for weight in weights.values():
+        weight.is_loading = True
+    try:
+        yield True
+    finally:
+        for weight in weights.values():
+            weight.is_loading = False
     for key, _ in _checksum_keys(weights, prefix):
         if key in unexpected:
             unexpected.remove(key)
@@ -69,6 +76,21 @@ def loading(
         elif base_key in missing and delta_key in state:
             missing.remove(base_key)
         weight.invalidate()
+        weight.refresh_at_rest()  # for readers that go around the modules, and compiled models
+
+
+def refusals(weights: Mapping[str, SparseWeight], state: dict[str, Any], prefix: str) -> list[str]:
+    """Why a state dict does not fit a sparse model. Before any module is loaded, so that nothing is.
+
+    Args: weights: by their names in the model.
+    """
+    found = []
+    for full_name, weight in weights.items():
+        module, name = weight.owners[0]
+        path = prefix + full_name.removesuffix(name)
+        if full_name.endswith(name) and (error := _refusal(module, weight, name, state, path)):
+            found.append(error)
+    return found
 
 
 def _refusal(module: Any, weight: SparseWeight, name: str, state: dict[str, Any], prefix: str) -> str | None:

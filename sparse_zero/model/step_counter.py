@@ -1,5 +1,6 @@
 """Counts optimizer steps, which change deltas, and forwards, which read them."""
 
+import functools
 import weakref
 from typing import Any, Protocol
 
@@ -16,6 +17,21 @@ class Written(Protocol):
     is_attached: bool
 
     def refresh_at_rest(self) -> None: ...
+
+
+_COUNTERS: weakref.WeakSet["StepCounter"] = weakref.WeakSet()
+
+
+@functools.cache
+def _register_once() -> None:
+    """Register the hook of all counters. It stays: the garbage collector may drop a counter while torch iterates over
+    its hooks, which must not change then."""
+
+    def count(optimizer: Optimizer, *_: Any) -> None:
+        for counter in list(_COUNTERS):
+            counter.after_step(optimizer)
+
+    register_optimizer_step_post_hook(count)
 
 
 class StepCounter:
@@ -39,13 +55,8 @@ class StepCounter:
         """Watches the model's first backward, until the optimizer step after it."""
         self.weights: weakref.WeakSet[Written] = weakref.WeakSet()
         """The weights of the model and of its copies, those of inactive adapters included."""
-        reference = weakref.ref(self)
-
-        def count(optimizer: Optimizer, *_: Any) -> None:
-            if counter := reference():
-                counter.after_step(optimizer)
-
-        weakref.finalize(self, register_optimizer_step_post_hook(count).remove)
+        _register_once()
+        _COUNTERS.add(self)
 
     def add(self, weight: Written) -> None:
         """Write the deltas of this weight after the steps of an optimizer that has them."""

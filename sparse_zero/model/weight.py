@@ -59,6 +59,10 @@ class SparseWeight(WeightValues):
         self.number = number_of(self)
         self.base_has_changed = False
         """Whether other original values were loaded, so that the fingerprint of the base model is no longer right."""
+        self.is_plain = False
+        """Whether the model was merged or unloaded: what the parameter contains is no longer decided here."""
+        self.is_loading = False
+        """Whether a state dict is loaded, which says itself what the original values are."""
         self.warned_of_dense_gradient = False
         self._written: tuple | None = None
         """The setting and the `_state` that were last written into the parameter."""
@@ -142,7 +146,9 @@ class SparseWeight(WeightValues):
                 "shapes before sparsify, or call unload(model) or merge_and_unload(model) first"
             )
         self.set_parameter(parameter)
-        self.take_base()
+        if not self.is_loading:
+            self.take_base()
+            self.refresh_at_rest()
 
     def set_parameter(self, parameter: nn.Parameter) -> None:
         """Register a parameter as the weight, frozen, in all modules that own it."""
@@ -155,6 +161,15 @@ class SparseWeight(WeightValues):
     def trains(self) -> bool:
         """Whether a computation now must include the delta in its autograd graph."""
         return self.enabled and torch.is_grad_enabled() and self.delta.requires_grad
+
+    @property
+    def scale(self) -> float:
+        """The factor of the deltas."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._scale, self.scale_text = scale, repr(scale)
 
     @property
     def dropout_step(self) -> int | None:
@@ -259,6 +274,7 @@ class SparseWeight(WeightValues):
         if is_partitioned(self.weight):
             self.refresh_copy(seen.setting)
             return
+        self.check_not_plain()
         if self._delta_state() != seen.delta:
             raise UserError(
                 f"{self.selection.name}: its deltas have changed between a forward and the backward of it; call "
@@ -266,6 +282,20 @@ class SparseWeight(WeightValues):
             )
         if not self._has(seen.setting):
             self.write(seen.setting)
+            if not self.is_attached:  # the active adapter may have no deltas in this weight, and would not write it
+                torch.autograd.Variable._execution_engine.queue_callback(self._take_out)
+
+    def _take_out(self) -> None:
+        if not self.is_attached and self.contents.get(self.selection.name) is self:
+            self.write(BASE)
+
+    def check_not_plain(self) -> None:
+        """Raise UserError in a backward after the model was merged or unloaded."""
+        if self.is_plain:
+            raise UserError(
+                f"{self.selection.name}: the model was merged or unloaded between a forward and the backward of it; "
+                "call backward before"
+            )
 
     def write(self, setting: Setting | None = None) -> None:
         """Write W[selected] = w0 + delta, or w0 while disabled. The weight must be gathered.

@@ -24,10 +24,11 @@ from sparse_cases import (
     train_reference,
     trainable,
 )
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
 from sparse_zero.model.layers import SparseModule
 from sparse_zero.model.sparsify import disable_adapter, merge_and_unload, sparsify, unload
+from sparse_zero.model.step_counter import _COUNTERS
 
 
 @pytest.mark.parametrize("case", ["mlp", "llama", "gpt2"])
@@ -111,12 +112,36 @@ def test_a_merged_model_computes_what_the_sparse_one_does(case):
     assert_same_bits(plain_state(merged), plain_state(dense))
 
 
-def test_the_hooks_on_optimizers_go_with_the_model():
+def test_the_counters_of_optimizer_steps_go_with_the_model():
     gc.collect()
-    before = len(_global_optimizer_post_hooks)
+    before = len(_COUNTERS)
     models = [both("mlp")[1] for _ in range(3)]
-    assert len(_global_optimizer_post_hooks) == before + 3
+    hooks = len(_global_optimizer_post_hooks)
+    assert len(_COUNTERS) == before + 3
     unload(models[0])
     del models
     gc.collect()
-    assert len(_global_optimizer_post_hooks) == before
+    assert len(_COUNTERS) == before
+    assert len(_global_optimizer_post_hooks) == hooks
+
+
+def test_a_model_that_is_collected_within_a_step():
+    """Torch iterates over its hooks then."""
+    dropped = []
+
+    def collect(*_: object) -> None:
+        dropped.clear()
+        gc.collect()
+
+    # Hooks of models that are registered now come after it
+    hook = register_optimizer_step_post_hook(collect)
+    (_, model), (_, other) = both("mlp"), both("mlp")
+    optimizer = adamw(trainable(model))
+    dropped.append(other)
+    del other
+    try:
+        loss_of(model, batch_of("mlp")).backward()
+        optimizer.step()
+    finally:
+        hook.remove()
+    assert torch.equal(model[0]._parameters["weight"], dense_copy(base_model("mlp"), model)[0].weight)
