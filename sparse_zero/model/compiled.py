@@ -21,6 +21,8 @@ class CompiledWeight(Protocol):
     """The part of `model.weight.SparseWeight` that this module uses."""
 
     owners: tuple[tuple[nn.Module, str], ...]
+    weight: nn.Parameter
+    is_attached: bool
     delta: nn.Parameter
 
     def flat_positions(self) -> torch.Tensor: ...
@@ -39,6 +41,11 @@ def number_of(weight: CompiledWeight) -> int:
     number = next(_numbers)
     _WEIGHTS[number] = weight
     return number
+
+
+def sparse_weights() -> list[CompiledWeight]:
+    """All selected weights of this process."""
+    return list(_WEIGHTS.values())
 
 
 def refuse(name: str, dropout: float) -> None:

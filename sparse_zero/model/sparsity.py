@@ -1,5 +1,6 @@
 """The state of a sparse model: which scalars are trained, what they were, and whether the adapter is enabled."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,11 +9,14 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
+from sparse_zero.model.compiled import sparse_weights
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import STATE, tensors_by_name, unwrap
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.zero.parameters import gathered
+
+logger = logging.getLogger(__name__)
 
 _APART = 2**20
 """What is added to a version while other values are in a tensor, so that it is no version of the trained values."""
@@ -116,8 +120,12 @@ class Sparsity:
     def put_in(self, model: nn.Module) -> None:
         """Undo `take_out`."""
         trained, self.trained = self.trained, {}
+        tensors = tensors_by_name(model) if trained else {}
+        if lost := [name for name, version in self.versions.items() if tensors[name]._version != version + _APART]:
+            logger.warning("%s changed within disable_adapter, which has the original values: it is lost", lost[0])
         set_values(model, trained)
-        _set_versions(tensors_by_name(model) if trained else {}, self.versions)
+        _set_versions(tensors, self.versions)
+        self.versions = {}
         for name, parameter in self._whole_parameters(model):
             parameter.requires_grad_(name in self.frozen or parameter.requires_grad)
         self.frozen = []
@@ -193,12 +201,14 @@ def check_not_sparse(model: nn.Module) -> None:
     itself, or one that two models share."""
     if state_of(model) is not None:
         raise UserError("this model is sparse already: call merge_and_unload(model) or unload(model) first")
-    for name, module in model.named_modules():
-        if "sparse_weights" in vars(module):
-            raise UserError(
-                f"{name or 'the model'} belongs to a sparse model already: make the model sparse that contains all "
-                "users of it, or call merge_and_unload or unload for the other one first"
-            )
+    theirs = {id(weight.weight) for weight in sparse_weights() if weight.is_attached}
+    of_others = [name for name, module in model.named_modules() if "sparse_weights" in vars(module)]
+    of_others += [name for name, parameter in model.named_parameters() if id(parameter) in theirs]
+    if of_others:
+        raise UserError(
+            f"{of_others[0] or 'the model'} belongs to a sparse model already: make the model sparse that contains "
+            "all users of it, or call merge_and_unload or unload for the other one first"
+        )
 
 
 def sparsity_of(model: nn.Module) -> Sparsity:

@@ -182,12 +182,11 @@ def test_a_module_belongs_to_one_sparse_model(way):
     sparsify(other, SparseConfig(density=0.2, targets="all"))
 
 
-@pytest.mark.xfail(strict=True, reason="only shared modules are recognised, not a parameter of two modules")
 def test_a_parameter_belongs_to_one_sparse_model():
     one, other = nn.Sequential(nn.Linear(10, 10)), nn.Sequential(nn.Linear(10, 10))
     other[0].weight = one[0].weight
     sparsify(one, CONFIG)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"0\.weight belongs to a sparse model already"):
         sparsify(other, CONFIG.model_copy(update={"seed": 3}))
 
 

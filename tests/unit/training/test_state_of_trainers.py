@@ -59,7 +59,6 @@ def test_the_adapter_of_a_run_has_the_running_statistics(tmp_path):
         assert torch.equal(evaluated(load_adapter(Normalized(), tmp_path / name)), evaluated(model))
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoints of SparseTrainer do not contain buffers")
 def test_a_resumed_run_has_the_running_statistics(tmp_path):
     whole, resumed = sparsify(Normalized(), CONFIG), sparsify(Normalized(), CONFIG)
     SparseTrainer(whole, arguments(tmp_path, 4), train_dataset=ROWS).train()
