@@ -27,7 +27,7 @@ from sparse_zero.model.weight_values import BASE, Setting, WeightValues, add_del
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
-from sparse_zero.zero.parameters import gathered, is_partitioned, is_whole
+from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, is_whole
 
 
 class Seen(NamedTuple):
@@ -140,9 +140,9 @@ class SparseWeight(WeightValues):
             raise UserError(
                 f"{self.selection.name}: tie weights before sparsify, or call unload(model) or merge_and_unload(model)"
             )
-        if parameter.shape != self.shape:
+        if parameter.shape != (shape := full_shape(self.weight)):
             raise UserError(
-                f"{self.selection.name}: has shape {list(self.shape)}, the new weight {list(parameter.shape)}; change "
+                f"{self.selection.name}: has shape {list(shape)}, the new weight {list(parameter.shape)}; change "
                 "shapes before sparsify, or call unload(model) or merge_and_unload(model) first"
             )
         self.set_parameter(parameter)
