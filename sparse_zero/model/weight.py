@@ -383,7 +383,9 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def _hash(delta: torch.Tensor) -> int:
-    return xxhash.xxh3_64_intdigest(delta.detach().contiguous().view(torch.uint8).numpy())
+    values = delta.detach().contiguous()
+    # numpy has no bfloat16
+    return xxhash.xxh3_64_intdigest((values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy())
 
 
 class _Scaled(torch.autograd.Function):
