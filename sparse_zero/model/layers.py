@@ -97,6 +97,11 @@ class SparseModule:
         else:
             super().__setattr__(name, value)
 
+    @property
+    def parametrizations(self) -> nn.ModuleDict:
+        """What torch.nn.utils.parametrize looks at before it parametrizes one of the module's parameters."""
+        return self._modules.get("parametrizations") or _Unparametrized(self.sparse_weights)
+
     def __delattr__(self, name: str) -> None:
         if name in self.selected_names:
             refuse_replacement(self.sparse_weights[name].selection.name)
@@ -120,6 +125,19 @@ class SparseModule:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return new_module, (self.plain_class, self.selected_names), self.__getstate__()
+
+
+class _Unparametrized(nn.ModuleDict):
+    """No parametrizations, and none can be added to a sparse weight."""
+
+    def __init__(self, weights: dict[str, SparseWeight]) -> None:
+        super().__init__()
+        self.__dict__["weights"] = weights
+
+    def __contains__(self, name: str) -> bool:
+        if name in self.weights:
+            refuse_replacement(self.weights[name].selection.name)
+        return False
 
 
 class SampledModule(SparseModule):

@@ -10,6 +10,7 @@ from sparse_cases import batch_of, dense_copy, nudge, output_of
 from state_cases import CONFIG, X, deltas, mlp, output, saved
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from sparse_zero import (
     SparseConfig,
@@ -222,3 +223,22 @@ def test_loading_an_adapter_of_another_shape_changes_nothing(tmp_path):
     plain = mlp()
     refused(plain, lambda: load_adapter(plain, tmp_path / "other"), UserError)
     assert torch.equal(plain(X), mlp()(X))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_a_sparse_weight_is_not_parametrized():
+    model = sparsify(mlp(), CONFIG)
+    expected = output(model)
+    with pytest.raises(UserError, match=r"0\.weight: a sparse weight cannot be removed or parametrized"):
+        register_parametrization(model[0], "weight", Doubled())
+    assert torch.equal(output(model), expected)
+    assert not is_parametrized(model[0])
+    plain = mlp()
+    register_parametrization(plain[0], "weight", Doubled())
+    register_parametrization(sparsify(plain, SparseConfig(density=0.05, targets=["0.bias"]))[2], "weight", Doubled())
+    assert is_parametrized(plain[0], "weight")
+    assert is_parametrized(plain[2], "weight")
