@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.errors import UserError
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
-from sparse_zero.model import compiled, state_dict
+from sparse_zero.model import compiled, reads, state_dict
 from sparse_zero.model.products import kept_input
 from sparse_zero.model.refusals import refuse_replacement, refuse_second_derivatives, refuse_transforms
 from sparse_zero.model.saved_weights import saved_by_reference
@@ -82,14 +82,18 @@ class SparseModule:
     """The index of this module among the owners of each."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        is_traced = torch.compiler.is_compiling() and not any(map(is_partitioned, self._selected()))
+        if is_traced or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         weights = self.sparse_weights.values()
         with ExitStack() as stack:
             for weight in weights:
-                stack.enter_context(weight.share_reads())
+                stack.enter_context(reads.shared(weight))
             stack.enter_context(saved_by_reference(weight for weight in weights if is_whole(weight.weight)))
             return super().forward(*args, **kwargs)
+
+    def _selected(self) -> list[nn.Parameter]:
+        return [self._parameters[name] for name in self.sparse_weights]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.selected_names and isinstance(value, nn.Parameter):
@@ -149,7 +153,7 @@ class SampledModule(SparseModule):
         if torch.compiler.is_compiling() and not is_partitioned(self._parameters["weight"]):
             return self._compiled(weight, *args, **kwargs)
         weight.refresh()
-        with weight.read_plain():
+        with reads.plain(weight):
             output = super().forward(*args, **kwargs)
         if not weight.trains:
             return output

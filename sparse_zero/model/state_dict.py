@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparse_zero.model.weight import SparseWeight
+from sparse_zero.model.weight_values import add_delta
 from sparse_zero.zero.parameters import is_partitioned
 
 _CHECKSUM = "positions"
@@ -28,7 +29,7 @@ def refresh(weights: Mapping[str, SparseWeight]) -> None:
 
 
 def add_checksums(weights: Mapping[str, SparseWeight], destination: dict[str, Any], prefix: str) -> None:
-    """Add `weight_positions` to a state dict. Of a tied weight, its first module has it, as well as `weight_base`."""
+    """Add `weight_positions` to a state dict: for each module of a tied weight, as `weight_delta`."""
     for key, weight in _checksum_keys(weights, prefix):
         destination[key] = _checksum(weight)
 
@@ -120,9 +121,8 @@ def _refusal(module: Any, weight: SparseWeight, name: str, state: dict[str, Any]
 
 def _is_sum(weight: SparseWeight, values: torch.Tensor, delta: torch.Tensor) -> bool:
     """Whether the values are the original ones of the model plus the given deltas, or the original ones."""
-    base = weight.base
-    total = base.to(torch.promote_types(base.dtype, torch.float32)) + delta
-    return torch.equal(values.to(base.dtype), total.to(base.dtype)) or torch.equal(values.to(base.dtype), base)
+    base, values = weight.base, values.to(weight.base.dtype)
+    return torch.equal(values, add_delta(base, delta).to(base.dtype)) or torch.equal(values, base)
 
 
 def _share_among_owners(weight: SparseWeight) -> None:

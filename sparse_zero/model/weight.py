@@ -7,9 +7,7 @@ keeps its name and its entry in the state dict. This module decides what the par
 - `restore` puts back, for a backward, what its forward has seen.
 """
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparse_zero.errors import UserError
+from sparse_zero.model import reads
 from sparse_zero.model.compiled import number_of
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.refusals import refuse_transforms
@@ -109,14 +108,15 @@ class SparseWeight(WeightValues):
         finally:
             if strips is not None:
                 self._set_tensor("strips", strips)
-            if writes or (deltas is None and not is_partitioned(weight)):
+            if writes:
                 self._note_written(self.at_rest)
+        if deltas is None and not is_partitioned(weight):
+            self._note_written(self.at_rest)  # w0 + 0 is there already
 
     @torch.no_grad()
     def take_base(self) -> None:
         """Take the parameter's values at the positions as the original values. The deltas stay."""
-        flat = self.flat_positions()
-        self.base.copy_(FlatView(self.weight.detach()).read(flat))
+        self.base.copy_(self.values_at_positions())
         self.base_has_changed = True
         self.contents.pop(self.selection.name, None)
         self.invalidate()
@@ -195,41 +195,17 @@ class SparseWeight(WeightValues):
         """The tensor that an access to the module's parameter returns."""
         self.refresh()
         weight = self.weight
-        if self in _here.plain or not self.trains or not is_whole(weight):
+        if self in reads.here.plain or not self.trains or not is_whole(weight):
             return weight
         refuse_transforms(self.selection.name)
-        tensor = _here.shared.get(self)
+        tensor = reads.here.shared.get(self)
         if tensor is None:
             tensor = as_weight_tensor(self)
             # Makes isinstance(tensor, nn.Parameter) true, which Module.get_parameter, among others, requires
             tensor._is_param, tensor._sparse_weight = True, self
-        if self in _here.shared:
-            _here.shared[self] = tensor
+        if self in reads.here.shared:
+            reads.here.shared[self] = tensor
         return tensor
-
-    @contextmanager
-    def share_reads(self) -> Iterator[None]:
-        """Within this block, which is one forward of a module, all reads return the same tensor. Experts that are read
-        one by one then share one gradient of the delta."""
-        if self in _here.shared:  # a module inside of another one that has the same, tied weight
-            yield
-            return
-        _here.shared[self] = None
-        try:
-            yield
-        finally:
-            del _here.shared[self]
-
-    @contextmanager
-    def read_plain(self) -> Iterator[None]:
-        """Within this block reads return the parameter itself."""
-        is_plain = self in _here.plain
-        _here.plain.add(self)
-        try:
-            yield
-        finally:
-            if not is_plain:
-                _here.plain.discard(self)
 
     def effective_delta(self) -> torch.Tensor:
         """The delta as it is added to the weight now, with dropout and scale, in its autograd graph. (n,)"""
@@ -292,10 +268,8 @@ class SparseWeight(WeightValues):
     def check_not_plain(self) -> None:
         """Raise UserError in a backward after the model was merged or unloaded."""
         if self.is_plain:
-            raise UserError(
-                f"{self.selection.name}: the model was merged or unloaded between a forward and the backward of it; "
-                "call backward before"
-            )
+            name = self.selection.name
+            raise UserError(f"{name}: the model was merged or unloaded between a forward and the backward of it")
 
     def write(self, setting: Setting | None = None) -> None:
         """Write W[selected] = w0 + delta, or w0 while disabled. The weight must be gathered.
@@ -363,19 +337,6 @@ class SparseWeight(WeightValues):
         self.__dict__.update(state)
         self.number = number_of(self)
         self.counter.add(self)
-
-
-class _Here(threading.local):
-    """How this thread reads weights now."""
-
-    def __init__(self) -> None:
-        self.plain: set[SparseWeight] = set()
-        """Those that are read as plain parameters, in the forward of a SampledModule."""
-        self.shared: dict[SparseWeight, torch.Tensor | None] = {}
-        """Those for which all reads return the same tensor, and this tensor after the first read."""
-
-
-_here = _Here()
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.gradient import cpu
-from sparse_zero.model.sparsify import merge_and_unload, sparsify
+from sparse_zero.model.sparsify import apply_selection, merge_and_unload, sparsify
 from sparse_zero.selection.config import SparseConfig
 
 # The sparse model
@@ -346,3 +346,19 @@ def test_falcons_own_linear_layer():
     assert_gradients(model, dense, lambda model: loss_of(model, batch_of("llama")).backward())
     merged = merge_and_unload(model)
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+
+
+def test_positions_that_are_refused_halfway_leave_the_weights():
+    """The original values are not known yet, so nothing may be restored from them."""
+    _, sparse = both("mlp")
+    selections = [weight.selection for weight in sparse.sparsity.weights.values()]
+    base = base_model("mlp")
+    before = plain_state(base)
+
+    def chunks(selection, device):
+        yield selection.positions(device)[:1]
+        raise UserError("damaged")
+
+    with pytest.raises(UserError, match="damaged"):
+        apply_selection(base, CASES["mlp"], selections, [], chunks)
+    assert_same_bits(plain_state(base), before)
