@@ -365,7 +365,9 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
     )
     tokenizer = _tokenizer_of(config)
     if config.new_tokens:
-        add_tokens(tokenizer, config.new_tokens)
+        # The base model's own tokenizer may have more tokens than its embedding has rows
+        known = tokenizer.get_vocab()
+        add_tokens(tokenizer, [token for token in config.new_tokens if token not in known])
         resize_embeddings(model, tokenizer)
     load_adapter(model, directory)
     set_scale(model, scale)

@@ -12,30 +12,28 @@ import hashlib
 import logging
 import re
 import reprlib
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import tokenizers
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, DatasetBuilder, Value, load_dataset_builder
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, DatasetBuilder, Value
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from sparse_zero.data import packing, tokenization
+from sparse_zero.data import conversations, packing, tokenization
+from sparse_zero.data import labels as label_kinds
+from sparse_zero.data.files import message_of, open_builder
+from sparse_zero.data.labels import Labels, read_labels
 from sparse_zero.data.models import check_max_length
-from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.recipe.recipe import Columns, DataSection, Task
+from sparse_zero.recipe.recipe import Columns, DataSection, ProblemType, Task
 
 logger = logging.getLogger(__name__)
-
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-_LABEL_TYPES = ("bool", "int", "uint", "float", "string", "large_string")
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class PreparedData:
     train: Dataset
     evaluation: Dataset
     collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
-    id2label: dict[int, str] | None
-    """The classes of a sequence classifier; None for a language model."""
+    labels: Labels | None
+    """The labels of a sequence classifier; None for a language model."""
     max_length: int | None
     """The length in tokens that examples are truncated to, and that packed sequences may have; None for no limit."""
 
@@ -63,41 +61,11 @@ def load_splits(data: DataSection) -> tuple[Dataset, Dataset]:
         UserError: a missing file, an unknown split or filter column, a split that is empty or too small, or data that
             `datasets` cannot read.
     """
-    builder = _open(data)
+    builder = open_builder(data)
     train = _read(builder, data, "train_split")
     if data.eval_split is None:
         return _hold_out(train, data)
     return _subset(train, data, "train"), _subset(_read(builder, data, "eval_split"), data, "eval")
-
-
-def _open(data: DataSection) -> DatasetBuilder:
-    path, files, options = package_path(data.path), data.data_files, {}
-    suffix = Path(path).suffix
-    if suffix in _BUILDERS and not Path(path).is_dir():
-        if not Path(path).is_file():
-            near = did_you_mean(path, map(str, Path(path).parent.glob(f"*{suffix}")))
-            raise UserError(f"data.path: no such file '{path}'{near}")
-        if files is not None:
-            raise UserError(
-                f"data.data_files: data.path '{path}' is a file as well; set data.path to '{_BUILDERS[suffix]}'"
-            )
-        path, files = _BUILDERS[suffix], path
-        options = {"sep": "\t"} if suffix == ".tsv" else {}
-    elif path in _BUILDERS.values() and files is None:
-        # `datasets` would read all files below the working directory
-        raise UserError(f"data.data_files is missing: name the files that the '{path}' builder should read")
-    try:
-        builder = load_dataset_builder(path, data.name, data_files=files, revision=data.revision, **options)
-        builder.download_and_prepare()
-    except Exception as error:  # `datasets` does not catch the errors of pandas, pyarrow and huggingface_hub
-        raise UserError(f"data.path '{data.path}' cannot be loaded: {_message(error)}") from error
-    return builder
-
-
-def _message(error: Exception) -> str:
-    """The error's message in one line. That of a DatasetGenerationError is in its cause."""
-    cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
-    return textwrap.shorten(str(cause) or type(cause).__name__, 400, placeholder=" ...")
 
 
 def _read(builder: DatasetBuilder, data: DataSection, key: str) -> Dataset:
@@ -109,7 +77,7 @@ def _read(builder: DatasetBuilder, data: DataSection, key: str) -> Dataset:
     try:
         dataset = builder.as_dataset(split)
     except ValueError as error:
-        raise UserError(f"data.{key}: split '{split}' of '{data.path}': {_message(error)}") from error
+        raise UserError(f"data.{key}: split '{split}' of '{data.path}': {message_of(error)}") from error
     if not data.filter:
         return dataset
     for column in data.filter:
@@ -170,6 +138,8 @@ def prepare_data(
     train: Dataset,
     evaluation: Dataset,
     model_limit: int | None,
+    problem_type: ProblemType | None = None,
+    head: Mapping[int, str] | None = None,
 ) -> PreparedData:
     """Tokenise both splits into the model's input columns, and choose a collator.
 
@@ -184,6 +154,7 @@ def prepare_data(
         train: the raw training examples.
         evaluation: the raw evaluation examples.
         model_limit: the maximum sequence length of the model in tokens; None for no limit.
+        problem_type, head: see `read_labels`.
 
     Raises:
         UserError: a column that is missing or has the wrong type, labels that are not classes, a tokenizer without a
@@ -196,8 +167,9 @@ def prepare_data(
         splits[name] = _drop_incomplete(split, list(data.columns.model_dump(exclude_none=True).values()), name)
     tokenizer = _padding_right(tokenizer)
     if task == "sequence-classification":
-        encoded, id2label = _classification(data.columns, tokenizer, splits, max_length)
-        return PreparedData(*encoded, DataCollatorWithPadding(tokenizer), id2label, max_length)
+        labels = read_labels(data.columns.label, splits, problem_type, head)
+        encoded = _classification(data.columns, tokenizer, splits, max_length, labels)
+        return PreparedData(*encoded, DataCollatorWithPadding(tokenizer), labels, max_length)
     encoded = _language_model(data, tokenizer, splits, max_length)
     if not data.packing:
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=tokenization.IGNORED)
@@ -277,56 +249,27 @@ def _padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def _classification(
-    columns: Columns, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset], max_length: int | None
-) -> tuple[list[Dataset], dict[int, str]]:
-    """Tokenise both splits. Class ids are assigned to the labels that occur in either split."""
-    classes = {name: _classes(split, columns.label, name) for name, split in splits.items()}
-    known = list(dict.fromkeys(label for of_split in classes.values() for label in of_split.values()))
-    where = f"data.columns.label: column '{columns.label}'"
-    if len({type(label) for label in known}) > 1:
-        raise UserError(f"{where} has labels of different types in the two splits: {reprlib.repr(known)}")
-    if len(known) < 2:
-        raise UserError(f"{where} has only the label {known[0]}; a classifier needs at least two classes")
-    if not isinstance(splits["training"].features[columns.label], ClassLabel):
-        known.sort()
-    ids = {label: id for id, label in enumerate(known)}
-    encoded = [
-        _map(
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: dict[str, Dataset],
+    max_length: int | None,
+    labels: Labels,
+) -> list[Dataset]:
+    encoded = []
+    for name, split in splits.items():
+        tokens = _map(
             split,
             tokenization.encode_for_classification,
             tokenizer=tokenizer,
             text=columns.text,
             text_pair=columns.text_pair,
             label=columns.label,
-            ids={value: ids[label] for value, label in classes[name].items()},
+            labels=labels,
+            split=name,
             max_length=max_length,
         )
-        for name, split in splits.items()
-    ]
-    return encoded, {id: str(label) for label, id in ids.items()}
-
-
-def _classes(dataset: Dataset, column: str, name: str) -> dict[Any, str | int | bool]:
-    """The label for each value of the column."""
-    feature = dataset.features[column]
-    type_name = _type_name(feature)
-    where = f"data.columns.label: column '{column}' of the {name} data"
-    if not isinstance(feature, ClassLabel) and not type_name.startswith(_LABEL_TYPES):
-        raise UserError(f"{where} has the type {type_name}; a label is a string, an integer or a boolean")
-    values = dataset.unique(column)
-    if isinstance(feature, ClassLabel):
-        if min(values) < 0:
-            raise UserError(
-                f"{where} has unlabelled examples ({min(values)}); choose another split or set data.filter"
-            )
-        return dict(enumerate(feature.names))
-    if type_name.startswith("float"):
-        # pandas turns an integer column with missing values into floats
-        fractions = [value for value in values if not value.is_integer()]
-        if fractions:
-            raise UserError(f"{where} has fractions such as {fractions[0]}; regression is not supported")
-        return {value: int(value) for value in values}
-    return {value: value for value in values}
+        encoded.append(_drop(tokens, name))
+    return encoded
 
 
 def _language_model(
@@ -341,7 +284,8 @@ def _language_model(
                 f"data.columns.messages: the tokenizer of {tokenizer.name_or_path} has no chat template; set "
                 "model.tokenizer to one that has, or use data.columns.prompt and data.columns.completion"
             ) from None
-        encode, names = tokenization.encode_conversations, {"messages": columns.messages}
+        _report_tools(splits, columns, tokenizer)
+        encode, names = tokenization.encode_conversations, {"messages": columns.messages, "tools": columns.tools}
     elif tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no eos token, which ends each example; set "
@@ -351,14 +295,45 @@ def _language_model(
         encode, names = tokenization.encode_completions, {"prompt": columns.prompt, "completion": columns.completion}
     else:
         encode, names = tokenization.encode_plain_text, {"text": columns.text}
-    reason = "have no token to train on"
-    if max_length is not None:
-        reason += f" in their first {max_length} tokens (data.max_length)"
-    encoded = []
-    for name, split in splits.items():
-        after = _map(split, encode, tokenizer=tokenizer, max_length=max_length, **names)
-        encoded.append(_report_dropped(split, after, name, reason))
-    return encoded
+    return [
+        _drop(_map(split, encode, tokenizer=tokenizer, max_length=max_length, **names), name)
+        for name, split in splits.items()
+    ]
+
+
+def _report_tools(splits: dict[str, Dataset], columns: Columns, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say if tools are not shown to the model."""
+    if columns.tools is None and "tools" in splits["training"].column_names:
+        logger.warning("the column 'tools' is not used; set data.columns.tools: tools to show them to the template")
+    if columns.tools is not None and "tools" not in tokenizer.get_chat_template(tools=[]):
+        logger.warning("data.columns.tools: the chat template of %s does not show tools", tokenizer.name_or_path)
+
+
+def _drop(encoded: Dataset, name: str) -> Dataset:
+    """Leave out the examples that have a reason to be dropped, and report the reasons, with their counts, and the
+    roles that have other names in chat templates.
+    """
+    if "renamed" in encoded.column_names:
+        renamed = {
+            role for roles in pc.unique(encoded.data.column("renamed")).to_pylist() for role in roles.split("; ")
+        }
+        if roles := sorted(renamed - {""}):
+            logger.warning("data.columns.messages: roles are taken for those of chat templates: %s", ", ".join(roles))
+        encoded = encoded.remove_columns("renamed")
+    counts = pc.value_counts(encoded.data.column("dropped")).to_pylist()
+    reasons = {count["values"]: count["counts"] for count in counts if count["values"]}
+    if reasons and sum(reasons.values()) == len(encoded):
+        stated = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+        stated = next(iter(reasons)) if len(reasons) == 1 else stated
+        raise UserError(f"no {name} example is left: all {len(encoded)} {stated}")
+    for reason, count in reasons.items():
+        logger.warning("dropped %d of %d %s examples: they %s", count, len(encoded), name, reason)
+    kept = _filter(encoded, _is_kept, ["dropped"]) if reasons else encoded
+    return kept.remove_columns("dropped")
+
+
+def _is_kept(dropped: list[str]) -> list[bool]:
+    return [not reason for reason in dropped]
 
 
 def _map(
@@ -387,6 +362,7 @@ def _apply(function: Callable, _: str, arguments: dict[str, Any], *batch: Any) -
 @cache
 def _version() -> str:
     """A hash of this code and the tokenizer libraries. `datasets` identifies imported functions only by name."""
-    sources = b"".join(Path(file).read_bytes() for file in (__file__, tokenization.__file__, packing.__file__))
+    modules = (conversations, label_kinds, packing, tokenization)
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, *(module.__file__ for module in modules)))
     releases = f"{transformers.__version__} {tokenizers.__version__}".encode()
     return hashlib.sha256(sources + releases).hexdigest()

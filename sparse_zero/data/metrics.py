@@ -1,10 +1,15 @@
-"""Metrics of an evaluation: scores of a classifier, and the exact loss per token of a language model."""
+"""Metrics of an evaluation: scores of classes or numbers, and the exact loss per token of a language model."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
+
+from sparse_zero.recipe.recipe import ProblemType
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -29,6 +34,66 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),
         "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
     }
+
+
+def multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss, F1 and accuracy of a classifier that gives each text any number of classes.
+
+    A class is predicted where its logit is positive, a probability above one half.
+
+    Args:
+        prediction: logits (examples, classes) and labels (examples, classes) of 0 and 1.
+
+    Returns:
+        `example_loss`: the mean binary cross entropy over all examples and classes, in nats.
+        `f1_micro`: F1 over all pairs of a text and a class.
+        `f1_macro`: the mean of the classes' F1, which is 0 for a class that neither occurs nor is predicted.
+        `accuracy`: the share of texts whose classes are all right.
+    """
+    logits, labels = _first(prediction.predictions), prediction.label_ids
+    predicted, expected = logits > 0, labels > 0.5
+    loss = F.binary_cross_entropy_with_logits(torch.as_tensor(logits).float(), torch.as_tensor(labels).float())
+    return {
+        "example_loss": loss.item(),
+        "accuracy": float(accuracy_score(expected, predicted)),
+        "f1_micro": float(f1_score(expected, predicted, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(expected, predicted, average="macro", zero_division=0)),
+    }
+
+
+def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The mean squared error of predicted numbers, and their correlations with the labels.
+
+    Args:
+        prediction: predictions (examples, 1) and labels (examples,).
+
+    Returns:
+        `example_loss` and `mse`: the mean squared error.
+        `pearson`, `spearman`: correlations of values and of ranks; 0 if all predictions or all labels are equal.
+    """
+    predicted = _first(prediction.predictions).astype(np.float64).reshape(-1)
+    labels = prediction.label_ids.astype(np.float64).reshape(-1)
+    error = float(np.mean((predicted - labels) ** 2))
+    constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
+    return {
+        "example_loss": error,
+        "mse": error,
+        "pearson": 0.0 if constant else float(pearsonr(predicted, labels).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(predicted, labels).statistic),
+    }
+
+
+CLASSIFIER_METRICS: dict[ProblemType, Callable[[EvalPrediction], dict[str, float]]] = {
+    "single_label_classification": classification_metrics,
+    "multi_label_classification": multi_label_metrics,
+    "regression": regression_metrics,
+}
+
+METRICS = (
+    *("accuracy", "f1", "matthews_correlation", "f1_micro", "f1_macro", "pearson", "spearman", "mse"),
+    "perplexity",
+)
+"""The names of all metrics besides the loss, in the order in which they are shown."""
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Base models and tokenizers from the hub, a local directory or an installed package."""
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
     settings: dict[str, Any] | None = None,
+    new_head: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a base model with the head for a task. In a run with ZeRO stage 3 it is built under deepspeed.zero.Init.
@@ -55,6 +57,7 @@ def load_model(
         revision: of the hub's repository.
         dtype: "auto" for the dtype of the saved weights.
         settings: entries of the model's config to set (id2label, pad_token_id).
+        new_head: initialise a classifier's head at random even if the checkpoint has one of this size.
         kwargs: for from_pretrained.
 
     Raises:
@@ -64,6 +67,10 @@ def load_model(
     if "id2label" in settings:
         # JSON only has strings as keys
         settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
+    padding = settings.get("pad_token_id")
+    if padding is not None and padding >= _vocabulary(name, revision, kwargs.get("trust_remote_code", False)):
+        # An added token: `resize_embeddings` makes the row. Without it an embedding refuses its index.
+        del settings["pad_token_id"]
     verbosity = transformers_logging.get_verbosity()
     # No report on the missing weights of a new head, which is normal. Other missing weights are reported below.
     transformers_logging.set_verbosity_error()
@@ -91,7 +98,34 @@ def load_model(
     missing = sorted(key for key in report["missing_keys"] if task == "causal-lm" or key.startswith(prefix))
     if missing:
         logger.warning("%s has no weights for %s: they are initialised at random", name, ", ".join(missing))
+    if new_head:
+        _initialise_head(model)
+    if padding is not None:
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = padding
     return model
+
+
+def _vocabulary(name: str, revision: str | None, trust_remote_code: bool) -> int:
+    config = load_config(name, revision, trust_remote_code=trust_remote_code).get_text_config()
+    return getattr(config, "vocab_size", None) or sys.maxsize
+
+
+def _initialise_head(model: PreTrainedModel) -> None:
+    """Initialise all parameters outside the base model as transformers does for a checkpoint without them."""
+    prefix = f"{model.base_model_prefix}."
+    for name, module in model.named_modules():
+        own = [parameter for key, parameter in module.named_parameters() if not f"{name}.{key}".startswith(prefix)]
+        if own:
+            module._is_hf_initialized = False
+        for parameter in own:
+            parameter._is_hf_initialized = False
+    model._initialize_missing_keys(is_quantized=False)
+
+
+def head_labels(config: PreTrainedConfig) -> dict[int, str] | None:
+    """The classes of a checkpoint's own sequence classification head; None if it has none."""
+    classes = config.architectures or []
+    return dict(config.id2label) if any(task_of(name) == "sequence-classification" for name in classes) else None
 
 
 def meta_model(
@@ -133,6 +167,12 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Non
     if known := [token for token in tokens if token in tokenizer.get_vocab()]:
         raise UserError(f"model.new_tokens: '{known[0]}' is already in the tokenizer's vocabulary")
     tokenizer.add_tokens(list(tokens), special_tokens=True)
+
+
+def tokens_without_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens for which the model's input embedding has no row, in the order of their ids."""
+    rows = full_shape(model.get_input_embeddings().weight)[0]
+    return tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer))))
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,7 @@
 """Packing: several examples in one sequence, and the collator for such sequences."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -81,7 +81,7 @@ class PackedCollator:
 
 
 def check_packing(attn_implementation: str, batch_size: int) -> None:
-    """Raise UserError if packed examples would attend to each other.
+    """Raise UserError if packed examples would attend to each other in batches of this size.
 
     With flash attention, transformers detects packed examples only in batches of one sequence (`_is_packed_sequence`).
     """
@@ -91,3 +91,41 @@ def check_packing(attn_implementation: str, batch_size: int) -> None:
             f"{batch_size}; set model.attn_implementation to sdpa, or set the batch sizes to 1 and increase "
             "data.max_length"
         )
+
+
+Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+_LENGTHS = (5, 7, 6)
+"""Tokens of the examples of a probe."""
+
+
+@torch.no_grad()
+def leak_between_examples(forward: Forward, vocabulary: int, rows: int = 1) -> float:
+    """How much packed examples see of each other.
+
+    Args:
+        forward: gives the logits (rows, tokens, ...) of a batch of `PackedCollator`, without dropout.
+        vocabulary: the number of token ids.
+        rows: sequences in the batch.
+
+    Returns: the largest change of the logits of the second and third example when the first changes, relative to the
+        largest logit. It is 0 up to rounding if examples do not see each other.
+    """
+    generator = torch.Generator().manual_seed(0)
+    examples = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
+    other = [(id + 1 + vocabulary // 2) % vocabulary for id in examples[0]]
+    logits = [
+        forward(_probe([first, *examples[1:]], rows))[:, _LENGTHS[0] :].float() for first in (examples[0], other)
+    ]
+    return ((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30)).item()
+
+
+def _probe(examples: list[list[int]], rows: int) -> dict[str, torch.Tensor]:
+    packed = {
+        "input_ids": list(chain.from_iterable(examples)),
+        "labels": [IGNORED] * sum(_LENGTHS),
+        "position_ids": [position for example in examples for position in range(len(example))],
+    }
+    batch = PackedCollator(0)([packed] * rows)
+    del batch["labels"]
+    return batch

@@ -2,22 +2,25 @@
 
 The `encode_*` functions have as arguments the batch that Dataset.map passes (a dict from column to the values of all
 examples), the tokenizer, and the names of the columns. Those for language models return `input_ids` and `labels` of
-equal length, where the label -100 excludes a token from the loss. They drop examples without any other label after the
-first token, so the result may have fewer examples than the batch.
+equal length, where the label -100 excludes a token from the loss. `dropped` is the reason why an example cannot be
+used, or "".
 """
 
-import re
 import reprlib
 from collections.abc import Iterable
-from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from sparse_zero.data.conversations import as_messages, as_tools, render, role_in_template
+from sparse_zero.data.labels import Labels
 from sparse_zero.errors import UserError
 
 IGNORED = -100
 """The label of tokens that are excluded from the loss, the default `ignore_index` of torch's cross entropy."""
+
+NO_TOKEN, NO_TARGET = "are empty: they have no token", "have no token to train on"
+"""Reasons why an example is dropped."""
 
 Batch = dict[str, list]
 
@@ -28,19 +31,21 @@ def encode_for_classification(
     text: str,
     text_pair: str | None,
     label: str,
-    ids: dict[Any, int],
+    labels: Labels,
+    split: str,
     max_length: int | None,
 ) -> Batch:
-    """Tokenise for a classifier. Returns: the tokenizer's columns, and `labels` with the class ids."""
+    """Tokenise for a classifier. Returns: the tokenizer's columns, `labels` for the loss, and `dropped`."""
     pair = batch[text_pair] if text_pair else None
     encoded = tokenizer(batch[text], pair, truncation=max_length is not None, max_length=max_length)
-    return {**encoded, "labels": [ids[value] for value in batch[label]]}
+    dropped = ["" if ids else NO_TOKEN for ids in encoded["input_ids"]]
+    return {**encoded, "labels": labels.targets(split, batch[label]), "dropped": dropped}
 
 
 def encode_plain_text(batch: Batch, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None) -> Batch:
     """Tokenise plain text and append an end-of-sequence token. The loss is computed on all tokens."""
     encoded = [_with_eos(ids, tokenizer) for ids in tokenizer(batch[text], verbose=False).input_ids]
-    return _truncated(zip(encoded, encoded, strict=True), max_length)
+    return _truncated(((ids, ids, "") for ids in encoded), max_length)
 
 
 def encode_completions(
@@ -57,75 +62,61 @@ def encode_completions(
     examples = []
     for start, end in zip(prompts, completions, strict=True):
         end = _with_eos(end, tokenizer)
-        examples.append((start + end, [IGNORED] * len(start) + end))
+        examples.append((start + end, [IGNORED] * len(start) + end, ""))
     return _truncated(examples, max_length)
 
 
 def encode_conversations(
-    batch: Batch, tokenizer: PreTrainedTokenizerBase, messages: str, max_length: int | None
+    batch: Batch, tokenizer: PreTrainedTokenizerBase, messages: str, tools: str | None, max_length: int | None
 ) -> Batch:
     """Tokenise conversations with the chat template. The loss is computed on the assistant's turns.
 
-    If the template has {% generation %} markers, these are the tokens between them. Otherwise they are the tokens that
-    a turn adds to the conversation before it with the generation prompt.
+    `renamed` has the roles of each conversation that have another name in chat templates: "gpt -> assistant; ...".
 
     Raises:
-        UserError: the template fails on a conversation, or it has no markers and changes earlier turns as the
-            conversation grows.
+        UserError: a conversation or its tools have another form, the template fails on it, or it changes earlier turns
+            as the conversation grows.
     """
-    marked = tokenizer.is_fast and re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template())
-    find_mask = _mask_by_markers if marked else _mask_by_prefixes
-    examples = []
-    for conversation in batch[messages]:
-        if not (conversation and all(isinstance(turn, dict) and turn.get("role") for turn in conversation)):
-            raise UserError(
-                f"data.columns.messages: not a list of messages with role and content: {reprlib.repr(conversation)}"
-            )
+    template = tokenizer.get_chat_template()
+    examples, renamed = [], []
+    of_tools = batch[tools] if tools else [None] * len(batch[messages])
+    for conversation, described in zip(batch[messages], of_tools, strict=True):
+        turns = as_messages(conversation)
+        roles = {turn["role"]: role_in_template(turn["role"], template) for turn in turns}
+        turns = [turn | {"role": roles[turn["role"]]} for turn in turns]
+        renamed.append("; ".join(f"{role} -> {name}" for role, name in roles.items() if role != name))
+        if not any(turn["role"] == "assistant" for turn in turns):
+            examples.append(([], [], f"have no turn of the assistant, only of {', '.join(roles)}"))
+            continue
         try:
-            ids, mask = find_mask(conversation, tokenizer)
-        except (jinja2.TemplateError, TypeError) as error:
+            ids, mask = render(turns, as_tools(described), tokenizer)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             shown = reprlib.repr(conversation)
             raise UserError(f"the chat template of {tokenizer.name_or_path} fails on {shown}: {error}") from error
-        examples.append((ids, [id if trained else IGNORED for id, trained in zip(ids, mask, strict=True)]))
-    return _truncated(examples, max_length)
-
-
-def _mask_by_markers(conversation: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    encoded = tokenizer.apply_chat_template(
-        conversation, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-    )
-    return encoded["input_ids"], encoded["assistant_masks"]
-
-
-def _mask_by_prefixes(conversation: list[dict], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    def render(turns: list[dict], **options) -> list[int]:
-        return tokenizer.apply_chat_template(turns, return_dict=True, tokenizer_kwargs={"verbose": False}, **options)[
-            "input_ids"
-        ]
-
-    ids = render(conversation)
-    mask = [0] * len(ids)
-    for position, turn in enumerate(conversation):
-        if turn["role"] != "assistant":
-            continue
-        before = render(conversation[:position], add_generation_prompt=True) if position else []
-        through = render(conversation[: position + 1])
-        if through[: len(before)] != before or ids[: len(through)] != through:
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} changes earlier turns, so the assistant's tokens "
-                "cannot be found; put {% generation %} and {% endgeneration %} around them in the template"
-            )
-        mask[len(before) : len(through)] = [1] * (len(through) - len(before))
-    return ids, mask
+        examples.append((ids, [id if trained else IGNORED for id, trained in zip(ids, mask, strict=True)], ""))
+    return _truncated(examples, max_length) | {"renamed": renamed}
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
-def _truncated(examples: Iterable[tuple[list[int], list[int]]], max_length: int | None) -> Batch:
-    """Truncate (ids, labels) to `max_length` tokens, and drop examples without a token for the loss."""
-    cut = [(ids[:max_length], labels[:max_length]) for ids, labels in examples]
-    # The first token has no tokens before it to be predicted from, so its label is never used
-    kept = [example for example in cut if any(label != IGNORED for label in example[1][1:])]
-    return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+def _truncated(examples: Iterable[tuple[list[int], list[int], str]], max_length: int | None) -> Batch:
+    """Truncate (ids, labels, reason to drop it) to `max_length` tokens, and find examples without a token for the
+    loss.
+    """
+    batch: Batch = {"input_ids": [], "labels": [], "dropped": []}
+    for ids, labels, reason in examples:
+        # The first token has no tokens before it to be predicted from, so its label is never used
+        if not reason and not _has_target(labels[:max_length]):
+            reason = NO_TARGET
+            if _has_target(labels):
+                reason += f" in their first {max_length} tokens (data.max_length)"
+        batch["input_ids"].append(ids[:max_length])
+        batch["labels"].append(labels[:max_length])
+        batch["dropped"].append(reason)
+    return batch
+
+
+def _has_target(labels: list[int]) -> bool:
+    return any(label != IGNORED for label in labels[1:])

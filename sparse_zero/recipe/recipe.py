@@ -18,6 +18,7 @@ from sparse_zero.recipe.lookup import find_named_file, find_recipe
 from sparse_zero.selection.config import SparseConfig
 
 Task = Literal["sequence-classification", "causal-lm"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Example = Literal["text", "pair", "prompt-completion", "messages"]
 
 
@@ -32,6 +33,9 @@ class ModelSection(Section):
     """A hub id, a local directory, or package://PACKAGE/PATH, a directory in an installed package."""
     task: Task = "sequence-classification"
     """The head and the loss of the model."""
+    problem_type: ProblemType | None = None
+    """What a classifier's labels are, as in transformers' config. None: lists are several classes of a text, numbers
+    with fractions are regression, and everything else is one class."""
     revision: str | None = None
     """A branch, tag or commit of the hub."""
     tokenizer: str | None = None
@@ -55,21 +59,23 @@ class Columns(Section):
     text_pair: str | None = None
     """The second text of a pair to classify."""
     label: str | None = None
-    """The class of a text: a name or an integer."""
+    """The class of a text (a name or an integer), a list of its classes, or a number."""
     prompt: str | None = None
     """The prompt, which has no loss."""
     completion: str | None = None
     """What the model is to write after the prompt."""
     messages: str | None = None
-    """A conversation: a list of {role, content}. The loss is on the assistant's turns."""
+    """A conversation: a list of {role, content} or {from, value}. The loss is on the assistant's turns."""
+    tools: str | None = None
+    """The tools of a conversation for the chat template: a list of JSON schemas, or a JSON string of it."""
 
 
 class DataSection(Section):
     """The examples. `path`, `name`, `data_files` and `revision` are arguments of datasets.load_dataset."""
 
     path: str
-    """A hub id, a directory, a .csv/.json/.jsonl/.parquet file, or package://PACKAGE/PATH, a file in an installed
-    package."""
+    """A hub id, a directory, a file or a pattern of files (.csv, .tsv, .json, .jsonl, .ndjson, .parquet, .arrow, .txt;
+    also compressed), or package://PACKAGE/PATH, a file in an installed package."""
     name: str | None = None
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
     revision: str | None = None
@@ -140,6 +146,10 @@ class Recipe(Section):
             raise ValueError("data.columns: `prompt` and `completion` go together")
         elif sum(map(bool, (columns.text, columns.prompt, columns.messages))) != 1:
             raise ValueError("data.columns: a causal LM needs one of `text`, `prompt` + `completion`, `messages`")
+        if columns.tools and not columns.messages:
+            raise ValueError("data.columns.tools: tools belong to conversations; set data.columns.messages")
+        if self.model.problem_type and self.model.task != "sequence-classification":
+            raise ValueError("model.problem_type: only sequence classification has one")
         if self.data.packing and self.model.task != "causal-lm":
             raise ValueError("data.packing: only causal language models can be packed")
         return self

@@ -1,25 +1,31 @@
 """Builds the arguments of a Trainer from the sections of a recipe."""
 
-from typing import Any
+import logging
+import reprlib
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_zero.data.datasets import PreparedData, load_splits, prepare_data
-from sparse_zero.data.metrics import classification_metrics, language_model_metrics, token_losses
+from sparse_zero.data.metrics import CLASSIFIER_METRICS, METRICS, language_model_metrics, token_losses
 from sparse_zero.data.models import (
     add_tokens,
+    head_labels,
     load_config,
     load_model,
     load_tokenizer,
     max_positions,
     resize_embeddings,
+    tokens_without_rows,
 )
 from sparse_zero.data.packing import check_packing
 from sparse_zero.errors import UserError, first_line
-from sparse_zero.recipe.recipe import Recipe
+from sparse_zero.recipe.recipe import ProblemType, Recipe
 from sparse_zero.recipe.training import TrainingArguments, check_training
+
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -48,6 +54,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"training: {first_line(error)}") from error
+    if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
+        raise UserError(f"training.num_train_epochs: {arguments.num_train_epochs:g} epochs have no step")
     if arguments.deepspeed and torch.distributed.is_initialized():
         # On CPU Accelerate initialises torch's process group but not DeepSpeed's, and at stage 3 from_pretrained would
         # assume a world size of 1.
@@ -55,9 +63,17 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def build(
-    recipe: Recipe, arguments: TrainingArguments
-) -> tuple[PreTrainedTokenizerBase, PreparedData, PreTrainedModel]:
+class Built(NamedTuple):
+    """What a recipe's model and data sections describe."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prepared: PreparedData
+    model: PreTrainedModel
+    new_tokens: list[str]
+    """The tokens with new rows in the embeddings: the recipe's, and those that the base model had no rows for."""
+
+
+def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
     """Load the tokenizer, the tokenised examples and the base model. A collective call: the first rank of each host
     prepares the data, and the others read its cache.
 
@@ -70,39 +86,69 @@ def build(
         section.tokenizer or section.name, **origin | ({"revision": None} if section.tokenizer else {})
     )
     add_tokens(tokenizer, section.new_tokens)
-    limit = max_positions(load_config(section.name, **origin))
+    config = load_config(section.name, **origin)
     with arguments.main_process_first(desc="data"):
-        prepared = prepare_data(recipe.data, section.task, tokenizer, *load_splits(recipe.data), limit)
+        prepared = prepare_data(
+            recipe.data,
+            section.task,
+            tokenizer,
+            *load_splits(recipe.data),
+            max_positions(config),
+            section.problem_type,
+            head_labels(config),
+        )
     settings: dict[str, Any] = {}
-    if prepared.id2label is not None:
-        settings["id2label"] = prepared.id2label
-        settings["label2id"] = {label: index for index, label in prepared.id2label.items()}
+    labels = prepared.labels
+    if labels is not None:
+        check_classifier_training(labels.problem_type, arguments)
+        settings["id2label"] = labels.id2label
+        settings["label2id"] = {label: index for index, label in labels.id2label.items()}
+        settings["problem_type"] = labels.problem_type
         settings["pad_token_id"] = tokenizer.pad_token_id
     model = load_model(
         section.name,
         section.task,
         dtype=section.dtype or ("bfloat16" if arguments.bf16 and arguments.deepspeed else "float32"),
         settings=settings,
+        new_head=labels is not None and labels.starts_anew,
         attn_implementation=section.attn_implementation,
         **origin,
     )
-    if section.new_tokens:
-        resize_embeddings(model, tokenizer)
+    without_rows = tokens_without_rows(model, tokenizer)
+    if without_rows and without_rows != section.new_tokens:
+        logger.warning(
+            "the tokenizer has %d tokens, the embedding of %s has %d rows: rows are added for %s and trained in full",
+            len(tokenizer),
+            section.name,
+            len(tokenizer) - len(without_rows),
+            reprlib.repr(without_rows),
+        )
+    resize_embeddings(model, tokenizer)
     if recipe.data.packing:
         rows = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
         check_packing(model.config._attn_implementation, rows)
-    return tokenizer, prepared, model
+        # With a cache, transformers does not look for packed examples
+        model.config.use_cache = False
+        if arguments.use_cache:
+            raise UserError("training.use_cache: packed examples see each other with a cache; leave it out")
+    return Built(tokenizer, prepared, model, list(dict.fromkeys([*without_rows, *section.new_tokens])))
 
 
-def evaluation_settings(recipe: Recipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The arguments of a Trainer for the evaluation of a recipe: the examples, the collator and the metrics."""
+def check_classifier_training(problem_type: ProblemType, arguments: TrainingArguments) -> None:
+    """Raise UserError if the Trainer would compute another loss than that of the problem type."""
+    if arguments.label_smoothing_factor and problem_type != "single_label_classification":
+        raise UserError(f"training.label_smoothing_factor: labels of {problem_type} cannot be smoothed; leave it out")
+
+
+def evaluation_settings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The arguments of a Trainer for an evaluation: the examples, the collator and the metrics."""
     shared = {
         "eval_dataset": prepared.evaluation,
         "data_collator": prepared.collator,
         "processing_class": tokenizer,
     }
-    if recipe.model.task == "sequence-classification":
-        return shared | {"compute_metrics": classification_metrics}
+    if prepared.labels is not None:
+        return shared | {"compute_metrics": CLASSIFIER_METRICS[prepared.labels.problem_type]}
     return shared | {"compute_metrics": language_model_metrics, "preprocess_logits_for_metrics": token_losses}
 
 
@@ -114,5 +160,4 @@ def evaluation_results(metrics: dict[str, float]) -> dict[str, float]:
     """
     results = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
     results["loss"] = results.get("token_loss", results.get("example_loss"))
-    names = ("accuracy", "f1", "matthews_correlation", "perplexity", "loss")
-    return {name: results[name] for name in names if results.get(name) is not None}
+    return {name: results[name] for name in (*METRICS, "loss") if results.get(name) is not None}

@@ -6,6 +6,7 @@ from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.save_and_load import load_adapter
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
+from sparse_zero.training.packing_check import check_packed_examples
 from sparse_zero.training.trainer import SparseTrainer
 
 
@@ -28,7 +29,9 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
         model_section = model_section.model_copy(update={"dtype": read_config(adapter).dtype})
     recipe = recipe.model_copy(update={"training": training, "model": model_section})
     arguments = training_arguments(recipe)
-    tokenizer, prepared, model = build(recipe, arguments)
+    tokenizer, prepared, model, _ = build(recipe, arguments)
     load_adapter(model, adapter)
-    trainer = SparseTrainer(model, arguments, **evaluation_settings(recipe, prepared, tokenizer))
+    trainer = SparseTrainer(model, arguments, **evaluation_settings(prepared, tokenizer))
+    if recipe.data.packing:
+        check_packed_examples(trainer, trainer.model)
     return evaluation_results(trainer.evaluate())

@@ -1,5 +1,6 @@
 """The table that is printed at the end of a run."""
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from sparse_zero.data.metrics import METRICS
 
 
 def print_results(results: dict[str, Any], recipe: str) -> None:
@@ -17,9 +20,9 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
         recipe: the path of the recipe, for the suggested next command.
     """
     table = Table(title=None, show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for key, digits in (("accuracy", 4), ("f1", 4), ("matthews_correlation", 4), ("perplexity", 2), ("loss", 4)):
+    for key in (*METRICS, "loss"):
         if key in results:
-            before = results.get(f"{key}_before")
+            before, digits = results.get(f"{key}_before"), 2 if key == "perplexity" else 4
             shown = f"{results[key]:.{digits}f}"
             table.add_row(key.replace("_", " "), shown if before is None else f"{before:.{digits}f} -> {shown}")
     trainable, total = results["trainable_parameters"], results["total_parameters"]
@@ -36,12 +39,12 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
     table.add_row("adapter", f"{paths['adapter']} ({mebibytes(results['adapter_bytes'])})")
     if "merged" in paths:
         table.add_row("merged model", paths["merged"])
-    table.add_row("logs", f"tensorboard --logdir {paths['logs']}")
+    table.add_row("logs", shlex.join(["tensorboard", "--logdir", paths["logs"]]))
     if "merged" in paths:
-        following = f"{_command()} evaluate {recipe} --adapter {paths['adapter']}"
+        words = ["evaluate", recipe, "--adapter", paths["adapter"]]
     else:
-        following = f"{_command()} merge {paths['adapter']} {Path(paths['adapter']).with_name('merged')}"
-    table.add_row("next", following)
+        words = ["merge", paths["adapter"], str(Path(paths["adapter"]).with_name("merged"))]
+    table.add_row("next", shlex.join([_command(), *words]))
     # In a log file Rich assumes 80 columns, which would cut the paths.
     console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table)

@@ -31,6 +31,7 @@ from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name, peak_memory_bytes
+from sparse_zero.training.packing_check import PackingCheck
 from sparse_zero.training.results_table import print_results
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
 from sparse_zero.zero.parameters import optimizer_bytes, zero_stage
@@ -108,19 +109,21 @@ def _train(
     stop: StopRequest | None,
 ) -> dict[str, Any]:
     set_seed(arguments.seed)
-    tokenizer, prepared, model = build(recipe, arguments)
-    sparsify(model, _with_tokens(recipe, tokenizer))
+    tokenizer, prepared, model, new_tokens = build(recipe, arguments)
+    sparsify(model, _with_tokens(recipe.sparse, new_tokens, tokenizer))
     sparsity = model.sparsity
     sparsity.base_model, sparsity.revision = recipe.model.name, recipe.model.revision
-    sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, recipe.model.new_tokens
+    sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, new_tokens
     trainer = SparseTrainer(
         model,
         arguments,
         train_dataset=prepared.train,
         stop=stop,
         objective=noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids),
-        **evaluation_settings(recipe, prepared, tokenizer),
+        **evaluation_settings(prepared, tokenizer),
     )
+    if recipe.data.packing:
+        trainer.add_callback(PackingCheck(trainer))
     with stop.deferred() if stop else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=checkpoint)
         metrics = trainer.evaluate()
@@ -144,13 +147,13 @@ def _train(
     return results
 
 
-def _with_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SparseConfig:
+def _with_tokens(config: SparseConfig, new_tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> SparseConfig:
     """The recipe's `sparse` section, with the new tokens added to trainable_token_indices."""
-    if not recipe.model.new_tokens:
-        return recipe.sparse
-    new = tokenizer.convert_tokens_to_ids(recipe.model.new_tokens)
-    given = recipe.sparse.trainable_token_indices or []
-    return recipe.sparse.model_copy(update={"trainable_token_indices": sorted({*given, *new})})
+    if not new_tokens:
+        return config
+    new = tokenizer.convert_tokens_to_ids(new_tokens)
+    given = config.trainable_token_indices or []
+    return config.model_copy(update={"trainable_token_indices": sorted({*given, *new})})
 
 
 def noisy_objective(

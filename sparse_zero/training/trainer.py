@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import has_length
 
 from sparse_zero.adapters.save_and_load import save_adapter
+from sparse_zero.errors import UserError
 from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
 from sparse_zero.training.progress import JobProgress
@@ -90,6 +93,26 @@ class SparseTrainer(PreemptibleTrainer):
         loss = self.objective(forward, backward, self.state.global_step, self._micro_step)
         self._micro_step = 0 if synchronise else self._micro_step + 1
         return loss.detach()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer.get_train_dataloader. Raises UserError if it has no batch, so that no step could be taken."""
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            raise UserError(
+                f"training.dataloader_drop_last: {len(self.train_dataset)} training examples are fewer than the "
+                f"{self._train_batch_size} x {self.args.world_size} of one batch on each rank, so no step would be "
+                "taken; reduce training.per_device_train_batch_size or leave dataloader_drop_last out"
+            )
+        return loader
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        """Evaluations use every example: dataloader_drop_last is for training."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter. A collective call.

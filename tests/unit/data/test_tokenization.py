@@ -28,7 +28,7 @@ def test_labels_become_class_ids(values, id2label, write_rows, tokenizer):
     rows = [{"text": f"sentence {row}", "label": values[row % len(values)]} for row in range(12)]
     data = section(write_rows(rows, "data.parquet"), eval_split="train")
     result = prepared(data, tokenizer, "sequence-classification")
-    assert result.id2label == id2label
+    assert result.labels.id2label == id2label
     for split in (result.train, result.evaluation):
         assert [id2label[id] for id in split["labels"]] == [
             str(int(row["label"]) if isinstance(row["label"], float) else row["label"]) for row in rows
@@ -41,7 +41,7 @@ def test_classes_are_taken_from_both_splits(tokenizer):
     train = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "z"]})
     evaluation = Dataset.from_dict({"text": ["c", "d"], "label": ["z", "y"]})
     result = prepare_data(section("unused"), "sequence-classification", tokenizer, train, evaluation, 512)
-    assert result.id2label == {0: "x", 1: "y", 2: "z"}
+    assert result.labels.id2label == {0: "x", 1: "y", 2: "z"}
     assert (result.train["labels"], result.evaluation["labels"]) == ([0, 2], [2, 1])
 
 
@@ -49,7 +49,7 @@ def test_a_class_label_feature_keeps_its_order(tokenizer):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["zero", "one", "absent"])})
     dataset = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
     result = prepare_data(section("unused"), "sequence-classification", tokenizer, dataset, dataset, 512)
-    assert result.id2label == {0: "zero", 1: "one", 2: "absent"}
+    assert result.labels.id2label == {0: "zero", 1: "one", 2: "absent"}
     assert result.train["labels"] == [1, 0, 1]
 
 
@@ -69,15 +69,14 @@ def test_pairs_are_cut_to_max_length_and_padded(tokenizer):
 def test_rows_without_text_or_label_are_dropped_with_a_count(write_rows, tokenizer, caplog):
     path = write_rows("text,label\na,1\n,0\nb,\nc,0\nNA,1\nd,1\n", "gaps.csv")
     result = prepared(section(path, eval_split="train"), tokenizer, "sequence-classification")
-    assert result.train["labels"] == [1, 0, 1]
-    assert "dropped 3 of 6 training examples: they have no value for text or label" in caplog.text
+    assert result.train["labels"] == [1, 0, 1, 1]
+    assert "dropped 2 of 6 training examples: they have no value for text or label" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
-        ({"text": ["a", "b"], "label": [0.5, 1.0]}, {}, "fractions such as 0.5; regression is not supported"),
-        ({"text": ["a", "b"], "label": [[0], [1]]}, {}, "has the type List; a label is"),
+        ({"text": ["a", "b"], "label": [{"a": 1}, {"a": 2}]}, {}, "has the type dict; a label is"),
         ({"text": ["a", "b"], "label": [1, 1]}, {}, "has only the label 1;"),
         (
             {"text": [1, 2], "label": [0, 1]},
@@ -118,7 +117,7 @@ def test_plain_text_counts_every_token_and_ends(tokenizer):
     result = language(tokenizer, TEXT, {"text": ["a good film", "bad"]})
     for row, text in zip(result.train, ["a good film", "bad"], strict=True):
         assert row["input_ids"] == row["labels"] == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-    assert result.id2label is None
+    assert result.labels is None
 
 
 def test_a_prompt_is_a_prefix_that_does_not_count(tokenizer):
@@ -208,7 +207,9 @@ def test_examples_cut_before_their_completion_are_dropped_with_a_count(tokenizer
 
 
 def test_an_example_of_one_token_is_dropped(tokenizer):
-    assert tokenization.encode_plain_text({"text": ["bad"]}, tokenizer, "text", 1) == {"input_ids": [], "labels": []}
+    assert tokenization.encode_plain_text({"text": ["bad"]}, tokenizer, "text", 1)["dropped"] == [
+        "have no token to train on in their first 1 tokens (data.max_length)"
+    ]
 
 
 def test_a_first_batch_that_is_dropped_whole_does_not_decide_the_column_types(tokenizer):
