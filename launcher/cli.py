@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from launcher import report
 from launcher.jobs.sbatch_options import split_words
 from sparse_zero.checkpoint.resume import complete_resume_option
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, did_you_mean
 
 _JSON = "print one JSON value on stdout, and nothing else"
 _NEW_DIRECTORY = "the directory to write; must be empty or not exist"
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         _add_train,
         _add_submit,
+        _add_check,
         _add_evaluate,
         _add_merge,
         _add_combine,
@@ -131,6 +132,19 @@ def _add_submit(commands) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the script and the command to submit it, and write nothing"
     )
     return submit
+
+
+def _add_check(commands) -> argparse.ArgumentParser:
+    check = commands.add_parser(
+        "check",
+        help="check a recipe without loading data or weights",
+        description="Ask the libraries that will read the recipe whether its settings are right: the Trainer's\n"
+        "arguments, DeepSpeed's file, trackers, the attention kernel, names of metrics, data files, and the targets\n"
+        "and the budget on the model's configuration. `train` and `train --dry-run` do the same first.",
+        epilog="example:\n  sparse-zero check demo.yaml sparse.targets=[v_proj]",
+    )
+    _add_recipe(check)
+    return check
 
 
 def _add_evaluate(commands) -> argparse.ArgumentParser:
@@ -338,6 +352,14 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def _check_value(self, action, value):
+        """Names the command that was probably meant, which argparse does from Python 3.14 on."""
+        choices = list(action.choices or ())
+        if isinstance(value, str) and choices and value not in choices:
+            known = f"; known: {', '.join(map(str, choices))}"
+            raise argparse.ArgumentError(action, f"unknown: '{value}'{did_you_mean(value, choices) or known}")
+        super()._check_value(action, value)
 
 
 class _Version(argparse.Action):

@@ -10,6 +10,7 @@ from pathlib import Path
 from launcher import report
 from launcher.ways.command import Command
 from sparse_zero.errors import UserError, refuse_to_overwrite
+from sparse_zero.recipe.recipe import Recipe
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -28,7 +29,9 @@ def train(arguments: argparse.Namespace) -> int:
     ]
     words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
     if arguments.dry_run:
-        _show(launchers.ranks_command(recipe, words), arguments.json)
+        command = launchers.ranks_command(recipe, words)
+        _check_settings(recipe, arguments.json, everything=False)
+        _show(command, arguments.json)
         return 0
 
     from launcher.ways import preflight
@@ -85,6 +88,48 @@ def submit(arguments: argparse.Namespace) -> int:
         shown = {"script": str(job.script), "log": submission.log, **commands}
         report.print_facts(f"job {submission.job} submitted", shown)
     return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check a recipe's settings without loading data or weights."""
+    from launcher.ways import preflight
+    from sparse_zero.recipe.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    preflight.check(recipe)
+    _check_settings(recipe, arguments.json, everything=True)
+    if arguments.json:
+        report.print_json({"recipe": arguments.recipe, "valid": True})
+    else:
+        print(f"{arguments.recipe}: no mistake found (data and weights were not loaded)")
+    return 0
+
+
+def _check_settings(recipe: Recipe, as_json: bool, everything: bool) -> None:
+    """Ask the libraries that will read the recipe.
+
+    Args: everything: also the data files and the model's configuration. Without it, a line says if this machine does
+        not have them.
+
+    Raises UserError: a setting is refused.
+    """
+    _set_accelerator()
+    with report.only_json_on_stdout(as_json):
+        from sparse_zero.data.files import check_path
+        from sparse_zero.training import recipe_check
+        from sparse_zero.training.build import training_arguments
+
+        arguments = training_arguments(recipe)
+        recipe_check.check_settings(recipe, arguments)
+        try:
+            check_path(recipe.data)
+            config = recipe_check.load_model_config(recipe)
+        except UserError as error:
+            if everything:
+                raise
+            print(f"{report.PROGRAM}: not checked on this machine: {error}", file=sys.stderr)
+        else:
+            recipe_check.check_model(recipe, config, arguments)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -238,6 +283,8 @@ def plan(arguments: argparse.Namespace) -> int:
 def _adapter_directory(name: str) -> Path:
     """Checks the path before torch is imported."""
     path = Path(name)
+    if (path / "adapter" / "adapter_config.json").is_file() and not (path / "adapter_config.json").exists():
+        raise UserError(f"{name}: is the directory of a run; its adapter is {path / 'adapter'}")
     if not path.is_dir():
         raise UserError(f"{name}: no such adapter directory")
     return path

@@ -67,6 +67,18 @@ def open_builder(data: DataSection) -> DatasetBuilder:
     return builder
 
 
+def check_path(data: DataSection) -> None:
+    """Raise UserError if a file that the section names does not exist, or if no reader is known for it.
+
+    Hub ids and URLs are not looked up.
+    """
+    path = _home(package_path(data.path))
+    if not _names_files(path) and path in READERS.values():
+        for name in _names(_expanded(data.data_files)):
+            if "://" not in name and not glob.has_magic(name) and not Path(name).exists():
+                raise UserError(f"data.data_files: no such file '{name}'")
+
+
 def _names_files(path: str) -> bool:
     """Whether `data.path` is a file, or a pattern of files, rather than a directory, a reader or a hub id.
 

@@ -22,6 +22,29 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
 
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "grad_clip": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "max_seq_length": "data.max_length",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+}
+"""What other programs call the arguments of a Trainer."""
+
+
 def check_training(training: Mapping[str, Any]) -> None:
     """Check the `training` section of a recipe.
 
@@ -35,8 +58,9 @@ def check_training(training: Mapping[str, Any]) -> None:
     kinds = get_type_hints(TrainingArguments)
     for key, value in training.items():
         if key not in known:
+            meant = f"; did you mean '{OTHER_NAMES[key]}'?" if key in OTHER_NAMES else did_you_mean(key, known)
             raise UserError(
-                f"unknown key '{key}' in section 'training'{did_you_mean(key, known)} "
+                f"unknown key '{key}' in section 'training'{meant} "
                 "(the keys are the fields of transformers.TrainingArguments)"
             )
         if kinds[key] in (bool, int, float):

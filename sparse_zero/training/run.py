@@ -32,6 +32,7 @@ from sparse_zero.selection.config import SparseConfig
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name, peak_memory_bytes
 from sparse_zero.training.packing_check import PackingCheck
+from sparse_zero.training.recipe_check import check_recipe
 from sparse_zero.training.results_table import print_results
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
 from sparse_zero.zero.parameters import optimizer_bytes, zero_stage
@@ -78,6 +79,7 @@ def train(
     checkpoint = find_resume_checkpoint(recipe, resume)
     recipe = keep_batch_size(recipe, checkpoint)
     arguments = training_arguments(recipe)
+    check_recipe(recipe, arguments)
     _check_noise(recipe.rpn)
     ranks = Ranks()
     with locked(Path(arguments.output_dir), ranks):

@@ -44,7 +44,7 @@ def test_help_imports_nothing_that_takes_long():
 
 
 def test_what_needs_only_the_recipe_does_not_import_torch(recipe):
-    commands = [["train", recipe, "--dry-run"], ["submit", recipe, "--dry-run"], ["keys"]]
+    commands = [["submit", recipe, "--dry-run"], ["keys"]]
     assert imported(commands, TORCH | {"rich"})[1] == "IMPORTED []"
     assert imported([["recipes"]], TORCH)[1] == "IMPORTED []"
 
