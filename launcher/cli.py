@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         _add_train,
         _add_submit,
+        _add_init,
+        _add_data,
         _add_check,
         _add_evaluate,
         _add_merge,
@@ -132,6 +134,36 @@ def _add_submit(commands) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the script and the command to submit it, and write nothing"
     )
     return submit
+
+
+def _add_init(commands) -> argparse.ArgumentParser:
+    init = commands.add_parser(
+        "init",
+        help="write a recipe for a data set",
+        description="Look at a data set, recognise its form (conversations, prompts, instructions, texts with\n"
+        "labels, pairs, preferences, plain text), and write a commented recipe: model, task, columns, lengths,\n"
+        "learning rate and the batch for this machine.",
+        epilog="examples:\n"
+        "  sparse-zero init reviews.csv\n"
+        "  sparse-zero init chats.jsonl --model Qwen/Qwen3-0.6B --out chats.yaml",
+    )
+    init.add_argument("data", metavar="DATA", help="a file, a directory or a hub id, as in a recipe's data.path")
+    init.add_argument("--model", metavar="MODEL", help="the base model (default: a small one for the task)")
+    init.add_argument("--out", metavar="FILE", help="the recipe to write (default: DATA's name, .yaml)")
+    return init
+
+
+def _add_data(commands) -> argparse.ArgumentParser:
+    data = commands.add_parser(
+        "data",
+        help="show what the model will see of a recipe's data",
+        description="Print examples as the model gets them, with the tokens that the loss counts in colour, a\n"
+        "histogram of lengths, and how many examples are cut, packed and dropped, and why. Loads no weights.",
+        epilog="example:\n  sparse-zero data demo.yaml --examples 5",
+    )
+    _add_recipe(data)
+    data.add_argument("--examples", type=int, default=2, metavar="N", help="examples to print (default: 2)")
+    return data
 
 
 def _add_check(commands) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -87,6 +88,49 @@ def submit(arguments: argparse.Namespace) -> int:
     else:
         shown = {"script": str(job.script), "log": submission.log, **commands}
         report.print_facts(f"job {submission.job} submitted", shown)
+    return 0
+
+
+def init(arguments: argparse.Namespace) -> int:
+    """Write a recipe for a data set."""
+    name = Path(arguments.data.rstrip("/")).name.split(".")[0] or "recipe"
+    out = Path(arguments.out or f"{name}.yaml")
+    if out.exists():
+        raise UserError(f"{out}: already exists; name another file with --out")
+    _set_accelerator()
+    with report.only_json_on_stdout(arguments.json):
+        from sparse_zero.planning.proposal import propose
+
+        proposal = propose(arguments.data, arguments.model)
+    out.write_text(proposal.text, encoding="utf-8")
+    if arguments.json:
+        facts = {"out": str(out), "form": proposal.form.name, "notes": proposal.notes}
+        report.print_json(facts | {"recipe": proposal.recipe.model_dump(exclude_unset=True)})
+    else:
+        print(f"{arguments.data}: {proposal.form.name}\n\n{proposal.text}")
+        report.print_notes(proposal.notes)
+        print(f"written: {out}\nnext: sparse-zero data {shlex.quote(str(out))}")
+    return 0
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """Show what the model will see of a recipe's data."""
+    from sparse_zero.recipe.recipe import load_recipe
+
+    if arguments.examples < 0:
+        raise UserError(f"--examples {arguments.examples}: must be at least 0")
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    _set_accelerator()
+    with report.only_json_on_stdout(arguments.json):
+        from sparse_zero.data.preview import describe_data
+
+        facts = describe_data(recipe, arguments.examples)
+    if arguments.json:
+        report.print_json(facts)
+    else:
+        from launcher.data_report import print_data
+
+        print_data(arguments.recipe, facts)
     return 0
 
 

@@ -1,4 +1,4 @@
 """Base models, tokenizers and data: loading, tokenisation, packing, samplers and metrics.
 
-Others import from `datasets`, `files`, `metrics`, `models`, `package`, `packing`, `sampling`.
+Others import from `datasets`, `files`, `forms`, `metrics`, `models`, `package`, `packing`, `preview`, `sampling`.
 """

@@ -27,6 +27,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from sparse_zero.data import conversations, packing, tokenization
 from sparse_zero.data import labels as label_kinds
+from sparse_zero.data.dropped import Dropped
 from sparse_zero.data.files import message_of, open_builder
 from sparse_zero.data.labels import Labels, read_labels
 from sparse_zero.data.models import check_max_length
@@ -47,6 +48,8 @@ class PreparedData:
     """The labels of a sequence classifier; None for a language model."""
     max_length: int | None
     """The length in tokens that examples are truncated to, and that packed sequences may have; None for no limit."""
+    dropped: Mapping[str, Mapping[str, int]]
+    """For the splits "training" and "evaluation": the number of examples that were dropped, by reason."""
 
 
 def load_splits(data: DataSection) -> tuple[Dataset, Dataset]:
@@ -140,6 +143,7 @@ def prepare_data(
     model_limit: int | None,
     problem_type: ProblemType | None = None,
     head: Mapping[int, str] | None = None,
+    is_reported: bool = True,
 ) -> PreparedData:
     """Tokenise both splits into the model's input columns, and choose a collator.
 
@@ -155,27 +159,34 @@ def prepare_data(
         evaluation: the raw evaluation examples.
         model_limit: the maximum sequence length of the model in tokens; None for no limit.
         problem_type, head: see `read_labels`.
+        is_reported: whether to log how many examples are dropped.
 
     Raises:
         UserError: a column that is missing or has the wrong type, labels that are not classes, a tokenizer without a
             token or chat template that the examples need, or a max_length that the model does not support.
     """
     max_length = _max_length(data, tokenizer, model_limit)
-    splits = {"training": train, "evaluation": evaluation}
+    splits, dropped = {"training": train, "evaluation": evaluation}, Dropped(is_reported)
     for name, split in splits.items():
         _check_columns(split, data.columns, name)
-        splits[name] = _drop_incomplete(split, list(data.columns.model_dump(exclude_none=True).values()), name)
+        splits[name] = dropped.incomplete(split, _required(data.columns), name, _filter)
     tokenizer = _padding_right(tokenizer)
     if task == "sequence-classification":
         labels = read_labels(data.columns.label, splits, problem_type, head)
-        encoded = _classification(data.columns, tokenizer, splits, max_length, labels)
-        return PreparedData(*encoded, DataCollatorWithPadding(tokenizer), labels, max_length)
-    encoded = _language_model(data, tokenizer, splits, max_length)
+        encoded = _classification(data.columns, tokenizer, splits, max_length, labels, dropped)
+        return PreparedData(*encoded, DataCollatorWithPadding(tokenizer), labels, max_length, dropped.counts)
+    encoded = _language_model(data, tokenizer, splits, max_length, dropped)
     if not data.packing:
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=tokenization.IGNORED)
-        return PreparedData(*encoded, collator, None, max_length)
+        return PreparedData(*encoded, collator, None, max_length, dropped.counts)
     packed = [_map(split, packing.pack_batch, batch_size=10_000, max_length=max_length) for split in encoded]
-    return PreparedData(*packed, packing.PackedCollator(tokenizer.pad_token_id), None, max_length)
+    return PreparedData(*packed, packing.PackedCollator(tokenizer.pad_token_id), None, max_length, dropped.counts)
+
+
+def _required(columns: Columns) -> list[str]:
+    """The columns that must have a value. A conversation may have no tools, and an instruction no input."""
+    used = columns.model_dump(exclude_none=True, exclude={"tools"})
+    return [column if isinstance(column, str) else column[0] for column in used.values()]
 
 
 def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_limit: int | None) -> int | None:
@@ -193,7 +204,12 @@ def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_lim
 
 
 def _check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
-    for role, column in columns.model_dump(exclude_none=True).items():
+    named = [
+        (role, column)
+        for role, given in columns.model_dump(exclude_none=True).items()
+        for column in ([given] if isinstance(given, str) else given)
+    ]
+    for role, column in named:
         where = f"data.columns.{role}: the {name} data"
         _require_column(dataset, column, where)
         feature = dataset.features[column]
@@ -212,26 +228,6 @@ def _require_column(dataset: Dataset, column: str, where: str) -> None:
 
 def _type_name(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
-
-
-def _drop_incomplete(dataset: Dataset, columns: list[str], name: str) -> Dataset:
-    if not any(dataset.data.column(column).null_count for column in columns):
-        return dataset
-    return _report_dropped(
-        dataset, _filter(dataset, _present, columns), name, f"have no value for {' or '.join(columns)}"
-    )
-
-
-def _present(*columns: list) -> list[bool]:
-    return [None not in row for row in zip(*columns, strict=True)]
-
-
-def _report_dropped(before: Dataset, after: Dataset, name: str, reason: str) -> Dataset:
-    if len(after) == 0:
-        raise UserError(f"no {name} example is left: all {len(before)} {reason}")
-    if len(after) < len(before):
-        logger.warning("dropped %d of %d %s examples: they %s", len(before) - len(after), len(before), name, reason)
-    return after
 
 
 def _padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -254,6 +250,7 @@ def _classification(
     splits: dict[str, Dataset],
     max_length: int | None,
     labels: Labels,
+    dropped: Dropped,
 ) -> list[Dataset]:
     encoded = []
     for name, split in splits.items():
@@ -268,12 +265,16 @@ def _classification(
             split=name,
             max_length=max_length,
         )
-        encoded.append(_drop(tokens, name))
+        encoded.append(dropped.with_reason(tokens, name, _filter))
     return encoded
 
 
 def _language_model(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset], max_length: int | None
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: dict[str, Dataset],
+    max_length: int | None,
+    dropped: Dropped,
 ) -> list[Dataset]:
     columns = data.columns
     if data.example == "messages":
@@ -284,7 +285,8 @@ def _language_model(
                 f"data.columns.messages: the tokenizer of {tokenizer.name_or_path} has no chat template; set "
                 "model.tokenizer to one that has, or use data.columns.prompt and data.columns.completion"
             ) from None
-        _report_tools(splits, columns, tokenizer)
+        if dropped.is_reported:
+            _report_tools(splits, columns, tokenizer)
         encode, names = tokenization.encode_conversations, {"messages": columns.messages, "tools": columns.tools}
     elif tokenizer.eos_token_id is None:
         raise UserError(
@@ -295,10 +297,13 @@ def _language_model(
         encode, names = tokenization.encode_completions, {"prompt": columns.prompt, "completion": columns.completion}
     else:
         encode, names = tokenization.encode_plain_text, {"text": columns.text}
-    return [
-        _drop(_map(split, encode, tokenizer=tokenizer, max_length=max_length, **names), name)
-        for name, split in splits.items()
-    ]
+    encoded = []
+    for name, split in splits.items():
+        tokens = _map(split, encode, tokenizer=tokenizer, max_length=max_length, **names)
+        if "renamed" in tokens.column_names:
+            tokens = _without_renamed(tokens, dropped.is_reported)
+        encoded.append(dropped.with_reason(tokens, name, _filter))
+    return encoded
 
 
 def _report_tools(splits: dict[str, Dataset], columns: Columns, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -309,31 +314,15 @@ def _report_tools(splits: dict[str, Dataset], columns: Columns, tokenizer: PreTr
         logger.warning("data.columns.tools: the chat template of %s does not show tools", tokenizer.name_or_path)
 
 
-def _drop(encoded: Dataset, name: str) -> Dataset:
-    """Leave out the examples that have a reason to be dropped, and report the reasons, with their counts, and the
-    roles that have other names in chat templates.
-    """
-    if "renamed" in encoded.column_names:
-        renamed = {
-            role for roles in pc.unique(encoded.data.column("renamed")).to_pylist() for role in roles.split("; ")
-        }
-        if roles := sorted(renamed - {""}):
-            logger.warning("data.columns.messages: roles are taken for those of chat templates: %s", ", ".join(roles))
-        encoded = encoded.remove_columns("renamed")
-    counts = pc.value_counts(encoded.data.column("dropped")).to_pylist()
-    reasons = {count["values"]: count["counts"] for count in counts if count["values"]}
-    if reasons and sum(reasons.values()) == len(encoded):
-        stated = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
-        stated = next(iter(reasons)) if len(reasons) == 1 else stated
-        raise UserError(f"no {name} example is left: all {len(encoded)} {stated}")
-    for reason, count in reasons.items():
-        logger.warning("dropped %d of %d %s examples: they %s", count, len(encoded), name, reason)
-    kept = _filter(encoded, _is_kept, ["dropped"]) if reasons else encoded
-    return kept.remove_columns("dropped")
-
-
-def _is_kept(dropped: list[str]) -> list[bool]:
-    return [not reason for reason in dropped]
+def _without_renamed(encoded: Dataset, is_reported: bool) -> Dataset:
+    """Say which roles have other names in chat templates, and remove the column that has them."""
+    distinct = pc.unique(encoded.data.column("renamed")).to_pylist()
+    roles = {role for roles in distinct for role in roles.split("; ")} - {""}
+    if roles and is_reported:
+        logger.warning(
+            "data.columns.messages: roles are taken for those of chat templates: %s", ", ".join(sorted(roles))
+        )
+    return encoded.remove_columns("renamed")
 
 
 def _map(

@@ -49,13 +49,17 @@ def encode_plain_text(batch: Batch, tokenizer: PreTrainedTokenizerBase, text: st
 
 
 def encode_completions(
-    batch: Batch, tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int | None
+    batch: Batch, tokenizer: PreTrainedTokenizerBase, prompt: str | list[str], completion: str, max_length: int | None
 ) -> Batch:
     """Tokenise prompts with completions. The loss is computed on the completion and its end-of-sequence token.
 
+    Several columns of a prompt are joined by an empty line; those without a value are left out.
+
     Prompt and completion are tokenised separately, so that the tokens of the prompt are the same as in generation.
     """
-    prompts = tokenizer(batch[prompt], verbose=False).input_ids
+    columns = [batch[column] for column in ([prompt] if isinstance(prompt, str) else prompt)]
+    texts = ["\n\n".join(filter(None, parts)) for parts in zip(*columns, strict=True)]
+    prompts = tokenizer(texts, verbose=False).input_ids
     if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
         prompts = [ids[:-1] for ids in prompts]
     completions = tokenizer(batch[completion], add_special_tokens=False, verbose=False).input_ids

@@ -60,8 +60,9 @@ class Columns(Section):
     """The second text of a pair to classify."""
     label: str | None = None
     """The class of a text (a name or an integer), a list of its classes, or a number."""
-    prompt: str | None = None
-    """The prompt, which has no loss."""
+    prompt: str | list[str] | None = None
+    """The prompt, which has no loss. Several columns (instruction and input) are joined by an empty line; those
+    without a value are left out."""
     completion: str | None = None
     """What the model is to write after the prompt."""
     messages: str | None = None

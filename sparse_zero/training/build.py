@@ -22,6 +22,7 @@ from sparse_zero.data.models import (
 )
 from sparse_zero.data.packing import check_packing
 from sparse_zero.errors import UserError, first_line
+from sparse_zero.recipe.learning_rate import default_learning_rate
 from sparse_zero.recipe.recipe import ProblemType, Recipe
 from sparse_zero.recipe.training import TrainingArguments, check_training
 
@@ -47,6 +48,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "ddp_broadcast_buffers": False,
     }
     settings |= recipe.training
+    if "learning_rate" not in settings:
+        settings["learning_rate"] = default_learning_rate(recipe.model.task, recipe.sparse.model_density)
+        logger.warning(
+            "training.learning_rate is not set: %g, the default for %s and %s (docs/choosing)",
+            settings["learning_rate"],
+            recipe.model.task,
+            recipe.sparse.budget,
+        )
     for key in ("eval_strategy", "logging_strategy", "save_strategy"):
         if settings.get(key) is False:
             settings[key] = "no"  # YAML 1.1 reads no as false

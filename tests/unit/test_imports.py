@@ -23,7 +23,14 @@ ORDER = (
     "sparse_zero.training",
     "sparse_zero.train",
     *("launcher.report", "launcher.ways", "launcher.processes", "launcher.jobs", "launcher.doctor"),
-    *("launcher.supervise", "launcher.plan_report", "launcher.recipe_keys", "launcher.commands", "launcher.cli"),
+    *(
+        "launcher.supervise",
+        "launcher.plan_report",
+        "launcher.data_report",
+        "launcher.recipe_keys",
+        "launcher.commands",
+    ),
+    "launcher.cli",
     "launcher.__main__",
 )
 """From the ground up: each may import from those before it."""

@@ -1,0 +1,26 @@
+"""The learning rate of a run whose recipe has none. Imports no torch."""
+
+import math
+
+from sparse_zero.selection.config import DEFAULT_DENSITY
+
+MEASURED = {"causal-lm": ((0.01, 1e-2), (1.0, 3e-4)), "sequence-classification": ((0.02, 3e-3), (1.0, 1e-4))}
+"""For each task the best of the measured rates at two shares of trained scalars. docs/choosing has the tables."""
+
+
+def default_learning_rate(task: str, density: float | None) -> float:
+    """The learning rate for a task and the share of the model's scalars that are trained.
+
+    The best rate falls with the share. Between the two measured shares it is a power of the share; below the smaller
+    one it stays.
+
+    Args:
+        task: the recipe's `model.task`.
+        density: the trained share of the model; None: 1%.
+
+    Returns: the rate, rounded to one significant digit.
+    """
+    (share, rate), (whole, rate_of_whole) = MEASURED[task]
+    share_here = max(DEFAULT_DENSITY if density is None else density, share)
+    power = math.log(rate_of_whole / rate) / math.log(whole / share)
+    return float(f"{rate * (share_here / share) ** power:.0e}")
