@@ -103,6 +103,11 @@ def _add_train(commands) -> argparse.ArgumentParser:
     _add_recipe(train)
     train.add_argument("--merge", action="store_true", help="also write the merged model after training")
     train.add_argument(
+        "--find-rate",
+        action="store_true",
+        help="instead of training, try five learning rates on a few steps each and say which one has the lowest loss",
+    )
+    train.add_argument(
         "--resume",
         nargs="?",
         const="auto",

@@ -22,10 +22,13 @@ def train(arguments: argparse.Namespace) -> int:
     from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.find_rate and (arguments.merge or arguments.resume):
+        raise UserError("--find-rate: nothing is kept of these steps; leave --merge and --resume out")
     if arguments.resume not in (None, "auto") and not Path(arguments.resume).is_dir():
         raise UserError(f"--resume {arguments.resume}: no such checkpoint")
     options = [
         *(["--merge"] if arguments.merge else []),
+        *(["--find-rate"] if arguments.find_rate else []),
         *([f"--resume={arguments.resume}"] if arguments.resume else []),
     ]
     words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
@@ -38,7 +41,8 @@ def train(arguments: argparse.Namespace) -> int:
     from launcher.ways import preflight
 
     preflight.check(recipe)
-    results = Path(str(recipe.training["output_dir"])) / "results.json"
+    name = "learning_rates.json" if arguments.find_rate else "results.json"
+    results = Path(str(recipe.training["output_dir"])) / name
     before = _identity(results)
     ending = supervise.run(recipe, words, stdout=sys.stderr if arguments.json else None)
     if ending.status > 128 and not ending.stopped and not ending.is_explained:

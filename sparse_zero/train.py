@@ -60,6 +60,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("recipe", help="a YAML file, or a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the recipe")
     parser.add_argument("--merge", action="store_true", help="also write the merged model to OUTPUT_DIR/merged")
+    parser.add_argument("--find-rate", action="store_true", help="try five learning rates on a few steps each")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -93,7 +94,12 @@ class Rank:
         from sparse_zero.training import run
 
         run.limit_output(is_first_of_host=self._is_first_of_host)
-        run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=self._stop)
+        if options.find_rate:
+            from sparse_zero.training.rate_search import find_rate
+
+            find_rate(recipe, options.recipe)
+        else:
+            run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=self._stop)
         self._leave(0)
         return 0
 

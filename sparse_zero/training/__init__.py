@@ -1,4 +1,4 @@
 """A training run: from a recipe to a trainer, its progress, its evaluation and its report.
 
-Others import from `build`, `evaluate`, `recipe_check`, `run`, `trainer`.
+Others import from `build`, `evaluate`, `rate_search`, `recipe_check`, `run`, `trainer`.
 """

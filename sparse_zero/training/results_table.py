@@ -50,6 +50,20 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
     console.print(table)
 
 
+def print_rates(found: dict[str, Any], recipe: str) -> None:
+    """Print the losses of several learning rates. Args: found: the result of `find_rate`."""
+    table = Table(title=None, show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_row("learning rate", f"loss after {found['steps']} steps, from {found['loss_before']:.4f}")
+    for each in found["rates"]:
+        loss = "not finite" if each["loss"] is None else f"{each['loss']:.4f}"
+        table.add_row(
+            f"{each['learning_rate']:g}", loss + ("  <-" if each["learning_rate"] == found["chosen"] else "")
+        )
+    words = [_command(), "train", recipe, f"training.learning_rate={found['chosen']:g}"]
+    table.add_row("next", shlex.join(words))
+    Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
 def _partitioning(results: dict[str, Any]) -> str:
     if results["deepspeed"]:
         return f"ZeRO stage {results['zero_stage']}"

@@ -112,7 +112,7 @@ def _train(
 ) -> dict[str, Any]:
     set_seed(arguments.seed)
     tokenizer, prepared, model, new_tokens = build(recipe, arguments)
-    sparsify(model, _with_tokens(recipe.sparse, new_tokens, tokenizer))
+    sparsify(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer))
     sparsity = model.sparsity
     sparsity.base_model, sparsity.revision = recipe.model.name, recipe.model.revision
     sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, new_tokens
@@ -149,7 +149,9 @@ def _train(
     return results
 
 
-def _with_tokens(config: SparseConfig, new_tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> SparseConfig:
+def config_with_tokens(
+    config: SparseConfig, new_tokens: list[str], tokenizer: PreTrainedTokenizerBase
+) -> SparseConfig:
     """The recipe's `sparse` section, with the new tokens added to trainable_token_indices."""
     if not new_tokens:
         return config

@@ -16,10 +16,14 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rpn import RPNConfig
 from sparse_zero import UserError, load_adapter
+from sparse_zero.recipe import shipped
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.evaluate import evaluate
+from sparse_zero.training.rate_search import find_rate
 from sparse_zero.training.run import train
 
 
@@ -201,3 +205,39 @@ def test_an_adapter_with_added_rows_opens_on_the_base_model(run, save, tokenizer
     model = AutoModelForCausalLM.from_pretrained("model")
     with pytest.raises(UserError, match=r"resize_token_embeddings|embed_tokens"):
         load_adapter(model, "run/adapter")
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_rates_are_tried_from_the_same_start(noise, tmp_path, monkeypatch, save, tokenizer, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(loud(tiny("llama", vocab_size=len(tokenizer))))
+    rows = [{"text": text} for text in TEXTS]
+    made = recipe(tmp_path, "causal-lm", {"text": "text"}, rows, training={"max_steps": 3, "learning_rate": 1e-2})
+    if noise:
+        made = made.model_copy(update={"rpn": RPNConfig(probability=0.2)})
+    found = find_rate(made, "r.yaml")
+    rates = [each["learning_rate"] for each in found["rates"]]
+    assert rates == pytest.approx([1e-2 / 9, 1e-2 / 3, 1e-2, 3e-2, 9e-2], rel=0.05)
+    losses = [each["loss"] for each in found["rates"]]
+    assert found["chosen"] == rates[losses.index(min(losses))]
+    assert min(losses) < found["loss_before"]
+    assert f"training.learning_rate={found['chosen']:g}" in capsys.readouterr().out
+    assert json.loads(Path("run/learning_rates.json").read_text()) == found
+    assert not Path("run/adapter").exists()
+    # A run of the last rate alone has the same loss, so nothing was left of the rates before it
+    alone = made.training | {"learning_rate": rates[-1], "lr_scheduler_type": "constant"}
+    results = train(made.model_copy(update={"training": alone}), "r.yaml")
+    assert results["loss_before"] == pytest.approx(found["loss_before"], rel=1e-6)
+    assert results["loss"] == pytest.approx(losses[-1], rel=1e-5)
+
+
+def test_rates_of_a_partitioned_base_model_are_refused(tmp_path, monkeypatch, save, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    save(tiny("llama", vocab_size=len(tokenizer)))
+    made = recipe(tmp_path, "causal-lm", {"text": "text"}, [{"text": "a"}], training={"deepspeed": "zero3.json"})
+    made = made.with_files({"training.deepspeed": str(shipped.directory() / "zero3.json")})
+    try:
+        with pytest.raises(UserError, match=r"--find-rate: the base model must fit on one device"):
+            find_rate(made, "r.yaml")
+    finally:
+        unset_hf_deepspeed_config()
