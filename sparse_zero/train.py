@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
+from sparse_zero.ranks.caches import use_writable_caches
 from sparse_zero.ranks.failures import RankInfo
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.rank_log import open_rank_log
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     of this rank or of another.
     """
     options = _parse(sys.argv[1:] if argv is None else argv)
+    if moved := use_writable_caches():
+        place = Path(os.environ[moved[0]]).parent
+        print(f"sparse-zero: the home directory cannot be written: {', '.join(moved)} in {place}", file=sys.stderr)
     # Before the imports of torch and transformers, which take seconds.
     rank = Rank(StopRequest().install_handlers())
     try:

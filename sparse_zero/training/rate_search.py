@@ -38,8 +38,9 @@ EXAMPLES = 200
 def find_rate(recipe: Recipe, path: str) -> dict[str, Any]:
     """Train a few steps with each of five learning rates, and measure the loss on held-out examples.
 
-    A collective call. The base model is loaded once; the deltas start from the same values for each rate, with a constant schedule.
-    DeepSpeed is not used: without it the optimizer's state of the few trained scalars is on every rank.
+    A collective call. The base model is loaded once; the deltas start from the same values for each rate, with a
+    constant schedule. DeepSpeed is not used: without it the optimizer's state of the few trained scalars is on every
+    rank.
 
     Args:
         recipe: the recipe.

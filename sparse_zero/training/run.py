@@ -26,6 +26,7 @@ from sparse_zero.checkpoint.resume import find_resume_checkpoint, keep_batch_siz
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.ranks.collectives import Ranks
+from sparse_zero.ranks.compilations import announce_compilations
 from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.selection.config import SparseConfig
@@ -42,7 +43,9 @@ def limit_output(is_first_of_host: bool) -> None:
     """Show progress bars and warnings once per host, not once per rank."""
     # DeepSpeed calls functions that torch has renamed; the user cannot correct that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if not is_first_of_host:
+    if is_first_of_host:
+        announce_compilations()
+    else:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
