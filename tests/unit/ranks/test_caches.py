@@ -44,6 +44,7 @@ def test_a_cache_that_is_named_or_can_be_written_stays(home, monkeypatch):
 
 
 def test_a_directory_of_another_user_is_not_used(home, monkeypatch):
+    monkeypatch.setenv("USER", "me")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):
         caches.use_writable_caches()
