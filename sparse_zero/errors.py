@@ -4,9 +4,29 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+MAX_MESSAGE = 4000
+"""Characters of a message. A name from a file may have millions."""
+
 
 class UserError(ValueError):
-    """An error in the user's input. The message says what is wrong, where, and what to do."""
+    """An error in the user's input. The message says what is wrong, where, and what to do. It may quote a file or a
+    host that nobody trusts, and is made `printable`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    r"""The text as a terminal may show it: control characters as escapes (`\x1b`), and without the middle if it is
+    longer than MAX_MESSAGE. Line breaks stay."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def first_line(error: Exception) -> str:

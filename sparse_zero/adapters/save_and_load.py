@@ -11,19 +11,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sparse_zero.adapters.files import (
-    MODEL_SETTINGS,
     Adapter,
-    AdapterConfig,
-    SelectedTensor,
+    check_finite,
     checked_position_chunks,
     checked_positions,
     library_versions,
     read_adapter,
-    read_config,
     row_mask,
     write_adapter,
 )
+from sparse_zero.adapters.formats.base_model import check_base_model
 from sparse_zero.adapters.model_card import model_card
+from sparse_zero.adapters.schema import MODEL_SETTINGS, AdapterConfig, SelectedTensor
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
@@ -183,7 +182,9 @@ def base_fingerprint(model: nn.Module, sparsity: Sparsity) -> dict[str, str]:
     return sparsity.fingerprint
 
 
-def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str | None = None, *, force: bool = False
+) -> nn.Module:
     """Load an adapter on a model, in place. Under ZeRO stage 3, all ranks must call it.
 
         model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
@@ -197,15 +198,20 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
         model: the base model or a sparse model, which may be wrapped.
         directory: an adapter directory.
         adapter_name: the name of the adapter. None for the active adapter of a sparse model, or "default".
+        force: load values that are NaN or infinite, too.
 
     Returns: the same model.
 
     Raises:
-        UserError: the files are damaged, or the adapter was trained on a different base model or has a different
-            selection than the sparse model. The model is then unchanged.
+        UserError: the files are damaged, values are NaN or infinite, or the adapter was trained on a different base
+            model or has a different selection than the sparse model. The model is then unchanged.
     """
     inner = unwrap(model)
     adapter, sparsity = read_adapter(directory), state_of(inner)
+    if not force:
+        check_finite(adapter, directory, "; load them as they are with force=True")
+    if sparsity is not None:
+        _check_shapes(inner, adapter, directory)
     if sparsity is not None and adapter_name in (None, sparsity.name):
         _check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
         _check_sparsified_alike(sparsity, adapter, directory)
@@ -286,7 +292,11 @@ def _check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> Non
     for name, saved in shapes.items():
         if name not in parameters:
             raise UserError(f"{where}: the model has no parameter '{name}'")
-        shape = list(full_shape(parameters[name]))
+        shape, values = list(full_shape(parameters[name])), adapter.whole.get(name)
+        dtypes = {parameters[name].dtype, parameters[name].dtype if values is None else values.dtype}
+        # Values are rounded to the model's dtype; the integers of a buffer are not
+        if len(dtypes) > 1 and not all(dtype.is_floating_point for dtype in dtypes):
+            raise UserError(f"{where}: '{name}' is {parameters[name].dtype} there and {values.dtype} in the adapter")
         if shape != saved:
             grown = config.tensors[name].whole_rows if name in config.tensors else ()
             hint = f"; call model.resize_token_embeddings({saved[0]}) for its new tokens" if grown else ""
@@ -317,7 +327,8 @@ def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | 
     same = sparsity.weights.keys() == config.tensors.keys() and _are_trained(sparsity, config)
     for name, weight in sparsity.weights.items() if same else ():
         here = SelectedTensor.from_selection(weight.selection, weight.flat_positions())
-        same = same and here.positions == config.tensors[name].positions
+        there = config.tensors[name]
+        same = same and (here.positions, here.whole_rows) == (there.positions, there.whole_rows)
     if not same:
         raise UserError(
             f"{origin}: the model has a different selection (seed, density, targets or modules_to_save); pass an "
@@ -330,7 +341,13 @@ def _are_trained(sparsity: Sparsity, config: AdapterConfig) -> bool:
     return {*sparsity.whole} <= {*config.modules_to_save} <= {*sparsity.trained_names}
 
 
-def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, force: bool = False) -> dict[str, Any]:
+def write_merged(
+    directory: str | Path,
+    out: str | Path,
+    scale: float = 1.0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Merge an adapter into its base model and write the result as a Hugging Face model directory.
 
     Args:
@@ -338,6 +355,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
         out: the directory to write.
         scale: the factor of the deltas; see `set_scale`.
         force: merge values that are NaN or infinite, too.
+        trust_remote_code: run Python code that the base model's repository contains, as in from_pretrained.
 
     Returns: facts for the user.
 
@@ -346,7 +364,8 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
             directory, or the adapter does not name a base model and task.
     """
     started = time.perf_counter()
-    config = read_config(directory)
+    adapter = read_adapter(directory)
+    config = adapter.config
     if config.task is None or config.base_model_name_or_path is None:
         raise UserError(
             f"{directory}: does not say which base model to load, or for which task; load the adapter in your program "
@@ -356,18 +375,22 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
         raise UserError(f"{out}: is a file; the merged model is a directory")
     if Path(out).resolve() == Path(package_path(config.base_model_name_or_path)).resolve():
         raise UserError(f"{out}: is the base model, which would be overwritten; choose another directory")
+    if not force:
+        check_finite(adapter, directory, "; merge them as they are with force=True (sparse-zero merge --force)")
+    check_base_model(adapter, directory, trust_remote_code)
     model = load_model(
         config.base_model_name_or_path,
         config.task,
         revision=config.revision,
         dtype=getattr(torch, config.dtype),
         settings=config.model_settings,
+        trust_remote_code=trust_remote_code,
     )
-    tokenizer = _tokenizer_of(config)
+    tokenizer = _tokenizer_of(config, trust_remote_code)
     if config.new_tokens:
         add_tokens(tokenizer, config.new_tokens)
         resize_embeddings(model, tokenizer)
-    load_adapter(model, directory)
+    load_adapter(model, directory, force=force)
     set_scale(model, scale)
     merge_and_unload(model, force)
     model.save_pretrained(out)
@@ -384,12 +407,12 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
     }
 
 
-def _tokenizer_of(config: AdapterConfig) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(config: AdapterConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the training run, else the base model's; None if the base model has none."""
     if config.tokenizer:
-        return load_tokenizer(config.tokenizer)
+        return load_tokenizer(config.tokenizer, None, trust_remote_code)
     try:
-        return load_tokenizer(config.base_model_name_or_path, config.revision)
+        return load_tokenizer(config.base_model_name_or_path, config.revision, trust_remote_code)
     except UserError:
         if config.new_tokens:
             raise

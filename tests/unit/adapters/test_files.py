@@ -105,9 +105,9 @@ def test_describe(bases, adapter):
     [
         (lambda d: shutil.rmtree(d), "not an adapter directory (it has no adapter_config.json)"),
         (lambda d: (d / "adapter_config.json").unlink(), "not an adapter directory"),
-        (lambda d: (d / "adapter_config.json").write_text('{"adapter_type": '), "adapter_config.json: cannot be read"),
-        (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\x00"), "adapter_config.json: cannot be read"),
-        (lambda d: (d / "adapter_config.json").write_text("[]"), "not a sparse-zero adapter"),
+        (lambda d: (d / "adapter_config.json").write_text('{"adapter_type": '), "adapter_config.json: damaged"),
+        (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\x00"), "adapter_config.json: damaged"),
+        (lambda d: (d / "adapter_config.json").write_text("[]"), "not a JSON object"),
         (lambda d: edit_config(d, lambda c: c.update(adapter_type="lora")), "not a sparse-zero adapter"),
         (lambda d: edit_config(d, lambda c: c.update(format_version=2)), "format 2 is newer than 1"),
         (lambda d: edit_config(d, lambda c: c.update(format_version="?")), "format_version: Input should be"),
