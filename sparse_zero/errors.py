@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-MAX_MESSAGE = 4000
+MAX_MESSAGE = 2000
 """Characters of a message. A name from a file may have millions."""
 
 
