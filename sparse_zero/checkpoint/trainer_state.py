@@ -43,7 +43,7 @@ class _TrainerState(BaseModel):
     logging_steps: Interval | None = None
     eval_steps: Interval | None = None
     save_steps: Interval | None = None
-    train_batch_size: Count | None = None
+    train_batch_size: Count
     num_train_epochs: int | Finite = 0
     num_input_tokens_seen: Count = 0
     total_flos: int | Finite = 0
