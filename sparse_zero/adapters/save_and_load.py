@@ -23,7 +23,7 @@ from sparse_zero.adapters.files import (
 from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
 from sparse_zero.adapters.formats.base_model import check_base_model
 from sparse_zero.adapters.model_card import model_card
-from sparse_zero.adapters.schema import MODEL_SETTINGS, AdapterConfig, SelectedTensor
+from sparse_zero.adapters.schema import AdapterConfig, SelectedTensor, writable
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
@@ -38,6 +38,7 @@ from sparse_zero.selection.unsupported import check_model, check_supported
 from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
+_SCALARS = (str, bool, int, float, type(None))
 
 
 def save_adapter(
@@ -149,6 +150,9 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     if torch.float16 in (dtype, sparsity.dtype):
         # A fingerprint is of float16 values or not, whatever the model was converted to since
         dtype = sparsity.dtype
+    model_settings, odd = writable(settings)
+    if odd:
+        logger.warning("the adapter does not contain %s of the model's config: not of the usual type", ", ".join(odd))
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
@@ -160,13 +164,13 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         new_tokens=sparsity.new_tokens,
         task=task_of(type(model).__name__),
         dtype=str(dtype).removeprefix("torch."),
-        model_settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
+        model_settings=model_settings,
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
         tensors=tensors,
         modules_to_save=sparsity.trained_names,
-        results=sparsity.results,
+        results={key: value for key, value in sparsity.results.items() if isinstance(value, _SCALARS)},
         library_versions=library_versions(),
     )
 

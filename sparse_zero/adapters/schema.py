@@ -123,6 +123,8 @@ class AdapterConfig(BaseModel):
         names = [*self.tensors, *(f"{name}{ROWS_SUFFIX}" for name, entry in self.tensors.items() if entry.whole_rows)]
         if len({*names, *self.modules_to_save}) < len(names) + len(self.modules_to_save):
             raise ValueError("a parameter has two entries in tensors and modules_to_save")
+        if self.trainable_parameters > self.total_parameters:
+            raise ValueError(f"{self.trainable_parameters:,} of {self.total_parameters:,} scalars were trained")
         return self
 
 
@@ -154,6 +156,19 @@ def checked_settings(settings: Mapping[str, Any], origin: str | Path) -> ModelSe
         return TypeAdapter(ModelSettings).validate_python(known)
     except ValidationError as error:
         raise UserError(f"{origin}: {reason_of(error)}") from None
+
+
+def writable(settings: Mapping[str, Any]) -> tuple[ModelSettings, list[str]]:
+    """Those of a model's settings that an adapter can have, and the names of those that have another type."""
+    checker, fitting, odd = TypeAdapter(ModelSettings), {}, []
+    for key in MODEL_SETTINGS:
+        if settings.get(key) is None:
+            continue
+        try:
+            fitting |= checker.validate_python({key: settings[key]})
+        except ValidationError:
+            odd.append(key)
+    return fitting, odd
 
 
 def reason_of(error: ValidationError) -> str:

@@ -104,7 +104,8 @@ def reseal(seed: Path, damaged: Path) -> None:
 def _checksums_of_positions(damaged: Path, content: bytes, seed: dict[str, dict]) -> Iterator[tuple[str, str]]:
     """The checksums of the seed, and those of what the damaged files contain or claim."""
     with contextlib.suppress(Exception):
-        for name, flat in load_file(damaged / POSITIONS_NAME).items():
+        path = damaged / POSITIONS_NAME
+        for name, flat in load_file(path).items() if path.is_file() else ():
             yield seed[name]["positions"], rules.checksum(flat.to(torch.int64))
     with contextlib.suppress(Exception):
         for name, entry in json.loads(content)["tensors"].items():
