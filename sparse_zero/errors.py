@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-MAX_MESSAGE = 4000
+MAX_MESSAGE = 2000
 """Characters of a message. A name from a file may have millions."""
 
 
@@ -13,14 +13,13 @@ class UserError(ValueError):
     host that nobody trusts, and is made `printable`."""
 
     def __init__(self, message: str) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE // 2]} [...] {message[-MAX_MESSAGE // 4 :]}"
         super().__init__(printable(message))
 
 
 def printable(text: str) -> str:
-    r"""The text as a terminal may show it: control characters as escapes (`\x1b`), and without the middle if it is
-    longer than MAX_MESSAGE. Line breaks stay."""
-    if len(text) > MAX_MESSAGE:
-        text = f"{text[: MAX_MESSAGE // 2]} [...] {text[-MAX_MESSAGE // 4 :]}"
+    r"""The text as a terminal may show it: control characters as escapes (`\x1b`). Line breaks stay."""
     if text.isprintable():
         return text
     return "".join(

@@ -126,9 +126,11 @@ def combine(
         result.stored_positions[name] = flat
         tensors[name] = SelectedTensor.from_selection(selection, flat)
     trained = sum(t.count for t in tensors.values()) + sum(values.numel() for values in result.whole.values())
+    total = max(first.total_parameters, trained)
     update = {
-        "sparse": SparseConfig(density=trained / first.total_parameters, modules_to_save=first.sparse.modules_to_save),
+        "sparse": SparseConfig(density=min(1.0, trained / total), modules_to_save=first.sparse.modules_to_save),
         "trainable_parameters": trained,
+        "total_parameters": total,
         "tensors": tensors,
         "results": {},
         "library_versions": library_versions(),

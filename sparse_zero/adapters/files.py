@@ -219,22 +219,15 @@ def checked_positions(adapter: Adapter, name: str, directory: str | Path) -> tor
 def checked_position_chunks(
     adapter: Adapter, name: str, directory: str | Path, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
-    """`checked_positions` in chunks, never more than `count` positions. If they are fewer or the checksum is wrong,
-    UserError is raised after the last chunk."""
-    digest, stored, entry, drawn = (
-        rules.Checksum(),
-        adapter.stored_positions.get(name),
-        adapter.config.tensors[name],
-        0,
-    )
-    chunks = adapter.selection(name).chunks(device) if stored is None else rules.in_chunks(stored.to(device))
-    for chunk in chunks:
-        digest.update(chunk)
-        drawn += chunk.numel()
-        if drawn > entry.count:
-            break
-        yield chunk
-    if drawn != entry.count or digest.hexdigest() != entry.positions:
+    """`checked_positions` in chunks. If the checksum is wrong, UserError is raised after the last chunk."""
+    digest, stored, selection = rules.Checksum(), adapter.stored_positions.get(name), adapter.selection(name)
+    try:
+        for chunk in selection.chunks(device) if stored is None else rules.in_chunks(stored.to(device)):
+            digest.update(chunk)
+            yield chunk
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    if digest.hexdigest() != adapter.config.tensors[name].positions:
         raise UserError(f"{directory}: the positions of '{name}' differ from those it was trained with")
 
 

@@ -20,13 +20,14 @@ from sparse_zero.adapters.files import (
     row_mask,
     write_adapter,
 )
+from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
 from sparse_zero.adapters.formats.base_model import check_base_model
 from sparse_zero.adapters.model_card import model_card
-from sparse_zero.adapters.schema import MODEL_SETTINGS, AdapterConfig, SelectedTensor
+from sparse_zero.adapters.schema import AdapterConfig, SelectedTensor, writable
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import differing_parameters, fingerprint
+from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsify import apply_selection, disable_adapter, merge_and_unload, set_scale
@@ -34,9 +35,10 @@ from sparse_zero.model.sparsity import Sparsity, sparsity_of, state_of
 from sparse_zero.model.wrappers import tensors_by_name, unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.selection.unsupported import check_model, check_supported
-from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, wait_for_prefetch
+from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
+_SCALARS = (str, bool, int, float, type(None))
 
 
 def save_adapter(
@@ -148,6 +150,9 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     if torch.float16 in (dtype, sparsity.dtype):
         # A fingerprint is of float16 values or not, whatever the model was converted to since
         dtype = sparsity.dtype
+    model_settings, odd = writable(settings)
+    if odd:
+        logger.warning("the adapter does not contain %s of the model's config: not of the usual type", ", ".join(odd))
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
@@ -159,13 +164,13 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         new_tokens=sparsity.new_tokens,
         task=task_of(type(model).__name__),
         dtype=str(dtype).removeprefix("torch."),
-        model_settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
+        model_settings=model_settings,
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
         tensors=tensors,
         modules_to_save=sparsity.trained_names,
-        results=sparsity.results,
+        results={key: value for key, value in sparsity.results.items() if isinstance(value, _SCALARS)},
         library_versions=library_versions(),
     )
 
@@ -211,13 +216,13 @@ def load_adapter(
     if not force:
         check_finite(adapter, directory, "; load them as they are with force=True")
     if sparsity is not None:
-        _check_shapes(inner, adapter, directory)
+        check_shapes(inner, adapter, directory)
     if sparsity is not None and adapter_name in (None, sparsity.name):
-        _check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
-        _check_sparsified_alike(sparsity, adapter, directory)
+        check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
+        check_sparsified_alike(sparsity, adapter, directory)
         _set_values(inner, adapter, sparsity.weights)
     elif sparsity is not None:
-        _check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
+        check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
         for name in adapter.config.tensors:
             checked_positions(adapter, name, directory)
         inner.__dict__.setdefault("inactive_adapters", {})[adapter_name] = adapter.clone()
@@ -242,11 +247,11 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
     config = adapter.config
     check_model(inner)
     wait_for_prefetch(inner)
-    _check_shapes(inner, adapter, origin)
+    check_shapes(inner, adapter, origin)
     check_supported(inner, config.tensors, config.modules_to_save)
     with_rows = {name for name in config.tensors if config.tensors[name].whole_rows}
     base = fingerprint(inner, {*config.modules_to_save, *with_rows})
-    _check_base(inner, adapter, origin, base)
+    check_base(inner, adapter, origin, base)
     selections = [adapter.selection(name) for name in config.tensors]
 
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
@@ -282,63 +287,6 @@ def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -
             weight.delta.copy_(values)
     sparsity.set_trained_values(inner, adapter.whole)
     refresh(inner)
-
-
-def _check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None:
-    config, parameters = adapter.config, tensors_by_name(model)
-    where = f"{origin}: trained on {config.base_model_name_or_path}, does not fit {type(model).__name__}"
-    shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
-    shapes |= {name: list(values.shape) for name, values in adapter.whole.items()}
-    for name, saved in shapes.items():
-        if name not in parameters:
-            raise UserError(f"{where}: the model has no parameter '{name}'")
-        shape, values = list(full_shape(parameters[name])), adapter.whole.get(name)
-        dtypes = {parameters[name].dtype, parameters[name].dtype if values is None else values.dtype}
-        # Values are rounded to the model's dtype; the integers of a buffer are not
-        if len(dtypes) > 1 and not all(dtype.is_floating_point for dtype in dtypes):
-            raise UserError(f"{where}: '{name}' is {parameters[name].dtype} there and {values.dtype} in the adapter")
-        if shape != saved:
-            grown = config.tensors[name].whole_rows if name in config.tensors else ()
-            hint = f"; call model.resize_token_embeddings({saved[0]}) for its new tokens" if grown else ""
-            raise UserError(f"{where}: '{name}' has shape {shape} in the model and {saved} in the adapter{hint}")
-
-
-def _check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: dict[str, str]) -> None:
-    config = adapter.config
-    half = {str(p.dtype) == "torch.float16" for p in model.parameters() if p.is_floating_point()}
-    if any(half) != (config.dtype == "float16"):
-        logger.warning(
-            "%s: not checked against the base model's weights, because only one of them is in float16, which changes "
-            "the fingerprint",
-            origin,
-        )
-        return
-    if odd := differing_parameters(base, config.base_fingerprint):
-        at = f" at revision {config.revision}" if config.revision else ""
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(
-            f"{origin}: trained on {config.base_model_name_or_path}{at}, but this model has different weights: "
-            f"'{odd[0]}'{more}; load the base model and revision that the adapter was trained on"
-        )
-
-
-def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | Path) -> None:
-    config = adapter.config
-    same = sparsity.weights.keys() == config.tensors.keys() and _are_trained(sparsity, config)
-    for name, weight in sparsity.weights.items() if same else ():
-        here = SelectedTensor.from_selection(weight.selection, weight.flat_positions())
-        there = config.tensors[name]
-        same = same and (here.positions, here.whole_rows) == (there.positions, there.whole_rows)
-    if not same:
-        raise UserError(
-            f"{origin}: the model has a different selection (seed, density, targets or modules_to_save); pass an "
-            "adapter_name to load the adapter in addition to the active one"
-        )
-
-
-def _are_trained(sparsity: Sparsity, config: AdapterConfig) -> bool:
-    """Whether the same parameters are fully trained. Adapters of version 0.1 have no buffers."""
-    return {*sparsity.whole} <= {*config.modules_to_save} <= {*sparsity.trained_names}
 
 
 def write_merged(

@@ -1,7 +1,6 @@
 """What adapter_config.json may contain. Every field has a type and a range; whatever else a file has is refused."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,32 +61,13 @@ class SelectedTensor(BaseModel):
 
     @model_validator(mode="after")
     def _is_possible(self) -> "SelectedTensor":
-        """The rules assume what is checked here."""
-        size, rows = math.prod(self.shape), self.whole_rows
-        if size >= 2**62:
-            raise ValueError(f"the shape {self.shape} has too many scalars")
-        if self.count > size:
-            raise ValueError(f"a count of {self.count:,} in {size:,} scalars")
-        if rows and (len(self.shape) != 2 or rows[-1] >= self.shape[0] or sorted(set(rows)) != rows):
-            raise ValueError(f"whole_rows are not increasing rows of a matrix of shape {self.shape}")
-        drawn = self.count - len(rows) * self.shape[-1] if rows else self.count
-        if drawn < 0:
-            raise ValueError(f"a count of {self.count:,} for {len(rows):,} whole rows of {self.shape[-1]:,} scalars")
-        if self.rule == STRATIFIED and drawn >= 2**31:
-            raise ValueError(f"a count of {drawn:,}, more than the rule {self.rule} can draw")
         if (self.rule == BERNOULLI) != (self.probability is not None):
             raise ValueError(f"the rule {self.rule} with the probability {self.probability}")
-        if self.granularity > 1:
-            self._check_strips()
+        try:
+            self.selection("")
+        except UserError as error:
+            raise ValueError(str(error).removeprefix(": ")) from None
         return self
-
-    def _check_strips(self) -> None:
-        fits = self.rule == STRATIFIED and not self.whole_rows and len(self.shape) > 1
-        if not fits or self.shape[-2] % self.granularity or self.count % self.granularity:
-            raise ValueError(f"a granularity of {self.granularity} does not fit the shape {self.shape} and the count")
-        grid, strips = math.prod(self.shape) // self.granularity, self.count // self.granularity
-        if (grid + 1) * strips >= 2**63:
-            raise ValueError(f"the shape {self.shape} has too many strips")
 
     @classmethod
     def from_selection(cls, selection: Selection, positions: torch.Tensor) -> "SelectedTensor":
@@ -143,6 +123,8 @@ class AdapterConfig(BaseModel):
         names = [*self.tensors, *(f"{name}{ROWS_SUFFIX}" for name, entry in self.tensors.items() if entry.whole_rows)]
         if len({*names, *self.modules_to_save}) < len(names) + len(self.modules_to_save):
             raise ValueError("a parameter has two entries in tensors and modules_to_save")
+        if self.trainable_parameters > self.total_parameters:
+            raise ValueError(f"{self.trainable_parameters:,} of {self.total_parameters:,} scalars were trained")
         return self
 
 
@@ -174,6 +156,19 @@ def checked_settings(settings: Mapping[str, Any], origin: str | Path) -> ModelSe
         return TypeAdapter(ModelSettings).validate_python(known)
     except ValidationError as error:
         raise UserError(f"{origin}: {reason_of(error)}") from None
+
+
+def writable(settings: Mapping[str, Any]) -> tuple[ModelSettings, list[str]]:
+    """Those of a model's settings that an adapter can have, and the names of those that have another type."""
+    checker, fitting, odd = TypeAdapter(ModelSettings), {}, []
+    for key in MODEL_SETTINGS:
+        if settings.get(key) is None:
+            continue
+        try:
+            fitting |= checker.validate_python({key: settings[key]})
+        except ValidationError:
+            odd.append(key)
+    return fitting, odd
 
 
 def reason_of(error: ValidationError) -> str:

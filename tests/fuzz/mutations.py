@@ -78,7 +78,7 @@ class _Document:
 def _place_in(draw: Any, root: dict) -> tuple[Any, Any]:
     """A container and a key or index of it. Small containers are as likely as large ones."""
     container, key = root, ""
-    while isinstance(container[key], dict | list) and container[key] and draw(st.integers(0, 9)) > 0:
+    while isinstance(container[key], dict | list) and container[key] and draw(st.integers(0, 19)) > 0:
         container = container[key]
         key = draw(st.sampled_from([*container] if isinstance(container, dict) else range(len(container))))
     return container, key
@@ -92,13 +92,16 @@ def _values_near(value: Any) -> list[Any]:
     return [value + 1, value - 1, -value, value * 10**7, float(value), str(value), [value], bool(value), value + 0.5]
 
 
+KINDS = ["replace", "replace", "near", "near", "delete", "twice", "rename", "add", "move", "repeat"]
+
+
 @st.composite
 def mutated_json(draw: Any, value: Any, most: int = 3) -> bytes:
     """The bytes of a JSON document that is `value` with one to `most` mistakes."""
     document = _Document(value)
     for _ in range(draw(st.integers(1, most))):
         container, key = draw(_place_in(document.root))
-        kind = draw(st.sampled_from(["replace", "near", "delete", "twice", "rename", "add", "move", "repeat"]))
+        kind = draw(st.sampled_from(KINDS))
         if kind == "near":
             container[key] = draw(st.sampled_from(_values_near(container[key])))
         elif kind == "delete" and container is not document.root:
@@ -178,7 +181,7 @@ def framed(header: bytes, data: bytes, length: int | None = None) -> bytes:
 def mutated_safetensors(draw: Any, content: bytes) -> bytes:
     """The bytes of a safetensors file with a mistake in its header, its tensors or its bytes."""
     metadata, tensors = split(content)
-    kind = draw(st.sampled_from(["tensor", "tensor", "header", "length", "metadata", "bytes"]))
+    kind = draw(st.sampled_from([*["tensor"] * 6, *["header"] * 3, "length", "metadata", "bytes"]))
     if kind == "bytes":
         return draw(mutated_bytes(content))
     if kind == "metadata":

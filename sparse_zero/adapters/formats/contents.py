@@ -202,6 +202,12 @@ class Contents:
         grown = sum(torch.Size(shape).numel() - architecture.targets[n].shape.numel() for n, shape in shapes.items())
         total = architecture.total + grown
         base = ModelWeights.open_local(self.base, self.revision, architecture)
+        for name in self.selected if base and self.config is not None else ():
+            if base.key(name) and name not in self.rows and base.shape(name) != (claimed := architecture.shape(name)):
+                raise UserError(
+                    f"{self.origin}: '{name}' has shape {list(claimed)} in its copy of the config, but "
+                    f"{list(base.shape(name))} in {self.base}; pass the right base model with --base"
+                )
         sparse = {
             "density": self.trained / total,
             "targets": list(tensors) or None,

@@ -181,3 +181,14 @@ def test_read_config_gives_back_what_was_saved(adapter):
     config = read_config(adapter)
     assert config.sparse == SPARSE
     assert config.modules_to_save == ["classifier.weight", "classifier.bias"]
+
+
+def test_a_training_is_saved_whatever_the_models_config_contains(bases, tmp_path, caplog):
+    model = trained(bases["llama"])
+    model.config.pad_token_id, model.config.problem_type = -100, "my own"
+    model.sparsity.results = {"accuracy": 0.5, "rows": [1, 2]}
+    save_adapter(model, tmp_path)
+    assert "does not contain problem_type, pad_token_id of the model's config" in caplog.text
+    config = read_config(tmp_path)
+    assert set(config.model_settings) == {"id2label", "label2id"}
+    assert config.results == {"accuracy": 0.5}
