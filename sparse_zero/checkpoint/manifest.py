@@ -23,7 +23,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
 Step = Annotated[int, Field(ge=0, lt=2**31)]
-Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Name = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
 _SCALAR_BYTES = 4
 """Values and moments are float32."""
 
