@@ -21,7 +21,7 @@ from sparse_zero.adapters.files import (
     write_adapter,
 )
 from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
-from sparse_zero.adapters.formats.base_model import check_base_model
+from sparse_zero.adapters.formats.base_model import check_base_model, check_no_adapter
 from sparse_zero.adapters.model_card import model_card
 from sparse_zero.adapters.schema import AdapterConfig, SelectedTensor, writable
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
@@ -326,6 +326,7 @@ def write_merged(
     if not force:
         check_finite(adapter, directory, "; merge them as they are with force=True (sparse-zero merge --force)")
     check_base_model(adapter, directory, trust_remote_code)
+    check_no_adapter(config.base_model_name_or_path, config.revision, directory)
     model = load_model(
         config.base_model_name_or_path,
         config.task,

@@ -1,6 +1,8 @@
 """Base models and tokenizers from the hub, a local directory or an installed package."""
 
 import logging
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +74,7 @@ def load_model(
     try:
         _read_config(name, revision, trust_remote_code)
         model, report = AUTO_CLASS[task].from_pretrained(
-            package_path(name),
+            _checked_path(name),
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
@@ -127,8 +129,10 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            package_path(name), revision=revision, trust_remote_code=trust_remote_code, **kwargs
+            _checked_path(name), revision=revision, trust_remote_code=trust_remote_code, **kwargs
         )
+    except UserError:
+        raise
     except Exception as error:  # a tokenizer's own code and damaged files may raise any error
         raise UserError(f"model.tokenizer: the tokenizer of {name} cannot be loaded: {_reason(error)}") from error
     if tokenizer.pad_token is None:
@@ -175,7 +179,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
 
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     """Raises UserError if the config names a kernel that is not trusted, and what from_pretrained raises."""
-    config = AutoConfig.from_pretrained(package_path(name), revision=revision, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(_checked_path(name), revision=revision, trust_remote_code=trust_remote_code)
     kernels = [] if trust_remote_code else _kernels(config)
     if kernels:
         raise UserError(
@@ -183,6 +187,17 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Pr
             f"{_TRUST}"
         )
     return config
+
+
+def _checked_path(name: str) -> str:
+    """The path of a model. Raises UserError if its directory has a pipe or device: transformers would wait for it."""
+    path = package_path(name)
+    for entry in os.scandir(path) if os.path.isdir(path) else ():
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            continue
+        if not stat.S_ISREG(mode := entry.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{entry.path}: is not a file but a pipe or device")
+    return path
 
 
 def _kernels(config: PreTrainedConfig) -> list[str]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers.utils.peft_utils import find_adapter_config_file
+
 from sparse_zero.adapters.files import Adapter
 from sparse_zero.adapters.formats.architecture import Architecture, architecture_for
 from sparse_zero.data.package import package_path
@@ -31,6 +33,20 @@ def check_base_model(adapter: Adapter, origin: str | Path, trust_remote_code: bo
         raise UserError(f"{origin}: {error}") from None
     check_size(Path(package_path(adapter.config.base_model_name_or_path)), architecture)
     return architecture
+
+
+def check_no_adapter(base: str, revision: str | None, origin: str | Path) -> None:
+    """Raise UserError if a base model has an adapter of its own: from_pretrained would load it with PEFT, which can
+    import modules that its config names.
+
+    Args: base, revision: as of `load_model`; origin: the adapter's directory, for errors.
+    """
+    try:
+        found = find_adapter_config_file(package_path(base), revision=revision)
+    except (OSError, ValueError):
+        return
+    if found is not None:
+        raise UserError(f"{origin}: its base model {base} has an adapter of its own ({found}); merge that one first")
 
 
 def check_size(directory: Path, architecture: Architecture) -> None:

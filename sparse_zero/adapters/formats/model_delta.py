@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from sparse_zero.adapters.files import check_dtype
 from sparse_zero.adapters.formats.architecture import Architecture, architecture_of, configuration
 from sparse_zero.adapters.formats.base_model import check_size
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
@@ -113,6 +114,8 @@ def _compare(
     width = torch.Size(before[1:]).numel()
     for start, stop in row_chunks(before):
         new, old = tuned.rows(name, start, stop).flatten(), original.rows(name, start, stop).flatten()
+        check_dtype(tuned.directory, name, new)
+        check_dtype(original.directory, name, old)
         flat = (new != old).nonzero().squeeze(1)
         changed += flat.numel()
         # Not needed for a weight that will be saved fully
@@ -146,7 +149,10 @@ def _check_buffers(architecture: Architecture, tuned: ModelWeights, original: Mo
     """Raise UserError if buffers differ (e.g. the statistics of a batch norm): an adapter cannot contain them."""
     for name in architecture.model.state_dict().keys() - {a for names in architecture.aliases.values() for a in names}:
         stored = tuned.key(name) is not None and original.key(name) is not None
-        if stored and not torch.equal(tuned.tensor(name), original.tensor(name)):
+        if not stored:
+            continue
+        new, old = tuned.tensor(name), original.tensor(name)
+        if new.dtype != old.dtype or not torch.equal(new, old):
             raise UserError(f"{tuned.directory}: the buffer '{name}' differs, but adapters contain parameters only")
 
 

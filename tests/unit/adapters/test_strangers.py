@@ -217,6 +217,27 @@ def test_a_kernel_that_a_base_model_names_is_not_loaded(bases, llama, tmp_path, 
     assert loaded == []
 
 
+def test_a_peft_adapter_in_the_base_model_is_not_loaded(bases, llama, tmp_path):
+    """PEFT imports the module that `megatron_core` names."""
+    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
+    config = {"peft_type": "LORA", "target_modules": ["v_proj"], "megatron_core": "antigravity", "megatron_config": {}}
+    (base / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
+    with pytest.raises(UserError, match=r"its base model .*base has an adapter of its own \(.*adapter_config.json\)"):
+        write_merged(llama, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "added_tokens.json", "other"])
+def test_a_pipe_in_a_base_model_is_not_opened(bases, llama, tmp_path, name):
+    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
+    (base / name).unlink(missing_ok=True)
+    os.mkfifo(base / name)
+    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
+    for call in (lambda: write_merged(llama, tmp_path / "out"), lambda: load_tokenizer(str(base))):
+        with pytest.raises(UserError, match=f"{name}: is not a file but a pipe or device"):
+            call()
+
+
 def test_a_pickle_in_an_adapter_is_not_opened(llama, bases, tmp_path):
     torch.save({"x": torch.ones(1)}, llama / WEIGHTS)
     reseal(llama)
