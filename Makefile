@@ -2,6 +2,7 @@
 # make test      set up, run the linter and all tests: less than 20 minutes
 # make check     the linter and the tests of what has changed: less than two minutes
 # make families  what sparsify does with every family of transformers, into docs/families.md: 3 minutes on one core
+# make fuzz      thousands of damaged adapters and checkpoints: FUZZ_CASES=500 of each kind
 # make docs      build the documentation into site/
 
 PYTHON ?= python3
@@ -12,9 +13,9 @@ SETUP := .venv/.installed
 DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes_per_node=2)
 
 # What takes longest comes first. A worker runs all tests of a file, which share hosts, ranks or a wheel.
-TESTS := tests/cluster tests/distributed tests/wheel tests/docs tests/unit
+TESTS := tests/cluster tests/distributed tests/wheel tests/docs tests/fuzz tests/unit
 
-.PHONY: demo test check lint families docs clean
+.PHONY: demo test check lint fuzz families docs clean
 
 demo: $(SETUP)
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
@@ -28,6 +29,10 @@ check: lint
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Each time other cases. A failure prints how to repeat it.
+fuzz: $(SETUP)
+	FUZZ_CASES=$(or $(FUZZ_CASES),500) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/fuzz
 
 # SHARD=0/2 and SHARD=1/2 run beside each other. A run that was stopped goes on.
 families: $(SETUP)

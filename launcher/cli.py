@@ -208,6 +208,11 @@ def _add_merge(commands) -> argparse.ArgumentParser:
     merge.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
     merge.add_argument("--scale", type=float, default=1.0, help="factor of the adapter's deltas (default: 1)")
     merge.add_argument("--force", action="store_true", help="merge values that are NaN or infinite, too")
+    merge.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the base model's repository contains (default: refuse such a model)",
+    )
     return merge
 
 

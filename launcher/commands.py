@@ -206,7 +206,9 @@ def merge(arguments: argparse.Namespace) -> int:
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapters.save_and_load import write_merged
 
-        facts = write_merged(adapter, Path(arguments.out), arguments.scale, arguments.force)
+        facts = write_merged(
+            adapter, Path(arguments.out), arguments.scale, arguments.force, arguments.trust_remote_code
+        )
     if arguments.json:
         report.print_json(facts)
     else:

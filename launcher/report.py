@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sparse_zero.errors import printable
+
 PROGRAM = "sparse-zero"
 
 
 def say_error(message: str) -> None:
     """Print `message` on stderr as a single line."""
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {' '.join(printable(message).split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Print a title, then a line for each fact."""
     from rich.table import Table
 
-    print(title)
+    print(printable(title))
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, fact in facts.items():
         table.add_row(name.replace("_", " "), readable(name, fact))
@@ -146,7 +148,7 @@ MAX_NAMES = 4
 def print_notes(notes: Sequence[str]) -> None:
     """Print each note on a line."""
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
 
 
 def readable(name: str, value: Any) -> str:
@@ -154,6 +156,10 @@ def readable(name: str, value: Any) -> str:
 
     Args: name: an integer whose name ends in `bytes` is a number of bytes; a list whose name is `shape`, a shape.
     """
+    return printable(_readable(name, value))
+
+
+def _readable(name: str, value: Any) -> str:
     if name.endswith("bytes") and isinstance(value, int):
         return _readable_bytes(value)
     if isinstance(value, bool) or value is None:

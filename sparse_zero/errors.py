@@ -4,9 +4,28 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+MAX_MESSAGE = 2000
+"""Characters of a message. A name from a file may have millions."""
+
 
 class UserError(ValueError):
-    """An error in the user's input. The message says what is wrong, where, and what to do."""
+    """An error in the user's input. The message says what is wrong, where, and what to do. It may quote a file or a
+    host that nobody trusts, and is made `printable`."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE // 2]} [...] {message[-MAX_MESSAGE // 4 :]}"
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    r"""The text as a terminal may show it: control characters as escapes (`\x1b`). Line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def first_line(error: Exception) -> str:

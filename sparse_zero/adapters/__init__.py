@@ -1,4 +1,5 @@
 """Adapter directories: save, load, switch, combine, inspect, and convert from and to other formats.
 
-Others import from `combine`, `files`, `formats.convert`, `inspection`, `model_card`, `save_and_load`, `switching`.
+Others import from `combine`, `files`, `formats.convert`, `inspection`, `model_card`, `reading`,
+`save_and_load`, `schema`, `switching`.
 """

@@ -13,7 +13,8 @@ import torch
 
 from sparse_zero.adapters.files import (
     Adapter,
-    SelectedTensor,
+    check_drawing,
+    check_finite,
     checked_positions,
     library_versions,
     read_adapter,
@@ -21,6 +22,7 @@ from sparse_zero.adapters.files import (
     write_adapter,
 )
 from sparse_zero.adapters.model_card import model_card
+from sparse_zero.adapters.schema import SelectedTensor
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.selection.config import SparseConfig
@@ -65,6 +67,9 @@ def combine_adapters(
     if Path(out).resolve() in {Path(directory).resolve() for directory in directories}:
         raise UserError(f"{out}: is one of the adapters to combine; choose another directory")
     adapters = [read_adapter(directory) for directory in directories]
+    for adapter, directory in zip(adapters, directories, strict=True):
+        check_finite(adapter, directory)
+        check_drawing(adapter, directory)
     _check_compatible(adapters, [str(directory) for directory in directories])
     combined = combine(adapters, weights, combination_type, density, seed, [str(d) for d in directories])
     write_adapter(combined, out, model_card(combined.config))
@@ -121,9 +126,11 @@ def combine(
         result.stored_positions[name] = flat
         tensors[name] = SelectedTensor.from_selection(selection, flat)
     trained = sum(t.count for t in tensors.values()) + sum(values.numel() for values in result.whole.values())
+    total = max(first.total_parameters, trained)
     update = {
-        "sparse": SparseConfig(density=trained / first.total_parameters, modules_to_save=first.sparse.modules_to_save),
+        "sparse": SparseConfig(density=min(1.0, trained / total), modules_to_save=first.sparse.modules_to_save),
         "trainable_parameters": trained,
+        "total_parameters": total,
         "tensors": tensors,
         "results": {},
         "library_versions": library_versions(),

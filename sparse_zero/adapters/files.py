@@ -8,99 +8,30 @@ README.md                       the model card
 """
 
 import dataclasses
-import json
 import mmap
 import os
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from sparse_zero.adapters.reading import VALUE_DTYPES, read_json, read_safetensors
+from sparse_zero.adapters.schema import ROWS_SUFFIX, AdapterConfig, checked_config
 from sparse_zero.errors import UserError
+from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.selection import rules
-from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import STORED, STRATIFIED, Selection
+from sparse_zero.selection.rules import BERNOULLI, STORED, Selection
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 POSITIONS_NAME = "adapter_positions.safetensors"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 1
-ROWS_SUFFIX = ".rows"
-MODEL_SETTINGS = ("id2label", "label2id", "problem_type", "pad_token_id")
-"""Entries that a task sets in the base model's config, and that a merged model needs."""
-
-
-class SelectedTensor(BaseModel):
-    """The selection of one weight."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    shape: list[int]
-    count: int = Field(gt=0)
-    rule: Literal["stratified-v1", "bernoulli-v1", "stored"] = STRATIFIED
-    seed: int = 0
-    probability: float | None = None
-    granularity: int = 1
-    whole_rows: list[int] = []
-    positions: str
-    """Checksum of the positions. It detects a change of the rule, which would misplace the deltas."""
-
-    @classmethod
-    def from_selection(cls, selection: Selection, positions: torch.Tensor) -> "SelectedTensor":
-        """Describe a selection whose positions are `positions`, int64 (count,)."""
-        fields = dataclasses.asdict(selection)
-        del fields["name"]
-        fields |= {"shape": list(selection.shape), "whole_rows": list(selection.whole_rows)}
-        return cls(**fields, positions=rules.checksum(positions))
-
-    def selection(self, name: str) -> Selection:
-        """The selection for the parameter `name`."""
-        fields = self.model_dump(exclude={"positions"})
-        return Selection(name=name, **fields | {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)})
-
-
-class AdapterConfig(BaseModel):
-    """The contents of adapter_config.json."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    adapter_type: str = "sparse-zero"
-    format_version: int = FORMAT_VERSION
-    base_model_name_or_path: str | None
-    revision: str | None
-    base_fingerprint: dict[str, str] = {}
-    """A hash of each parameter of the base model, by name. See `model.fingerprint`."""
-    tokenizer: str | None = None
-    """The source of the tokenizer if it is not the base model."""
-    new_tokens: list[str] = []
-    """Tokens that were added to the tokenizer."""
-    task: str | None
-    dtype: str
-    """The dtype of the base model in training. If only that or the dtype before `sparsify` is float16: the latter."""
-    model_settings: dict[str, Any] = {}
-    """Entries of the model's config that the task sets (id2label, pad_token_id)."""
-    sparse: SparseConfig
-    total_parameters: int
-    """Number of scalars of the base model."""
-    trainable_parameters: int
-    """Number of trained scalars."""
-    tensors: dict[str, SelectedTensor]
-    """The selection of each weight, by parameter name."""
-    modules_to_save: list[str]
-    """Names of the fully trained parameters."""
-    results: dict[str, Any] = {}
-    """Metrics of the run, for the model card."""
-    files: dict[str, str] = {}
-    """Checksum (xxh3, 128 bits) of each safetensors file."""
-    library_versions: dict[str, str] = {}
+FREE_VISITS, VISITS_PER_VALUE = 2**25, 2**17
+"""How many scalars are visited to draw positions whose weight is not known: seconds at most, or a density of 1e-5."""
 
 
 @dataclasses.dataclass
@@ -131,6 +62,11 @@ class Adapter:
             for part in ("deltas", "whole", "rows", "stored_positions")
         }
         return dataclasses.replace(self, **parts)
+
+    def not_finite(self) -> dict[str, int]:
+        """The number of values that are NaN or infinite, by name, without zeros."""
+        parts = (self.deltas, self.rows, self.whole)
+        return count_not_finite(item for part in parts for item in part.items())
 
     def positions(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """The positions of a selected weight, fully trained rows included: int64 (count,)."""
@@ -219,24 +155,12 @@ def read_config(directory: str | Path) -> AdapterConfig:
         UserError: the directory is not an adapter, or the file is damaged or has a newer format.
     """
     path = Path(directory) / CONFIG_NAME
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory}: not an adapter directory (it has no {CONFIG_NAME})") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(raw, dict) or raw.get("adapter_type") != "sparse-zero":
+    if not os.path.lexists(path):
+        raise UserError(f"{directory}: not an adapter directory (it has no {CONFIG_NAME})")
+    content = read_json(path)
+    if content.get("adapter_type") != "sparse-zero":
         raise UserError(f"{path}: not a sparse-zero adapter; `sparse-zero convert` converts some other formats")
-    newer = raw.get("format_version")
-    if isinstance(newer, int) and newer > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format {newer} is newer than {FORMAT_VERSION}, which this version supports; update sparse-zero"
-        )
-    try:
-        return AdapterConfig.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return checked_config(content, path)
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -268,9 +192,13 @@ def read_adapter(directory: str | Path) -> Adapter:
                 f"{directory / WEIGHTS_NAME}: '{name}' has the shape {list(tensors[name].shape)} instead of {shape}, "
                 f"which {CONFIG_NAME} requires"
             )
-    with_positions = {name for name, selection in selected.items() if selection.rule == STORED}
+    for name, values in tensors.items():
+        check_dtype(directory / WEIGHTS_NAME, name, values, name in config.modules_to_save)
+    with_positions = {name: selection for name, selection in selected.items() if selection.rule == STORED}
     positions = _read_tensors(directory / POSITIONS_NAME, config) if with_positions else {}
-    _check_names(directory / POSITIONS_NAME, positions, with_positions)
+    _check_names(directory / POSITIONS_NAME, positions, {*with_positions})
+    for name, selection in with_positions.items():
+        _check_positions(directory / POSITIONS_NAME, positions[name], selection)
     adapter = Adapter(
         config=config,
         deltas={name: tensors[name] for name, count in counts.items() if count},
@@ -279,56 +207,70 @@ def read_adapter(directory: str | Path) -> Adapter:
         stored_positions={name: flat.to(torch.int64) for name, flat in positions.items()},
     )
     for name in with_positions:
-        _check_positions(adapter, name, directory)
+        checked_positions(adapter, name, directory)
     return adapter
 
 
 def checked_positions(adapter: Adapter, name: str, directory: str | Path) -> torch.Tensor:
     """The positions of a selected weight, int64 (count,). Raises UserError if their checksum is wrong."""
-    flat = adapter.positions(name)
-    _check_checksum(rules.checksum(flat), adapter, name, directory)
-    return flat
+    return torch.cat([*checked_position_chunks(adapter, name, directory)])
 
 
 def checked_position_chunks(
     adapter: Adapter, name: str, directory: str | Path, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """`checked_positions` in chunks. If the checksum is wrong, UserError is raised after the last chunk."""
-    digest, stored = rules.Checksum(), adapter.stored_positions.get(name)
-    chunks = adapter.selection(name).chunks(device) if stored is None else rules.in_chunks(stored.to(device))
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-    _check_checksum(digest.hexdigest(), adapter, name, directory)
-
-
-def _check_checksum(checksum: str, adapter: Adapter, name: str, directory: str | Path) -> None:
-    if checksum != adapter.config.tensors[name].positions:
+    digest, stored, selection = rules.Checksum(), adapter.stored_positions.get(name), adapter.selection(name)
+    try:
+        for chunk in selection.chunks(device) if stored is None else rules.in_chunks(stored.to(device)):
+            digest.update(chunk)
+            yield chunk
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    if digest.hexdigest() != adapter.config.tensors[name].positions:
         raise UserError(f"{directory}: the positions of '{name}' differ from those it was trained with")
 
 
-def _check_positions(adapter: Adapter, name: str, directory: Path) -> None:
-    flat, selection = checked_positions(adapter, name, directory), adapter.selection(name)
-    if flat.numel() != selection.count or bool((flat.diff() <= 0).any()) or flat[0] < 0 or flat[-1] >= selection.numel:
+def check_finite(adapter: Adapter, origin: str | Path, hint: str = "") -> None:
+    """Raise UserError if an adapter has values that are NaN or infinite. Args: hint: the end of the message."""
+    if counts := adapter.not_finite():
+        raise UserError(f"{origin}: has values that are NaN or infinite: {describe(counts)}{hint}")
+
+
+def check_drawing(adapter: Adapter, origin: str | Path) -> None:
+    """Raise UserError if drawing an adapter's positions takes far longer than its values justify.
+
+    The rule bernoulli-v1 visits all scalars of a weight, whose shape is a claim until there is a model.
+    """
+    drawn = [entry for entry in adapter.config.tensors.values() if entry.rule == BERNOULLI]
+    visited, count = sum(torch.Size(entry.shape).numel() for entry in drawn), sum(entry.count for entry in drawn)
+    if visited > max(FREE_VISITS, VISITS_PER_VALUE * count):
         raise UserError(
-            f"{directory / POSITIONS_NAME}: damaged: the positions of '{name}' are not valid for its shape "
-            f"{list(selection.shape)}"
+            f"{origin}: claims weights of {visited:,} scalars for {count:,} values: too many to draw the positions "
+            "without the base model's weights"
+        )
+
+
+def check_dtype(path: Path, name: str, values: torch.Tensor, whole: bool = False) -> None:
+    """Raise UserError if values are not floating-point numbers of VALUE_DTYPES. Args: whole: fully trained values."""
+    if whole and not (values.is_complex() or values.is_floating_point()):
+        return  # a buffer, which is compared with the model's
+    if values.dtype not in VALUE_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in VALUE_DTYPES)
+        raise UserError(f"{path}: the values of '{name}' are {values.dtype}; they can be {known}")
+
+
+def _check_positions(path: Path, flat: torch.Tensor, selection: Selection) -> None:
+    fits = flat.dtype in (torch.int32, torch.int64) and tuple(flat.shape) == (selection.count,)
+    if not fits or bool((flat.diff() <= 0).any()) or flat[0] < 0 or flat[-1] >= selection.numel:
+        raise UserError(
+            f"{path}: damaged: the positions of '{selection.name}' are not valid for its shape {list(selection.shape)}"
         )
 
 
 def _check_names(path: Path, tensors: Mapping[str, torch.Tensor], expected: set[str]) -> None:
     if odd := sorted(tensors.keys() ^ expected):
         raise UserError(f"{path}: '{odd[0]}' is in only one of {path.name} and {CONFIG_NAME}")
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a file. Raises UserError if the file is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
 
 
 def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, torch.Tensor]:
@@ -345,4 +287,5 @@ _ANY_FORMAT = ("adapter_*.json", "adapter_*.safetensors", "sparse_deltas.*", "*_
 
 def adapter_bytes(directory: str | Path) -> int:
     """Size of an adapter's files of any format in bytes, without model card and tokenizer."""
-    return sum(path.stat().st_size for pattern in _ANY_FORMAT for path in Path(directory).glob(pattern))
+    paths = (path for pattern in _ANY_FORMAT for path in Path(directory).glob(pattern))
+    return sum(path.stat().st_size for path in paths if path.is_file())

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from sparse_zero.adapters.files import adapter_bytes
+from sparse_zero.adapters.files import adapter_bytes, check_drawing
 from sparse_zero.adapters.formats import format_module, read
 from sparse_zero.adapters.formats.contents import Contents
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
+from sparse_zero.model.finite import describe as describe_counts
 
 SMALLEST = -8
 """The histogram has one bin for all magnitudes below this power of ten. They are negligible for any weight."""
@@ -34,8 +35,11 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
     """
     contents = read(directory, base)
     _add_shapes(contents)
+    _draw(contents)
     tensors = list(_tensors(contents))
-    changes = {name: entry.values.float() for name, entry in contents.selected.items()}
+    changes = {name: finite(entry.values) for name, entry in contents.selected.items()}
+    if counts := contents.not_finite():
+        contents.notes.append(f"NaN or infinite: {describe_counts(counts)}")
     size = adapter_bytes(directory)
     facts = {
         "format": format_module(contents.format).TITLE,
@@ -83,6 +87,25 @@ def _add_shapes(contents: Contents) -> None:
         entry.shape = entry.shape or architecture.shape(name)
 
 
+def _draw(contents: Contents) -> None:
+    """Draw and check the positions of an adapter of rules, unless that takes too long for a description."""
+    if contents.own is None:
+        return
+    try:
+        check_drawing(contents.own, contents.origin)
+    except UserError as error:
+        contents.notes.append(str(error))
+        return
+    for name in contents.selected:
+        contents.draw(name)
+
+
+def finite(values: torch.Tensor) -> torch.Tensor:
+    """The values that are neither NaN nor infinite: float32 or float64 (n,)."""
+    values = values.flatten() if values.dtype == torch.float64 else values.flatten().float()
+    return values[values.isfinite()]
+
+
 def _tensors(contents: Contents) -> Iterable[dict[str, Any]]:
     for name, entry in contents.selected.items():
         size = torch.Size(entry.shape).numel() if entry.shape else None
@@ -96,16 +119,17 @@ def _tensors(contents: Contents) -> Iterable[dict[str, Any]]:
 def _entry(
     name: str, trained: str, values: torch.Tensor, shape: tuple[int, ...] | None, density: float | None
 ) -> dict[str, Any]:
-    values = values.float()
+    scalars, values = values.numel(), finite(values)
     return {
         "name": name,
         "shape": list(shape) if shape else None,
         "trained": trained,
-        "scalars": values.numel(),
+        "scalars": scalars,
         "density": density,
         "norm": values.norm().item(),
         "largest": values.abs().max().item() if values.numel() else 0.0,
         "zeros": int((values == 0).sum()),
+        **({"not_finite": scalars - values.numel()} if values.numel() < scalars else {}),
     }
 
 
@@ -156,12 +180,16 @@ def histogram(changes: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
 def _largest(contents: Contents) -> list[dict[str, Any]]:
     found = []
     for name, entry in contents.selected.items():
-        top = entry.values.float().abs().topk(min(LARGEST, entry.values.numel())).indices
+        magnitudes = entry.values.double().abs().nan_to_num(nan=0.0, posinf=0.0)
+        top = magnitudes.topk(min(LARGEST, entry.values.numel())).indices
         for place in top.tolist():
-            index = entry.indices[place]
-            if entry.values[place] == 0:
+            if magnitudes[place] == 0:
                 continue
-            if index.dim() == 0 and entry.shape:
+            if entry.indices is None:
+                found.append({"name": name, "position": None, "delta": entry.values[place].item()})
+                continue
+            index = entry.indices[place]
+            if index.dim() == 0 and entry.shape and 0 <= index < torch.Size(entry.shape).numel():
                 position = [int(x) for x in torch.unravel_index(index.long(), entry.shape)]
             else:
                 position = index.reshape(-1).tolist()

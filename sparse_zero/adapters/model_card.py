@@ -1,10 +1,11 @@
 """The model card of an adapter: README.md with the metadata that the Hugging Face hub reads."""
 
+import json
 from typing import Any
 
 import yaml
 
-from sparse_zero.adapters.files import AdapterConfig
+from sparse_zero.adapters.schema import AdapterConfig
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -57,12 +58,13 @@ def _results(results: dict[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    count = f" on {results['eval_examples']:,} held-out examples" if "eval_examples" in results else ""
+    examples = results.get("eval_examples")
+    count = f" on {examples:,} held-out examples" if isinstance(examples, int) else ""
     return f"## Results{count}\n\n| | before | after |\n|---|---|---|\n" + "\n".join(rows)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
 
 
 def _usage(config: AdapterConfig) -> str:
@@ -72,7 +74,8 @@ def _usage(config: AdapterConfig) -> str:
     if config.task == "sequence-classification":
         auto_class = "AutoModelForSequenceClassification"
         labels = f", num_labels={len(config.model_settings.get('id2label', ()))}"
-    base, names = f'"{config.base_model_name_or_path}"', "load_adapter"
+    # A string of Python, whatever the name contains
+    base, names = json.dumps(config.base_model_name_or_path), "load_adapter"
     if "://" in base:
         base, names = f"package_path({base})", "load_adapter, package_path"
     return (

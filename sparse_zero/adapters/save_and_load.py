@@ -11,23 +11,23 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sparse_zero.adapters.files import (
-    MODEL_SETTINGS,
     Adapter,
-    AdapterConfig,
-    SelectedTensor,
+    check_finite,
     checked_position_chunks,
     checked_positions,
     library_versions,
     read_adapter,
-    read_config,
     row_mask,
     write_adapter,
 )
+from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
+from sparse_zero.adapters.formats.base_model import check_base_model, check_no_adapter
 from sparse_zero.adapters.model_card import model_card
+from sparse_zero.adapters.schema import AdapterConfig, SelectedTensor, writable
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import differing_parameters, fingerprint
+from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsify import apply_selection, disable_adapter, merge_and_unload, set_scale
@@ -35,9 +35,10 @@ from sparse_zero.model.sparsity import Sparsity, sparsity_of, state_of
 from sparse_zero.model.wrappers import tensors_by_name, unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.selection.unsupported import check_model, check_supported
-from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, wait_for_prefetch
+from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
 
 logger = logging.getLogger(__name__)
+_SCALARS = (str, bool, int, float, type(None))
 
 
 def save_adapter(
@@ -149,6 +150,9 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     if torch.float16 in (dtype, sparsity.dtype):
         # A fingerprint is of float16 values or not, whatever the model was converted to since
         dtype = sparsity.dtype
+    model_settings, odd = writable(settings)
+    if odd:
+        logger.warning("the adapter does not contain %s of the model's config: not of the usual type", ", ".join(odd))
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
@@ -160,13 +164,13 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         new_tokens=sparsity.new_tokens,
         task=task_of(type(model).__name__),
         dtype=str(dtype).removeprefix("torch."),
-        model_settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
+        model_settings=model_settings,
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
         trainable_parameters=sparsity.trainable_parameters,
         tensors=tensors,
         modules_to_save=sparsity.trained_names,
-        results=sparsity.results,
+        results={key: value for key, value in sparsity.results.items() if isinstance(value, _SCALARS)},
         library_versions=library_versions(),
     )
 
@@ -183,7 +187,9 @@ def base_fingerprint(model: nn.Module, sparsity: Sparsity) -> dict[str, str]:
     return sparsity.fingerprint
 
 
-def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str | None = None, *, force: bool = False
+) -> nn.Module:
     """Load an adapter on a model, in place. Under ZeRO stage 3, all ranks must call it.
 
         model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
@@ -197,21 +203,26 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
         model: the base model or a sparse model, which may be wrapped.
         directory: an adapter directory.
         adapter_name: the name of the adapter. None for the active adapter of a sparse model, or "default".
+        force: load values that are NaN or infinite, too.
 
     Returns: the same model.
 
     Raises:
-        UserError: the files are damaged, or the adapter was trained on a different base model or has a different
-            selection than the sparse model. The model is then unchanged.
+        UserError: the files are damaged, values are NaN or infinite, or the adapter was trained on a different base
+            model or has a different selection than the sparse model. The model is then unchanged.
     """
     inner = unwrap(model)
     adapter, sparsity = read_adapter(directory), state_of(inner)
+    if not force:
+        check_finite(adapter, directory, "; load them as they are with force=True")
+    if sparsity is not None:
+        check_shapes(inner, adapter, directory)
     if sparsity is not None and adapter_name in (None, sparsity.name):
-        _check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
-        _check_sparsified_alike(sparsity, adapter, directory)
+        check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
+        check_sparsified_alike(sparsity, adapter, directory)
         _set_values(inner, adapter, sparsity.weights)
     elif sparsity is not None:
-        _check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
+        check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
         for name in adapter.config.tensors:
             checked_positions(adapter, name, directory)
         inner.__dict__.setdefault("inactive_adapters", {})[adapter_name] = adapter.clone()
@@ -236,11 +247,11 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
     config = adapter.config
     check_model(inner)
     wait_for_prefetch(inner)
-    _check_shapes(inner, adapter, origin)
+    check_shapes(inner, adapter, origin)
     check_supported(inner, config.tensors, config.modules_to_save)
     with_rows = {name for name in config.tensors if config.tensors[name].whole_rows}
     base = fingerprint(inner, {*config.modules_to_save, *with_rows})
-    _check_base(inner, adapter, origin, base)
+    check_base(inner, adapter, origin, base)
     selections = [adapter.selection(name) for name in config.tensors]
 
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
@@ -278,59 +289,13 @@ def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -
     refresh(inner)
 
 
-def _check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None:
-    config, parameters = adapter.config, tensors_by_name(model)
-    where = f"{origin}: trained on {config.base_model_name_or_path}, does not fit {type(model).__name__}"
-    shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
-    shapes |= {name: list(values.shape) for name, values in adapter.whole.items()}
-    for name, saved in shapes.items():
-        if name not in parameters:
-            raise UserError(f"{where}: the model has no parameter '{name}'")
-        shape = list(full_shape(parameters[name]))
-        if shape != saved:
-            grown = config.tensors[name].whole_rows if name in config.tensors else ()
-            hint = f"; call model.resize_token_embeddings({saved[0]}) for its new tokens" if grown else ""
-            raise UserError(f"{where}: '{name}' has shape {shape} in the model and {saved} in the adapter{hint}")
-
-
-def _check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: dict[str, str]) -> None:
-    config = adapter.config
-    half = {str(p.dtype) == "torch.float16" for p in model.parameters() if p.is_floating_point()}
-    if any(half) != (config.dtype == "float16"):
-        logger.warning(
-            "%s: not checked against the base model's weights, because only one of them is in float16, which changes "
-            "the fingerprint",
-            origin,
-        )
-        return
-    if odd := differing_parameters(base, config.base_fingerprint):
-        at = f" at revision {config.revision}" if config.revision else ""
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UserError(
-            f"{origin}: trained on {config.base_model_name_or_path}{at}, but this model has different weights: "
-            f"'{odd[0]}'{more}; load the base model and revision that the adapter was trained on"
-        )
-
-
-def _check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | Path) -> None:
-    config = adapter.config
-    same = sparsity.weights.keys() == config.tensors.keys() and _are_trained(sparsity, config)
-    for name, weight in sparsity.weights.items() if same else ():
-        here = SelectedTensor.from_selection(weight.selection, weight.flat_positions())
-        same = same and here.positions == config.tensors[name].positions
-    if not same:
-        raise UserError(
-            f"{origin}: the model has a different selection (seed, density, targets or modules_to_save); pass an "
-            "adapter_name to load the adapter in addition to the active one"
-        )
-
-
-def _are_trained(sparsity: Sparsity, config: AdapterConfig) -> bool:
-    """Whether the same parameters are fully trained. Adapters of version 0.1 have no buffers."""
-    return {*sparsity.whole} <= {*config.modules_to_save} <= {*sparsity.trained_names}
-
-
-def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, force: bool = False) -> dict[str, Any]:
+def write_merged(
+    directory: str | Path,
+    out: str | Path,
+    scale: float = 1.0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Merge an adapter into its base model and write the result as a Hugging Face model directory.
 
     Args:
@@ -338,6 +303,7 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
         out: the directory to write.
         scale: the factor of the deltas; see `set_scale`.
         force: merge values that are NaN or infinite, too.
+        trust_remote_code: run Python code that the base model's repository contains, as in from_pretrained.
 
     Returns: facts for the user.
 
@@ -346,7 +312,8 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
             directory, or the adapter does not name a base model and task.
     """
     started = time.perf_counter()
-    config = read_config(directory)
+    adapter = read_adapter(directory)
+    config = adapter.config
     if config.task is None or config.base_model_name_or_path is None:
         raise UserError(
             f"{directory}: does not say which base model to load, or for which task; load the adapter in your program "
@@ -356,20 +323,25 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
         raise UserError(f"{out}: is a file; the merged model is a directory")
     if Path(out).resolve() == Path(package_path(config.base_model_name_or_path)).resolve():
         raise UserError(f"{out}: is the base model, which would be overwritten; choose another directory")
+    if not force:
+        check_finite(adapter, directory, "; merge them as they are with force=True (sparse-zero merge --force)")
+    check_base_model(adapter, directory, trust_remote_code)
+    check_no_adapter(config.base_model_name_or_path, config.revision, directory)
     model = load_model(
         config.base_model_name_or_path,
         config.task,
         revision=config.revision,
         dtype=getattr(torch, config.dtype),
         settings=config.model_settings,
+        trust_remote_code=trust_remote_code,
     )
-    tokenizer = _tokenizer_of(config)
+    tokenizer = _tokenizer_of(config, trust_remote_code)
     if config.new_tokens:
         # The base model's own tokenizer may have more tokens than its embedding has rows
         known = tokenizer.get_vocab()
         add_tokens(tokenizer, [token for token in config.new_tokens if token not in known])
         resize_embeddings(model, tokenizer)
-    load_adapter(model, directory)
+    load_adapter(model, directory, force=force)
     set_scale(model, scale)
     merge_and_unload(model, force)
     model.save_pretrained(out)
@@ -386,12 +358,12 @@ def write_merged(directory: str | Path, out: str | Path, scale: float = 1.0, for
     }
 
 
-def _tokenizer_of(config: AdapterConfig) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(config: AdapterConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the training run, else the base model's; None if the base model has none."""
     if config.tokenizer:
-        return load_tokenizer(config.tokenizer)
+        return load_tokenizer(config.tokenizer, None, trust_remote_code)
     try:
-        return load_tokenizer(config.base_model_name_or_path, config.revision)
+        return load_tokenizer(config.base_model_name_or_path, config.revision, trust_remote_code)
     except UserError:
         if config.new_tokens:
             raise

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sparse_zero.checkpoint.saved_state import fitted
+
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -30,13 +32,21 @@ def loss_scale(engine: Any, scaler: Any) -> dict[str, Any] | None:
     return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler is not None else None
 
 
-def restore_loss_scale(engine: Any, scaler: Any, saved: dict[str, Any] | None) -> None:
-    """The reverse of `loss_scale`."""
-    if saved is None:
+def fitted_loss_scale(engine: Any, scaler: Any, saved: dict[str, Any] | None, where: str) -> dict[str, Any] | None:
+    """A saved state of loss scaling that fits this run; None if there is none, or if this run does not scale the loss.
+
+    Raises UserError: it does not fit.
+    """
+    own = loss_scale(engine, scaler)
+    return None if saved is None or not own else fitted(saved, own, where)
+
+
+def restore_loss_scale(engine: Any, scaler: Any, fitting: dict[str, Any] | None) -> None:
+    """The reverse of `loss_scale`. Args: fitting: see `fitted_loss_scale`."""
+    if fitting is None:
         return
     if engine is None:
-        if scaler is not None:
-            scaler.load_state_dict(saved)
-    elif (scaler := getattr(engine.optimizer, "loss_scaler", None)) is not None:
-        for name in vars(scaler).keys() & saved.keys():
-            setattr(scaler, name, saved[name])
+        scaler.load_state_dict(fitting)
+    else:
+        for name, value in fitting.items():
+            setattr(engine.optimizer.loss_scaler, name, value)

@@ -6,6 +6,7 @@ be drawn again: stored positions, the base values of rows that are trained in fu
 trained in full, such as BatchNorm's statistics. If there is such data, the checkpoint has it in fixed.safetensors.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,24 +19,31 @@ from sparse_zero.adapters.files import (
     CARD_NAME,
     CONFIG_NAME,
     POSITIONS_NAME,
-    ROWS_SUFFIX,
     WEIGHTS_NAME,
-    AdapterConfig,
+    Adapter,
+    check_drawing,
     row_mask,
 )
 from sparse_zero.adapters.model_card import model_card
+from sparse_zero.adapters.reading import VALUE_DTYPES
 from sparse_zero.adapters.save_and_load import adapter_config
+from sparse_zero.adapters.schema import ROWS_SUFFIX, AdapterConfig, checked_config
 from sparse_zero.checkpoint.directory import FIXED_NAME, Checkpoint, newest_complete
+from sparse_zero.checkpoint.manifest import MANIFEST_NAME
 from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_tensors
 from sparse_zero.errors import UserError
-from sparse_zero.model.sparsity import read_values, set_values, sparsity_of
+from sparse_zero.model.finite import describe
+from sparse_zero.model.sparsity import read_values, sparsity_of
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import unwrap
-from sparse_zero.selection.rules import STORED, Selection
+from sparse_zero.selection.rules import STORED, Selection, checked_chunks, checksum, in_chunks
 from sparse_zero.zero.partitions import VALUE
 from sparse_zero.zero.resharding import parameter_offsets, plan_reads
 
+logger = logging.getLogger(__name__)
+
 _CHUNK_SCALARS = 2**20
+_FILES = (WEIGHTS_NAME, POSITIONS_NAME, CONFIG_NAME)
 _POSITIONS, _BASE, _BUFFER = "positions.", "base.", "buffer."
 
 
@@ -86,20 +94,22 @@ def _base_rows(weight: SparseWeight) -> Iterator[torch.Tensor]:
     yield weight.base[row_mask(weight.selection, weight.flat_positions())]
 
 
-def load_buffers(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Set the buffers of modules that are trained in full. Those of a checkpoint of version 0.1 are not in it.
+def read_buffers(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of modules that are trained in full, by name. Those of a checkpoint of version 0.1 are not in it.
 
-    Raises UserError: the file is damaged.
+    Raises UserError: the file is damaged, or a buffer does not fit the model's.
     """
-    names = sparsity_of(model).buffers
+    own = read_values(unwrap(model), sparsity_of(model).buffers)
     record = checkpoint.manifest.files.get(FIXED_NAME)
-    if not names or record is None:
-        return
+    if not own or record is None:
+        return {}
     with TensorFile(checkpoint.directory / FIXED_NAME, record) as file:
-        saved = [name for name in names if _BUFFER + name in file.names()]
-        set_values(
-            unwrap(model), {name: file.tensor(_BUFFER + name).view(file.shape(_BUFFER + name)) for name in saved}
-        )
+        saved = {name: buffer for name, buffer in own.items() if _BUFFER + name in file.names()}
+        for name, buffer in saved.items():
+            file.check(
+                _BUFFER + name, tuple(buffer.shape), *(VALUE_DTYPES if buffer.is_floating_point() else [buffer.dtype])
+            )
+        return {name: file.tensor(_BUFFER + name).view(buffer.shape) for name, buffer in saved.items()}
 
 
 def _index_dtype(selection: Selection) -> torch.dtype:
@@ -122,11 +132,20 @@ def export(checkpoint: str | Path, out: str | Path) -> dict[str, Any]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give the path of a directory")
     with _AdapterTensors(found) as tensors:
+        weights, positions = tensors.weights(), tensors.positions()
+        is_new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
-            files = _write(tensors, out)
+            files = _write(tensors.config, {WEIGHTS_NAME: weights, POSITIONS_NAME: positions}, out)
         except OSError as error:
             raise UserError(f"{out}: the adapter cannot be written ({error.strerror})") from None
+        finally:
+            for name in _FILES:
+                (out / f"{name}.tmp").unlink(missing_ok=True)
+            if is_new and out.is_dir() and not any(out.iterdir()):
+                out.rmdir()
+        if tensors.not_finite:
+            logger.warning("%s: exported values that are NaN or infinite: %s", out, describe(tensors.not_finite))
     return {
         "checkpoint": str(found.directory),
         "step": found.step,
@@ -147,17 +166,18 @@ def _find(path: Path) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _write(tensors: "_AdapterTensors", out: Path) -> dict[str, FileRecord]:
+def _write(config: AdapterConfig, contents: Mapping[str, list[Entry]], out: Path) -> dict[str, FileRecord]:
     """Write each file under a temporary name first, and the config last: an incomplete adapter does not open."""
     files = {}
-    for name, entries in ((WEIGHTS_NAME, tensors.weights()), (POSITIONS_NAME, tensors.positions())):
+    for name, entries in contents.items():
         if entries:
-            temporary = out / f"{name}.tmp"
-            files[name] = write_tensors(temporary, entries, {"format": "pt"})
-            temporary.replace(out / name)
+            files[name] = write_tensors(out / f"{name}.tmp", entries, {"format": "pt"})
+    for name in contents:
+        if name in files:
+            (out / f"{name}.tmp").replace(out / name)
         else:
             (out / name).unlink(missing_ok=True)
-    config = tensors.config.model_copy(update={"files": {name: record.xxh3_128 for name, record in files.items()}})
+    config = config.model_copy(update={"files": {name: record.xxh3_128 for name, record in files.items()}})
     (out / CARD_NAME).write_text(model_card(config))
     temporary = out / f"{CONFIG_NAME}.tmp"
     temporary.write_text(config.model_dump_json(indent=2) + "\n")
@@ -169,11 +189,29 @@ class _AdapterTensors:
     """The tensors of the adapter in a checkpoint. They are read when they are written."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError: the description of the adapter is damaged, or does not fit the rest of the manifest."""
         self._checkpoint, self._manifest = checkpoint, checkpoint.manifest
-        self.config = AdapterConfig.model_validate(self._manifest.adapter)
+        self._manifest_path = checkpoint.directory / MANIFEST_NAME
+        self.config = checked_config(self._manifest.adapter, f"{self._manifest_path}: adapter")
+        self.not_finite: dict[str, int] = {}
+        """The number of NaN and infinite values of each parameter that was read."""
         self._sizes = self._manifest.sizes()
         self._begins = parameter_offsets(self._sizes)
         self._open: tuple[str, TensorFile] | None = None
+        self._check_names()
+        check_drawing(Adapter(self.config, {}, {}), self._manifest_path)
+
+    def _check_names(self) -> None:
+        trained, selected = {parameter.name: parameter for parameter in self._manifest.parameters}, self.config.tensors
+        whole = {name for name in self.config.modules_to_save if name in trained}
+        if odd := sorted(trained.keys() ^ (selected.keys() | whole)):
+            raise UserError(f"{self._manifest_path}: damaged: '{odd[0]}' is in only one of `parameters` and `adapter`")
+        for name, entry in selected.items():
+            if trained[name].shape != [entry.count]:
+                raise UserError(
+                    f"{self._manifest_path}: damaged: '{name}' has {trained[name].shape} values for {entry.count} "
+                    "positions"
+                )
 
     def __enter__(self) -> "_AdapterTensors":
         return self
@@ -198,7 +236,7 @@ class _AdapterTensors:
         trained = {parameter.name for parameter in self._manifest.parameters}
         for name in self.config.modules_to_save:
             if name not in trained:
-                file = self._file(FIXED_NAME, self._manifest.files[FIXED_NAME])
+                file = self._fixed_file()
                 dtype, shape = file.dtype(_BUFFER + name), file.shape(_BUFFER + name)
                 entries.append(Entry(name, dtype, shape, self._fixed(_BUFFER + name)))
         return entries
@@ -208,8 +246,20 @@ class _AdapterTensors:
         for name, selected in self.config.tensors.items():
             if selected.rule == STORED:
                 dtype = _index_dtype(selected.selection(name))
-                entries.append(Entry(name, dtype, (selected.count,), self._fixed(_POSITIONS + name)))
+                entries.append(Entry(name, dtype, (selected.count,), self._lazily(name)))
         return entries
+
+    def _lazily(self, name: str) -> Iterator[torch.Tensor]:
+        yield self._stored_positions(name)
+
+    def _stored_positions(self, name: str) -> torch.Tensor:
+        """int64 (count,)"""
+        entry, file = self.config.tensors[name], self._fixed_file()
+        file.check(_POSITIONS + name, (entry.count,), torch.int32, torch.int64)
+        flat = file.tensor(_POSITIONS + name).long()
+        if checksum(torch.cat([*checked_chunks(entry.selection(name), in_chunks(flat))])) != entry.positions:
+            raise UserError(f"{file.path}: damaged: the positions of '{name}' differ from those it was trained with")
+        return flat
 
     def _outside_rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         yield torch.cat(list(self._values(name)))[~self._row_mask(name)]
@@ -217,26 +267,37 @@ class _AdapterTensors:
     def _rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         # As save_adapter does: round to the dtype of the trained parameter before the addition.
         values = torch.cat(list(self._values(name)))[self._row_mask(name)].to(dtype)
-        base = torch.cat(list(self._fixed(_BASE + name)))
+        file, selection = self._fixed_file(), self.config.tensors[name].selection(name)
+        file.check(_BASE + name, (selection.whole_row_scalars,), *VALUE_DTYPES)
+        base = file.tensor(_BASE + name)
         yield base.to(torch.promote_types(base.dtype, dtype)) + values
 
     def _row_mask(self, name: str) -> torch.Tensor:
         selection = self.config.tensors[name].selection(name)
-        stored = selection.rule == STORED
-        flat = torch.cat(list(self._fixed(_POSITIONS + name))).long() if stored else selection.positions()
+        flat = self._stored_positions(name) if selection.rule == STORED else selection.positions()
         return row_mask(selection, flat)
 
     def _fixed(self, name: str) -> Iterator[torch.Tensor]:
-        yield self._file(FIXED_NAME, self._manifest.files[FIXED_NAME]).tensor(name)
+        yield self._fixed_file().tensor(name)
+
+    def _fixed_file(self) -> TensorFile:
+        if FIXED_NAME not in self._manifest.files:
+            raise UserError(f"{self._manifest_path}: damaged: {FIXED_NAME} is not among the files")
+        return self._file(FIXED_NAME, self._manifest.files[FIXED_NAME])
 
     def _values(self, name: str) -> Iterator[torch.Tensor]:
         """The float32 values of a parameter, in 1-D chunks, from the shards that contain them."""
         begin = self._begins[name]
         for read in plan_reads([(begin, begin + self._sizes[name])], [s.spans for s in self._manifest.shards]):
             shard = self._manifest.shards[read.shard]
+            count = sum(end - start for start, end in shard.spans)
             for start in range(read.shard_offset, read.shard_offset + read.count, _CHUNK_SCALARS):
                 piece = torch.empty(min(_CHUNK_SCALARS, read.shard_offset + read.count - start))
-                self._file(shard.name, shard.file).copy(VALUE, start, piece)
+                file = self._file(shard.name, shard.file)
+                file.check(VALUE, (count,), torch.float32)
+                file.copy(VALUE, start, piece)
+                if odd := int((~piece.isfinite()).sum()):
+                    self.not_finite[name] = self.not_finite.get(name, 0) + odd
                 yield piece
 
     def _file(self, name: str, record: FileRecord) -> TensorFile:

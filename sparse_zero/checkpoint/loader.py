@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Mapping
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.parameters import full_shape
 from sparse_zero.zero.partitions import VALUE, Partition
-from sparse_zero.zero.resharding import parameter_offsets, plan_reads
+from sparse_zero.zero.resharding import Read, parameter_offsets, plan_reads
 
 
 def load_partition(
@@ -44,6 +44,9 @@ def load_partition(
     kinds = [VALUE, *(manifest.moments if with_moments else [])]
     if with_moments:
         _check_optimizer(checkpoint, partition)
+    # Nothing changes before all that is read was verified
+    ranks.run_together(lambda: _verify(checkpoint, partition, kinds))
+    if with_moments:
         steps = {parameter.name: parameter.steps for parameter in manifest.parameters}
         partition.initialize_state(manifest.moments, steps, manifest.learning_rates)
     count = ranks.run_together(lambda: _read(checkpoint, partition, kinds))
@@ -51,17 +54,31 @@ def load_partition(
     return count
 
 
+def _plan(checkpoint: Checkpoint, partition: Partition) -> list[Read]:
+    """What this rank reads, in the order of the shards."""
+    begins = parameter_offsets(checkpoint.manifest.sizes())
+    wanted = [(begins[f.name] + f.start, begins[f.name] + f.start + f.count) for f in partition.fragments]
+    return sorted(plan_reads(wanted, [shard.spans for shard in checkpoint.manifest.shards]))
+
+
+def _verify(checkpoint: Checkpoint, partition: Partition, kinds: list[str]) -> None:
+    """Check the tensors that this rank reads, and the digests of the blocks of which they consist."""
+    for number, reads in groupby(_plan(checkpoint, partition), key=lambda read: read.shard):
+        shard, mine = checkpoint.manifest.shards[number], [*reads]
+        count = sum(end - start for start, end in shard.spans)
+        with TensorFile(checkpoint.directory / shard.name, shard.file) as file:
+            for kind in kinds:
+                file.check(kind, (count,), torch.float32)
+                for read in mine:
+                    file.verify(kind, read.shard_offset, read.count)
+
+
 def _read(checkpoint: Checkpoint, partition: Partition, kinds: list[str]) -> int:
-    manifest, fragments = checkpoint.manifest, partition.fragments
-    begins = parameter_offsets(manifest.sizes())
-    wanted = [(begins[f.name] + f.start, begins[f.name] + f.start + f.count) for f in fragments]
+    fragments = partition.fragments
     starts = list(accumulate((f.count for f in fragments), initial=0))
-    reads = sorted(plan_reads(wanted, [shard.spans for shard in manifest.shards]))
     bytes_read = 0
-    for number, shard in enumerate(manifest.shards):
-        mine = [read for read in reads if read.shard == number]
-        if not mine:
-            continue
+    for number, reads in groupby(_plan(checkpoint, partition), key=lambda read: read.shard):
+        shard, mine = checkpoint.manifest.shards[number], [*reads]
         with TensorFile(checkpoint.directory / shard.name, shard.file) as file:
             for kind in kinds:
                 for read in mine:
@@ -92,6 +109,14 @@ def _check_optimizer(checkpoint: Checkpoint, partition: Partition) -> None:
         raise UserError(
             f"training.optim: {checkpoint.directory} was saved with {saved}, but the optimizer of this run is {here}"
         )
+    if "adam" in here.lower():
+        amsgrad = any(group.get("amsgrad") for group in partition.optimizer.param_groups)
+        needed = {"exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])}
+        if (moments := {*checkpoint.manifest.moments}) != needed:
+            raise UserError(
+                f"training.optim: {checkpoint.directory} has the moments {sorted(moments)}, but the optimizer of this "
+                f"run has {sorted(needed)}"
+            )
 
 
 def read_random_states(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Tensor]:
@@ -99,4 +124,6 @@ def read_random_states(checkpoint: Checkpoint, rank: int) -> dict[str, torch.Ten
     shard = checkpoint.manifest.shards[rank]
     with TensorFile(checkpoint.directory / shard.name, shard.file) as file:
         names = [name for name in file.names() if name.startswith(random_states.PREFIX)]
-        return {name.removeprefix(random_states.PREFIX): file.tensor(name) for name in names}
+        states = {name.removeprefix(random_states.PREFIX): file.tensor(name) for name in names}
+    random_states.check(states, file.path)
+    return states

@@ -6,15 +6,18 @@ the rest.
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sparse_zero.adapters.reading import check_regular
+from sparse_zero.adapters.schema import Count, Hash64, reason_of
 from sparse_zero.errors import UserError
 
 BLOCK_BYTES = 2**20
@@ -27,7 +30,10 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -37,12 +43,18 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    bytes: int
-    xxh3_128: str
+    bytes: Count
+    xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
     """The 128-bit XXH3 of the whole file, as `xxhsum -H2` prints it."""
-    blocks: list[str]
+    blocks: list[Hash64]
     """The 64-bit XXH3 of each block of `block_bytes`."""
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: int = Field(BLOCK_BYTES, ge=1, le=64 * 2**20)
+
+    @model_validator(mode="after")
+    def _has_all_blocks(self) -> "FileRecord":
+        if len(self.blocks) != -(-self.bytes // self.block_bytes):
+            raise ValueError(f"{len(self.blocks)} blocks of {self.block_bytes} bytes in {self.bytes} bytes")
+        return self
 
 
 class Entry(NamedTuple):
@@ -121,13 +133,44 @@ def _pieces(entries: list[Entry], header: bytes) -> Iterator[bytes | memoryview]
 
 
 def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+    return math.prod(shape)
+
+
+class _TensorRecord(BaseModel):
+    """The entry of a tensor in the header of a safetensors file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
+    shape: list[Count] = Field(max_length=8)
+    data_offsets: tuple[Count, Count]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_TensorRecord":
+        begin, end = self.data_offsets
+        if end - begin != self.numel * _DTYPES[self.dtype].itemsize:
+            raise ValueError(f"{end - begin} bytes for the shape {self.shape} of {self.dtype}")
+        return self
+
+
+class _Header(BaseModel):
+    """The header of a safetensors file. All other keys are names of tensors."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _TensorRecord]
+
+    metadata: dict[str, str] = Field({}, alias="__metadata__")
 
 
 class TensorFile:
     """Reads a file of `write_tensors` in pieces, and verifies the digest of every block that it reads.
 
-    The constructor and all methods raise UserError: the file is missing, truncated, or its content has changed.
+    The constructor and all methods raise UserError: the file is missing, truncated, or its content has changed; there
+    is no such tensor, or it has no such scalars.
     """
 
     def __init__(self, path: Path, record: FileRecord) -> None:
@@ -135,19 +178,30 @@ class TensorFile:
         self.bytes_read = 0
         """Bytes that have been read from the disk."""
         self._block: tuple[int, memoryview] | None = None
+        check_regular(path)
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         try:
-            length = int.from_bytes(self._bytes(0, 8), "little")
-            header = json.loads(self._bytes(8, 8 + length))
+            self._tensors = self._read_header()
         except BaseException:
             self._file.close()
             raise
-        self.metadata: dict[str, str] = header.pop("__metadata__")
+
+    def _read_header(self) -> dict[str, _TensorRecord]:
+        length = int.from_bytes(self._bytes(0, min(8, self._record.bytes)), "little")
         self._data = 8 + length
-        self._tensors = header
+        if self._data > self._record.bytes:
+            raise UserError(f"{self.path}: damaged: its header is longer than the file")
+        try:
+            tensors = _Header.model_validate_json(self._bytes(8, self._data), strict=True).__pydantic_extra__
+        except ValidationError as error:
+            raise UserError(f"{self.path}: damaged header ({reason_of(error)})") from None
+        for name, entry in tensors.items():
+            if self._data + entry.data_offsets[1] > self._record.bytes:
+                raise UserError(f"{self.path}: damaged: '{name}' is longer than the file")
+        return tensors
 
     def close(self) -> None:
         self._file.close()
@@ -162,14 +216,33 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    def _entry(self, name: str) -> _TensorRecord:
+        if name not in self._tensors:
+            raise UserError(f"{self.path}: damaged: it has no tensor '{name}'")
+        return self._tensors[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name]["shape"])
+        return tuple(self._entry(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._tensors[name]["dtype"]]
+        return _DTYPES[self._entry(name).dtype]
 
     def numel(self, name: str) -> int:
-        return _numel(self.shape(name))
+        return self._entry(name).numel
+
+    def check(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+        """Check that a tensor exists, with this shape and one of these dtypes."""
+        if self.shape(name) != shape or self.dtype(name) not in dtypes:
+            known = " or ".join(map(str, dtypes))
+            raise UserError(
+                f"{self.path}: damaged: '{name}' is {self.dtype(name)} {list(self.shape(name))}, not {known} "
+                f"{list(shape)}"
+            )
+
+    def verify(self, name: str, start: int, count: int) -> None:
+        """Verify the digests of the blocks with scalars [start, start + count) of the flattened tensor."""
+        for _ in self._views(*self._range(name, start, count)):
+            pass
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns: the whole tensor, flattened to 1-D."""
@@ -185,14 +258,27 @@ class TensorFile:
             start: the index of the first scalar in the flattened tensor.
             out: (n,) on any device and of any dtype; filled with n scalars.
         """
-        entry = self._tensors[name]
-        dtype = self.dtype(name)
-        begin = self._data + entry["data_offsets"][0] + start * dtype.itemsize
-        at = 0
-        for piece in self._views(begin, begin + out.numel() * dtype.itemsize):
-            values = torch.frombuffer(piece, dtype=dtype)
-            out[at : at + values.numel()].copy_(values)
-            at += values.numel()
+        begin, end = self._range(name, start, out.numel())
+        dtype, at, rest = self.dtype(name), 0, b""
+        for piece in self._views(begin, end):
+            # A block may end within a scalar
+            whole = bytearray(rest + piece) if rest or piece.nbytes % dtype.itemsize else piece
+            length = len(whole) // dtype.itemsize * dtype.itemsize
+            rest = bytes(whole[length:])
+            if length:
+                values = torch.frombuffer(whole[:length], dtype=dtype)
+                out[at : at + values.numel()].copy_(values)
+                at += values.numel()
+
+    def _range(self, name: str, start: int, count: int) -> tuple[int, int]:
+        """The bytes of the file with scalars [start, start + count) of a tensor."""
+        entry, size = self._entry(name), self.dtype(name).itemsize
+        if not 0 <= start <= start + count <= entry.numel:
+            raise UserError(
+                f"{self.path}: damaged: '{name}' has {entry.numel} scalars, but {start} to {start + count} are needed"
+            )
+        begin = self._data + entry.data_offsets[0] + start * size
+        return begin, begin + count * size
 
     def _bytes(self, begin: int, end: int) -> bytes:
         return b"".join(self._views(begin, end))
@@ -234,10 +320,9 @@ class TensorFile:
 
 def check_size(path: Path, record: FileRecord) -> None:
     """Check that a file exists and has its size, without reading it. Raises UserError."""
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise UserError(f"{path}: missing") from None
+    if not path.exists():
+        raise UserError(f"{path}: missing")
+    size = check_regular(path)
     if size != record.bytes:
         raise UserError(f"{path}: truncated or overwritten: it has {size} bytes, but {record.bytes} were written")
 
@@ -246,9 +331,12 @@ def check_digest(path: Path, record: FileRecord) -> None:
     """Check the size and the digest of a file, which is read whole. Raises UserError."""
     check_size(path, record)
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(BLOCK_BYTES):
-            digest.update(piece)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(BLOCK_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if digest.hexdigest() != record.xxh3_128:
         raise UserError(f"{path}: damaged, or from another run: its checksum does not match")
 

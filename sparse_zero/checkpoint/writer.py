@@ -12,7 +12,7 @@ from torch import nn
 
 from sparse_zero.checkpoint import random_states
 from sparse_zero.checkpoint.directory import FIXED_NAME, checkpoint_path, delete_old, publish, temporary_path
-from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, ShardRecord, write_manifest
+from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, ShardRecord, shard_name, write_manifest
 from sparse_zero.checkpoint.shards import Entry, write_bytes, write_tensors
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks
@@ -154,7 +154,7 @@ class CheckpointWriter:
     ) -> ShardRecord:
         pending.written.mkdir(parents=True, exist_ok=True)
         rank, count = self.ranks.rank, self.ranks.world_size
-        name = f"shard-{rank:05d}-of-{count:05d}.safetensors"
+        name = shard_name(rank, count)
         size = sum(end - start for start, end in spans)
         entries = [Entry(kind, torch.float32, (size,), chunks) for kind, chunks in pieces.items()]
         # Bytes follow the floats, so that all floats are aligned and a reader can map them into memory.

@@ -1,13 +1,14 @@
 """Base models and tokenizers from the hub, a local directory or an installed package."""
 
 import logging
+import os
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,8 +43,9 @@ def load_model(
     task: Task,
     revision: str | None = None,
     dtype: torch.dtype | str = "auto",
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     new_head: bool = False,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a base model with the head for a task. In a run with ZeRO stage 3 it is built under deepspeed.zero.Init.
@@ -56,8 +58,10 @@ def load_model(
         task: "causal-lm" or "sequence-classification".
         revision: of the hub's repository.
         dtype: "auto" for the dtype of the saved weights.
-        settings: entries of the model's config to set (id2label, pad_token_id).
+        settings: entries of the model's config to set (id2label, pad_token_id). Those of a file must have been
+            checked: they are arguments of from_pretrained.
         new_head: initialise a classifier's head at random even if the checkpoint has one of this size.
+        trust_remote_code: run Python code and kernels that the model names. Never take it from a file.
         kwargs: for from_pretrained.
 
     Raises:
@@ -68,23 +72,27 @@ def load_model(
         # JSON only has strings as keys
         settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
     padding = settings.get("pad_token_id")
-    if padding is not None and padding >= _vocabulary(name, revision, kwargs.get("trust_remote_code", False)):
-        # An added token: `resize_embeddings` makes the row. Without it an embedding refuses its index.
-        del settings["pad_token_id"]
     verbosity = transformers_logging.get_verbosity()
     # No report on the missing weights of a new head, which is normal. Other missing weights are reported below.
     transformers_logging.set_verbosity_error()
     try:
+        config = _read_config(name, revision, trust_remote_code).get_text_config()
+        if padding is not None and padding >= (getattr(config, "vocab_size", None) or sys.maxsize):
+            # An added token: `resize_embeddings` makes the row. Without it an embedding refuses its index.
+            del settings["pad_token_id"]
         model, report = AUTO_CLASS[task].from_pretrained(
-            package_path(name),
+            _checked_path(name),
             revision=revision,
+            trust_remote_code=trust_remote_code,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for a different number of labels is replaced by a new one
             **settings,
             **kwargs,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a model's own code and damaged files may raise any error
         raise UserError(f"model.name: {name} cannot be loaded for {task}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -103,11 +111,6 @@ def load_model(
     if padding is not None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = padding
     return model
-
-
-def _vocabulary(name: str, revision: str | None, trust_remote_code: bool) -> int:
-    config = load_config(name, revision, trust_remote_code=trust_remote_code).get_text_config()
-    return getattr(config, "vocab_size", None) or sys.maxsize
 
 
 def _initialise_head(model: PreTrainedModel) -> None:
@@ -143,15 +146,23 @@ def meta_model(
         raise UserError(f"model.name: {config.name_or_path} cannot be built for {task}: {_reason(error)}") from error
 
 
-def load_tokenizer(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer. One without a padding token gets its end-of-sequence token as padding token.
+
+    Args: as of `load_model`; kwargs: for from_pretrained.
 
     Raises:
         UserError: the tokenizer cannot be loaded.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(package_path(name), revision=revision, **kwargs)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _checked_path(name), revision=revision, trust_remote_code=trust_remote_code, **kwargs
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a tokenizer's own code and damaged files may raise any error
         raise UserError(f"model.tokenizer: the tokenizer of {name} cannot be loaded: {_reason(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -185,16 +196,50 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model.resize_token_embeddings(len(tokenizer))
 
 
-def load_config(name: str, revision: str | None = None, **kwargs: Any) -> PreTrainedConfig:
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load a model's config.
 
+    Args: as of `load_model`.
+
     Raises:
-        UserError: the config cannot be loaded.
+        UserError: the config cannot be loaded, or names code that is not trusted.
     """
     try:
-        return AutoConfig.from_pretrained(package_path(name), revision=revision, **kwargs)
+        return _read_config(name, revision, trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:  # a model's own code may raise any error
         raise UserError(f"model.name: {name} cannot be loaded: {_reason(error)}") from error
+
+
+def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """Raises UserError if the config names a kernel that is not trusted, and what from_pretrained raises."""
+    config = AutoConfig.from_pretrained(_checked_path(name), revision=revision, trust_remote_code=trust_remote_code)
+    kernels = [] if trust_remote_code else _kernels(config)
+    if kernels:
+        raise UserError(
+            f"model.name: {name} asks for the kernel '{kernels[0]}', which transformers would download and run; "
+            f"{_TRUST}"
+        )
+    return config
+
+
+def _checked_path(name: str) -> str:
+    """The path of a model. Raises UserError if its directory has a pipe or device: transformers would wait for it."""
+    path = package_path(name)
+    for entry in os.scandir(path) if os.path.isdir(path) else ():
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            continue
+        if not stat.S_ISREG(mode := entry.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{entry.path}: is not a file but a pipe or device")
+    return path
+
+
+def _kernels(config: PreTrainedConfig) -> list[str]:
+    """The kernels of the hub, as `organisation/name`, that a config or a part of it names."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    names = (getattr(p, key, None) for p in parts for key in ("_attn_implementation", "_experts_implementation"))
+    return [name for name in names if isinstance(name, str) and "/" in name]
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -212,8 +257,13 @@ def check_max_length(tokens: int, model_limit: int | None) -> None:
         raise UserError(f"data.max_length: {tokens} tokens, but the model supports at most {model_limit}")
 
 
+_TRUST = "if you trust its author, pass --trust-remote-code, or set model.trust_remote_code in a recipe"
+
+
 def _reason(error: Exception) -> str:
     """The first line of an error's message; the last for an invalid config, whose first line only names a method."""
+    if "trust_remote_code" in str(error):
+        return f"it has Python code of its own, which is not run; {_TRUST}"
     if isinstance(error, StrictDataclassError):
         return str(error).strip().splitlines()[-1].strip()
     return first_line(error)

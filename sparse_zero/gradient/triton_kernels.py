@@ -12,6 +12,10 @@ tokens last, which moves 2 N (R + C) elements. Then each position reads contiguo
     strips    copies only the columns: g adjacent elements of `rows` fill whole sectors if g >= 16 (bfloat16). One
               column is used for g positions, which makes n N b / g bytes. The tensor cores compute the 2 n N FLOPs.
 
+No kernel reads or writes outside of its tensors, whatever the strip indices are: those outside of the matrix, or not
+sorted, are left out. They are checked before they come here (rules.checked_chunks); a check here would wait for the
+device.
+
 cost.py chooses between these kernels and the dense product. Chunks are added in order and no addition is atomic: the
 same inputs on the same type of device give the same bits.
 """
@@ -140,8 +144,8 @@ def write_deltas(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor 
     if count := pattern.strip_indices.numel():
         with torch.cuda.device_of(matrix):
             _write_kernel[(triton.cdiv(count, TILE_STRIPS),)](
-                matrix, base, change, pattern.strip_indices, _block_starts(pattern), count, pattern.columns,
-                pattern.granularity, STRIPS=TILE_STRIPS,
+                matrix, base, change, pattern.strip_indices, _block_starts(pattern), count,
+                pattern.blocks * pattern.columns, pattern.columns, pattern.granularity, STRIPS=TILE_STRIPS,
             )  # fmt: skip
         # Lets autograd detect the change in graphs that have saved the matrix
         torch.autograd.graph.increment_version(matrix)
@@ -203,6 +207,8 @@ def _sampled_kernel(
     inside = position < n
     index = tl.load(strip_indices + position, mask=inside, other=0)
     row = index // C
+    index = tl.where((index >= 0) & (row < R), index, 0)
+    row = index // C
     column = index - row * C + R
     row_at = last + row.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
     column_at = last + column.to(tl.int64)[:, None] * width + tl.arange(0, TOKENS)[None, :]
@@ -233,7 +239,7 @@ def _strips_kernel(
         strip = start + tl.arange(0, STRIPS)
         inside = strip < stop
         column = tl.load(strip_indices + strip, mask=inside, other=0).to(tl.int64) - block * C
-        column_at = last + tl.where(inside, column, 0)[:, None] * width
+        column_at = last + tl.where(inside & (column >= 0) & (column < C), column, 0)[:, None] * width
         sums = tl.full((STRIPS, PADDED), 0.0, tl.float32)
         for begin in range(0, width, TOKENS):
             token = begin + tl.arange(0, TOKENS)
@@ -256,7 +262,7 @@ def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin,
     inside = (index >= begin) & (index < end)
     block = (index - begin) // C
     column = index - begin - block * C
-    first, width = _block_of(block_starts, index // C, strip, inside)
+    first, width, inside = _block_of(block_starts, index // C, strip, inside)
     for member in range(ROWS):
         value = tl.load(matrix + (block * ROWS + member) * C + column, mask=inside)
         place = result + first * ROWS + member * width + strip - first
@@ -264,12 +270,13 @@ def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin,
 
 
 @triton.jit
-def _write_kernel(matrix, base, change, strip_indices, block_starts, count, C, ROWS, STRIPS: tl.constexpr):
+def _write_kernel(matrix, base, change, strip_indices, block_starts, count, end, C, ROWS, STRIPS: tl.constexpr):
+    """Args: end: the number of strips in the grid."""
     strip = tl.program_id(0).to(tl.int64) * STRIPS + tl.arange(0, STRIPS)
-    inside = strip < count
-    index = tl.load(strip_indices + strip, mask=inside, other=0).to(tl.int64)
+    index = tl.load(strip_indices + strip, mask=strip < count, other=-1).to(tl.int64)
+    inside = (index >= 0) & (index < end)
     block = index // C
-    first, width = _block_of(block_starts, block, strip, inside)
+    first, width, inside = _block_of(block_starts, block, strip, inside)
     for member in range(ROWS):
         place = first * ROWS + member * width + strip - first
         value = tl.load(base + place, mask=inside)
@@ -282,7 +289,8 @@ def _write_kernel(matrix, base, change, strip_indices, block_starts, count, C, R
 
 @triton.jit
 def _block_of(block_starts, block, strip, inside):
-    """The number of the first strip in each strip's block, and the number of strips in the block.
+    """The number of the first strip in each strip's block, the number of strips in the block, and whether the strip is
+    one of them.
 
     Without block_starts (granularity 1) each strip counts as a block, so that scalar i belongs to strip i.
     """
@@ -290,4 +298,5 @@ def _block_of(block_starts, block, strip, inside):
     if block_starts is not None:
         first = tl.load(block_starts + block, mask=inside, other=0).to(tl.int64)
         width = tl.load(block_starts + block + 1, mask=inside, other=0).to(tl.int64) - first
-    return first, width
+        inside = inside & (strip >= first) & (strip < first + width)
+    return first, width, inside

@@ -125,7 +125,7 @@ def apply_selection(
             ", ".join(stored),
         )
     with_new_rows = {selection.name for selection in selections if selection.whole_rows}
-    contents = vars(model).setdefault(CONTENTS, {})
+    contents = vars(model).get(CONTENTS, {})
     counter = StepCounter()
     weights = {
         selection.name: SparseWeight(parameters[selection.name], selection, counter, config, contents)
@@ -150,11 +150,12 @@ def apply_selection(
         layers.attach(weight)
     try:
         _initialize(weights, chunks, deltas or {})
-    except UserError:
+    except BaseException:
         for weight in weights.values():
             layers.detach(weight)
             contents.pop(weight.selection.name, None)
         raise
+    vars(model)[CONTENTS] = contents
     attach(model, state)
     tensors = {name: weight.delta for name, weight in weights.items()}
     counter.watch = FirstBackward(tensors | {name: parameters[name].parameter for name in state.whole})
@@ -165,25 +166,45 @@ def apply_selection(
 def _initialize(
     weights: Mapping[str, SparseWeight], chunks: PositionChunks, deltas: Mapping[str, torch.Tensor]
 ) -> None:
-    """Initialize the weights. If `chunks` raises an error, restore their values and raise it again."""
+    """Initialize the weights. Nothing is written into one before the positions of all are checked.
 
-    def initialize(name: str) -> None:
-        weight = weights[name]
-        weight.initialize(chunks(weight.selection, weight.weight.device), deltas.get(name))
+    If it raises an error, all parameters have their original values.
+    """
 
+    def take_positions(weight: SparseWeight) -> None:
+        weight.take_positions(chunks(weight.selection, weight.weight.device))
+
+    def initialize(weight: SparseWeight) -> None:
+        weight.initialize(deltas.get(weight.selection.name))
+        initialized.append(weight)
+
+    _check_deltas(weights, deltas)
+    initialized: list[SparseWeight] = []
     # ZeRO stage 3 must gather in the same order on all ranks, and an accelerator gains nothing from threads
     sequential = any(is_partitioned(w.weight) or w.weight.device.type != "cpu" for w in weights.values())
+    for_each = _for_each if sequential else map_in_threads
+    for_each(take_positions, weights.values())
     try:
-        if sequential:
-            for name in weights:
-                initialize(name)
-        else:
-            map_in_threads(initialize, weights)
-    except UserError:
-        for weight in weights.values():
-            if weight.is_written:
+        for_each(initialize, weights.values())
+    except BaseException:  # such as a lack of memory
+        for weight in initialized:
+            if weight.selection.name in deltas and not is_partitioned(weight.weight):
                 weight.write(BASE)
         raise
+
+
+def _check_deltas(weights: Mapping[str, SparseWeight], deltas: Mapping[str, torch.Tensor]) -> None:
+    for name, values in deltas.items():
+        count = weights[name].selection.count
+        if values.shape != (count,) or not values.is_floating_point():
+            raise UserError(
+                f"{name}: the deltas must be real numbers, ({count},), not {values.dtype} {list(values.shape)}"
+            )
+
+
+def _for_each(function: Callable[[SparseWeight], None], weights: Iterable[SparseWeight]) -> None:
+    for weight in weights:
+        function(weight)
 
 
 def merge_and_unload(model: nn.Module, force: bool = False) -> nn.Module:

@@ -24,7 +24,7 @@ from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight_tensor import as_weight_tensor
 from sparse_zero.model.weight_values import BASE, Setting, WeightValues, add_delta
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection
+from sparse_zero.selection.rules import Selection, checked_chunks
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, is_whole
 
@@ -71,47 +71,73 @@ class SparseWeight(WeightValues):
         """The state that was last written into the copy that ZeRO stage 3 gathered."""
         counter.add(self)
 
-    @torch.no_grad()
-    def initialize(self, position_chunks: Iterable[torch.Tensor], deltas: torch.Tensor | None = None) -> None:
-        """Save the original values, and set the deltas. Given deltas are also written into the parameter.
-
-        Under ZeRO stage 3, all ranks must call it.
+    def take_positions(self, position_chunks: Iterable[torch.Tensor]) -> None:
+        """Check the positions, and keep them unless they are drawn again whenever they are needed.
 
         Args:
             position_chunks: the positions in the flattened parameter in chunks, int64, sorted.
-            deltas: (n,); None for zeros.
 
-        Raises: what `position_chunks` raises. If that is after its last chunk, the original values can be restored.
+        Raises:
+            UserError: the positions do not fit the parameter, or `position_chunks` raises it. Then the weight has no
+                positions and must not be used.
+        """
+        selection = self.selection
+        if self.shape != (selection.shape or (1,)):
+            raise UserError(
+                f"{selection.name}: the model has shape {list(self.shape)}, the selection {list(selection.shape)}"
+            )
+        skips_strips = self.regenerates or selection.granularity > 1
+        strips = None if skips_strips else self._empty_strips(selection.strip_count)
+        start = 0
+        for flat in checked_chunks(selection, position_chunks):
+            if strips is not None:
+                strips[start : start + flat.numel()] = flat
+            start += flat.numel()
+        if strips is not None:
+            self._set_tensor("strips", strips)
+
+    @torch.no_grad()
+    def initialize(self, deltas: torch.Tensor | None = None) -> None:
+        """Save the original values, and set the deltas. Given deltas are also written into the parameter.
+
+        `take_positions` comes before. Under ZeRO stage 3, all ranks must call it.
+
+        Args:
+            deltas: (n,), real numbers; None for zeros.
+
+        Raises: for a lack of memory only. The parameter is then unchanged.
         """
         weight, delta, base = self.weight, self.delta.detach(), self.base
-        writes = deltas is not None and not is_partitioned(weight)
-        skips_strips = self.regenerates or self.selection.granularity > 1 or (writes and self.selection.can_regenerate)
-        strips = None if skips_strips else self._empty_strips(self.selection.strip_count)
+        writes, start = deltas is not None and not is_partitioned(weight), 0
         if deltas is None:
             delta.zero_()
-        start = 0
-        try:
-            with gathered([weight]):
-                whole = FlatView(weight.detach())
+        with gathered([weight]):
+            whole = FlatView(weight.detach())
+            try:
                 # In one loop: the positions and values of a chunk are still in the cache when the sum is written
-                for flat in position_chunks:
+                for flat in self._flat_chunks():
                     chunk = slice(start, start + flat.numel())
                     base[chunk] = whole.read(flat)
                     if deltas is not None:
                         delta[chunk] = deltas[chunk]
+                    start = chunk.stop
                     if writes:
                         whole.write(flat, add_delta(base[chunk], delta[chunk]).to(base.dtype))
-                    if strips is not None:
-                        strips[chunk] = flat
-                    start = chunk.stop
-            assert start == self.selection.count, (self.selection, start)
-        finally:
-            if strips is not None:
-                self._set_tensor("strips", strips)
-            if writes:
-                self._note_written(self.at_rest)
-        if deltas is None and not is_partitioned(weight):
-            self._note_written(self.at_rest)  # w0 + 0 is there already
+            except BaseException:
+                if writes:
+                    self._put_back(whole, start)
+                raise
+        if not is_partitioned(weight):  # without deltas, w0 + 0 is there already
+            self._note_written(self.at_rest)
+
+    def _put_back(self, whole: FlatView, count: int) -> None:
+        """Write the first `count` original values, and nothing at the other positions."""
+        start = 0
+        for flat in self._flat_chunks():
+            if start >= count:
+                return
+            whole.write(flat, self.base[start : start + flat.numel()])
+            start += flat.numel()
 
     @torch.no_grad()
     def take_base(self) -> None:
@@ -301,11 +327,6 @@ class SparseWeight(WeightValues):
         if self._copy_written != state:
             self.write_values(weight.data, setting)
             self._copy_written = state
-
-    @property
-    def is_written(self) -> bool:
-        """Whether deltas were written into the parameter itself, not only into a copy that ZeRO stage 3 gathered."""
-        return self._written is not None
 
     def _has(self, setting: Setting) -> bool:
         """Whether the parameter contains the current deltas under this setting."""

@@ -18,13 +18,20 @@ stored: positions that cannot be drawn again (the largest scalars of a pretraine
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import xxhash
 
+from sparse_zero.errors import UserError
+
 STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
+
+MAX_SCALARS = 2**62
+"""Limit for the number of scalars of a weight, so that no sum of two positions overflows."""
 
 CPU_CHUNK = 32_000
 """Number of positions in a chunk on a CPU: torch divides operations on more than 32,768 among its threads."""
@@ -42,7 +49,11 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 @dataclass(frozen=True)
 class Selection:
-    """The selection of scalars in one weight. Equal selections have equal positions, unless these are stored."""
+    """The selection of scalars in one weight. Equal selections have equal positions, unless these are stored.
+
+    Raises:
+        UserError: no weight of this shape has such a selection.
+    """
 
     rule: str
     name: str
@@ -55,6 +66,31 @@ class Selection:
     """stratified-v1: the number of rows of a strip."""
     whole_rows: tuple[int, ...] = ()
     """Rows of a matrix that are selected in full (new tokens), sorted. The rule selects from the other rows."""
+
+    def __post_init__(self) -> None:
+        if problem := self._problem():
+            raise UserError(f"{self.name}: not a selection of a weight of shape {list(self.shape)}: {problem}")
+
+    def _problem(self) -> str | None:
+        shape, rows, g = self.shape, self.whole_rows, self.granularity
+        if self.rule not in (STRATIFIED, BERNOULLI, STORED):
+            return f"no rule '{self.rule}'"
+        if any(extent < 0 for extent in shape) or self.numel > MAX_SCALARS:
+            return f"a weight has 0 to 2**{MAX_SCALARS.bit_length() - 1} scalars"
+        if not 0 <= self.count <= self.numel:
+            return f"{self.count} of {self.numel} scalars"
+        if g < 1 or (g > 1 and (self.rule != STRATIFIED or rows or len(shape) < 2 or shape[-2] % g or self.count % g)):
+            return f"granularity {g} for {self.count} scalars by rule {self.rule}"
+        if rows and (len(shape) != 2 or rows[0] < 0 or rows[-1] >= shape[0] or any(a >= b for a, b in pairwise(rows))):
+            return "its whole rows are not sorted rows of a matrix"
+        if self.count < self.whole_row_scalars:
+            return f"{self.count} scalars in {len(rows)} whole rows"
+        by_rule = self.count - self.whole_row_scalars
+        if self.rule == STRATIFIED and (by_rule >= 2**31 or (self.numel // g + 1) * (by_rule // g) >= 2**63):
+            return f"{by_rule} scalars are more than the rule {self.rule} can draw from {self.numel}"
+        if self.rule == BERNOULLI and not (self.probability is not None and 0 <= self.probability <= 1):
+            return f"probability {self.probability}"
+        return None
 
     @classmethod
     def bernoulli(
@@ -69,7 +105,7 @@ class Selection:
     @property
     def numel(self) -> int:
         """The number of scalars of the weight."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def strip_count(self) -> int:
@@ -101,6 +137,7 @@ class Selection:
 
         Raises:
             ValueError: the rule is "stored".
+            UserError: see `chunks`.
         """
         if self.rule == STORED:
             raise ValueError(f"{self.name}: stored positions cannot be drawn again")
@@ -145,11 +182,23 @@ class Selection:
 
         Raises:
             ValueError: the rule is "stored".
+            UserError: the probability selects another number of scalars. Raised before a chunk exceeds the number, or
+                after the last chunk.
         """
         if self.whole_rows or self.rule == STORED:
             yield from in_chunks(self.positions(device))
         elif self.rule == BERNOULLI:
-            yield from bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device)
+            drawn = 0
+            for chunk in bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device):
+                drawn += chunk.numel()
+                if drawn > self.count:
+                    break
+                yield chunk
+            if drawn != self.count:
+                more_or_less = "more" if drawn > self.count else "less"
+                raise UserError(
+                    f"{self.name}: its probability {self.probability} selects {more_or_less} than {self.count} scalars"
+                )
         else:
             for start, stop in _ranges(0, self.count, _chunk_size(device)):
                 yield self.slice(start, stop, device)
@@ -180,6 +229,41 @@ class Selection:
 def in_chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:
     """Split available positions into chunks, like those of `Selection.chunks`."""
     return iter(flat.split(_chunk_size(flat.device)))
+
+
+def checked_chunks(selection: Selection, chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Check the positions of a selection, whoever draws or stores them, before anything is read or written at them.
+
+    Args:
+        chunks: the positions in chunks.
+
+    Yields:
+        the chunks; each one is checked before.
+
+    Raises:
+        UserError: the positions are not int64 (count,), strictly increasing, in the weight. A wrong count is found
+            before a chunk exceeds it, or after the last chunk.
+    """
+    start, last = 0, -1
+    for chunk in chunks:
+        if chunk.dim() != 1 or chunk.dtype != torch.int64:
+            raise UserError(f"{selection.name}: positions must be int64 (n,), not {chunk.dtype} {list(chunk.shape)}")
+        start += chunk.numel()
+        if start > selection.count:
+            break
+        if chunk.numel():
+            # One transfer from an accelerator
+            first, final, rises = torch.stack([chunk[0], chunk[-1], (chunk[1:] > chunk[:-1]).all().long()]).tolist()
+            if not (last < first and rises and final < selection.numel):
+                raise UserError(
+                    f"{selection.name}: positions must be strictly increasing, in 0 to {selection.numel - 1}"
+                )
+            last = final
+        yield chunk
+    if start != selection.count:
+        raise UserError(
+            f"{selection.name}: {'more' if start > selection.count else 'less'} than {selection.count} positions"
+        )
 
 
 def row_positions(rows: torch.Tensor, columns: int) -> torch.Tensor:

@@ -20,17 +20,20 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
+from sparse_zero.adapters.schema import checked_config
 from sparse_zero.checkpoint import deepspeed_state, random_states
 from sparse_zero.checkpoint.directory import Checkpoint, checkpoint_path, newest_complete
-from sparse_zero.checkpoint.export import describe_adapter, fixed_entries, load_buffers
+from sparse_zero.checkpoint.export import describe_adapter, fixed_entries, read_buffers
 from sparse_zero.checkpoint.loader import load_partition, read_random_states
-from sparse_zero.checkpoint.manifest import Manifest, Progress
+from sparse_zero.checkpoint.manifest import MANIFEST_NAME, Manifest, Progress
+from sparse_zero.checkpoint.saved_state import fitted
+from sparse_zero.checkpoint.trainer_state import check_trainer_state, restore_callbacks
 from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
 from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.model.sparse_model import refresh
-from sparse_zero.model.sparsity import sparsity_of
+from sparse_zero.model.sparsity import set_values, sparsity_of
 from sparse_zero.model.wrappers import unwrap
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
@@ -73,6 +76,8 @@ class CheckpointedTrainer(Trainer):
         """
         self._ranks = self._ranks or Ranks()
         self._resumed = self._ranks.run_together(lambda: self._find(resume_from_checkpoint))
+        if self._resumed is not None:
+            self._ranks.run_together(lambda: check_trainer_state(self._resumed))
         self._is_settled = self._resumed is None
         run = self._resumed.manifest.run if self._resumed else self._ranks.gather(uuid.uuid4().hex[:12])[0]
         self._writer = CheckpointWriter(self._ranks, Path(self.args.output_dir), run, self.args.save_total_limit)
@@ -218,11 +223,7 @@ class CheckpointedTrainer(Trainer):
         return position
 
     def _load_callback_state(self) -> None:
-        for name, saved in self.state.stateful_callbacks.items():
-            alike = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
-            for callback, state in zip(alike, saved if isinstance(saved, list) else [saved], strict=False):
-                for attribute, value in state.get("attributes", {}).items():
-                    setattr(callback, attribute, value)
+        restore_callbacks(self.callback_handler.callbacks, self.state.stateful_callbacks, self._resumed.directory)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -241,32 +242,41 @@ class CheckpointedTrainer(Trainer):
                 f"has {here}; set training.per_device_train_batch_size and training.gradient_accumulation_steps so "
                 f"that their product with the {self._ranks.world_size} ranks is {manifest.examples_per_step}"
             )
+        # Everything is read and checked before anything is changed
         self._ranks.run_together(lambda: self._check_selection(checkpoint))
-        load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
+        states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
+        buffers = self._ranks.run_together(lambda: read_buffers(checkpoint, self.model))
+        engine, scaler, origin = self.deepspeed, self.accelerator.scaler, f"{checkpoint.directory}"
+        scale = deepspeed_state.fitted_loss_scale(engine, scaler, manifest.loss_scale, f"{origin}: loss_scale")
+        scheduler = None
         if manifest.scheduler is not None and self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(manifest.scheduler)
-        deepspeed_state.restore_engine_counters(self.deepspeed, manifest.engine)
-        deepspeed_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
-        sparsity = sparsity_of(self.model)
-        sparsity.counter.training_forwards = manifest.progress.forwards
-        self._ranks.run_together(lambda: load_buffers(checkpoint, self.model))
+            scheduler = fitted(manifest.scheduler, self._scheduler_state(), f"{origin}: scheduler")
+        load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
+        if scheduler is not None:
+            self.lr_scheduler.load_state_dict(scheduler)
+        deepspeed_state.restore_engine_counters(engine, manifest.engine)
+        deepspeed_state.restore_loss_scale(engine, scaler, scale)
+        sparsity_of(self.model).counter.training_forwards = manifest.progress.forwards
+        set_values(unwrap(self.model), buffers)
         refresh(unwrap(self.model))
-        self._random_states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
+        self._random_states = states
 
     def _check_selection(self, checkpoint: Checkpoint) -> None:
         if not self.is_world_process_zero():
             return
-        saved, here = checkpoint.manifest.adapter, self._adapter_description()
+        origin = f"{checkpoint.directory / MANIFEST_NAME}: adapter"
+        saved = checked_config(checkpoint.manifest.adapter, origin).model_dump(mode="json")
+        here = self._adapter_description()
         # A checkpoint of version 0.1 has no buffers
-        buffers = {*sparsity_of(self.model).buffers} - {*saved.get("modules_to_save", ())}
+        buffers = {*sparsity_of(self.model).buffers} - {*saved["modules_to_save"]}
         here = here | {"modules_to_save": [name for name in here["modules_to_save"] if name not in buffers]}
         for key in ("tensors", "modules_to_save"):
-            if saved.get(key) != here[key]:
+            if saved[key] != here[key]:
                 raise UserError(
                     f"{checkpoint.directory}: has another selection ({key} differ): resume with the `sparse` section "
                     "with which the run was started"
                 )
-        if different := differing_parameters(saved.get("base_fingerprint", {}), here["base_fingerprint"]):
+        if different := differing_parameters(saved["base_fingerprint"], here["base_fingerprint"]):
             raise UserError(
                 f"{checkpoint.directory}: was saved with a base model whose weights differ in '{different[0]}': "
                 "resume with the base model with which the run was started"
@@ -290,8 +300,9 @@ class CheckpointedTrainer(Trainer):
         checkpoint = self._ranks.run_together(lambda: Checkpoint(self.state.best_model_checkpoint))
         parameters = self._trained_parameters()
         wait_for_prefetch(unwrap(self.model))
+        buffers = self._ranks.run_together(lambda: read_buffers(checkpoint, self.model))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
-        self._ranks.run_together(lambda: load_buffers(checkpoint, self.model))
+        set_values(unwrap(self.model), buffers)
         refresh(unwrap(self.model))
 
     # The loop

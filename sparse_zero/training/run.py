@@ -143,7 +143,7 @@ def _train(
             if merge:
                 # At stage 3 from_pretrained would still partition the model over all ranks, but only this rank loads
                 unset_hf_deepspeed_config()
-                write_merged(output / "adapter", output / "merged")
+                write_merged(output / "adapter", output / "merged", trust_remote_code=recipe.model.trust_remote_code)
                 results["paths"]["merged"] = str(output / "merged")
         finally:
             # Also if the merge fails: the training is done

@@ -46,14 +46,19 @@ def detect(directory: str | Path) -> str:
     )
 
 
-def read(directory: str | Path, base: str | None = None) -> Contents:
-    """Read a directory of any format.
+def read(directory: str | Path, base: str | None = None, max_density: float | None = None) -> Contents:
+    """Read a directory of any format, and check its tensors as far as that is possible without the base model.
 
     Args:
         directory: an adapter, or a fine-tuned model.
         base: the base model's directory or hub id, if the directory does not name it or names another.
+        max_density: see `model_delta.read`.
 
     Raises:
         UserError: the format is not known, or a file is damaged.
     """
-    return format_module(detect(directory)).read(Path(directory), base)
+    name = detect(directory)
+    options = (max_density,) if name == "model" and max_density is not None else ()
+    contents = format_module(name).read(Path(directory), base, *options)
+    contents.check_tensors()
+    return contents

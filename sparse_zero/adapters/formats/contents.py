@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
-from sparse_zero.adapters.files import Adapter, AdapterConfig, SelectedTensor, library_versions
+from sparse_zero.adapters.files import Adapter, check_dtype, checked_positions, library_versions, row_mask
+from sparse_zero.adapters.schema import AdapterConfig, SelectedTensor, reason_of
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.model.fingerprint import fingerprint
+from sparse_zero.model.finite import count_not_finite
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import STORED, STRATIFIED, Selection, row_positions
 
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
 class SelectedScalars:
     """The selected scalars of one weight."""
 
-    indices: torch.Tensor
-    """Integers: indices (n,) into the flattened weight, or coordinates (n, dimensions)."""
+    indices: torch.Tensor | None
+    """Integers: indices (n,) into the flattened weight, or coordinates (n, dimensions). None if a rule draws them; see
+    `Contents.draw`."""
     values: torch.Tensor
     """The deltas (n,)."""
     shape: tuple[int, ...] | None = None
@@ -59,6 +63,8 @@ class Contents:
     """The base model's config, if the directory has a copy."""
     results: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    known: int = 0
+    """Number of parameters of the base model that the directory names; 0 if it names only some of them."""
     total: int | None = None
     """Number of scalars of the base model, if known."""
     own: Adapter | None = None
@@ -73,6 +79,36 @@ class Contents:
         whole = sum(values.numel() for values in self.whole.values())
         return selected + whole + sum(values.numel() for _, values in self.rows.values())
 
+    def not_finite(self) -> dict[str, int]:
+        """The number of values that are NaN or infinite, by name, without zeros."""
+        selected = ((name, entry.values) for name, entry in self.selected.items())
+        rows = ((name, values) for name, (_, values) in self.rows.items())
+        return count_not_finite([*selected, *rows, *self.whole.items()])
+
+    def check_tensors(self) -> None:
+        """Check dtypes and dimensions. Raises UserError."""
+        for name, entry in self.selected.items():
+            check_dtype(self.origin, name, entry.values)
+            if entry.values.dim() != 1:
+                raise UserError(
+                    f"{self.origin}: damaged: the deltas of '{name}' have the shape {list(entry.values.shape)}"
+                )
+            if entry.indices is not None:
+                entry.indices = as_indices(self.origin, name, entry.indices)
+                if entry.indices.dim() not in (1, 2) or len(entry.indices) != len(entry.values):
+                    raise UserError(f"{self.origin}: damaged: the indices of '{name}' are not valid for its values")
+        for name, values in [*self.whole.items(), *((name, values) for name, (_, values) in self.rows.items())]:
+            if values.is_floating_point() or values.is_complex() or self.own is None:
+                check_dtype(self.origin, name, values)
+        self.selected = {name: entry for name, entry in self.selected.items() if len(entry.values)}
+
+    def draw(self, name: str) -> None:
+        """Draw and check the indices of a weight. Raises UserError: see `checked_positions`."""
+        entry = self.selected[name]
+        if entry.indices is None:
+            flat = checked_positions(self.own, name, self.origin)
+            entry.indices = flat[~row_mask(self.own.selection(name), flat)] if name in self.rows else flat
+
     def architecture(self) -> "Architecture":
         """The architecture of the base model. Raises UserError if it is not found."""
         from sparse_zero.adapters.formats.architecture import architecture_of
@@ -85,12 +121,19 @@ class Contents:
             self.class_name,
             self.settings | _labels(self.whole, self.settings),
             self.config,
+            self.known,
         )
 
     def adapter(self) -> Adapter:
         """Convert to an `Adapter`. Raises UserError if the contents do not fit the base model."""
         if self.own is not None:
             return self.own
+        try:
+            return self._adapter()
+        except ValidationError as error:
+            raise UserError(f"{self.origin}: {reason_of(error)}") from None
+
+    def _adapter(self) -> Adapter:
         architecture = self.architecture()
         deltas, stored, tensors = {}, {}, {}
         for name in [*self.selected, *(name for name in self.rows if name not in self.selected)]:
@@ -141,9 +184,10 @@ class Contents:
         return expected
 
     def _check_whole(self, name: str, values: torch.Tensor, architecture: "Architecture") -> None:
-        expected = architecture.shape(name)
+        expected, shape = architecture.shape(name), tuple(values.shape)
         # With new tokens, embeddings have more rows than in the base model
-        if expected is None or tuple(values.shape[1:]) != expected[1:] or values.shape[0] < expected[0]:
+        grown = expected and shape[1:] == expected[1:] and shape[:1] > expected[:1]
+        if shape != expected and not grown:
             found = "no such parameter" if expected is None else f"shape {list(expected)}"
             raise UserError(
                 f"{self.origin}: '{name}' has shape {list(values.shape)}, but {architecture.class_name} of "
@@ -158,6 +202,12 @@ class Contents:
         grown = sum(torch.Size(shape).numel() - architecture.targets[n].shape.numel() for n, shape in shapes.items())
         total = architecture.total + grown
         base = ModelWeights.open_local(self.base, self.revision, architecture)
+        for name in self.selected if base and self.config is not None else ():
+            if base.key(name) and name not in self.rows and base.shape(name) != (claimed := architecture.shape(name)):
+                raise UserError(
+                    f"{self.origin}: '{name}' has shape {list(claimed)} in its copy of the config, but "
+                    f"{list(base.shape(name))} in {self.base}; pass the right base model with --base"
+                )
         sparse = {
             "density": self.trained / total,
             "targets": list(tensors) or None,
@@ -187,27 +237,35 @@ _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 def _labels(whole: Mapping[str, torch.Tensor], known: Mapping[str, Any]) -> dict[str, Any]:
     """id2label and label2id of a head. Labels without known names are called LABEL_0, LABEL_1 and so on."""
-    heads = [whole[name] for name in _HEADS if name in whole]
+    heads = [whole[name] for name in _HEADS if name in whole and whole[name].dim() == 2]
     if not heads or len(known.get("id2label", ())) == len(heads[0]):
         return {key: known[key] for key in ("id2label", "label2id") if key in known}
     labels = {index: f"LABEL_{index}" for index in range(len(heads[0]))}
     return {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
 
 
+def as_indices(origin: Path, name: str, indices: torch.Tensor) -> torch.Tensor:
+    """Indices as int64. Raises UserError if they are not whole numbers."""
+    whole = indices.to(torch.int64) if not indices.is_complex() and indices.dtype != torch.bool else None
+    # Some programs save them as float32. Numbers beyond 64 bits become others.
+    if whole is None or not torch.equal(whole.to(indices.dtype), indices):
+        raise UserError(f"{origin}: damaged: the indices of '{name}' are not whole numbers")
+    return whole
+
+
 def _sorted(
     origin: Path, name: str, entry: SelectedScalars, shape: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Increasing positions int64 (n,) and the values in the same order. Raises UserError if they are not valid."""
-    indices, size = entry.indices.to(torch.int64), torch.Size(shape).numel()
-    fits = indices.dim() in (1, 2) and entry.values.dim() == 1 and len(indices) == len(entry.values)
-    if indices.dim() == 2 and fits:
+    indices, size, fits = entry.indices, torch.Size(shape).numel(), True
+    if indices.dim() == 2:
         fits = indices.shape[1] == len(shape) and bool((indices < torch.tensor(shape)).all() and (indices >= 0).all())
         flat = torch.zeros(len(indices), dtype=torch.int64)
         for dimension, length in enumerate(shape if fits else ()):
             flat = flat * length + indices[:, dimension]
     else:
         flat = indices
-        fits = fits and bool((flat < size).all() and (flat >= 0).all())
+        fits = bool((flat < size).all() and (flat >= 0).all())
     if not fits:
         raise UserError(
             f"{origin}: the indices of '{name}' are not valid for a weight of shape {list(shape)}: the file is "

@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparse_zero.adapters.files import adapter_bytes
-from sparse_zero.adapters.formats import detect, format_module, model_delta
+from sparse_zero.adapters.files import Adapter, adapter_bytes, check_drawing, check_finite, checked_positions
+from sparse_zero.adapters.formats import detect, format_module, model_delta, read
+from sparse_zero.adapters.formats.base_model import check_base_model
 from sparse_zero.adapters.formats.contents import Contents
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.errors import UserError, refuse_to_overwrite
@@ -44,8 +45,11 @@ def convert(
         raise UserError(f"{source}: already has the format {format_module(to).TITLE}; copy the directory instead")
     refuse_to_overwrite(out)
     format = format_module(source_format)
-    contents = format.read(source, base, max_density) if source_format == "model" else format.read(source, base)
+    contents = read(source, base, max_density)
     adapter = contents.adapter()
+    check_finite(adapter, source)
+    if source_format == "sparse-zero":
+        _check_positions(adapter, source)
     if base is not None and source_format == "sparse-zero":
         _check_base(contents)
     unfinished = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
@@ -74,6 +78,16 @@ def convert(
         "notes": contents.notes,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _check_positions(adapter: Adapter, source: Path) -> None:
+    """Raise UserError if positions are drawn differently. Shapes are checked first: drawing may take their size."""
+    if adapter.config.base_model_name_or_path is None:
+        raise UserError(f"{source}: does not name its base model; pass its directory or hub id with --base")
+    check_base_model(adapter, source)
+    check_drawing(adapter, source)
+    for name in adapter.config.tensors:
+        checked_positions(adapter, name, source)
 
 
 def _check_base(contents: Contents) -> None:

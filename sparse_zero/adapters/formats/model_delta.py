@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 
+from sparse_zero.adapters.files import check_dtype
 from sparse_zero.adapters.formats.architecture import Architecture, architecture_of, configuration
+from sparse_zero.adapters.formats.base_model import check_size
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
 from sparse_zero.adapters.formats.deltas import difference
-from sparse_zero.adapters.formats.files import read_json
-from sparse_zero.adapters.formats.model_weights import ModelWeights, has_weights, row_chunks
+from sparse_zero.adapters.formats.model_weights import ModelWeights, count_tensors, has_weights, row_chunks
+from sparse_zero.adapters.reading import class_name_of, read_json
+from sparse_zero.adapters.schema import checked_settings
 from sparse_zero.data.models import load_tokenizer, task_of
 from sparse_zero.errors import UserError
 
@@ -35,10 +38,12 @@ def read(directory: Path, base: str | None, max_density: float = MAX_DENSITY) ->
     """
     if base is None:
         raise UserError(f"{directory}: is a model, not an adapter; pass the model that was fine-tuned with --base")
-    settings = read_json(directory / "config.json")
-    class_name = next(iter(settings.get("architectures") or ()), None)
-    config = configuration(directory)
-    architecture = architecture_of(directory, base, class_name=class_name, config=config)
+    path = directory / "config.json"
+    content = read_json(path)
+    settings, class_name = checked_settings(content, path), class_name_of(content, path)
+    config, known = configuration(directory), count_tensors(directory)
+    architecture = architecture_of(directory, base, class_name=class_name, config=config, known=known)
+    check_size(directory, architecture)
     tuned = ModelWeights.open(str(directory), None, architecture).require(architecture.targets)
     original = ModelWeights.open(base, None, architecture)
     _check_buffers(architecture, tuned, original)
@@ -46,7 +51,6 @@ def read(directory: Path, base: str | None, max_density: float = MAX_DENSITY) ->
     for name, target in architecture.targets.items():
         _compare(name, tuple(target.shape), tuned, original, found)
     _check_density(directory, base, found, architecture.total, max_density)
-    labels = {key: settings[key] for key in ("id2label", "label2id") if key in settings}
     added = [row for rows, _ in found.rows.values() for row in rows]
     return Contents(
         origin=directory,
@@ -59,8 +63,9 @@ def read(directory: Path, base: str | None, max_density: float = MAX_DENSITY) ->
         class_name=class_name,
         dtype=architecture.dtype,
         rule="every scalar that differs from the base model",
-        settings=labels | {k: settings[k] for k in ("problem_type", "pad_token_id") if settings.get(k) is not None},
+        settings=settings,
         config=config,
+        known=known,
         new_tokens=_tokens(directory, added),
         notes=[*dict.fromkeys([*tuned.notes, *original.notes]), *found.notes],
     )
@@ -87,7 +92,12 @@ def _compare(
         found.whole.append(name)
         found.notes.append(f"'{name}' is saved fully: the base model does not have it")
         return
-    architecture, before = tuned.architecture, original.shape(name)
+    architecture, before, found_shape = tuned.architecture, original.shape(name), tuned.shape(name)
+    if found_shape != shape:
+        raise UserError(
+            f"{tuned.directory}: damaged: '{name}' has shape {list(found_shape)} instead of {list(shape)}, which "
+            "config.json requires"
+        )
     vocabulary = getattr(architecture.config.get_text_config(), "vocab_size", None)
     grown = len(shape) == 2 and shape[0] == vocabulary and before[0] < shape[0] and before[1:] == shape[1:]
     if before != shape and not grown:
@@ -104,6 +114,8 @@ def _compare(
     width = torch.Size(before[1:]).numel()
     for start, stop in row_chunks(before):
         new, old = tuned.rows(name, start, stop).flatten(), original.rows(name, start, stop).flatten()
+        check_dtype(tuned.directory, name, new)
+        check_dtype(original.directory, name, old)
         flat = (new != old).nonzero().squeeze(1)
         changed += flat.numel()
         # Not needed for a weight that will be saved fully
@@ -137,7 +149,10 @@ def _check_buffers(architecture: Architecture, tuned: ModelWeights, original: Mo
     """Raise UserError if buffers differ (e.g. the statistics of a batch norm): an adapter cannot contain them."""
     for name in architecture.model.state_dict().keys() - {a for names in architecture.aliases.values() for a in names}:
         stored = tuned.key(name) is not None and original.key(name) is not None
-        if stored and not torch.equal(tuned.tensor(name), original.tensor(name)):
+        if not stored:
+            continue
+        new, old = tuned.tensor(name), original.tensor(name)
+        if new.dtype != old.dtype or not torch.equal(new, old):
             raise UserError(f"{tuned.directory}: the buffer '{name}' differs, but adapters contain parameters only")
 
 

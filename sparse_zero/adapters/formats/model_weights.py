@@ -1,5 +1,6 @@
 """The saved weights of a Hugging Face model, read one tensor or a range of rows at a time."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,11 +10,12 @@ from typing import ClassVar
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
-from sparse_zero.adapters.formats.architecture import Architecture
-from sparse_zero.adapters.formats.files import read_json
+from sparse_zero.adapters.formats.architecture import Architecture, configuration
+from sparse_zero.adapters.formats.base_model import check_size
+from sparse_zero.adapters.reading import check_regular, optional, read_json
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError, first_line
 
@@ -92,12 +94,7 @@ class ModelWeights:
     @cached_property
     def files(self) -> dict[str, Path]:
         """The file of each saved tensor."""
-        if (self.directory / INDEX).is_file():
-            weight_map = read_json(self.directory / INDEX).get("weight_map", {})
-            return {name: self.directory / file for name, file in weight_map.items()}
-        path = self.directory / SINGLE
-        with _opened(path) as file:
-            return dict.fromkeys(file.keys(), path)
+        return _files(self.directory)
 
     def key(self, name: str) -> str | None:
         """The name under which a parameter is saved: its own or a tied one, with or without the model's prefix."""
@@ -129,7 +126,7 @@ class ModelWeights:
             part = file.get_slice(self.key(name))
             return part[start:stop] if part.get_shape() else file.get_tensor(self.key(name))
 
-    def _file(self, name: str):
+    def _file(self, name: str) -> contextlib.AbstractContextManager[safe_open]:
         return _opened(self.files[self.key(name)])
 
 
@@ -141,13 +138,15 @@ class LoadedModelWeights(ModelWeights):
     @cached_property
     def loaded(self) -> dict[str, torch.Tensor]:
         verbosity = transformers_logging.get_verbosity()
+        configuration(self.directory)  # refuses what would run code
+        check_size(self.directory, self.architecture)
         # No report on missing weights, which may be normal; `require` reports those that matter
         transformers_logging.set_verbosity_error()
         try:
             model, report = type(self.architecture.model).from_pretrained(
                 self.directory, dtype="auto", output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # damaged files may cause any error
             raise UserError(f"{self.directory}: cannot be loaded ({first_line(error)})") from None
         finally:
             transformers_logging.set_verbosity(verbosity)
@@ -176,10 +175,31 @@ def row_chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, length)
 
 
-def _opened(path: Path):
+def count_tensors(directory: Path) -> int:
+    """The number of saved tensors of a model. Raises UserError if a file is damaged."""
+    return len(_files(directory))
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """The file of each saved tensor."""
+    path = directory / INDEX
+    if path.is_file():
+        weight_map = optional(read_json(path), "weight_map", dict, path) or {}
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{path}: damaged: weight_map names '{file}', which is not a file of {directory}")
+        return {name: directory / file for name, file in weight_map.items()}
+    with _opened(directory / SINGLE) as file:
+        return dict.fromkeys(file.keys(), directory / SINGLE)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    check_regular(path)
     try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+        with safe_open(path, "pt") as file:
+            yield file
+    except UserError:
+        raise
+    except Exception as error:  # also a KeyError for a dtype that torch does not have
+        raise UserError(f"{path}: damaged ({first_line(error)})") from None

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from sparse_zero.adapters.files import CONFIG_NAME, Adapter, checked_positions, read_adapter, row_mask, write_adapter
+from sparse_zero.adapters.files import CONFIG_NAME, Adapter, read_adapter, write_adapter
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
-from sparse_zero.adapters.formats.files import read_json
 from sparse_zero.adapters.model_card import model_card
+from sparse_zero.adapters.reading import read_json
 
 TITLE = "sparse-zero"
 
@@ -25,12 +25,11 @@ def read(directory: Path, base: str | None) -> Contents:
     config = adapter.config
     selected, rows = {}, {}
     for name in config.tensors:
-        selection, flat = adapter.selection(name), checked_positions(adapter, name, directory)
+        selection = adapter.selection(name)
         if name in adapter.rows:
-            flat = flat[~row_mask(selection, flat)]
             rows[name] = selection.whole_rows, adapter.rows[name]
         if name in adapter.deltas:
-            selected[name] = SelectedScalars(flat, adapter.deltas[name], selection.shape)
+            selected[name] = SelectedScalars(None, adapter.deltas[name], selection.shape)
     rules = sorted({entry.rule for entry in config.tensors.values()})
     return Contents(
         origin=directory,

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_zero.adapters.files import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_safetensors
+from sparse_zero.adapters.files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from sparse_zero.adapters.formats.architecture import Architecture, architecture_for
-from sparse_zero.adapters.formats.files import read_json, write_json, write_safetensors
+from sparse_zero.adapters.formats.files import write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
+from sparse_zero.adapters.reading import optional, read_json, read_safetensors
 from sparse_zero.data.models import task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
@@ -29,7 +30,7 @@ def is_peft(directory: Path, *types: str) -> bool:
     """Whether a directory is a PEFT adapter of one of these types, or of any type if none is given."""
     path = directory / CONFIG_NAME
     found = read_json(path).get("peft_type") if path.is_file() else None
-    return found is not None and (not types or found in types)
+    return isinstance(found, str) and (not types or found in types)
 
 
 def read_parts(
@@ -72,16 +73,19 @@ def required(directory: Path, name: str, parts: Mapping[str, torch.Tensor], *kin
     return [parts[kind] for kind in kinds]
 
 
-def facts(config: Mapping[str, Any], base: str | None) -> dict[str, Any]:
-    """The fields of `Contents` that are in PEFT's config."""
-    mapping = config.get("auto_mapping") or {}
-    class_name = mapping.get("base_model_class")
+def facts(config: Mapping[str, Any], base: str | None, directory: Path) -> dict[str, Any]:
+    """The fields of `Contents` that are in PEFT's config. Raises UserError if one has another type."""
+    path = directory / CONFIG_NAME
+    mapping = optional(config, "auto_mapping", dict, path) or {}
+    class_name = optional(mapping, "base_model_class", str, path)
+    peft_version = optional(config, "peft_version", str, path)
+    named, revision = (optional(config, key, str, path) for key in ("base_model_name_or_path", "revision"))
     return {
-        "base": base or config.get("base_model_name_or_path") or None,
-        "revision": None if base else config.get("revision"),
-        "task": _TASKS.get(config.get("task_type")) or task_of(class_name),
+        "base": base or named or None,
+        "revision": None if base else revision,
+        "task": _TASKS.get(optional(config, "task_type", str, path)) or task_of(class_name),
         "class_name": class_name,
-        "versions": {"peft": config["peft_version"]} if config.get("peft_version") else {},
+        "versions": {"peft": peft_version} if peft_version else {},
     }
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from sparse_zero.adapters.files import CONFIG_NAME
 from sparse_zero.adapters.formats.contents import Contents
-from sparse_zero.adapters.formats.files import read_json
 from sparse_zero.adapters.formats.peft_files import is_peft
+from sparse_zero.adapters.reading import read_json
 from sparse_zero.errors import UserError
 
 TITLE = "PEFT"

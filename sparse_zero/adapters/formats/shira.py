@@ -28,14 +28,14 @@ def read(directory: Path, base: str | None) -> Contents:
     selected = {}
     for name, parts in layers.items():
         indices, values = peft_files.required(directory, name, parts, "indices", "values")
-        selected[name] = SelectedScalars(indices.to(torch.int64).movedim(0, -1), values)
+        selected[name] = SelectedScalars(indices.movedim(0, -1) if indices.dim() == 2 else indices, values)
     return Contents(
         origin=directory,
         format="shira",
         selected=selected,
         whole=whole,
         rule=f"{config.get('mask_type')} mask, r {config.get('r')}, seed {config.get('random_seed')}",
-        **peft_files.facts(config, base),
+        **peft_files.facts(config, base, directory),
     )
 
 

@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 
-from sparse_zero.adapters.files import MODEL_SETTINGS, Adapter, read_safetensors, row_mask
+from sparse_zero.adapters.files import Adapter, check_dtype, row_mask
 from sparse_zero.adapters.formats.architecture import Architecture, architecture_for, configuration
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
 from sparse_zero.adapters.formats.deltas import difference
-from sparse_zero.adapters.formats.files import (
-    read_json,
-    read_pickled,
-    write_json,
-    write_safetensors,
-)
+from sparse_zero.adapters.formats.files import write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
+from sparse_zero.adapters.reading import class_name_of, optional, read_json, read_pickled, read_safetensors
+from sparse_zero.adapters.schema import checked_settings
 from sparse_zero.data.models import add_tokens, load_tokenizer, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
@@ -41,9 +38,11 @@ def matches(directory: Path) -> bool:
 
 
 def read(directory: Path, base: str | None) -> Contents:
-    settings = read_json(directory / "config.json")
+    path = directory / "config.json"
+    settings = read_json(path)
     indices, deltas = _read_deltas(directory)
-    name_of_class = next(iter(settings.get("architectures") or ()), None)
+    name_of_class = class_name_of(settings, path)
+    dtype = optional(settings, "dtype", str, path) or optional(settings, "torch_dtype", str, path)
     selected = {
         name: SelectedScalars(indices[name], values)
         for name, values in deltas.items()
@@ -52,16 +51,18 @@ def read(directory: Path, base: str | None) -> Contents:
     contents = Contents(
         origin=directory,
         format="sparta",
-        base=base or settings.get(BASE_KEY),
+        base=base or optional(settings, BASE_KEY, str, path),
         selected=selected,
         task=task_of(name_of_class),
         class_name=name_of_class,
-        dtype=settings.get("dtype") or settings.get("torch_dtype"),
+        dtype=dtype,
         rule="each scalar at random (Bernoulli)",
         sparse={"selection": "bernoulli"},
-        settings={key: settings[key] for key in MODEL_SETTINGS if settings.get(key) is not None},
+        settings=checked_settings(settings, path),
         config=configuration(directory),
+        known=len(deltas),
     )
+    contents.check_tensors()
     if (head := _read_init(directory, HEAD)) is not None:
         contents.whole[HEAD_NAME] = head.float() + _dense(contents, HEAD_NAME, head).float()
     if (embeddings := _read_init(directory, EMBEDDINGS)) is not None:
@@ -81,7 +82,8 @@ def _read_deltas(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
     else:
         path = path.with_suffix(".pt")
         content = read_pickled(path)
-        if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
+        parts = [content, *content.values()] if isinstance(content, dict) else [None]
+        if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
             raise UserError(f"{path}: damaged: not a dict of indices and deltas")
         kinds = set(content)
         found = [content.get(kind, {}) for kind in ("indices", "deltas")]
@@ -100,11 +102,13 @@ def _read_init(directory: Path, name: str) -> torch.Tensor | None:
         tensor = read_safetensors(path).get(name.removesuffix("_init"))
         if tensor is None:
             raise UserError(f"{path}: damaged: has no '{name.removesuffix('_init')}'")
-        return tensor
-    path = path.with_suffix(".pt")
-    tensor = read_pickled(path) if path.is_file() else None
-    if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
+    elif (path := path.with_suffix(".pt")).is_file():
+        tensor = read_pickled(path)
+    else:
+        return None
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
         raise UserError(f"{path}: damaged: not a matrix")
+    check_dtype(path, name, tensor)
     return tensor
 
 
@@ -113,7 +117,7 @@ def _dense(contents: Contents, name: str, like: torch.Tensor) -> torch.Tensor:
     dense = like.new_zeros(like.shape, dtype=torch.float32)
     entry = contents.selected.pop(name, None)
     if entry is not None:
-        at, limit = entry.indices.long(), torch.tensor(like.shape)
+        at, limit = entry.indices, torch.tensor(like.shape)
         fits = at.shape == (entry.values.numel(), like.dim())
         if not fits or bool((at < 0).any() or (at >= limit).any()):
             raise UserError(
@@ -135,9 +139,7 @@ def _read_new_rows(contents: Contents, init: torch.Tensor) -> None:
         raise UserError(f"{contents.origin}: damaged: the new embeddings do not fit '{name}', {shape}")
     if entry is not None:
         new = entry.indices[:, 0] >= first
-        contents.selected[name] = SelectedScalars(
-            entry.indices[new].long() - torch.tensor([first, 0]), entry.values[new]
-        )
+        contents.selected[name] = SelectedScalars(entry.indices[new] - torch.tensor([first, 0]), entry.values[new])
         rows = rows + _dense(contents, name, init)
         if not new.all():
             contents.selected[name] = SelectedScalars(entry.indices[~new], entry.values[~new])

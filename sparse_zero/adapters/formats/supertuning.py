@@ -17,6 +17,7 @@ from sparse_zero.adapters.formats import peft_files
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
 from sparse_zero.adapters.formats.deltas import padded
 from sparse_zero.adapters.formats.model_weights import ModelWeights
+from sparse_zero.adapters.reading import optional
 from sparse_zero.errors import UserError
 
 TITLE = "PEFT Super-Tuning"
@@ -37,7 +38,7 @@ def read(directory: Path, base: str | None) -> Contents:
             "of a weight; only Super-Tuning without r can be converted; merge it with PEFT (merge_and_unload) and use "
             "the merged model"
         )
-    largest = config.get("select_top", True)
+    largest = optional(config, "select_top", bool, directory / CONFIG_NAME) is not False
     contents = Contents(
         origin=directory,
         format="supertuning",
@@ -45,7 +46,7 @@ def read(directory: Path, base: str | None) -> Contents:
         whole=whole,
         rule=f"{'largest' if largest else 'smallest'} scalars, sparsity {config.get('sparsity')}",
         sparse={"selection": "magnitude" if largest else "magnitude-smallest"},
-        **peft_files.facts(config, base),
+        **peft_files.facts(config, base, directory),
     )
     without_indices = [name for name, parts in layers.items() if "indices" not in parts]
     weights = _base_weights(contents, base, without_indices) if without_indices else None
@@ -59,7 +60,7 @@ def read(directory: Path, base: str | None) -> Contents:
             indices = scores.topk(values.numel(), largest=largest).indices
         else:
             indices, values = peft_files.required(directory, name, parts, "indices", "values")
-        contents.selected[name] = SelectedScalars(indices.to(torch.int64), values)
+        contents.selected[name] = SelectedScalars(indices, values)
     return contents
 
 

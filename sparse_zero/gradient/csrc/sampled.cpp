@@ -9,6 +9,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -26,6 +29,8 @@ constexpr int ROWS = 1;
 constexpr int64_t QUAD = 4;  // columns that are summed together
 constexpr int64_t TILE = 16;  // tokens are transposed in tiles of this size, a multiple of any vector's lanes
 constexpr int64_t CHUNK_ROWS = 256;  // rows that are transposed at a time
+constexpr int64_t MAX_TOKENS = 1 << 30;
+constexpr int64_t MAX_PARTS = 1 << 16;  // groups of tokens, or threads
 constexpr int64_t STRIPS_PER_THREAD = 8192;  // at least, in loops with little work for each strip
 
 template <typename scalar_t, int64_t lanes>
@@ -176,6 +181,17 @@ void add_block(const sum_t* rows, const sum_t* columns, const int32_t* strips, i
     add_strips<sum_t, 1>(rows + row * width, columns, strips, count, width, sums + row * count);
 }
 
+// Whether all indices are in [low, high)
+template <typename index_t>
+bool are_between(const index_t* indices, int64_t count, int64_t low, int64_t high) {
+  index_t least = std::numeric_limits<index_t>::max(), most = std::numeric_limits<index_t>::min();
+  for (int64_t i = 0; i < count; ++i) {
+    least = std::min(least, indices[i]);
+    most = std::max(most, indices[i]);
+  }
+  return count == 0 || (least >= low && most < high);
+}
+
 // Returns rows_NR^T @ columns_NC at the positions of a Pattern: (n,) of `dtype`, float or double.
 //
 // The tokens are divided into groups with separate sums, and each group into chunks of `tokens` tokens, a multiple of
@@ -184,15 +200,22 @@ void add_block(const sum_t* rows, const sum_t* columns, const int32_t* strips, i
 at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_NC, const at::Tensor& block_starts,
                            const at::Tensor& strip_columns, int64_t g, int64_t tokens, int64_t groups, int64_t threads,
                            at::ScalarType dtype) {
+  TORCH_CHECK(rows_NR.dim() == 2 && columns_NC.dim() == 2 && block_starts.dim() == 1 && strip_columns.dim() == 1,
+              "rows and columns must be matrices, and the pattern must have one dimension");
   const int64_t N = rows_NR.size(0), R = rows_NR.size(1), C = columns_NC.size(1), n = strip_columns.numel() * g;
   const int64_t blocks = block_starts.numel() - 1;
-  TORCH_CHECK(columns_NC.size(0) == N && g > 0 && blocks * g == R, "rows, columns and pattern do not fit together");
-  TORCH_CHECK(N > 0 && tokens > 0 && tokens % TILE == 0 && groups > 0 && threads > 0, "nothing to sum");
+  TORCH_CHECK(columns_NC.size(0) == N && blocks > 0 && g > 0 && R % g == 0 && R / g == blocks,
+              "rows, columns and pattern do not fit together");
+  TORCH_CHECK(N > 0 && tokens > 0 && tokens % TILE == 0, "nothing to sum");
+  TORCH_CHECK(N <= MAX_TOKENS && R <= INT32_MAX && C <= INT32_MAX, "too large: products of these sizes would overflow");
+  TORCH_CHECK(groups > 0 && groups <= MAX_PARTS && threads > 0 && threads <= MAX_PARTS, "too many groups or threads");
   TORCH_CHECK(rows_NR.is_floating_point() && columns_NC.is_floating_point(), "rows and columns must be real numbers");
   TORCH_CHECK(block_starts.is_contiguous() && strip_columns.is_contiguous(), "the pattern must be contiguous");
   const int32_t* const starts = block_starts.const_data_ptr<int32_t>();
   const int32_t* const strips = strip_columns.const_data_ptr<int32_t>();
-  TORCH_CHECK(starts[0] == 0 && starts[blocks] == strip_columns.numel(), "block_starts does not fit strip_columns");
+  TORCH_CHECK(starts[0] == 0 && starts[blocks] == strip_columns.numel() && std::is_sorted(starts, starts + blocks + 1),
+              "block_starts does not fit strip_columns");
+  TORCH_CHECK(are_between(strips, strip_columns.numel(), 0, C), "strip columns outside of the weight");
 
   const int64_t tokens_per_group = rounded_up((N + groups - 1) / groups), width = std::min(tokens, tokens_per_group);
   const int64_t parts = std::max<int64_t>(1, threads / groups), blocks_per_part = (blocks + parts - 1) / parts;
@@ -239,11 +262,20 @@ at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_
   return result;
 }
 
+// The first and the last of strictly increasing indices bound the others
 template <typename index_t>
-void check_ends(const at::Tensor& strip_indices, int64_t limit) {
-  if (strip_indices.numel() == 0) return;
+void check_indices(const at::Tensor& strip_indices, int64_t limit) {
+  const int64_t count = strip_indices.numel();
+  if (count == 0) return;
   const index_t* const all = strip_indices.const_data_ptr<index_t>();
-  TORCH_CHECK(all[0] >= 0 && all[strip_indices.numel() - 1] < limit, "strip indices outside of the weight");
+  TORCH_CHECK(all[0] >= 0 && all[count - 1] < limit, "strip indices outside of the weight");
+  std::atomic<bool> rise = true;
+  at::parallel_for(0, count - 1, 8 * STRIPS_PER_THREAD, [&](int64_t first, int64_t last) {
+    index_t falls = 0;  // as wide as the indices, so that the loop uses vectors
+    for (int64_t i = first; i < last; ++i) falls |= static_cast<index_t>(all[i] >= all[i + 1]);
+    if (falls) rise = false;
+  });
+  TORCH_CHECK(rise, "strip indices must be strictly increasing");
 }
 
 // Calls use(block, first, last) for each block of rows, whose strips are strip_indices[first:last]
@@ -251,7 +283,7 @@ template <typename index_t, typename Use>
 void for_blocks(const at::Tensor& strip_indices, int64_t blocks, int64_t columns, const Use& use) {
   const index_t* const begin = strip_indices.const_data_ptr<index_t>();
   const index_t* const end = begin + strip_indices.numel();
-  check_ends<index_t>(strip_indices, blocks * columns);
+  check_indices<index_t>(strip_indices, blocks * columns);
   const int64_t strips_per_block = std::max<int64_t>(1, strip_indices.numel() / std::max<int64_t>(1, blocks));
   const int64_t grain = std::max<int64_t>(1, STRIPS_PER_THREAD / strips_per_block);
   at::parallel_for(0, blocks, grain, [&](int64_t first_block, int64_t last_block) {
@@ -273,6 +305,9 @@ void check_strip_indices(const at::Tensor& strip_indices) {
 // in a grid of blocks x columns.
 std::tuple<at::Tensor, at::Tensor> pattern(const at::Tensor& strip_indices, int64_t blocks, int64_t columns) {
   check_strip_indices(strip_indices);
+  TORCH_CHECK(blocks >= 0 && columns > 0 && columns <= INT32_MAX && blocks <= INT64_MAX / columns,
+              "no such grid: ", blocks, " x ", columns);
+  TORCH_CHECK(strip_indices.numel() <= INT32_MAX, "too many strips");
   const at::Tensor block_starts = at::empty({blocks + 1}, strip_indices.options().dtype(at::kInt));
   const at::Tensor strip_columns = at::empty({strip_indices.numel()}, block_starts.options());
   int32_t* const starts = block_starts.mutable_data_ptr<int32_t>();
@@ -303,7 +338,7 @@ void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* c
   AT_DISPATCH_INDEX_TYPES(strip_indices.scalar_type(), "write", [&] {
     const index_t* const all = strip_indices.const_data_ptr<index_t>();
     if (g == 1) {
-      check_ends<index_t>(strip_indices, weight.numel());
+      check_indices<index_t>(strip_indices, weight.numel());
       at::parallel_for(0, strip_indices.numel(), STRIPS_PER_THREAD, [=](int64_t first, int64_t last) {
         for (int64_t scalar = first; scalar < last; ++scalar) values[all[scalar]] = value(scalar);
       });
@@ -323,8 +358,10 @@ void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* c
 void write_deltas(const at::Tensor& weight, const at::Tensor& base, const std::optional<at::Tensor>& change,
                   const at::Tensor& strip_indices, int64_t columns, int64_t g) {
   check_strip_indices(strip_indices);
-  TORCH_CHECK(weight.is_contiguous() && g > 0 && columns > 0 && weight.numel() % (g * columns) == 0,
+  TORCH_CHECK(weight.is_contiguous() && g > 0 && columns > 0 && columns <= weight.numel() &&
+                  g <= weight.numel() / columns && weight.numel() % (g * columns) == 0,
               "the weight must be contiguous and consist of complete blocks");
+  TORCH_CHECK(strip_indices.numel() <= weight.numel() / g, "more strips than the weight has");
   const int64_t n = strip_indices.numel() * g;
   TORCH_CHECK(base.is_contiguous() && base.numel() == n && base.scalar_type() == weight.scalar_type(),
               "base does not fit the weight and its strips");

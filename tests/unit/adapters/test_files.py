@@ -105,9 +105,9 @@ def test_describe(bases, adapter):
     [
         (lambda d: shutil.rmtree(d), "not an adapter directory (it has no adapter_config.json)"),
         (lambda d: (d / "adapter_config.json").unlink(), "not an adapter directory"),
-        (lambda d: (d / "adapter_config.json").write_text('{"adapter_type": '), "adapter_config.json: cannot be read"),
-        (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\x00"), "adapter_config.json: cannot be read"),
-        (lambda d: (d / "adapter_config.json").write_text("[]"), "not a sparse-zero adapter"),
+        (lambda d: (d / "adapter_config.json").write_text('{"adapter_type": '), "adapter_config.json: damaged"),
+        (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\x00"), "adapter_config.json: damaged"),
+        (lambda d: (d / "adapter_config.json").write_text("[]"), "not a JSON object"),
         (lambda d: edit_config(d, lambda c: c.update(adapter_type="lora")), "not a sparse-zero adapter"),
         (lambda d: edit_config(d, lambda c: c.update(format_version=2)), "format 2 is newer than 1"),
         (lambda d: edit_config(d, lambda c: c.update(format_version="?")), "format_version: Input should be"),
@@ -181,3 +181,14 @@ def test_read_config_gives_back_what_was_saved(adapter):
     config = read_config(adapter)
     assert config.sparse == SPARSE
     assert config.modules_to_save == ["classifier.weight", "classifier.bias"]
+
+
+def test_a_training_is_saved_whatever_the_models_config_contains(bases, tmp_path, caplog):
+    model = trained(bases["llama"])
+    model.config.pad_token_id, model.config.problem_type = -100, "my own"
+    model.sparsity.results = {"accuracy": 0.5, "rows": [1, 2]}
+    save_adapter(model, tmp_path)
+    assert "does not contain problem_type, pad_token_id of the model's config" in caplog.text
+    config = read_config(tmp_path)
+    assert set(config.model_settings) == {"id2label", "label2id"}
+    assert config.results == {"accuracy": 0.5}

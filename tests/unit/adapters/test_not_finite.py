@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from adapter_cases import fresh, logits, trained
+from adapter_cases import fresh, logits, refusal, trained
 from sparse_cases import assert_same_bits, plain_state
 from torch import nn
 
@@ -112,5 +112,6 @@ def test_write_merged(adapter, tmp_path):
     write_merged(adapter, tmp_path / "merged", force=True)
 
 
-def test_an_adapter_with_such_values_can_be_loaded(adapter, bases):
-    assert logits(load_adapter(fresh(bases["llama"]), adapter)).isnan().any()
+def test_loading_such_an_adapter_is_refused_unless_it_is_forced(adapter, bases):
+    assert "has values that are NaN or infinite: model.layers.0" in refusal(fresh(bases["llama"]), adapter)
+    assert logits(load_adapter(fresh(bases["llama"]), adapter, force=True)).isnan().any()

@@ -171,7 +171,7 @@ def test_merging_never_overwrites_a_file_or_the_base_model(bases, adapter, tmp_p
 
 def test_a_base_model_that_is_not_there(adapter, tmp_path):
     edit_config(adapter, lambda config: config.update(base_model_name_or_path=str(tmp_path / "gone")))
-    with pytest.raises(UserError, match=r"gone cannot be loaded for sequence-classification"):
+    with pytest.raises(UserError, match=r"gone cannot be loaded"):
         write_merged(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -229,7 +229,7 @@ def test_another_base_model_of_the_same_shapes_is_refused(bases, adapter, dtype)
 def test_the_revision_is_named_where_it_is_known(bases, adapter):
     edit_config(adapter, lambda config: config.update(revision="v1.0"))
     edit_config(
-        adapter, lambda config: [config["base_fingerprint"].update({n: "0"}) for n in config["base_fingerprint"]]
+        adapter, lambda config: [config["base_fingerprint"].update({n: "0" * 8}) for n in config["base_fingerprint"]]
     )
     assert f"trained on {bases['bert']} at revision v1.0" in refusal(fresh(bases["bert"]), adapter)
 

@@ -73,11 +73,12 @@ def test_evaluate(capsys, recipe, monkeypatch, tmp_path):
 
 def test_merge(capsys, monkeypatch):
     facts = {"out": "merged", "task": "causal-lm", "scalars": 12345}
-    stand_in(
-        monkeypatch,
-        "sparse_zero.adapters.save_and_load",
-        write_merged=lambda adapter, out, scale, force: {**facts, "out": out} | ({"forced": True} if force else {}),
-    )
+
+    def write_merged(adapter, out, scale, force, trust_remote_code):
+        options = {"forced": force, "trusted": trust_remote_code}
+        return {**facts, "out": out} | {name: True for name, given in options.items() if given}
+
+    stand_in(monkeypatch, "sparse_zero.adapters.save_and_load", write_merged=write_merged)
     assert main(["merge", ".", "merged", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
     assert main(["merge", ".", "merged"]) == 0
@@ -85,7 +86,9 @@ def test_merge(capsys, monkeypatch):
     assert "12,345" in out
     assert out.endswith("next: AutoModelForCausalLM.from_pretrained('merged')\n")
     assert main(["merge", ".", "merged", "--force", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["forced"]
+    assert json.loads(capsys.readouterr().out) == facts | {"forced": True}
+    assert main(["merge", ".", "merged", "--trust-remote-code", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts | {"trusted": True}
 
 
 def test_inspect(capsys, monkeypatch):

@@ -306,3 +306,24 @@ def test_bad_input(bases, tmp_path):
     assert "(OwnModel) is unknown to transformers" in refusal()
     config.write_text(json.dumps(settings | {"model_type": "own"}))
     assert f"{tmp_path / 'tuned'} cannot be loaded: The checkpoint" in refusal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_not_numbers_of_a_training(bases, tmp_path, dtype):
+    sparsely_tuned(bases[CAUSAL], tmp_path / "tuned")
+    path, name = tmp_path / "tuned" / "model.safetensors", "model.norm.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"tuned: the values of '{name}' are {dtype}; they can be float32"):
+        convert(tmp_path / "tuned", tmp_path / "ours", base=str(bases[CAUSAL]))
+
+
+@pytest.mark.parametrize("file", ["../base/model.safetensors", "/etc/passwd", 1, None, "gone.safetensors", "a\0b"])
+def test_an_index_that_names_other_files(bases, tmp_path, file):
+    sparsely_tuned(bases[CAUSAL], tmp_path / "tuned", shard="10kB")
+    path = tmp_path / "tuned" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError):
+        convert(tmp_path / "tuned", tmp_path / "ours", base=str(bases[CAUSAL]))

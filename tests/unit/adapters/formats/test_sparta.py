@@ -154,7 +154,7 @@ def test_new_tokens_of_the_reference(bases, tmp_path):
     convert(tmp_path / "sparta", tmp_path / "ours")
     config = read_config(tmp_path / "ours")
     assert config.new_tokens == ["<a>", "<b>"]
-    assert config.model_settings["id2label"] == {"0": "bad", "1": "good"}
+    assert config.model_settings["id2label"] == {0: "bad", 1: "good"}
     assert config.tensors["model.embed_tokens.weight"].whole_rows == [VOCABULARY, VOCABULARY + 1]
     model = open_base(bases[CLASSIFIER], CLASSIFIER)
     model.resize_token_embeddings(VOCABULARY + 2)
