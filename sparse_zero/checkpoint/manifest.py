@@ -22,8 +22,8 @@ from sparse_zero.zero.partitions import VALUE
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
-Step = Annotated[int, Field(ge=0, lt=2**31)]
-Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Step = Annotated[int, Field(ge=0, lt=10**8)]
+Name = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
 _SCALAR_BYTES = 4
 """Values and moments are float32."""
 
@@ -83,7 +83,7 @@ class Manifest(_Record):
     zero_stage: int = Field(ge=0, le=3)
     examples_per_step: int = Field(ge=1, lt=2**31)
     parameters: list[ParameterRecord]
-    moments: list[Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,63}$")]] = Field(max_length=16)
+    moments: list[Name] = Field(max_length=100)
     optimizer: Name
     learning_rates: list[Annotated[float, Field(allow_inf_nan=False)]]
     scheduler: dict[str, Any] | None

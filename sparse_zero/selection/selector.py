@@ -14,6 +14,8 @@ from sparse_zero.selection.targets import Target, all_targets, find_targets, par
 from sparse_zero.selection.unsupported import only_supported
 from sparse_zero.zero.parameters import gathered
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def select_scalars(
     model: nn.Module,
@@ -158,8 +160,10 @@ def _checked_positions(
         raise UserError(
             f"positions: '{name}' is already trained in full (sparse.modules_to_save, or the default head)"
         )
+    if not isinstance(flat, torch.Tensor) or flat.dim() != 1 or flat.dtype not in _INTEGERS:
+        raise UserError(f"positions: '{name}' needs a tensor of integers (n,)")
     size = parameters[name].shape.numel()
-    flat = flat.detach().to(torch.int64).flatten()
+    flat = flat.detach().to(torch.int64)
     if flat.numel() == 0 or bool((flat.diff() <= 0).any()) or flat[0] < 0 or flat[-1] >= size:
         raise UserError(f"positions: '{name}' needs at least one position, strictly increasing, in 0 to {size - 1}")
     return flat

@@ -121,6 +121,18 @@ WEIGHT, STRIP_INDICES = torch.zeros(24), torch.tensor([1, 4])
         ((WEIGHT, torch.zeros(2), torch.zeros(2), torch.tensor([1, 24]), 6, 1), "outside of the weight"),
         ((WEIGHT, torch.zeros(2), torch.zeros(2), torch.tensor([-1, 4]), 6, 1), "outside of the weight"),
         ((WEIGHT, torch.zeros(4), torch.zeros(4), torch.tensor([1, 12]), 6, 2), "outside of the weight"),
+        ((WEIGHT, torch.zeros(3), None, torch.tensor([1, 99, 4]), 6, 1), "strictly increasing"),
+        ((WEIGHT, torch.zeros(3), None, torch.tensor([1, -9, 4]), 6, 1), "strictly increasing"),
+        ((WEIGHT, torch.zeros(2), None, torch.tensor([4, 4]), 6, 1), "strictly increasing"),
+        ((WEIGHT, torch.zeros(6), None, torch.tensor([1, 99, 4]), 6, 2), "strictly increasing"),
+        ((WEIGHT, torch.zeros(2), None, torch.tensor([4, 1], dtype=torch.int32), 6, 1), "strictly increasing"),
+        ((WEIGHT, torch.zeros(2), None, torch.tensor([True, False]), 6, 1), "Bool"),
+        ((WEIGHT, torch.zeros(2), None, STRIP_INDICES.short(), 6, 1), "Short"),
+        ((WEIGHT, torch.zeros(2), None, torch.tensor([[1, 4]]), 6, 1), "one dimension"),
+        ((WEIGHT, torch.zeros(50), None, torch.arange(50), 6, 1), "more strips"),
+        ((WEIGHT, torch.zeros(2), None, STRIP_INDICES, 2**62, 4), "complete blocks"),
+        ((WEIGHT, torch.zeros(2), None, STRIP_INDICES, 4, 2**62), "complete blocks"),
+        ((WEIGHT, torch.zeros(2), None, STRIP_INDICES, -6, -1), "complete blocks"),
         ((WEIGHT, torch.zeros(3), torch.zeros(2), STRIP_INDICES, 6, 1), "base does not fit"),
         ((WEIGHT, torch.zeros(2).double(), torch.zeros(2), STRIP_INDICES, 6, 1), "base does not fit"),
         ((WEIGHT, torch.zeros(2), torch.zeros(3), STRIP_INDICES, 6, 1), "change does not fit"),
@@ -139,10 +151,80 @@ def test_nothing_is_written_if_the_arguments_do_not_fit(arguments, words):
     assert not WEIGHT.any()
 
 
-@pytest.mark.parametrize("strip_indices", [torch.tensor([1, 12]), torch.tensor([-1, 3]), torch.zeros(2, 2).long()])
+@pytest.mark.parametrize(
+    "strip_indices",
+    [torch.tensor(each) for each in ([1, 12], [-1, 3], [[0, 1], [2, 3]], [3, 1], [3, 3], [0, 99, 5], [0, -99, 5])],
+    ids=str,
+)
 def test_strip_indices_outside_of_the_grid_have_no_pattern(strip_indices):
-    with pytest.raises(RuntimeError, match=r"outside|one dimension"):
+    with pytest.raises(RuntimeError, match=r"outside|one dimension|strictly increasing"):
         operators().pattern(strip_indices, 3, 4)
+
+
+@pytest.mark.parametrize(("blocks", "columns"), [(-1, 4), (3, 0), (3, -4), (2**40, 2**40), (3, 2**40)])
+def test_grids_that_do_not_exist_have_no_pattern(blocks, columns):
+    with pytest.raises(RuntimeError, match="no such grid"):
+        operators().pattern(torch.tensor([1]), blocks, columns)
+
+
+PRODUCT = {
+    "rows": torch.ones(5, 4),
+    "columns": torch.ones(5, 6),
+    "block_starts": torch.tensor([0, 1, 2, 2, 3], dtype=torch.int32),
+    "strip_columns": torch.tensor([0, 5, 2], dtype=torch.int32),
+    "granularity": 1,
+    "tokens": 64,
+    "groups": 1,
+    "threads": 1,
+    "dtype": torch.float32,
+}
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strip_columns": int32(0, 6, 2)},
+        {"strip_columns": int32(0, -1, 2)},
+        {"strip_columns": int32(0, 2**31 - 1, 2)},
+        {"strip_columns": int32(0, 5)},
+        {"strip_columns": torch.tensor([0, 5, 2])},
+        {"strip_columns": torch.tensor([0.0, 5.0, 2.0])},
+        {"strip_columns": torch.tensor([[0, 5, 2]], dtype=torch.int32)},
+        {"block_starts": int32(0, 1, 9, 2, 3)},
+        {"block_starts": int32(0, 1, -9, 2, 3)},
+        {"block_starts": int32(1, 1, 2, 2, 3)},
+        {"block_starts": int32(0, 1, 2, 3)},
+        {"block_starts": int32(0)},
+        {"block_starts": int32()},
+        {"granularity": 0},
+        {"granularity": -1},
+        {"granularity": 2},
+        {"granularity": 2**62},
+        {"rows": torch.ones(4, 4)},
+        {"rows": torch.ones(20)},
+        {"rows": torch.ones(1, 5, 4)},
+        {"rows": torch.ones(5, 4).long()},
+        {"columns": torch.ones(1, 1).expand(5, 2**50)},
+        {"columns": torch.ones(0, 6), "rows": torch.ones(0, 4)},
+        {"tokens": 0},
+        {"tokens": 17},
+        {"groups": 0},
+        {"groups": 2**62},
+        {"threads": 0},
+        {"threads": 2**62},
+        {"dtype": torch.int32},
+    ],
+    ids=str,
+)
+def test_arguments_of_a_product_that_do_not_fit_are_refused(change):
+    product = operators().sampled_product
+    assert product(*PRODUCT.values()).tolist() == [5, 5, 5]
+    with pytest.raises(RuntimeError):
+        product(*(PRODUCT | change).values())
 
 
 def test_nothing_is_compiled_to_write_deltas(monkeypatch):

@@ -354,6 +354,51 @@ def test_arguments_that_do_not_fit_are_refused():
             triton_kernels.write_deltas(*sizes, Pattern(strip_indices, 16, 20))
 
 
+BAD_STRIPS = {
+    "outside": [3, 7, 10**6],
+    "negative": [-(10**6), -1, 7],
+    "unsorted": [300, 3, 7],
+    "duplicates": [7, 7, 7],
+    "one past the end": [3, 7],
+}
+
+
+def inside(numel: int, margin: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of zeros, and memory of -1 that it is in the middle of."""
+    memory = torch.full((numel + 2 * margin,), -1.0, device=DEVICE)
+    memory[margin : margin + numel] = 0
+    return memory[margin : margin + numel], memory
+
+
+@pytest.mark.parametrize("granularity", [1, 4])
+@pytest.mark.parametrize("name", BAD_STRIPS)
+def test_no_kernel_leaves_its_tensors(monkeypatch, name, granularity):
+    """Strip indices that do not fit are left out. They are refused before, by rules.checked_chunks."""
+    monkeypatch.setattr(weight_values.cpu, "loaded_operators", lambda tensor: None)
+    R, C, g = 64, 20, granularity
+    end = R // g * C
+    strips = [*BAD_STRIPS[name], *([end] if name == "one past the end" else [])]
+    indices = torch.tensor(strips, dtype=torch.int32, device=DEVICE)
+    pattern, count = Pattern(indices, R, C, g), len(strips) * g
+    (matrix, around), (result, beside) = inside(R * C), inside(count)
+    base = torch.ones(count, device=DEVICE)
+    triton_kernels.write_deltas(matrix, base, base, pattern)
+    triton_kernels.gather(matrix.view(R, C), 0, pattern, result)
+    rows, columns = torch.ones(5, R, device=DEVICE), torch.ones(5, C, device=DEVICE)
+    (triton_kernels.sampled if g == 1 else triton_kernels.strips)(rows, columns, pattern, BOUND)
+    for memory, numel in ((around, R * C), (beside, count)):
+        assert (memory == -1).sum() == memory.numel() - numel
+    valid = {
+        row * C + strip % C
+        for strip in strips
+        if 0 <= strip < end
+        for row in range(strip // C * g, strip // C * g + g)
+    }
+    assert {*matrix.nonzero().flatten().tolist()} <= valid
+    if name != "unsorted" and g == 1:
+        assert {*matrix.nonzero().flatten().tolist()} == valid
+
+
 def test_a_strip_index_above_32_bits_is_written():
     columns = 2**16
     matrix = torch.empty(2**15 + 1, columns, dtype=torch.bfloat16, device=DEVICE).view(-1)
