@@ -97,7 +97,7 @@ def reseal(seed: Path, damaged: Path) -> None:
         if file.is_file() and file.stat().st_size < 2**24:
             content = content.replace(checksum.encode(), xxhash.xxh3_128_hexdigest(file.read_bytes()).encode())
     for old, new in _checksums_of_positions(damaged, content, config["tensors"]):
-        content = content.replace(old.encode(), new.encode())
+        content = content.replace(old.encode("utf-8", "surrogatepass"), new.encode())
     path.write_bytes(content)
 
 
