@@ -135,8 +135,11 @@ def architecture_of(
                 f"{origin}: the config of its base model is needed, but {error}; pass a directory that has it with "
                 "--base"
             ) from None
+    rows = getattr(config.get_text_config(), "vocab_size", None)
     for key, value in (settings or {}).items():
-        setattr(config, key, value)
+        # An added padding token has no row yet, and the embedding would refuse its index
+        if key != "pad_token_id" or rows is None or value < rows:
+            setattr(config, key, value)
     with _at_most(4 * known + 1000 if known else MAX_PARAMETERS, origin):
         model = _model(origin, config, task, class_name, trust_remote_code)
     return Architecture(model, config, str(source))
