@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sparse_zero.errors import printable, printable_line
+
 PROGRAM = "sparse-zero"
 
 
 def say_error(message: str) -> None:
     """Print `message` on stderr as a single line."""
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {printable_line(' '.join(message.split()))}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -134,8 +136,9 @@ def _print_findings(findings: Sequence[Any]) -> None:
             if len(names) <= MAX_NAMES
             else f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more"
         )
-        text = Text(message if remedy is None else f"{message}\n-> {remedy}")
-        table.add_row(Text(severity, style=styles[severity]), check, Text(shown), text)
+        # Hosts answer with what their shells and programs print.
+        text = Text(printable(message if remedy is None else f"{message}\n-> {remedy}"))
+        table.add_row(Text(severity, style=styles[severity]), check, Text(printable(shown)), text)
     _print(table)
 
 
@@ -146,7 +149,7 @@ MAX_NAMES = 4
 def print_notes(notes: Sequence[str]) -> None:
     """Print each note on a line."""
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
 
 
 def readable(name: str, value: Any) -> str:
@@ -166,7 +169,7 @@ def readable(name: str, value: Any) -> str:
         return ", ".join(f"{key} {entry}" for key, entry in value.items())
     if isinstance(value, list | tuple):
         return (" x " if name == "shape" else ", ").join(map(str, value))
-    return str(value)
+    return printable(str(value))
 
 
 def _readable_bytes(count: int) -> str:

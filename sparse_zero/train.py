@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, printable
 from sparse_zero.ranks.failures import RankInfo
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.rank_log import open_rank_log
@@ -113,7 +113,13 @@ class Rank:
         is_watched = self._client is not None
         if not is_watched and placement.world_size > 1:
             self._client = rendezvous.join_rank_zero_watchdog(
-                store, placement, me, self._stop, print_outcome, **settings
+                store,
+                placement,
+                me,
+                self._stop,
+                print_outcome,
+                Path(str(training["output_dir"])) / "launch",
+                **settings,
             )
         rendezvous.init_process_group(
             store,
@@ -139,7 +145,7 @@ class Rank:
             self._client.report_failure(message, status=2)
         elif self._is_first_of_host:
             # Every rank of a host has the same error.
-            os.write(self._console, f"sparse-zero: error: {message}\n".encode())
+            os.write(self._console, f"sparse-zero: error: {printable(message)}\n".encode())
         return 2
 
     def fail(self, error: Exception) -> int:

@@ -5,15 +5,13 @@ others fail with exceptions of their own. Here, every rank has a TCP connection 
 started the run or in rank 0. The kernel closes the connection of a process that has died, and answers keepalive probes
 for a process that is busy; a lost host does not answer. So the ranks need not send heartbeats, and none can be late.
 
-Messages are lines of JSON. From a rank: hello, failure, bye. To a rank: all-joined, stop, outcome, bye.
+Messages (see `messages`) from a rank: hello, failure, bye. To a rank: welcome, all-joined, stop, outcome, bye.
 """
 
 import contextlib
 import errno
-import hmac
 import json
 import resource
-import secrets
 import selectors
 import socket
 import threading
@@ -21,7 +19,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sparse_zero.ranks.failures import Failure, Outcome, RankInfo, find_root_cause
+from sparse_zero.errors import printable, printable_line
+from sparse_zero.ranks.failures import Failure, Kind, Outcome, RankInfo, find_root_cause
+from sparse_zero.ranks.messages import Messages, random_text
 
 SETTLE_SECONDS = 0.4
 """Time from the first failure to the outcome. A launcher may kill the other ranks within a second."""
@@ -31,7 +31,7 @@ _MAX_LINE_BYTES = 1 << 20
 
 
 class Address(NamedTuple):
-    """Where a watchdog listens, and the secret that ranks must send to it."""
+    """Where a watchdog listens, and the secret that ranks must know."""
 
     host: str
     port: int
@@ -70,14 +70,18 @@ def is_unreachable(error: OSError) -> bool:
 
 
 class _Connection:
-    """A connection to a rank: assembles received bytes into messages."""
+    """A connection to a rank, or to a stranger: assembles received bytes into messages."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, token: str) -> None:
         self.socket = connection
+        self._token, self._challenge = token, random_text()
+        self._messages: Messages | None = None
+        """None until the rank has sent its nonce."""
         self.info: RankInfo | None = None
         """None until the rank has introduced itself."""
         self.has_left = False
         self._received = b""
+        self._send_line(json.dumps({"challenge": self._challenge}).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
         """Read what has arrived.
@@ -87,7 +91,7 @@ class _Connection:
 
         Raises:
             OSError: the connection broke.
-            ValueError: the data is not a message.
+            ValueError, KeyError, TypeError, RecursionError: the data is not a message of a rank.
         """
         data = self.socket.recv(1 << 16)
         if not data:
@@ -95,12 +99,31 @@ class _Connection:
         *lines, self._received = (self._received + data).split(b"\n")
         if len(self._received) > (_MAX_LINE_BYTES if self.info else 4096):
             raise ValueError("the line is too long for a message")
-        return [json.loads(line) for line in lines]
+        if lines and self._messages is None:
+            nonce = str(json.loads(lines.pop(0))["nonce"])
+            self._messages = Messages(self._token, self._challenge, nonce, "watchdog")
+        return [self._messages.read(line) for line in lines] if self._messages else []
 
     def send(self, message: dict[str, Any]) -> None:
+        """Args: message: to a rank that has introduced itself."""
+        self._send_line(self._messages.write(message))
+
+    def _send_line(self, line: bytes) -> None:
         # Messages are short, so the kernel accepts them at once. A broken connection is noticed by `receive`.
         with contextlib.suppress(OSError):
-            self.socket.send(json.dumps(message).encode() + b"\n")
+            self.socket.send(line)
+
+
+def _failure(rank: int, kind: Kind, message: dict[str, Any]) -> Failure:
+    """The failure that a rank reports. It ends the other ranks, so its status is never that of a success."""
+    status = int(message["status"])
+    return Failure(
+        rank,
+        kind,
+        printable(str(message["message"])),
+        printable(str(message.get("traceback", ""))),
+        status if 0 < status < 256 else 1,
+    )
 
 
 def _raise_open_files_limit() -> None:
@@ -117,12 +140,21 @@ class Watchdog:
         on_outcome: called once with the outcome, in the watchdog's thread, before the ranks are told to exit.
         silence_seconds: time without an answer after which a host counts as lost.
         host: the name or address under which the ranks connect.
+        token: the secret of the run; None: a new one.
     """
 
-    def __init__(self, on_outcome: Callable[[Outcome], None], silence_seconds: float, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        on_outcome: Callable[[Outcome], None],
+        silence_seconds: float,
+        host: str = "127.0.0.1",
+        token: str | None = None,
+    ) -> None:
         self.ranks: dict[int, RankInfo] = {}
         """All ranks that have joined, by number."""
         self.outcome: Outcome | None = None
+        self.on_last_join: Callable[[], None] = lambda: None
+        """Called when no rank is to join any more: all have joined, or the run ends. May be called several times."""
         self._on_outcome, self._silence_seconds = on_outcome, silence_seconds
         self._world_size: int | None = None
         self._join_seconds = 0.0
@@ -137,7 +169,7 @@ class Watchdog:
         # Listen on all interfaces: other hosts may know this host by another name than it has for itself.
         local = host in ("127.0.0.1", "localhost")
         self._listener = socket.create_server(("127.0.0.1" if local else "", 0), backlog=4096)
-        self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
+        self.address = Address(host, self._listener.getsockname()[1], token or random_text())
         self._listener.setblocking(False)
         self._waker, self._wake = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -211,6 +243,7 @@ class Watchdog:
             self._check_deadlines()
         with self._lock:
             self._broadcast({"type": "bye"})
+        self.on_last_join()
         for each in (*self._connections, self._listener, self._waker):
             each.close()
         self._selector.close()
@@ -246,7 +279,7 @@ class Watchdog:
             return
         connection.setblocking(False)
         enable_keepalive(connection, self._silence_seconds)
-        self._connections[connection] = _Connection(connection)
+        self._connections[connection] = _Connection(connection, self.address.token)
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _read(self, connection: _Connection) -> None:
@@ -271,17 +304,26 @@ class Watchdog:
                     self._add_failure(Failure(connection.info.rank, "unreachable" if unreachable else "died"))
 
     def _handle(self, connection: _Connection, message: dict[str, Any]) -> None:
+        """Args: message: its sender knows the secret of the run."""
         kind = message["type"]
-        if kind == "hello" and hmac.compare_digest(message["token"], self.address.token):
-            connection.info = RankInfo(int(message["rank"]), message["host"], int(message["pid"]), message["log"])
+        if kind == "hello" and connection.info is None:
+            log = message["log"]
+            connection.info = RankInfo(
+                int(message["rank"]),
+                printable_line(str(message["host"])),
+                int(message["pid"]),
+                None if log is None else printable_line(str(log)),
+            )
             self._world_size = int(message["world_size"])
             self.ranks[connection.info.rank] = connection.info
+            connection.send({"type": "welcome"})
             if self.outcome is not None:
                 connection.send({"type": "outcome", "status": self.outcome.status})
             elif self._is_stopping:
                 connection.send({"type": "stop"})
             if len(self.ranks) == self._world_size:
                 self._join_deadline = None
+                self.on_last_join()
                 reporter = self._fallback_reporter()
                 self._broadcast(
                     {"type": "all-joined", "rank_0_host": self.ranks[0].host, "fallback_reporter": reporter}
@@ -289,13 +331,13 @@ class Watchdog:
         elif connection.info is None:
             raise ValueError("the sender has not introduced itself")
         elif kind == "failure":
-            words = (message["kind"], message["message"], message["traceback"], message["status"])
-            self._add_failure(Failure(connection.info.rank, *words))
+            self._add_failure(_failure(connection.info.rank, message["kind"], message))
         elif kind == "bye":
             connection.has_left = True
-            if message["message"]:
-                failure = Failure(connection.info.rank, "stopped", message["message"], status=message["status"])
-                self._add_failure(failure)
+            if message["message"] or len(self.ranks) != self._world_size:
+                # No rank has done its work before all have joined.
+                message["message"] = message["message"] or "left before all ranks had joined"
+                self._add_failure(_failure(connection.info.rank, "stopped", message))
 
     def _fallback_reporter(self) -> int:
         """The rank that tells the user if the watchdog's process dies: the first one on another host than rank 0, or
@@ -314,6 +356,7 @@ class Watchdog:
     def _set_outcome(self, outcome: Outcome) -> None:
         if self.outcome is None:
             self.outcome = outcome
+            self.on_last_join()
             self._broadcast({"type": "outcome", "status": outcome.status})
 
     def _broadcast(self, message: dict[str, Any]) -> None:

@@ -1,13 +1,20 @@
 """What a rank checks and chooses before it joins the process group."""
 
 import json
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from sparse_zero.errors import UserError
 from sparse_zero.ranks import rendezvous
+from sparse_zero.ranks.failures import RankInfo
+from sparse_zero.ranks.network import free_port
 from sparse_zero.ranks.placement import Placement
-from sparse_zero.ranks.rendezvous import check_ranks_match
+from sparse_zero.ranks.rendezvous import check_ranks_match, join_rank_zero_watchdog
+from sparse_zero.ranks.stop_signals import StopRequest
+from sparse_zero.ranks.watchdog import Watchdog
 
 SAME = {"torch": "2.13.0", "a recipe of checksum": "ab12"}
 
@@ -76,3 +83,73 @@ def test_ranks_that_differ_are_named(joined, nodes, message: str) -> None:
 def test_ranks_that_match_pass_the_check() -> None:
     check_ranks_match([("n1", SAME), ("n2", SAME)], None)
     check_ranks_match([("n1", SAME), ("n2", SAME)], 2)
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def tokens(monkeypatch) -> list[str]:
+    """The secrets of the watchdogs that are opened."""
+    tokens = []
+
+    class Recorded(Watchdog):
+        def __init__(self, *arguments, **settings) -> None:
+            super().__init__(*arguments, **settings)
+            tokens.append(self.address.token)
+
+    monkeypatch.setattr(rendezvous, "Watchdog", Recorded)
+    return tokens
+
+
+def join(store: dist.Store, rank: int, directory: Path):
+    placement = Placement(rank, 2, rank, 2, "127.0.0.1", 1)
+    return join_rank_zero_watchdog(
+        store, placement, RankInfo(rank, "n1", 1), StopRequest(), print, directory, silence_seconds=30
+    )
+
+
+@pytest.mark.parametrize("given", [None, "a secret of the user's"])
+def test_who_reads_the_open_store_does_not_learn_the_secret(store, tokens, tmp_path, monkeypatch, given) -> None:
+    def join_with_the_users_environment(rank: int):
+        if given:
+            monkeypatch.setenv(rendezvous.SECRET_VARIABLE, given)
+        return join(store, rank, tmp_path)
+
+    first = join_with_the_users_environment(0)
+    stranger = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=5))
+    files = list(tmp_path.iterdir())
+    second = join_with_the_users_environment(1)
+    [token] = tokens
+    assert (token == given) == bool(given)
+    # Everything that a run of ours has put into it, whatever its name
+    stored = [stranger.get("watchdog")]
+    assert stranger.num_keys() == store.num_keys() <= len(stored) + 1, "one key is torch's own"
+    assert not any(token.encode() in value for value in stored)
+    if given:
+        assert files == []
+    else:
+        [file] = files
+        assert (file.name in stored[0].decode(), len(token)) == (True, 32)
+        assert not file.exists(), "removed when all had joined"
+    assert rendezvous.SECRET_VARIABLE not in rendezvous.os.environ
+    second.leave()
+    first.leave()
+
+
+def test_a_secret_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*watchdog\.n1\.5, .* on a disk that all hosts share"):
+        rendezvous._read_secret(tmp_path, "watchdog.n1.5", seconds=0)
+
+
+@pytest.mark.parametrize("name", ["../watchdog.n1.5", "/tmp/watchdog.n1.5", "recipe.yaml", "watchdog.\x1b[2J"])
+def test_a_stranger_in_the_store_cannot_choose_the_file(tmp_path, name) -> None:
+    with pytest.raises(UserError, match="someone else writes to it") as error:
+        rendezvous._read_secret(tmp_path, name)
+    assert "\x1b" not in str(error.value)
+
+
+def test_control_characters_in_the_store_are_escaped() -> None:
+    assert rendezvous._entry(json.dumps(["n\x1b[1m", {"torch": "2\n"}])) == (r"n\x1b[1m", {"torch": r"2\n"})

@@ -1,9 +1,12 @@
 """Ranks that join a watchdog in the launcher, fail, leave or are killed."""
 
+import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -11,9 +14,10 @@ from rank_processes import start_three, wait_until
 
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.failures import DIED, Outcome, RankInfo
+from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.stop_signals import STOPPED, StopRequest
 from sparse_zero.ranks.watchdog import SETTLE_SECONDS, Address
-from sparse_zero.ranks.watchdog_client import WatchdogClient
+from sparse_zero.ranks.watchdog_client import WATCH_VARIABLE, WatchdogClient, join_launcher_watchdog
 
 
 def test_a_killed_rank_is_named_and_the_others_exit(open_watchdog, start, outcomes) -> None:
@@ -193,6 +197,74 @@ def test_a_killed_launcher_is_a_stop_request(start) -> None:
     assert training.process.stdout.readline() == "requested\n"
     training.send("exit", 5)
     assert [training.wait(), loading.wait()] == [(5, ""), (STOPPED, "")]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [b"HTTP/1.1 400 Bad Request\r\n"],
+        [b"x" * 100_000 + b"\n"],
+        [b'{"challenge": "00"}\n', b'{"type": "outcome", "status": 0}\n'],
+        [b'{"challenge": "00"}\n', b"0" * 64 + b' {"type": "welcome"}\n'],
+        [b'{"challenge": "00"}\n', None],
+    ],
+)
+def test_a_rank_does_not_believe_another_program(answers: list[bytes | None]) -> None:
+    """None: what the rank itself has sent."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as received:
+            connection.sendall(answers[0])
+            if len(answers) > 1:
+                said = [received.readline(), received.readline()]
+                connection.sendall(answers[1] or said[1])
+            with contextlib.suppress(ConnectionResetError):
+                received.read()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        address = Address(*listener.getsockname(), "5ec2e7")
+        with pytest.raises(UserError, match=rf"127.0.0.1:{address.port} is not the watchdog of this run"):
+            WatchdogClient(address, RankInfo(0, "n1", 1), 1, StopRequest(), 30, connect_seconds=5)
+        thread.join(timeout=10)
+
+
+def test_the_secret_is_not_sent(open_watchdog) -> None:
+    """A listener in between sees every byte, and not the secret."""
+    watchdog, seen = open_watchdog(), []
+
+    def pass_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                seen.append(data)
+                target.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = watchdog.address._replace(port=listener.getsockname()[1])
+        with socket.create_connection(watchdog.address[:2]) as behind:
+
+            def serve() -> None:
+                front, _ = listener.accept()
+                threading.Thread(target=pass_on, args=(behind, front), daemon=True).start()
+                pass_on(front, behind)
+
+            threading.Thread(target=serve, daemon=True).start()
+            client = WatchdogClient(address, RankInfo(0, "n1", 1), 1, StopRequest(), 30)
+            wait_until(lambda: watchdog.ranks)
+            client.leave()
+            wait_until(lambda: not watchdog.has_connected_ranks)
+    assert b"hello" in b"".join(seen)
+    assert watchdog.address.token.encode() not in b"".join(seen)
+
+
+def test_the_ranks_children_do_not_inherit_the_secret(open_watchdog, monkeypatch) -> None:
+    monkeypatch.setenv(WATCH_VARIABLE, str(open_watchdog().address))
+    placement = Placement(0, 1, 0, 1, "127.0.0.1", 1)
+    client = join_launcher_watchdog(placement, RankInfo(0, "n1", 1), StopRequest(), silence_seconds=30)
+    assert WATCH_VARIABLE not in os.environ
+    client.leave()
 
 
 def test_an_unreachable_watchdog_is_a_user_error() -> None:
