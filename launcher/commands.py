@@ -6,10 +6,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import report
 from launcher.ways.command import Command
 from sparse_zero.errors import UserError, refuse_to_overwrite
+
+if TYPE_CHECKING:
+    from sparse_zero.recipe.recipe import Recipe
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -17,16 +21,16 @@ def train(arguments: argparse.Namespace) -> int:
     from launcher import supervise
     from launcher.ways import launchers
     from launcher.ways.command import TRAINING_MODULE
-    from sparse_zero.recipe.recipe import load_recipe
+    from sparse_zero.recipe.secrets import hide_values
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = _load_recipe_to_launch(arguments.recipe, arguments.overrides)
     if arguments.resume not in (None, "auto") and not Path(arguments.resume).is_dir():
         raise UserError(f"--resume {arguments.resume}: no such checkpoint")
     options = [
         *(["--merge"] if arguments.merge else []),
         *([f"--resume={arguments.resume}"] if arguments.resume else []),
     ]
-    words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
+    words = [TRAINING_MODULE, arguments.recipe, *hide_values(arguments.overrides)[0], *options]
     if arguments.dry_run:
         _show(launchers.ranks_command(recipe, words), arguments.json)
         return 0
@@ -46,12 +50,24 @@ def train(arguments: argparse.Namespace) -> int:
     return ending.status
 
 
+def _load_recipe_to_launch(path: str, overrides: list[str]) -> "Recipe":
+    """`load_recipe`, and a warning of each secret in the recipe."""
+    from sparse_zero.recipe.recipe import load_recipe
+    from sparse_zero.recipe.secrets import warnings
+
+    recipe = load_recipe(path, overrides)
+    for warning in warnings(recipe):
+        report.say_warning(f"{path}: {warning}")
+    return recipe
+
+
 def _show(command: Command, as_json: bool) -> None:
     """Print the command that would start the ranks, and the files that it would read."""
     if as_json:
-        report.print_json({"command": command.argv, "environment": command.environment, "files": command.files})
+        shown = {"environment": command.shown_environment(), "files": command.shown_files()}
+        report.print_json({"command": command.argv, **shown})
         return
-    for name, text in command.files.items():
+    for name, text in command.shown_files().items():
         print(f"# {name}\n{text}")
     print(command.shell())
 
@@ -59,14 +75,13 @@ def _show(command: Command, as_json: bool) -> None:
 def submit(arguments: argparse.Namespace) -> int:
     """Submit a run as a Slurm job, or print the script that would be submitted."""
     from launcher.jobs import submit
-    from sparse_zero.recipe.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, "launch.launcher=slurm"])
+    recipe = _load_recipe_to_launch(arguments.recipe, [*arguments.overrides, "launch.launcher=slurm"])
     job = submit.plan(recipe, arguments.recipe, arguments.overrides, arguments.sbatch_options, arguments.merge)
     facts = {"script": str(job.script), "command": job.command.argv, "options": job.options}
     if arguments.dry_run:
         if arguments.json:
-            report.print_json(facts | {"environment": job.command.environment, "text": job.text})
+            report.print_json(facts | {"environment": job.command.shown_environment(), "text": job.text})
         else:
             print(f"{job.text}\n{job.command.shell()}")
         return 0

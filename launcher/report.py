@@ -17,6 +17,11 @@ def say_error(message: str) -> None:
     print(f"{PROGRAM}: error: {printable_line(' '.join(message.split()))}", file=sys.stderr)
 
 
+def say_warning(message: str) -> None:
+    """Print `message` on stderr as a single line."""
+    print(f"{PROGRAM}: warning: {printable_line(' '.join(message.split()))}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def only_json_on_stdout(wanted: bool) -> Iterator[None]:
     """If `wanted`, redirect what libraries print within this block to stderr."""

@@ -64,8 +64,7 @@ def measure(command: Command, seconds: float = 2 * PROBE_SECONDS + _STARTING_SEC
 
     Raises UserError: the launcher's files cannot be written.
     """
-    command.write_files()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with command.written_files(), tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command.argv,
             env=command.environ(),

@@ -183,8 +183,8 @@ def _read_secret(directory: Path, name: str, seconds: float = 10) -> str:
         if time.monotonic() > deadline:
             raise UserError(
                 f"{socket.gethostname()} cannot read {directory.absolute() / name}, which rank 0 has written: "
-                "training.output_dir must be on a disk that all hosts share; or give all ranks the same random text in "
-                f"the variable {SECRET_VARIABLE}"
+                "training.output_dir must be on a disk that all hosts share; or give all ranks the same random text "
+                f"in the variable {SECRET_VARIABLE}"
             )
         time.sleep(0.2)
 
