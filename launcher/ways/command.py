@@ -41,7 +41,8 @@ class Command:
         words = [shlex.join(["env", *removed])] if removed else []
         words += [shlex.quote(word) for word in assigned]
         if self.private_file is None:
-            words += [f'{name}="${name}"' for name in self.private]
+            # A shell ends with an error where such a variable is not set.
+            words += [f'{name}="${{{name}?}}"' for name in self.private]
         return " ".join([*words, shlex.join(self.argv)])
 
     def environ(self) -> dict[str, str]:

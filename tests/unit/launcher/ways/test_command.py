@@ -74,7 +74,7 @@ def test_a_commands_environment_and_files(tmp_path: Path, monkeypatch: pytest.Mo
 def test_private_values_are_given_to_the_command_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Command(["echo"], {"PLAIN": "1"}, private={"A_TOKEN": "5ec2e7"})
     assert made.environ()["A_TOKEN"] == "5ec2e7"
-    assert made.shell() == 'PLAIN=1 A_TOKEN="$A_TOKEN" echo'
+    assert made.shell() == 'PLAIN=1 A_TOKEN="${A_TOKEN?}" echo'
     assert made.shown_environment() == {"PLAIN": "1", "A_TOKEN": "$A_TOKEN"}
     assert made.shown_files() == {}
 
