@@ -9,9 +9,7 @@ Messages (see `messages`) from a rank: hello, failure, bye. To a rank: welcome, 
 """
 
 import contextlib
-import errno
 import json
-import resource
 import selectors
 import socket
 import threading
@@ -22,12 +20,16 @@ from typing import Any, NamedTuple
 from sparse_zero.errors import printable, printable_line
 from sparse_zero.ranks.failures import Failure, Kind, Outcome, RankInfo, find_root_cause
 from sparse_zero.ranks.messages import Messages, random_text
+from sparse_zero.ranks.sockets import enable_keepalive, is_unreachable, raise_open_files_limit
 
 SETTLE_SECONDS = 0.4
 """Time from the first failure to the outcome. A launcher may kill the other ranks within a second."""
-_MAX_OPEN_FILES = 1 << 16
 _MAX_LINE_BYTES = 1 << 20
 """The longest message is a traceback."""
+_STRANGER_SECONDS = 60.0
+"""How long a connection may take to introduce itself, if there are others."""
+_MAX_STRANGERS = 8192
+"""The most connections that have not introduced themselves. There may be as many ranks at once."""
 
 
 class Address(NamedTuple):
@@ -47,33 +49,12 @@ class Address(NamedTuple):
         return cls(host, int(port), token)
 
 
-def enable_keepalive(connection: socket.socket, silence_seconds: float) -> None:
-    """Make the kernel close a connection whose other host does not answer for `silence_seconds`."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probes = 4
-    options = {
-        "TCP_KEEPIDLE": max(1, round(silence_seconds / 3)),
-        "TCP_KEEPINTVL": max(1, round(silence_seconds * 2 / 3 / probes)),
-        "TCP_KEEPCNT": probes,
-        # For sent data without an acknowledgement, during which there are no keepalive probes
-        "TCP_USER_TIMEOUT": round(silence_seconds * 1000),
-    }
-    for name, value in options.items():
-        if hasattr(socket, name):  # not on every system
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def is_unreachable(error: OSError) -> bool:
-    """Whether a connection broke because the other host does not answer, not because the other process has ended."""
-    return error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
-
-
 class _Connection:
     """A connection to a rank, or to a stranger: assembles received bytes into messages."""
 
     def __init__(self, connection: socket.socket, token: str) -> None:
         self.socket = connection
+        self.accepted_at = time.monotonic()
         self._token, self._challenge = token, random_text()
         self._messages: Messages | None = None
         """None until the rank has sent its nonce."""
@@ -126,13 +107,6 @@ def _failure(rank: int, kind: Kind, message: dict[str, Any]) -> Failure:
     )
 
 
-def _raise_open_files_limit() -> None:
-    """Allow one connection for each rank. The usual soft limit is 1,024 open files; the hard limit is far above it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
-
-
 class Watchdog:
     """Accepts the connections of the ranks of one run, in its own thread.
 
@@ -160,12 +134,14 @@ class Watchdog:
         self._join_seconds = 0.0
         self._join_deadline: float | None = None
         self._connections: dict[socket.socket, _Connection] = {}
+        self._strangers: dict[_Connection, None] = {}
+        """Those that have not introduced themselves, the oldest first."""
         self._failures: list[Failure] = []
         self._outcome_at: float | None = None
         self._is_stopping = False
         self._is_closing = False
         self._lock = threading.RLock()
-        _raise_open_files_limit()
+        raise_open_files_limit()
         # Listen on all interfaces: other hosts may know this host by another name than it has for itself.
         local = host in ("127.0.0.1", "localhost")
         self._listener = socket.create_server(("127.0.0.1" if local else "", 0), backlog=4096)
@@ -238,7 +214,7 @@ class Watchdog:
                     self._accept()
                 elif key.fileobj is self._waker:
                     self._waker.recv(64)
-                else:
+                elif key.fileobj in self._connections:
                     self._read(self._connections[key.fileobj])
             self._check_deadlines()
         with self._lock:
@@ -279,8 +255,15 @@ class Watchdog:
             return
         connection.setblocking(False)
         enable_keepalive(connection, self._silence_seconds)
-        self._connections[connection] = _Connection(connection, self.address.token)
+        with self._lock:
+            self._connections[connection] = _Connection(connection, self.address.token)
+        self._strangers[self._connections[connection]] = None
         self._selector.register(connection, selectors.EVENT_READ)
+        while (oldest := next(iter(self._strangers))).accepted_at < time.monotonic() - _STRANGER_SECONDS or (
+            len(self._strangers) > _MAX_STRANGERS
+        ):
+            # Whoever does not know the secret must not use up the open files.
+            self._close(oldest)
 
     def _read(self, connection: _Connection) -> None:
         unreachable = False
@@ -296,12 +279,17 @@ class Watchdog:
         except (ValueError, KeyError, TypeError, RecursionError):
             messages = None  # not a rank of this run
         if messages is None:
-            self._selector.unregister(connection.socket)
-            connection.socket.close()
+            self._close(connection)
             with self._lock:
-                del self._connections[connection.socket]
                 if connection.info and not connection.has_left and not self._is_closing:
                     self._add_failure(Failure(connection.info.rank, "unreachable" if unreachable else "died"))
+
+    def _close(self, connection: _Connection) -> None:
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        self._strangers.pop(connection, None)
+        with self._lock:
+            del self._connections[connection.socket]
 
     def _handle(self, connection: _Connection, message: dict[str, Any]) -> None:
         """Args: message: its sender knows the secret of the run."""
@@ -316,6 +304,7 @@ class Watchdog:
             )
             self._world_size = int(message["world_size"])
             self.ranks[connection.info.rank] = connection.info
+            self._strangers.pop(connection, None)
             connection.send({"type": "welcome"})
             if self.outcome is not None:
                 connection.send({"type": "outcome", "status": self.outcome.status})

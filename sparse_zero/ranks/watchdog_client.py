@@ -13,8 +13,9 @@ from sparse_zero.errors import UserError, printable
 from sparse_zero.ranks.failures import DIED, Outcome, RankInfo, unreachable_message
 from sparse_zero.ranks.messages import Messages, random_text
 from sparse_zero.ranks.placement import Placement
+from sparse_zero.ranks.sockets import enable_keepalive, is_unreachable
 from sparse_zero.ranks.stop_signals import StopRequest
-from sparse_zero.ranks.watchdog import Address, Watchdog, enable_keepalive, is_unreachable
+from sparse_zero.ranks.watchdog import Address, Watchdog
 
 WATCH_VARIABLE = "SPARSE_ZERO_WATCH"
 """The environment variable in which `sparse-zero train` gives its ranks the address of the watchdog."""

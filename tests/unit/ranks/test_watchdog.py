@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rank_processes import SECONDS, wait_until
 
+from sparse_zero.ranks import watchdog as watchdog_module
 from sparse_zero.ranks.watchdog import Address, Watchdog, _Connection
 
 
@@ -195,6 +196,21 @@ def test_a_message_that_was_recorded_is_not_accepted_again(open_watchdog, outcom
             assert stranger.is_closed()
         assert list(watchdog.ranks) == [0]
         assert (watchdog.wait_for_outcome(), outcomes) == (None, [])
+
+
+@pytest.mark.parametrize(("limit", "value"), [("_MAX_STRANGERS", 20), ("_STRANGER_SECONDS", 0.5)])
+def test_strangers_do_not_use_up_the_open_files(open_watchdog, outcomes, monkeypatch, limit, value) -> None:
+    monkeypatch.setattr(watchdog_module, limit, value)
+    watchdog = open_watchdog()
+    with contextlib.ExitStack() as opened:
+        first = opened.enter_context(joined(watchdog, 0, world_size=2))
+        silent = [opened.enter_context(connected(watchdog)) for _ in range(20)]
+        time.sleep(0.6)
+        second = opened.enter_context(joined(watchdog, 1, world_size=2))
+        assert [first.read()["type"], second.read()["type"]] == ["all-joined"] * 2
+        assert silent[0].is_closed()
+        assert (watchdog.wait_for_outcome(), outcomes) == (None, [])
+        assert len(watchdog._connections) <= 2 + 20
 
 
 @pytest.mark.parametrize("kind", ["bye", "failure"])
