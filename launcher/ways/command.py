@@ -74,8 +74,6 @@ class Command:
         finally:
             for file in map(Path, [*self.files, *([self.private_file] if self.private_file else [])]):
                 private_files.remove(file)
-                with contextlib.suppress(OSError):  # it may have other files
-                    file.parent.rmdir()
 
     def remove_private_file(self) -> None:
         """Remove the file of the private variables. No rank needs it when all have started."""

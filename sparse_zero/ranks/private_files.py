@@ -40,9 +40,11 @@ def write(file: Path, text: str) -> None:
 
 
 def remove(file: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it is there, and its directory, if that is empty then."""
     with contextlib.suppress(OSError):
         file.unlink()
+    with contextlib.suppress(OSError):
+        file.parent.rmdir()
 
 
 def _remove_abandoned(file: Path) -> None:

@@ -20,9 +20,12 @@ def test_only_the_owner_can_read_a_file(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (file.read_text(), file.stat().st_mode & 0o777) == ("secret", 0o600)
+    (file.parent / "other").touch()
     private_files.remove(file)
+    assert [path.name for path in file.parent.iterdir()] == ["other"]
+    (file.parent / "other").unlink()
     private_files.remove(file)
-    assert list(file.parent.iterdir()) == []
+    assert not file.parent.exists()
 
 
 def test_an_older_file_gives_it_neither_its_mode_nor_its_place(tmp_path: Path) -> None:
