@@ -2,9 +2,11 @@
 learn nothing and end nothing.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +59,7 @@ STORE_READER = """
 import sys
 from datetime import timedelta
 from torch.distributed import TCPStore
-store = TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, timeout=timedelta(seconds=20))
+store = TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, timeout=timedelta(seconds=120))
 print("stored", store.get("attempt/0/watchdog").decode())
 """
 
@@ -191,6 +193,34 @@ def test_nobody_sees_a_secret_and_strangers_end_nothing(
     assert len(warned) == 1, run.output
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_interrupted_while_it_starts_leaves_no_file(
+    signum: int, hosts: Hosts, recipe: Path, tmp_path: Path
+) -> None:
+    """After SIGKILL the next run in that directory removes the file."""
+    need("pdsh")
+    launch = ["launch.launcher=torchrun", f"launch.hostfile={tmp_path / 'hosts'}"]
+    words = ["sparse-zero", "train", recipe, f"training.output_dir={tmp_path / 'out'}", *launch]
+
+    def files() -> list[Path]:
+        return list((tmp_path / "out" / "launch").glob("environment.*"))
+
+    def interrupt(signum: int) -> None:
+        before = files()
+        run = hosts["n1"].start(*words, cwd=tmp_path, env={"HF_TOKEN": INHERITED})
+        wait_until(lambda: set(files()) - set(before), SECONDS, "the file is written", every=0.005)
+        run.process.send_signal(signum)
+        run.wait(SECONDS, status=None)
+        assert run.status != 0
+        assert len(files()) == (signum == signal.SIGKILL)
+
+    interrupt(signum)
+    if signum == signal.SIGKILL:
+        hosts.end_strays(0)
+        interrupt(signal.SIGTERM)
+    assert files_with_secrets(tmp_path, SECRETS) == []
+
+
 @pytest.mark.parametrize("way", ["srun", "mpirun", "torchrun"])
 def test_ranks_that_were_started_by_hand(
     way: str, request: pytest.FixtureRequest, hosts: Hosts, workload: Workload, tmp_path: Path, one_host_losses: dict
@@ -216,26 +246,25 @@ def test_ranks_that_were_started_by_hand(
             for rank, name in enumerate(["n1", "n2"])
         ]
         run = agents[0]
+    reader = hosts["n3"].start("python", "-c", STORE_READER, *meeting.values())
     modes: dict[str, int] = {}
 
-    def look_until_saved() -> bool:
+    def look_until_read() -> bool:
+        assert run.status is None, f"{run}\nended ({run.status}); it printed\n{run.output}"
         for file in (output / "launch").glob("*"):
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 modes[file.name] = stat.S_IMODE(file.stat().st_mode)
-            except FileNotFoundError:
-                continue
-        return has_saved(run, output)
+        return "stored" in reader.output
 
-    wait_until(look_until_saved, SECONDS, f"{run} has saved", every=0.005)
-    reader = ["python", "-c", STORE_READER, *meeting.values()]
-    stored = json.loads(re.search("stored (.*)", hosts["n3"].run(*reader).output)[1])
+    wait_until(look_until_read, SECONDS, f"{reader} has read the store", every=0.005)
+    stored = json.loads(re.search("stored (.*)", reader.output)[1])
     host, port, name = stored
     assert re.fullmatch(r"watchdog\.n1\.\d+", name), stored
-    assert set(modes.values()) <= {0o600}, modes
-    assert not list((output / "launch").glob("*")), "removed when all had joined"
     assert "said all" in hosts["n3"].run("python", "-c", STRANGER, host, port).output
     run.wait(SECONDS)
     assert max(losses(output)) == STEPS
+    assert set(modes.values()) <= {0o600}, modes
+    assert not (output / "launch").exists(), "removed when all had joined"
 
 
 def test_a_submitted_job_gets_the_values_in_its_environment(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
