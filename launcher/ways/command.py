@@ -30,8 +30,9 @@ class Command:
     def shell(self) -> str:
         """The command and its environment as one shell line."""
         removed = [word for name, value in self.environment.items() if value is None for word in ("-u", name)]
-        assigned = [f"{name}={value}" for name, value in self.environment.items() if value is not None]
-        return shlex.join([*(["env", *removed] if removed else []), *assigned, *self.argv])
+        # Only the value is quoted: the shell would take 'NAME=a value' for the name of a program.
+        assigned = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items() if value is not None]
+        return " ".join([*(["env", *removed] if removed else []), *assigned, shlex.join(self.argv)])
 
     def environ(self) -> dict[str, str]:
         """The whole environment of the command."""

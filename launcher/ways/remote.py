@@ -16,8 +16,11 @@ from launcher.ways.hostfile import Host, choose_hosts, read_hostfile
 from launcher.ways.local import choose_port, deepspeed_runner, threads_per_rank
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.launch import LaunchSection
+from sparse_zero.recipe.names import is_variable
 
 PDSH = ["pdsh", "-S", "-f", "1024", "-R", "ssh"]
+_SPECIAL = r"""[\s%'"\\`$&;|<>()*?\[\]{}!#~^]"""
+"""What a shell, or pdsh, would not pass on as it is."""
 _NODE_RANK = "NUMBER-OF-THIS-HOST"
 """Placeholder of %n, which pdsh replaces with the host's position in -w, from 0."""
 
@@ -86,11 +89,11 @@ def _deepspeed(
     slots = [f"{host.name} slots={max(host.devices) + 1 if host.devices else host.slots}\n" for host in hosts]
     if launch.multinode == "openmpi" and any(host.devices for host in hosts):
         raise UserError("launch.include: DeepSpeed's runner chooses no devices with openmpi; choose multinode: pdsh")
-    for name, value in variables.items():
-        if re.search(r'["\\`$\n]', value):
-            raise UserError(f"launch.environment: DeepSpeed's runner cannot pass {name}={value!r} to other hosts")
+    if launch.multinode == "pdsh":
+        _check_directories()
     # The runner would put the working directory into PYTHONPATH.
     carried = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | _own_variables() | variables
+    carried = {name: _carried(name, value, launch.multinode) for name, value in carried.items()}
     argv = [
         *deepspeed_runner(),
         *("--hostfile", str(directory / "hostfile")),
@@ -151,6 +154,31 @@ def _torchrun(
     line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(remote)}"
     line = line.replace("%", "%%").replace(_NODE_RANK, "%n")
     return Command([*PDSH, "-w", ",".join(host.name for host in hosts), line])
+
+
+def _check_directories() -> None:
+    """Raises UserError: DeepSpeed's runner, which does not quote them, would pass other directories to the hosts."""
+    for what, path in (("the working directory", os.getcwd()), ("the directory of Python", sys.executable)):
+        if re.search(_SPECIAL, path):
+            raise UserError(
+                f"{path!r}: DeepSpeed's runner cannot pass {what} to other hosts, because its name has a space or "
+                "another special character; rename it, or choose launch.launcher=torchrun or mpi"
+            )
+
+
+def _carried(name: str, value: str, multinode: str) -> str:
+    """A variable's value as DeepSpeed's runner has to read it from its environment file, for the other hosts.
+
+    Raises:
+        UserError: the runner would pass another value, or run a part of the name or the value as a command.
+    """
+    if not is_variable(name):
+        raise UserError(f".deepspeed_env: {name!r} cannot be a variable: use letters, digits and _")
+    # With openmpi, which uses no shell, the runner's quotes would become a part of the value.
+    cannot = r'["\\`$\n\r\0]' if multinode == "pdsh" else r"[^\w@%+=:,./-]"
+    if re.search(cannot, value) or value != value.strip():
+        raise UserError(f"launch.environment: DeepSpeed's runner cannot pass {name}={value!r} to other hosts")
+    return value.replace("%", "%%") if multinode == "pdsh" else value
 
 
 def _master(launch: LaunchSection, hosts: Sequence[Host]) -> str:

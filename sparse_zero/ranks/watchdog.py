@@ -5,7 +5,8 @@ others fail with exceptions of their own. Here, every rank has a TCP connection 
 started the run or in rank 0. The kernel closes the connection of a process that has died, and answers keepalive probes
 for a process that is busy; a lost host does not answer. So the ranks need not send heartbeats, and none can be late.
 
-Messages are lines of JSON. From a rank: hello, failure, bye. To a rank: all-joined, stop, outcome, bye.
+Messages are lines of JSON. From a rank: hello, failure, stopping, lost-launcher, bye. To a rank: all-joined, stop,
+outcome, bye.
 """
 
 import contextlib
@@ -21,7 +22,14 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sparse_zero.ranks.failures import Failure, Outcome, RankInfo, find_root_cause
+from sparse_zero.ranks.failures import (
+    Failure,
+    Outcome,
+    RankInfo,
+    describe_lost_launcher,
+    describe_stuck,
+    find_root_cause,
+)
 
 SETTLE_SECONDS = 0.4
 """Time from the first failure to the outcome. A launcher may kill the other ranks within a second."""
@@ -77,6 +85,8 @@ class _Connection:
         self.info: RankInfo | None = None
         """None until the rank has introduced itself."""
         self.has_left = False
+        self.is_stopping = False
+        """Whether the rank has answered the request to stop."""
         self._received = b""
 
     def receive(self) -> list[dict[str, Any]] | None:
@@ -114,7 +124,8 @@ class Watchdog:
     """Accepts the connections of the ranks of one run, in its own thread.
 
     Args:
-        on_outcome: called once with the outcome, in the watchdog's thread, before the ranks are told to exit.
+        on_outcome: called with the outcome, in the watchdog's thread, before the ranks are told to exit; before that
+            also with the reason of a lost launcher, after which the ranks save and stop.
         silence_seconds: time without an answer after which a host counts as lost.
         host: the name or address under which the ranks connect.
     """
@@ -123,12 +134,15 @@ class Watchdog:
         self.ranks: dict[int, RankInfo] = {}
         """All ranks that have joined, by number."""
         self.outcome: Outcome | None = None
+        self.lost_launcher: str | None = None
+        """Why the ranks have to stop: a launcher has ended before them."""
         self._on_outcome, self._silence_seconds = on_outcome, silence_seconds
         self._world_size: int | None = None
         self._join_seconds = 0.0
         self._join_deadline: float | None = None
         self._connections: dict[socket.socket, _Connection] = {}
         self._failures: list[Failure] = []
+        self._finished: set[int] = set()
         self._outcome_at: float | None = None
         self._is_stopping = False
         self._is_closing = False
@@ -178,10 +192,38 @@ class Watchdog:
                 self._is_stopping = True
                 self._broadcast({"type": "stop"})
 
+    def lose_launcher(self, reason: str) -> None:
+        """Ask all ranks to save and exit because a launcher has ended before them. Only the first reason counts."""
+        with self._lock:
+            if self.lost_launcher is None and self.outcome is None and not self.has_finished:
+                self.lost_launcher = reason
+                message = f"{reason}; the ranks are asked to save and stop"
+                with contextlib.suppress(OSError, ValueError):
+                    self._on_outcome(Outcome(message, 1, ()))
+                self.request_stop()
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether all ranks have left with status 0: the run has come to its end."""
+        with self._lock:
+            return self._world_size is not None and len(self._finished) == self._world_size
+
     def end(self, message: str, status: int = 1) -> None:
         """End all ranks now. `on_outcome` is not called."""
         with self._lock:
             self._set_outcome(Outcome(message, status, ()))
+
+    def end_stuck(self, seconds: float) -> None:
+        """End all ranks, which have not stopped, and name them. Args: seconds: how long they had to stop."""
+        with self._lock:
+            connected = [each for each in self._connections.values() if each.info and not each.has_left]
+            if self.outcome is None and connected:
+                stuck = sorted(each.info.rank for each in connected)
+                silent = sorted(each.info.rank for each in connected if not each.is_stopping)
+                outcome = Outcome(describe_stuck(stuck, silent, self.ranks, seconds), 1, tuple(silent or stuck))
+                with contextlib.suppress(OSError, ValueError):
+                    self._on_outcome(outcome)
+                self._set_outcome(outcome, with_stacks=True)
 
     def wait_for_outcome(self) -> Outcome | None:
         """The outcome. If a failure is being examined, wait for the result; None if there was no failure."""
@@ -291,8 +333,14 @@ class Watchdog:
         elif kind == "failure":
             words = (message["kind"], message["message"], message["traceback"], message["status"])
             self._add_failure(Failure(connection.info.rank, *words))
+        elif kind == "stopping":
+            connection.is_stopping = True
+        elif kind == "lost-launcher":
+            self.lose_launcher(describe_lost_launcher(connection.info, int(message["process"])))
         elif kind == "bye":
             connection.has_left = True
+            if message["status"] == 0:
+                self._finished.add(connection.info.rank)
             if message["message"]:
                 failure = Failure(connection.info.rank, "stopped", message["message"], status=message["status"])
                 self._add_failure(failure)
@@ -311,10 +359,11 @@ class Watchdog:
             if self._outcome_at is None:
                 self._outcome_at = time.monotonic() + SETTLE_SECONDS
 
-    def _set_outcome(self, outcome: Outcome) -> None:
+    def _set_outcome(self, outcome: Outcome, with_stacks: bool = False) -> None:
         if self.outcome is None:
             self.outcome = outcome
-            self._broadcast({"type": "outcome", "status": outcome.status})
+            stacks = {"with_stacks": True} if with_stacks else {}
+            self._broadcast({"type": "outcome", "status": outcome.status, **stacks})
 
     def _broadcast(self, message: dict[str, Any]) -> None:
         connected = [each for each in self._connections.values() if each.info and not each.has_left]
