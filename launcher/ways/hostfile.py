@@ -46,7 +46,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
             continue
         match = _LINE.fullmatch(line)
         if match is None or int(match["slots"]) < 1:
-            raise UserError(f"{path}: line {number}: '{line}' is not of the form 'HOST slots=N', with N at least 1")
+            raise UserError(f"{path}: line {number}: {line!r} is not of the form 'HOST slots=N', with N at least 1")
         if not is_host(match["name"]):
             raise UserError(
                 f"{path}: line {number}: {match['name']!r} cannot be a host: use letters, digits, '.', '-' and '_', "

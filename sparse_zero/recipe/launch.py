@@ -84,7 +84,7 @@ class LaunchSection(BaseModel):
             if not is_variable(name):
                 raise ValueError(f"{name!r} cannot be a variable: use letters, digits and _, with no digit in front")
             if value is not None and "\0" in value:
-                raise ValueError(f"{name}: a variable cannot hold a NUL character; leave it out")
+                raise ValueError(f"the value of {name} has a NUL character, which no variable can hold")
         return environment
 
     @field_validator("slurm")
@@ -94,7 +94,7 @@ class LaunchSection(BaseModel):
             if not is_option(name):
                 raise ValueError(f"{name!r} cannot be an option: use its long name without dashes, as in partition")
             if has_control_character(str(value)):
-                raise ValueError(f"{name}: {value!r} has a line break or another control character; give one line")
+                raise ValueError(f"the value of {name} has a line break or another control character: {value!r}")
         return options
 
     @field_validator("launcher_args", "container", "prologue")
@@ -102,7 +102,7 @@ class LaunchSection(BaseModel):
     def _are_words(cls, words: list[str]) -> list[str]:
         for word in words:
             if "\0" in word:
-                raise ValueError(f"{word!r}: a word of a command cannot hold a NUL character; leave it out")
+                raise ValueError(f"{word!r} has a NUL character, which no word of a command can hold")
         return words
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ TASK, SAVE_STEPS = "sequence-classification", 10
 SECONDS = 240
 """Timeout of whatever a test waits for. Two ranks import, and share two cores with other tests."""
 STOP_SECONDS = 60
-"""From the kill to the end of the command. Ranks that are not told train on for launch.grace_seconds, which are 200 here."""
+"""From the kill to the end of the command. Ranks that nobody tells train on for launch.grace_seconds, 200 here."""
 KILLED = r"was killed by SIGKILL \(possibly by the kernel, out of memory\)"
 OF_RANK = r"the launcher of rank [01] on \S+ \(process {pid}\) was killed \(possibly out of memory\) or crashed"
 

@@ -59,12 +59,18 @@ def test_a_commands_environment_and_files(tmp_path: Path, monkeypatch: pytest.Mo
     made = Command(["echo", "a b"], {"GOES": None, "COMES": "$x"}, {"deep/er/file": "secret\n"})
     assert "GOES" not in made.environ()
     assert made.environ()["COMES"] == "$x"
-    assert made.shell() == "env -u GOES 'COMES=$x' echo 'a b'"
+    assert made.shell() == "env -u GOES COMES='$x' echo 'a b'"
     made.write_files()
     assert Path("deep/er/file").read_text() == "secret\n"
     assert Path("deep/er/file").stat().st_mode & 0o077 == 0
     with pytest.raises(UserError, match=r"deep/er/file/x: cannot be written"):
         Command([], files={"deep/er/file/x": ""}).write_files()
+
+
+def test_the_printed_line_is_what_is_run(tmp_path: Path) -> None:
+    made = Command(["sh", "-c", 'printf %s "$A"'], {"A": "it's $HOME; `id` %n"})
+    done = subprocess.run(["sh", "-c", made.shell()], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "it's $HOME; `id` %n")
 
 
 @pytest.mark.parametrize(

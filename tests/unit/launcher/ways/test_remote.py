@@ -46,10 +46,59 @@ def test_what_deepspeed_cannot_carry_is_refused(word: str) -> None:
         command("deepspeed", [*WORDS, word])
 
 
-@pytest.mark.parametrize("value", ["a\nb", 'say "no"', "`ls`", "$HOME", "back\\slash"])
+@pytest.mark.parametrize("value", ["a\nb", 'say "no"', "`ls`", "$HOME", "back\\slash", "a\rPATH;id=1", " a"])
 def test_a_variable_that_deepspeed_cannot_carry_is_refused(value: str) -> None:
     with pytest.raises(UserError, match=r"launch\.environment: DeepSpeed's runner cannot pass ODD="):
         command("deepspeed", environment={"ODD": value})
+
+
+def test_deepspeed_with_openmpi_would_add_quotes_to_a_value() -> None:
+    assert (
+        "ODD=two words\n" in command("deepspeed", environment={"ODD": "two words"}).files["out/launch/deepspeed_env"]
+    )
+    with pytest.raises(UserError, match=r"launch\.environment: DeepSpeed's runner cannot pass ODD='two words'"):
+        command("deepspeed", environment={"ODD": "two words"}, multinode="openmpi")
+
+
+def test_pdsh_does_not_replace_a_part_of_a_value() -> None:
+    assert "ODD=50%%n\n" in command("deepspeed", environment={"ODD": "50%n"}).files["out/launch/deepspeed_env"]
+
+
+@pytest.mark.parametrize("line", ["A;id;B=1", "$(id)=1", "-x=1", "A B=1", "=1"])
+def test_deepspeeds_own_file_cannot_name_a_command(tmp_path: Path, line: str) -> None:
+    """The runner writes `export NAME=VALUE; ` into the command line of every host."""
+    (tmp_path / ".deepspeed_env").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"\.deepspeed_env: .* cannot be a variable"):
+        command("deepspeed")
+
+
+def test_deepspeeds_own_file_cannot_hold_a_command(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("A=$(id)\n")
+    with pytest.raises(UserError, match=r"DeepSpeed's runner cannot pass A='\$\(id\)' to other hosts"):
+        command("deepspeed")
+
+
+@pytest.mark.parametrize("name", ["my project", "$(id)", "a;id", "100%n", "it's"])
+def test_a_directory_that_deepspeed_cannot_carry_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The runner writes `cd DIRECTORY;`: in `my project` the ranks start in the home directory, with status 0."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "hosts").write_text("n1 slots=1\n")
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match=r"DeepSpeed's runner cannot pass the working directory to other hosts"):
+        command("deepspeed")
+    # These use no shell, or quote it.
+    for launcher in ("mpi", "torchrun"):
+        command(launcher)
+    command("deepspeed", multinode="openmpi")
+    command("deepspeed", hostfile=None, processes_per_node=2)
+
+
+def test_a_python_that_deepspeed_cannot_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/my env/bin/python")
+    with pytest.raises(UserError, match=r"'/opt/my env/bin/python': .* cannot pass the directory of Python"):
+        command("deepspeed")
 
 
 def test_deepspeed_is_given_the_chosen_devices() -> None:
