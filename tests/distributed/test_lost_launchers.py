@@ -79,6 +79,13 @@ class Run:
         return max(int(path.parent.name.partition("-")[2]) for path in self.output.glob("checkpoint-*/manifest.json"))
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; who its parent is now may not care."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 @pytest.fixture
 def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts a run; kills what is left of it at the end."""
@@ -86,15 +93,15 @@ def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callab
     training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "disable_tqdm": True}
     training |= {"logging_steps": 1, "save_total_limit": 2, "max_steps": 5000, "eval_on_start": False}
     recipe = write_recipe(tmp_path / "run.yaml", bases[TASK], TASK, data, training=training)
-    runs: list[Run] = []
+    started: list[Run] = []
     seen: list[psutil.Process] = []
 
     def start(launcher: Launcher, *words: str) -> Run:
-        runs.append(Run(recipe, launcher, *words))
-        return runs[-1]
+        started.append(Run(recipe, launcher, *words))
+        return started[-1]
 
     yield start
-    for run in runs:
+    for run in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             seen += [*run.process.children(recursive=True), run.process]
     for process in seen:
@@ -128,7 +135,7 @@ def test_the_ranks_of_a_killed_launcher_save_and_stop(
     reasons = "|".join(each.format(pid=launching.pid) for each in (said, OF_RANK))
     [error] = re.findall("sparse-zero: error: (.*)", run.printed)
     assert re.fullmatch(rf"(?:{reasons}); the ranks are asked to save and stop", error), error
-    assert not any(rank.is_running() for rank in ranks)
+    assert not any(map(runs, ranks))
     assert run.newest_step % SAVE_STEPS, "it was saved when the launcher was gone"
     checkpoint = run.output / f"checkpoint-{run.newest_step}"
     assert f"sparse-zero: the run has not finished; resume it from {checkpoint} with --resume" in run.printed
@@ -149,7 +156,7 @@ def test_a_launcher_that_is_killed_after_its_run_has_finished_is_no_failure(
     # Stopped, it cannot end with its ranks.
     launching.suspend()
     run.wait_until((run.output / "results.json").exists, "the results")
-    run.wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), "no rank")
+    run.wait_until(lambda: not any(map(runs, ranks)), "no rank")
     launching.kill()
     assert run.end() == 0, run.printed
     assert "sparse-zero: error" not in run.printed
@@ -197,7 +204,7 @@ def test_a_rank_that_hangs_for_good_is_named(start: Callable[..., Run]) -> None:
         rf"rank 1 on \S+ \(process {hanging.pid}\) did not answer the request to stop within 4 s "
         rf"\(launch.grace_seconds\): all ranks are killed; its log is {run.output}/logs/rank-00001.log",
         error,
-    )
+    ), error
     assert f"resume it from {run.output}/checkpoint-" in run.printed
     # Rank 0 waited for it, and says where.
     assert "Thread 0x" in (run.output / "logs" / "rank-00000.log").read_text()
