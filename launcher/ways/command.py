@@ -11,6 +11,8 @@ from sparse_zero.ranks.watchdog_client import WATCH_VARIABLE
 from sparse_zero.recipe.launch import LaunchSection
 
 TRAINING_MODULE = "sparse_zero.train"
+ONE_MACHINE = "one-machine"
+"""The rendezvous of `launcher.ways.torchrun` for a single agent."""
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Keeps the working directory off Python's path: the user's files there may be called datasets.py or torch/."""
 

@@ -102,11 +102,10 @@ def describe_stuck(stuck: Sequence[int], silent: Sequence[int], ranks: Mapping[i
     """
     named = silent or stuck
     did = "did not answer the request to stop" if silent else "did not stop"
-    stacks = "" if silent else "; the Python stacks of all threads are in the log of each rank"
-    return (
-        f"{_names(named, ranks)} {did} within {seconds:g} s (launch.grace_seconds): all ranks are killed{stacks}"
-        f"{_log(named[0], ranks)}"
-    )
+    log = _log(named[0], ranks)
+    if not silent and log:
+        log = f"; the log of each rank has its Python stacks, as {ranks[named[0]].log}"
+    return f"{_names(named, ranks)} {did} within {seconds:g} s (launch.grace_seconds): all ranks are killed{log}"
 
 
 def unreachable_message(seconds: float) -> str:

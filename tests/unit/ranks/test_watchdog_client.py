@@ -1,5 +1,6 @@
 """Ranks that join a watchdog in the launcher, fail, leave or are killed."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -276,13 +277,13 @@ def test_ranks_that_do_not_stop_write_their_stacks(open_watchdog, start, outcome
     watchdog.end_stuck(7)
     assert [rank.wait() for rank in ranks] == [(1, "")] * 3
     assert [each.message for each in outcomes] == [
-        "ranks 0, 1, 2 on n1 did not stop within 7 s (launch.grace_seconds): all ranks are killed; the Python stacks "
-        "of all threads are in the log of each rank; its log is logs/0"
+        "ranks 0, 1, 2 on n1 did not stop within 7 s (launch.grace_seconds): all ranks are killed; the log of each "
+        "rank has its Python stacks, as logs/0"
     ]
     for rank in range(3):
         stacks = (tmp_path / "logs" / str(rank)).read_text()
         assert stacks.count("hread 0x") == 2
-        assert 'File "<string>", line 18 in <module>' in stacks, "its main thread reads the next command"
+        assert re.search(r'File "<string>", line \d+ in <module>', stacks), "its main thread reads the next command"
 
 
 def test_an_unreachable_watchdog_is_a_user_error() -> None:
