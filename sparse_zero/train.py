@@ -118,7 +118,7 @@ class Rank:
                 store, placement, me, self._stop, print_outcome, **settings
             )
         if self._client is not None and has_launcher(os.environ):
-            watch_parent(self._parent, self._client.report_lost_launcher)
+            watch_parent(self._parent, self._client.report_lost_launcher, os.environ)
         rendezvous.init_process_group(
             store,
             placement,

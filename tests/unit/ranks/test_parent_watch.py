@@ -1,5 +1,6 @@
 """A process whose parent is killed, and what launchers are told by."""
 
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import os, sys, time
 from pathlib import Path
 from sparse_zero.ranks.parent_watch import watch_parent
 
-watch_parent(os.getppid(), lambda parent: Path("told").write_text(str(parent)))
+watch_parent(os.getppid(), lambda parent: Path("told").write_text(str(parent)), os.environ)
 Path("started").write_text(str(os.getpid()))
 time.sleep(60)
 """
@@ -49,6 +50,34 @@ def test_a_rank_notices_that_its_launcher_was_killed(tmp_path: Path) -> None:
     finally:
         launcher.kill()
         rank.kill()
+
+
+RUNNER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("is_deepspeed", [True, False])
+def test_a_rank_of_deepspeed_notices_that_the_runner_was_killed(tmp_path: Path, is_deepspeed: bool) -> None:
+    """Its launcher waits for it without noticing."""
+    environment = os.environ | ({"CROSS_RANK": "0"} if is_deepspeed else {})
+    runner = subprocess.Popen([sys.executable, "-c", RUNNER, LAUNCHER, RANK], cwd=tmp_path, env=environment)
+    rank = psutil.Process(int(wait_for(tmp_path / "started", runner)))
+    launcher = rank.parent()
+    try:
+        time.sleep(3 * POLL_SECONDS)
+        assert not (tmp_path / "told").exists()
+        runner.kill()
+        runner.wait()
+        if is_deepspeed:
+            assert wait_for(tmp_path / "told", runner) == str(runner.pid)
+        else:
+            time.sleep(3 * POLL_SECONDS)
+            assert not (tmp_path / "told").exists()
+    finally:
+        for process in (runner, launcher, rank):
+            process.kill()
 
 
 @pytest.mark.parametrize(
