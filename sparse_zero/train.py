@@ -80,7 +80,7 @@ class Rank:
         self._placement: Placement | None = None
         self._client: WatchdogClient | None = None
         self._log: Path | None = None
-        self._parent = os.getppid()
+        self._parent, self._has_launcher = os.getppid(), has_launcher(os.environ)
         # A log file will replace the descriptors 1 and 2.
         self._console = os.dup(2)
 
@@ -117,7 +117,7 @@ class Rank:
             self._client = rendezvous.join_rank_zero_watchdog(
                 store, placement, me, self._stop, print_outcome, **settings
             )
-        if self._client is not None and has_launcher(os.environ):
+        if self._client is not None and self._has_launcher:
             watch_parent(self._parent, self._client.report_lost_launcher, os.environ)
         rendezvous.init_process_group(
             store,
