@@ -100,7 +100,8 @@ def test_deepspeed_over_pdsh_is_not_started_in_a_directory_with_a_space(
     said = hosts["n1"].run(*COMMAND, *words, cwd=directory, timeout=SECONDS, status=2).output
     assert said == (
         f"sparse-zero: error: '{directory}': DeepSpeed's runner cannot pass the working directory to other hosts, "
-        "because its name has a space or another special character; rename it, or choose launch.launcher=torchrun or mpi\n"
+        "because its name has a space or another special character; rename it, or choose launch.launcher=torchrun "
+        "or mpi\n"
     )
     assert not (directory / "out").exists()
 
