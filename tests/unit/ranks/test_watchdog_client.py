@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from rank_processes import start_three, wait_until
 
@@ -251,6 +252,7 @@ def test_the_rank_that_does_not_answer_is_named(open_watchdog, start, outcomes) 
     watchdog = open_watchdog()
     ranks = start_three(start, watchdog, deferred=True)
     ranks[1].process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(ranks[1].process.pid).status() == psutil.STATUS_STOPPED)
     try:
         watchdog.request_stop()
         for rank in (ranks[0], ranks[2]):
