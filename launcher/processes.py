@@ -79,6 +79,8 @@ def run(
             if warnings:
                 watchdog.request_stop()
                 _warn(warned, watchdog)
+        if process.poll() is not None and not received:
+            time.sleep(POLL_SECONDS)  # A scheduler's signal to all processes of a job may reach this one last.
         if received:
             watchdog.request_stop()
         elif process.poll() is not None:
@@ -104,7 +106,7 @@ def run(
 def _check_launcher(process: subprocess.Popen, watchdog: Watchdog) -> None:
     """Tell `watchdog` if the launcher, which has ended, was killed or has left ranks behind."""
     program, *words = process.args
-    module = words[1] if words[0] == "-m" else Path(program).name
+    module = words[1] if words[:1] == ["-m"] else Path(program).name
     name = f"{module} (process {process.pid})"
     if process.returncode < 0:
         watchdog.lose_launcher(f"{name} {killed_by(-process.returncode)}")
@@ -116,6 +118,7 @@ def _check_launcher(process: subprocess.Popen, watchdog: Watchdog) -> None:
             return
         if time.monotonic() > deadline:
             watchdog.lose_launcher(f"{name} exited with status {process.returncode} before its ranks")
+            return
         time.sleep(POLL_SECONDS)
 
 
