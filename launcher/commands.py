@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 def train(arguments: argparse.Namespace) -> int:
     """Start the ranks of a recipe and wait for them, or print the command that would start them."""
     from launcher import supervise
+    from launcher.processes import killed_by
     from launcher.ways import launchers
     from launcher.ways.command import TRAINING_MODULE
     from sparse_zero.recipe.secrets import hide_values
@@ -42,7 +42,7 @@ def train(arguments: argparse.Namespace) -> int:
     before = _identity(results)
     ending = supervise.run(recipe, words, stdout=sys.stderr if arguments.json else None)
     if ending.status > 128 and not ending.stopped and not ending.is_explained:
-        report.say_error(_killed_by(ending.status - 128))
+        report.say_error(f"a rank {killed_by(ending.status - 128)}")
     if ending.status == 0 and arguments.json:
         if _identity(results) == before:
             raise UserError(f"{results}: the run has finished, but wrote no results")
@@ -269,12 +269,6 @@ def _set_accelerator() -> None:
 def _loader(task: str | None) -> str:
     classes = {"sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
     return classes.get(task, "AutoModel")
-
-
-def _killed_by(signum: int) -> str:
-    names = {known.value: known.name for known in signal.Signals}
-    hint = " (possibly by the kernel, out of memory)" if signum == signal.SIGKILL else ""
-    return f"a rank was killed by {names.get(signum, f'signal {signum}')}{hint}"
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:

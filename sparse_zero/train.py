@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError, printable
 from sparse_zero.ranks.failures import RankInfo
+from sparse_zero.ranks.parent_watch import has_launcher, watch_parent
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.rank_log import open_rank_log
 from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
@@ -79,6 +80,7 @@ class Rank:
         self._placement: Placement | None = None
         self._client: WatchdogClient | None = None
         self._log: Path | None = None
+        self._parent, self._has_launcher = os.getppid(), has_launcher(os.environ)
         # A log file will replace the descriptors 1 and 2.
         self._console = os.dup(2)
 
@@ -121,6 +123,8 @@ class Rank:
                 Path(str(training["output_dir"])) / "launch",
                 **settings,
             )
+        if self._client is not None and self._has_launcher:
+            watch_parent(self._parent, self._client.report_lost_launcher, os.environ)
         rendezvous.init_process_group(
             store,
             placement,

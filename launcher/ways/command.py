@@ -14,6 +14,8 @@ from sparse_zero.ranks.watchdog_client import WATCH_VARIABLE
 from sparse_zero.recipe.launch import LaunchSection
 
 TRAINING_MODULE = "sparse_zero.train"
+ONE_MACHINE = "one-machine"
+"""The rendezvous of `launcher.ways.torchrun` for a single agent."""
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Keeps the working directory off Python's path: the user's files there may be called datasets.py or torch/."""
 
@@ -37,13 +39,12 @@ class Command:
     def shell(self) -> str:
         """The command and its environment as one shell line, with the names of private variables only."""
         removed = [word for name, value in self.environment.items() if value is None for word in ("-u", name)]
-        assigned = [f"{name}={value}" for name, value in self.environment.items() if value is not None]
-        words = [shlex.join(["env", *removed])] if removed else []
-        words += [shlex.quote(word) for word in assigned]
+        # Only the value is quoted: the shell would take 'NAME=a value' for the name of a program.
+        assigned = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items() if value is not None]
         if self.private_file is None:
             # A shell ends with an error where such a variable is not set.
-            words += [f'{name}="${{{name}?}}"' for name in self.private]
-        return " ".join([*words, shlex.join(self.argv)])
+            assigned += [f'{name}="${{{name}?}}"' for name in self.private]
+        return " ".join([*(["env", *removed] if removed else []), *assigned, shlex.join(self.argv)])
 
     def environ(self) -> dict[str, str]:
         """The whole environment of the command."""

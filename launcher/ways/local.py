@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from launcher.ways import devices
-from launcher.ways.command import SAFE_PATH, Command, private_variables, wrapped
+from launcher.ways.command import ONE_MACHINE, SAFE_PATH, Command, private_variables, wrapped
 from sparse_zero.ranks.network import free_port
 from sparse_zero.recipe.launch import LaunchSection
 
@@ -66,10 +66,14 @@ def _deepspeed(ranks: int, accelerators: int, launch: LaunchSection, words: list
 
 
 def _torchrun(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:
-    port = launch.master_port
-    rendezvous = ["--standalone"] if port == "auto" else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    torchrun = [sys.executable, "-m", "launcher.ways.torchrun", *rendezvous, "--nproc-per-node", str(ranks)]
-    return Command([*torchrun, *launch.launcher_args, "-m", *words])
+    return Command([*torchrun_here(ranks, choose_port(launch)), *launch.launcher_args, "-m", *words])
+
+
+def torchrun_here(ranks: int, port: int) -> list[str]:
+    """The command of a single agent. Args: port: of rank 0's store."""
+    # With --standalone, the agent would serve a store without authentication on all interfaces.
+    rendezvous = ["--rdzv-backend", ONE_MACHINE, "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    return [sys.executable, "-m", "launcher.ways.torchrun", *rendezvous, "--nproc-per-node", str(ranks)]
 
 
 def _direct(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:

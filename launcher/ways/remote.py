@@ -17,8 +17,11 @@ from launcher.ways.local import choose_port, deepspeed_runner, threads_per_rank
 from sparse_zero.errors import UserError
 from sparse_zero.ranks import private_files
 from sparse_zero.recipe.launch import LaunchSection
+from sparse_zero.recipe.names import is_variable
 
 PDSH = ["pdsh", "-S", "-f", "1024", "-R", "ssh"]
+_SPECIAL = r"""[\s%'"\\`$&;|<>()*?\[\]{}!#~^]"""
+"""What a shell, or pdsh, would not pass on as it is."""
 _NODE_RANK = "NUMBER-OF-THIS-HOST"
 """Placeholder of %n, which pdsh replaces with the host's position in -w, from 0."""
 
@@ -91,19 +94,18 @@ def _deepspeed(
     slots = [f"{host.name} slots={max(host.devices) + 1 if host.devices else host.slots}\n" for host in hosts]
     if launch.multinode == "openmpi" and any(host.devices for host in hosts):
         raise UserError("launch.include: DeepSpeed's runner chooses no devices with openmpi; choose multinode: pdsh")
+    by_pdsh = launch.multinode == "pdsh"
+    if by_pdsh:
+        _check_directories()
     # The runner would put the working directory into PYTHONPATH.
     variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | variables
     # The runner itself writes the values of these into command lines.
     forwarded = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW")}
     own = {name: value for name, value in _own_variables().items() if name not in variables or name == "PYTHONPATH"}
     private = forwarded | own | private
-    variables = {name: value for name, value in variables.items() if name not in private}
-    for name, value in variables.items():
-        if re.search(r'["\\`$\n]', value):
-            raise UserError(f"{name}={value!r}: DeepSpeed's runner cannot pass it to other hosts")
     file = private_files.own_file(directory, private_environment.NAME) if private else None
-    by_pdsh = launch.multinode == "pdsh"
-    lines = [f"{name}={value}" for name, value in variables.items()]
+    carried = {name: value for name, value in variables.items() if name not in private}
+    lines = [f"{name}={_carried(name, value, by_pdsh)}" for name, value in carried.items()]
     if file and by_pdsh:
         lines += [f"{name}={word}".replace("%", "%%") for name, word in _references(file, private).items()]
     argv = [
@@ -205,6 +207,29 @@ def _torchrun(
     return Command([*PDSH, "-w", ",".join(host.name for host in hosts), line], private=private, private_file=file)
 
 
+def _check_directories() -> None:
+    """Raises UserError: DeepSpeed's runner, which does not quote them, would pass other directories to the hosts."""
+    for what, path in (("the working directory", os.getcwd()), ("the directory of Python", sys.executable)):
+        if re.search(_SPECIAL, path):
+            raise UserError(
+                f"{path!r}: DeepSpeed's runner cannot pass {what} to other hosts, because its name has a space or "
+                "another special character; rename it, or choose launch.launcher=torchrun or mpi"
+            )
+
+
+def _carried(name: str, value: str, by_pdsh: bool) -> str:
+    """A value as DeepSpeed's runner has to read it from its environment file, for the other hosts.
+
+    Raises:
+        UserError: the runner would pass another value.
+    """
+    # With openmpi, which uses no shell, the runner's quotes would become a part of the value.
+    cannot = r'["\\`$\n\r\0]' if by_pdsh else r"[^\w@%+=:,./-]"
+    if re.search(cannot, value) or value != value.strip():
+        raise UserError(f"{name}={value!r}: DeepSpeed's runner cannot pass it to other hosts")
+    return value.replace("%", "%%") if by_pdsh else value
+
+
 def _master(launch: LaunchSection, hosts: Sequence[Host]) -> str:
     return launch.master_addr or hosts[0].name
 
@@ -230,4 +255,7 @@ def _own_variables() -> dict[str, str]:
             name, equals, value = line.partition("=")
             if equals and not name.lstrip().startswith("#"):
                 variables[name.strip()] = value.strip()
+    for name in variables:
+        if not is_variable(name):
+            raise UserError(f".deepspeed_env: {name!r} cannot be a variable: use letters, digits and _")
     return variables

@@ -62,14 +62,31 @@ def _count_attempts(path: Path) -> int:
 
 
 def _tee(stream: TextIO, descriptor: int) -> None:
-    # Only its method is replaced: existing logging handlers refer to the stream, and others read its encoding.
-    to_console, to_file = stream.write, _LogFile(descriptor)
+    # Only its methods are replaced: existing logging handlers refer to the stream, and others read its encoding.
+    to_console, flush_console, to_file = stream.write, stream.flush, _LogFile(descriptor)
 
     def write(text: str) -> int:
         to_file.write(text)
-        return to_console(text)
+        try:
+            return to_console(text)
+        except BrokenPipeError:
+            _drop_console(stream)
+            return len(text)
 
-    stream.write = write
+    def flush() -> None:
+        try:
+            flush_console()
+        except BrokenPipeError:
+            _drop_console(stream)
+
+    stream.write, stream.flush = write, flush
+
+
+def _drop_console(stream: TextIO) -> None:
+    """The process that read this stream has ended. That must not stop the training, nor the save of a checkpoint."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class _LogFile:

@@ -5,6 +5,7 @@ also notices a rank that dies during that time.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from sparse_zero.errors import UserError, first_line, printable_line
 from sparse_zero.ranks import private_files
 from sparse_zero.ranks.extension_locks import remove_abandoned_locks
 from sparse_zero.ranks.failures import Outcome, RankInfo
-from sparse_zero.ranks.network import address_towards, interface_towards
+from sparse_zero.ranks.network import LOOPBACK, address_towards, interface_towards
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.ranks.watchdog import Address, Watchdog
@@ -37,21 +38,26 @@ share the output directory."""
 def open_store(placement: Placement, rendezvous_seconds: float = 300) -> dist.Store:
     """Open the key-value store for the rendezvous, which rank 0 or torchrun's agent serves.
 
+    The store has no authentication. If all ranks are on one host, rank 0 listens on the loopback interface only.
+
     Raises:
         UserError: rank 0's port is in use, or rank 0 cannot be reached.
     """
     # torchrun's agent already serves a store, and serves the same one after a restart.
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = placement.rank == 0 and not has_agent
+    on_loopback = placement.is_on_one_host and not has_agent
     try:
         store = dist.TCPStore(
-            placement.master_addr,
+            LOOPBACK if on_loopback else placement.master_addr,
             placement.master_port,
-            is_master=placement.rank == 0 and not has_agent,
+            is_master=is_server,
             timeout=timedelta(seconds=rendezvous_seconds),
             wait_for_workers=False,
+            master_listen_fd=_listen_on_loopback(placement.master_port) if is_server and on_loopback else None,
         )
-    except RuntimeError as error:
-        if "EADDRINUSE" in str(error):
+    except (RuntimeError, OSError) as error:
+        if "EADDRINUSE" in str(error) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
             raise UserError(
                 f"the rendezvous port {placement.master_port} on {socket.gethostname()} is in use by another program; "
                 "set launch.master_port (or MASTER_PORT) to another port, or launch.master_port to auto"
@@ -94,7 +100,9 @@ def init_process_group(
     store.set(f"joined/{placement.rank}", json.dumps([socket.gethostname(), dict(must_match or {})]))
     if placement.rank == 0:
         check_ranks_match(_wait_for_all(store, placement, rendezvous_seconds), nodes)
-    if placement.world_size > placement.local_world_size:
+    if placement.is_on_one_host:
+        _use_loopback()
+    else:
         _choose_interface(store, placement)
     dist.init_process_group(
         backend,
@@ -158,7 +166,7 @@ def join_rank_zero_watchdog(
     watchdog = None
     token = os.environ.pop(SECRET_VARIABLE, None)
     if placement.rank == 0:
-        host = placement.master_addr if placement.world_size > placement.local_world_size else "127.0.0.1"
+        host = LOOPBACK if placement.is_on_one_host else placement.master_addr
         watchdog = Watchdog(on_outcome, settings["silence_seconds"], host, token)
         file = private_files.own_file(directory, "watchdog")
         if token is None:
@@ -187,6 +195,11 @@ def _read_secret(directory: Path, name: str, seconds: float = 10) -> str:
                 f"in the variable {SECRET_VARIABLE}"
             )
         time.sleep(0.2)
+
+
+def _listen_on_loopback(port: int) -> int:
+    """The descriptor of a listening socket, which torch's store closes. Raises OSError: the port is in use."""
+    return socket.create_server((LOOPBACK, port), backlog=4096).detach()
 
 
 def _wait_for_all(store: dist.Store, placement: Placement, seconds: float) -> list[tuple[str, dict[str, str]]]:
@@ -227,6 +240,13 @@ def _choose_device(placement: Placement) -> torch.device | None:
         )
     torch.accelerator.set_device_index(index)
     return torch.device(torch.accelerator.current_accelerator().type, index)
+
+
+def _use_loopback() -> None:
+    """Make gloo, which has no authentication, listen on the loopback interface only, unless the user chose another."""
+    loopback = interface_towards(LOOPBACK)
+    if loopback and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback
 
 
 def _choose_interface(store: dist.Store, placement: Placement) -> None:

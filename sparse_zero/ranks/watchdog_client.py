@@ -1,6 +1,7 @@
 """A rank's connection to the watchdog: it joins, reports failures, and exits when the watchdog ends the run."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import socket
@@ -10,7 +11,7 @@ import time
 from typing import Any, Literal
 
 from sparse_zero.errors import UserError, printable
-from sparse_zero.ranks.failures import DIED, Outcome, RankInfo, unreachable_message
+from sparse_zero.ranks.failures import DIED, KILLED, Outcome, RankInfo, describe_lost_launcher, unreachable_message
 from sparse_zero.ranks.messages import Messages, random_text
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.sockets import enable_keepalive, is_unreachable
@@ -87,6 +88,20 @@ class WatchdogClient:
         self._has_ended.wait(_OUTCOME_SECONDS)
         self._print_error(f"rank {self._info.rank} on {self._info.host}: {message}")
 
+    def report_lost_launcher(self, process: int) -> None:
+        """Tell the watchdog that this rank's launcher has ended, and request a stop.
+
+        Args:
+            process: the launcher's process id.
+        """
+        if self._has_left:
+            return
+        if self._watchdog is not None:
+            # The message could come too late: outside training a stop request ends this process at once.
+            self._watchdog.lose_launcher(describe_lost_launcher(self._info, process))
+        self._send(type="lost-launcher", process=process)
+        self._stop.request()
+
     def leave(self, status: int = 0, message: str = "") -> None:
         """Announce that this rank exits.
 
@@ -131,8 +146,11 @@ class WatchdogClient:
                 for line in self._lines:
                     message = self._messages.read(line)
                     if message["type"] == "outcome":
+                        if message.get("with_stacks"):
+                            self._write_stacks()
                         self._exit(message["status"] or 1)
                     elif message["type"] == "stop":
+                        self._send(type="stopping")
                         self._stop.request()
                     elif message["type"] == "all-joined":
                         self._rank_0_host = message["rank_0_host"]
@@ -155,6 +173,8 @@ class WatchdogClient:
         if self._owner == "launcher":
             if not unreachable:
                 # A killed launcher means that the run should end, but its work need not be lost.
+                if self._info.rank == 0:
+                    self._print_error(f"the command that started this run {KILLED}; the ranks save and stop")
                 self._stop.request()
                 return
             if self._info.rank == 0:
@@ -163,6 +183,12 @@ class WatchdogClient:
             reason = unreachable_message(self._silence_seconds) if unreachable else DIED
             self._print_error(f"rank 0 on {self._rank_0_host} {reason}")
         self._exit(1)
+
+    def _write_stacks(self) -> None:
+        """Write the Python stacks of all threads to this rank's log."""
+        if self._info.log is not None:
+            with contextlib.suppress(OSError), open(self._info.log, "a") as log:
+                faulthandler.dump_traceback(log)
 
     def _print_error(self, message: str) -> None:
         with contextlib.suppress(OSError):

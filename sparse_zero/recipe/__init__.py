@@ -1,4 +1,4 @@
 """The schema of a recipe, and the shipped recipes and DeepSpeed files. Only `training` imports torch.
 
-Others import from `launch`, `lookup`, `recipe`, `secrets`, `shipped`, `training`.
+Others import from `launch`, `lookup`, `names`, `recipe`, `secrets`, `shipped`, `training`.
 """

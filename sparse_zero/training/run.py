@@ -121,10 +121,16 @@ def _train(
         objective=noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids),
         **evaluation_settings(recipe, prepared, tokenizer),
     )
+    # Until the adapter and the results are written. A stop request after the training does not lose them.
     with stop.deferred() if stop else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = trainer.evaluate()
-    output = Path(arguments.output_dir)
+        return _run(trainer, path, merge, checkpoint)
+
+
+def _run(trainer: SparseTrainer, path: str, merge: bool, checkpoint: Path | None) -> dict[str, Any]:
+    """Train, evaluate and write the adapter and the results."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    output, sparsity = Path(trainer.args.output_dir), trainer.model.sparsity
     results = _results(trainer, metrics)
     sparsity.results = {key: value for key, value in results.items() if not isinstance(value, list)}
     trainer.save_model(str(output / "adapter"))

@@ -144,8 +144,23 @@ def test_deepspeed_sigterm_reaches_each_rank_once_and_all_end(start):
 def test_deepspeed_a_killed_launcher_is_a_failure_and_its_ranks_end(start):
     process = start("deepspeed", "saves")
     ranks(process)[0].parent().kill()
-    status, _, _ = end(process)
+    status, _, err = end(process)
     assert status == 1
+    reason = r"deepspeed \(process \d+\) exited with status 0 before its ranks"
+    assert re.fullmatch(rf"sparse-zero: error: {reason}; the ranks are asked to save and stop\n", err)
+    assert [Path(f"told.{rank}").read_text() for rank in (0, 1)] == ["15 ", "15 "]
+
+
+@pytest.mark.distributed
+def test_torchrun_a_killed_agent_is_named_and_its_ranks_get_sigterm(start):
+    process = start("torchrun", "saves")
+    agent = ranks(process)[0].parent()
+    agent.kill()
+    status, _, err = end(process)
+    assert status == 137
+    assert err.startswith(f"sparse-zero: error: launcher.ways.torchrun (process {agent.pid}) was killed by SIGKILL")
+    assert err.count("\n") == 1
+    assert [Path(f"told.{rank}").read_text() for rank in (0, 1)] == ["15 ", "15 "]
 
 
 @pytest.mark.distributed

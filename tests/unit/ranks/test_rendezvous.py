@@ -1,16 +1,19 @@
 """What a rank checks and chooses before it joins the process group."""
 
+import dataclasses
 import json
+import socket
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
 from sparse_zero.errors import UserError
 from sparse_zero.ranks import rendezvous
 from sparse_zero.ranks.failures import RankInfo
-from sparse_zero.ranks.network import free_port
+from sparse_zero.ranks.network import free_port, interfaces
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.rendezvous import check_ranks_match, join_rank_zero_watchdog
 from sparse_zero.ranks.stop_signals import StopRequest
@@ -153,3 +156,38 @@ def test_a_stranger_in_the_store_cannot_choose_the_file(tmp_path, name) -> None:
 
 def test_control_characters_in_the_store_are_escaped() -> None:
     assert rendezvous._entry(json.dumps(["n\x1b[1m", {"torch": "2\n"}])) == (r"n\x1b[1m", {"torch": r"2\n"})
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses at which a process accepts connections."""
+    return {each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize(("local_world_size", "expected"), [(2, {"127.0.0.1"}), (1, {"::", "0.0.0.0"})])
+def test_ranks_of_one_host_meet_on_the_loopback_interface(local_world_size: int, expected: set[str]) -> None:
+    before = listening(psutil.Process())
+    placement = Placement(0, 2, 0, local_world_size, socket.gethostname(), free_port())
+    store = rendezvous.open_store(placement, 5)
+    listens = listening(psutil.Process()) - before
+    assert listens
+    assert listens <= expected
+    store.set("joined/0", "here")
+    other = rendezvous.open_store(dataclasses.replace(placement, rank=1), 5)
+    assert other.get("joined/0") == b"here"
+
+
+@pytest.mark.parametrize("local_world_size", [2, 1])
+def test_a_port_in_use_is_a_user_error(local_world_size: int) -> None:
+    with socket.create_server(("", 0)) as other:
+        placement = Placement(0, 2, 0, local_world_size, "127.0.0.1", other.getsockname()[1])
+        with pytest.raises(UserError, match=r"the rendezvous port \d+ on \S+ is in use by another program"):
+            rendezvous.open_store(placement, 5)
+
+
+def test_gloo_of_ranks_on_one_host_listens_on_the_loopback_interface(monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    rendezvous._use_loopback()
+    assert "127.0.0.1" in interfaces()[rendezvous.os.environ["GLOO_SOCKET_IFNAME"]]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    rendezvous._use_loopback()
+    assert rendezvous.os.environ["GLOO_SOCKET_IFNAME"] == "ib0"

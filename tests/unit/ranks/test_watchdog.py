@@ -14,7 +14,8 @@ import pytest
 from rank_processes import SECONDS, wait_until
 
 from sparse_zero.ranks import watchdog as watchdog_module
-from sparse_zero.ranks.watchdog import Address, Watchdog, _Connection
+from sparse_zero.ranks.connection import Connection
+from sparse_zero.ranks.watchdog import Address, Watchdog
 
 
 @contextlib.contextmanager
@@ -85,13 +86,13 @@ def test_a_death_is_sent_to_all_remaining_ranks_and_to_rank_0_last(open_watchdog
     """Rank 0 may run the watchdog: the outcome ends its process, and nothing is sent after that."""
     watchdog = open_watchdog()
     sent = []
-    send = _Connection.send
+    send = Connection.send
 
-    def record(connection: _Connection, message: dict) -> None:
+    def record(connection: Connection, message: dict) -> None:
         sent.append((message["type"], connection.info.rank))
         send(connection, message)
 
-    monkeypatch.setattr(_Connection, "send", record)
+    monkeypatch.setattr(Connection, "send", record)
     with contextlib.ExitStack() as ranks:
         received = [ranks.enter_context(joined(watchdog, rank, world_size=3)) for rank in range(2)]
         with joined(watchdog, 2, world_size=3) as last:

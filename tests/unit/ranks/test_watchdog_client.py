@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,11 +10,12 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from rank_processes import start_three, wait_until
 
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.failures import DIED, Outcome, RankInfo
+from sparse_zero.ranks.failures import DIED, KILLED, Outcome, RankInfo
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.stop_signals import STOPPED, StopRequest
 from sparse_zero.ranks.watchdog import SETTLE_SECONDS, Address
@@ -196,7 +198,98 @@ def test_a_killed_launcher_is_a_stop_request(start) -> None:
     training.send("wait for a stop request")
     assert training.process.stdout.readline() == "requested\n"
     training.send("exit", 5)
-    assert [training.wait(), loading.wait()] == [(5, ""), (STOPPED, "")]
+    said = f"sparse-zero: error: the command that started this run {KILLED}; the ranks save and stop\n"
+    assert [training.wait(), loading.wait()] == [(5, said), (STOPPED, "")]
+
+
+def test_a_lost_launcher_is_said_once_and_stops_all_ranks(open_watchdog, start, outcomes) -> None:
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    for rank in ranks[1:]:
+        rank.send("report lost launcher", 77)
+    for rank in ranks:
+        rank.send("wait for a stop request")
+        assert rank.process.stdout.readline() == "requested\n"
+    assert watchdog.lost_launcher in [f"the launcher of rank {rank} on n1 (process 77) {KILLED}" for rank in (1, 2)]
+    assert [(each.message, each.is_error) for each in outcomes] == [
+        (f"{watchdog.lost_launcher}; the ranks are asked to save and stop", True)
+    ]
+    for rank in ranks:
+        rank.send("leave", STOPPED)
+        rank.send("exit", STOPPED)
+        assert rank.wait() == (STOPPED, "")
+    assert watchdog.wait_for_outcome() is None
+    assert not watchdog.has_finished
+
+
+def test_a_lost_launcher_of_ranks_without_a_command_is_said_by_rank_0(start) -> None:
+    first = start(0, None, world_size=2, owner="rank 0", deferred=True)
+    other = start(1, first.wait_until_joined(), world_size=2, host="n2", owner="rank 0", deferred=True)
+    assert other.wait_until_joined()
+    other.send("report lost launcher", 77)
+    for rank in (first, other):
+        rank.send("wait for a stop request")
+        assert rank.process.stdout.readline() == "requested\n"
+    for rank in (other, first):
+        rank.send("leave", STOPPED)
+        rank.send("exit", STOPPED)
+    said = (
+        f"sparse-zero: error: the launcher of rank 1 on n2 (process 77) {KILLED}; the ranks are asked to save and stop"
+    )
+    assert [first.wait(), other.wait()] == [(STOPPED, f"{said}\n"), (STOPPED, "")]
+
+
+def test_a_run_has_finished_when_all_ranks_have_left_with_status_0(open_watchdog, start, outcomes) -> None:
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    for rank in ranks:
+        assert not watchdog.has_finished
+        rank.send("leave", 0)
+        rank.send("exit", 0)
+        assert rank.wait() == (0, "")
+    wait_until(lambda: watchdog.has_finished)
+    watchdog.lose_launcher("srun was killed")
+    assert (watchdog.lost_launcher, outcomes) == (None, [])
+
+
+def test_the_rank_that_does_not_answer_is_named(open_watchdog, start, outcomes) -> None:
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    ranks[1].process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(ranks[1].process.pid).status() == psutil.STATUS_STOPPED)
+    try:
+        watchdog.request_stop()
+        for rank in (ranks[0], ranks[2]):
+            rank.send("wait for a stop request")
+            assert rank.process.stdout.readline() == "requested\n"
+        wait_until(lambda: sum(each.is_stopping for each in watchdog._connections.values()) == 2)
+        watchdog.end_stuck(7)
+        assert [ranks[0].wait(), ranks[2].wait()] == [(1, "")] * 2
+    finally:
+        ranks[1].process.kill()
+    assert [each.message for each in outcomes] == [
+        f"rank 1 on n1 (process {ranks[1].process.pid}) did not answer the request to stop within 7 s "
+        "(launch.grace_seconds): all ranks are killed; its log is logs/1"
+    ]
+
+
+def test_ranks_that_do_not_stop_write_their_stacks(open_watchdog, start, outcomes, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    watchdog.request_stop()
+    wait_until(lambda: all(each.is_stopping for each in watchdog._connections.values()))
+    watchdog.end_stuck(7)
+    assert [rank.wait() for rank in ranks] == [(1, "")] * 3
+    assert [each.message for each in outcomes] == [
+        "ranks 0, 1, 2 on n1 did not stop within 7 s (launch.grace_seconds): all ranks are killed; the log of each "
+        "rank has its Python stacks, as logs/0"
+    ]
+    for rank in range(3):
+        stacks = (tmp_path / "logs" / str(rank)).read_text()
+        assert stacks.count("hread 0x") == 2
+        assert re.search(r'File "<string>", line \d+ in <module>', stacks), "its main thread reads the next command"
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,18 @@ def test_words_are_told_from_options():
     )
 
 
-@pytest.mark.parametrize(("word", "complaint"), [("-p", "long names"), ("--training.seed=1", "without dashes")])
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("-p", "long names"),
+        ("--training.seed=1", "without dashes"),
+        ("--comment x\n#SBATCH --uid=0", "no option of sbatch has such a name"),
+        ("--comment x=y", "no option of sbatch has such a name"),
+        ("--$(id)=y", "no option of sbatch has such a name"),
+        ("---wrap=id", "no option of sbatch has such a name"),
+        ("--=y", "no option of sbatch has such a name"),
+    ],
+)
 def test_words_that_are_neither_are_refused(word, complaint):
     with pytest.raises(UserError, match=complaint):
         split_words(["r.yaml", word])

@@ -62,7 +62,7 @@ def test_a_commands_environment_and_files(tmp_path: Path, monkeypatch: pytest.Mo
     made = Command(["echo", "a b"], {"GOES": None, "COMES": "$x"}, {"deep/er/file": "a line\n"})
     assert "GOES" not in made.environ()
     assert made.environ()["COMES"] == "$x"
-    assert made.shell() == "env -u GOES 'COMES=$x' echo 'a b'"
+    assert made.shell() == "env -u GOES COMES='$x' echo 'a b'"
     with made.written_files():
         assert Path("deep/er/file").read_text() == "a line\n"
         assert Path("deep/er/file").stat().st_mode & 0o077 == 0
@@ -108,6 +108,12 @@ def test_a_host_that_does_not_see_the_file_starts_nothing_and_says_why(tmp_path:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"sparse-zero: error: {socket.gethostname()} cannot read {file}: ")
+
+
+def test_the_printed_line_is_what_is_run(tmp_path: Path) -> None:
+    made = Command(["sh", "-c", 'printf %s "$A"'], {"A": "it's $HOME; `id` %n"})
+    done = subprocess.run(["sh", "-c", made.shell()], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "it's $HOME; `id` %n")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,56 @@ def test_a_value_that_a_shell_would_shorten_is_refused_without_being_shown() -> 
     assert command("deepspeed", environment={"ODD": "5ec2e7\n"}, multinode="openmpi").private["ODD"] == "5ec2e7\n"
 
 
+def test_deepspeed_with_openmpi_would_add_quotes_to_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/two words")
+    assert "PYTHONPATH=/two words\n" in command("deepspeed").files["out/launch/deepspeed_env"]
+    with pytest.raises(UserError, match=r"PYTHONPATH='/two words': DeepSpeed's runner cannot pass it"):
+        command("deepspeed", multinode="openmpi")
+
+
+def test_pdsh_does_not_replace_a_part_of_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/50%n")
+    assert "PYTHONPATH=/50%%n\n" in command("deepspeed").files["out/launch/deepspeed_env"]
+
+
+@pytest.mark.parametrize("line", ["A;id;B=1", "$(id)=1", "-x=1", "A B=1", "=1"])
+def test_deepspeeds_own_file_cannot_name_a_command(tmp_path: Path, line: str) -> None:
+    """The runner writes `export NAME=VALUE; ` into the command line of every host."""
+    (tmp_path / ".deepspeed_env").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"\.deepspeed_env: .* cannot be a variable"):
+        command("deepspeed")
+
+
+def test_a_command_in_deepspeeds_own_file_is_a_value(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("A=$(id)\n")
+    made = command("deepspeed")
+    assert made.private == {"A": "$(id)"}
+    assert "$(id)" not in made.files["out/launch/deepspeed_env"]
+
+
+@pytest.mark.parametrize("name", ["my project", "$(id)", "a;id", "100%n", "it's"])
+def test_a_directory_that_deepspeed_cannot_carry_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The runner writes `cd DIRECTORY;`: in `my project` the ranks start in the home directory, with status 0."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "hosts").write_text("n1 slots=1\n")
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match=r"DeepSpeed's runner cannot pass the working directory to other hosts"):
+        command("deepspeed")
+    # These use no shell, or quote it.
+    for launcher in ("mpi", "torchrun"):
+        command(launcher)
+    command("deepspeed", multinode="openmpi")
+    command("deepspeed", hostfile=None, processes_per_node=2)
+
+
+def test_a_python_that_deepspeed_cannot_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/my env/bin/python")
+    with pytest.raises(UserError, match=r"'/opt/my env/bin/python': .* cannot pass the directory of Python"):
+        command("deepspeed")
+
+
 def test_deepspeed_is_given_the_chosen_devices() -> None:
     made = command("deepspeed", include="n1:1,3@n2")
     assert made.argv[made.argv.index("--include") + 1] == "n1:1,3@n2"
