@@ -31,7 +31,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.ranks.failures import RankInfo
 from sparse_zero.ranks.parent_watch import has_launcher, watch_parent
 from sparse_zero.ranks.placement import Placement
-from sparse_zero.ranks.rank_log import open_rank_log
+from sparse_zero.ranks.rank_log import ignore_lost_console, open_rank_log
 from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
 from sparse_zero.ranks.watchdog_client import WatchdogClient, join_launcher_watchdog, print_outcome
 from sparse_zero.recipe.recipe import Recipe, load_recipe
@@ -105,6 +105,8 @@ class Rank:
         if placement.world_size > 1:
             directory = Path(str(training["output_dir"])) / "logs"
             self._log = open_rank_log(directory, placement.rank, placement.world_size)
+        else:
+            ignore_lost_console()
         me = RankInfo(placement.rank, socket.gethostname(), os.getpid(), str(self._log) if self._log else None)
         settings: dict[str, Any] = {"silence_seconds": launch.silence_seconds, "console": self._console}
         self._client = join_launcher_watchdog(placement, me, self._stop, **settings)
