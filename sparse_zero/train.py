@@ -19,6 +19,7 @@ if (
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import socket
 import traceback
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.failures import RankInfo
+from sparse_zero.ranks.failures import RankInfo, describe_lost_launcher
 from sparse_zero.ranks.parent_watch import has_launcher, watch_parent
 from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.rank_log import ignore_lost_console, open_rank_log
@@ -119,8 +120,8 @@ class Rank:
             self._client = rendezvous.join_rank_zero_watchdog(
                 store, placement, me, self._stop, print_outcome, **settings
             )
-        if self._client is not None and self._has_launcher:
-            watch_parent(self._parent, self._client.report_lost_launcher, os.environ)
+        if self._has_launcher:
+            watch_parent(self._parent, lambda process: self._lose_launcher(me, process), os.environ)
         rendezvous.init_process_group(
             store,
             placement,
@@ -132,6 +133,14 @@ class Rank:
             rendezvous_seconds=launch.rendezvous_seconds,
             timeout_seconds=float(training.get("ddp_timeout", 1800)),
         )
+
+    def _lose_launcher(self, me: RankInfo, process: int) -> None:
+        """Ask all ranks to save and stop: the launcher of this rank, a process of that id, has ended."""
+        if self._client is not None:
+            self._client.report_lost_launcher(process)
+        else:
+            self._print_error(f"{describe_lost_launcher(me, process)}; the rank is asked to save and stop")
+            self._stop.request()
 
     @property
     def _is_first_of_host(self) -> bool:
@@ -145,8 +154,12 @@ class Rank:
             self._client.report_failure(message, status=2)
         elif self._is_first_of_host:
             # Every rank of a host has the same error.
-            os.write(self._console, f"sparse-zero: error: {message}\n".encode())
+            self._print_error(message)
         return 2
+
+    def _print_error(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._console, f"sparse-zero: error: {message}\n".encode())
 
     def fail(self, error: Exception) -> int:
         """End all ranks with this rank's exception, unless another failure caused it."""
