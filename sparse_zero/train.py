@@ -19,6 +19,7 @@ if (
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import socket
 import traceback
@@ -28,10 +29,10 @@ from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError, printable
-from sparse_zero.ranks.failures import RankInfo
+from sparse_zero.ranks.failures import RankInfo, describe_lost_launcher
 from sparse_zero.ranks.parent_watch import has_launcher, watch_parent
 from sparse_zero.ranks.placement import Placement
-from sparse_zero.ranks.rank_log import open_rank_log
+from sparse_zero.ranks.rank_log import ignore_lost_console, open_rank_log
 from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
 from sparse_zero.ranks.watchdog_client import WatchdogClient, join_launcher_watchdog, print_outcome
 from sparse_zero.recipe.recipe import Recipe, load_recipe
@@ -105,6 +106,8 @@ class Rank:
         if placement.world_size > 1:
             directory = Path(str(training["output_dir"])) / "logs"
             self._log = open_rank_log(directory, placement.rank, placement.world_size)
+        else:
+            ignore_lost_console()
         me = RankInfo(placement.rank, socket.gethostname(), os.getpid(), str(self._log) if self._log else None)
         settings: dict[str, Any] = {"silence_seconds": launch.silence_seconds, "console": self._console}
         self._client = join_launcher_watchdog(placement, me, self._stop, **settings)
@@ -123,8 +126,8 @@ class Rank:
                 Path(str(training["output_dir"])) / "launch",
                 **settings,
             )
-        if self._client is not None and self._has_launcher:
-            watch_parent(self._parent, self._client.report_lost_launcher, os.environ)
+        if self._has_launcher:
+            watch_parent(self._parent, lambda process: self._lose_launcher(me, process), os.environ)
         rendezvous.init_process_group(
             store,
             placement,
@@ -136,6 +139,14 @@ class Rank:
             rendezvous_seconds=launch.rendezvous_seconds,
             timeout_seconds=float(training.get("ddp_timeout", 1800)),
         )
+
+    def _lose_launcher(self, me: RankInfo, process: int) -> None:
+        """Ask all ranks to save and stop: the launcher of this rank, a process of that id, has ended."""
+        if self._client is not None:
+            self._client.report_lost_launcher(process)
+        else:
+            self._print_error(f"{describe_lost_launcher(me, process)}; the rank is asked to save and stop")
+            self._stop.request()
 
     @property
     def _is_first_of_host(self) -> bool:
@@ -149,8 +160,12 @@ class Rank:
             self._client.report_failure(message, status=2)
         elif self._is_first_of_host:
             # Every rank of a host has the same error.
-            os.write(self._console, f"sparse-zero: error: {printable(message)}\n".encode())
+            self._print_error(message)
         return 2
+
+    def _print_error(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._console, f"sparse-zero: error: {printable(message)}\n".encode())
 
     def fail(self, error: Exception) -> int:
         """End all ranks with this rank's exception, unless another failure caused it."""

@@ -8,6 +8,7 @@ import faulthandler
 import os
 import socket
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
@@ -44,6 +45,7 @@ def open_rank_log(directory: Path, rank: int, world_size: int) -> Path:
         raise UserError(f"training.output_dir: {path}: cannot be written to ({error.strerror})") from None
     faulthandler.enable(descriptor)
     if rank == 0:
+        ignore_lost_console()
         for stream in (sys.stdout, sys.stderr):
             _tee(stream, descriptor)
     else:
@@ -62,31 +64,37 @@ def _count_attempts(path: Path) -> int:
 
 
 def _tee(stream: TextIO, descriptor: int) -> None:
-    # Only its methods are replaced: existing logging handlers refer to the stream, and others read its encoding.
-    to_console, flush_console, to_file = stream.write, stream.flush, _LogFile(descriptor)
+    # Only its method is replaced: existing logging handlers refer to the stream, and others read its encoding.
+    to_console, to_file = stream.write, _LogFile(descriptor)
 
     def write(text: str) -> int:
         to_file.write(text)
+        return to_console(text)
+
+    stream.write = write
+
+
+def ignore_lost_console() -> None:
+    """Let sys.stdout and sys.stderr drop what they get after the process that reads them has ended.
+
+    A launcher that was killed must not stop the training with a BrokenPipeError, nor the save of a checkpoint.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.write = _without_broken_pipe(stream, stream.write)
+        stream.flush = _without_broken_pipe(stream, stream.flush)
+
+
+def _without_broken_pipe(stream: TextIO, method: Callable[..., int | None]) -> Callable[..., int | None]:
+    def call(*text: str) -> int | None:
         try:
-            return to_console(text)
+            return method(*text)
         except BrokenPipeError:
-            _drop_console(stream)
-            return len(text)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            return sum(map(len, text))
 
-    def flush() -> None:
-        try:
-            flush_console()
-        except BrokenPipeError:
-            _drop_console(stream)
-
-    stream.write, stream.flush = write, flush
-
-
-def _drop_console(stream: TextIO) -> None:
-    """The process that read this stream has ended. That must not stop the training, nor the save of a checkpoint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    return call
 
 
 class _LogFile:
