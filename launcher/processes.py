@@ -62,10 +62,11 @@ def run(
         stdout: for the output of the ranks; None: this process's own.
         grace_seconds: how long the ranks may take to save a checkpoint and exit.
 
-    Raises UserError: the command cannot be started.
+    Raises UserError: the command cannot be started, or a file that it reads cannot be written.
     """
     _adopt_orphans()
-    with _signals() as (received, warnings):
+    # Its files are removed whatever signal arrives from here on.
+    with _signals() as (received, warnings), command.written_files():
         # A new session keeps the terminal's Ctrl-C from every Python, each of which would print a traceback.
         process = _start(command, stdout)
         warned: set[psutil.Process] = set()

@@ -50,11 +50,10 @@ def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout:
     try:
         command = launchers.ranks_command(recipe, words, str(watchdog.address), hosts)
         watchdog.on_last_join = command.remove_private_file
-        with command.written_files():
-            # Outside of a Slurm job, srun may wait in the queue for days.
-            if hosts or launch.launcher != "slurm":
-                watchdog.expect(command.world_size, launch.rendezvous_seconds)
-            return processes.run(command, watchdog, stdout, launch.grace_seconds)
+        # Outside of a Slurm job, srun may wait in the queue for days.
+        if hosts or launch.launcher != "slurm":
+            watchdog.expect(command.world_size, launch.rendezvous_seconds)
+        return processes.run(command, watchdog, stdout, launch.grace_seconds)
     finally:
         watchdog.close()
 

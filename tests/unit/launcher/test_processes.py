@@ -215,3 +215,35 @@ def test_torchrun_json_is_alone_on_stdout(start):
     assert status == 0
     assert json.loads(out) == {"accuracy": 0.8}
     assert err.count("progress of rank") == 2
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from launcher import processes
+from launcher.ways.command import Command
+from sparse_zero.ranks import private_files
+from sparse_zero.ranks.watchdog import Watchdog
+
+write = private_files.write
+
+def interrupted(file, text):
+    write(file, text)
+    assert file.stat().st_mode & 0o777 == 0o600
+    os.kill(os.getpid(), int(sys.argv[1]))
+
+private_files.write = interrupted
+watchdog = Watchdog(print, silence_seconds=30)
+command = Command(["sleep", "60"], private={"A": "5ec2e7"}, private_file=Path("launch/environment.n1.1").absolute())
+status = processes.run(command, watchdog).status
+watchdog.close()
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_right_after_a_secret_was_written_leaves_no_file(tmp_path, signum):
+    command = [sys.executable, "-c", INTERRUPTED, str(int(signum))]
+    done = subprocess.run(command, cwd=tmp_path, preexec_fn=reset_signals, timeout=60)
+    assert done.returncode == 128 + signum
+    assert list(tmp_path.iterdir()) == []
