@@ -52,4 +52,6 @@ def _remove_abandoned(file: Path) -> None:
     for other in file.parent.glob(f"{file.name.partition('.')[0]}.*"):
         host, _, process = other.name.partition(".")[2].rpartition(".")
         if host == socket.gethostname() and process.isdigit() and not psutil.pid_exists(int(process)):
-            remove(other)
+            # Its directory stays.
+            with contextlib.suppress(OSError):
+                other.unlink()

@@ -208,7 +208,12 @@ def test_a_run_that_is_interrupted_while_it_starts_leaves_no_file(
     def interrupt(signum: int) -> None:
         before = files()
         run = hosts["n1"].start(*words, cwd=tmp_path, env={"HF_TOKEN": INHERITED})
-        wait_until(lambda: set(files()) - set(before), SECONDS, "the file is written", every=0.005)
+
+        def has_written() -> bool:
+            assert run.status is None, f"{run}\nended ({run.status}); it printed\n{run.output}"
+            return bool(set(files()) - set(before))
+
+        wait_until(has_written, SECONDS, "the file is written", every=0.005)
         run.process.send_signal(signum)
         run.wait(SECONDS, status=None)
         assert run.status != 0

@@ -49,6 +49,11 @@ def test_the_files_of_killed_processes_are_removed_and_no_others(tmp_path: Path)
     file = private_files.own_file(tmp_path, "environment")
     private_files.write(file, "")
     assert {path.name for path in tmp_path.iterdir()} == {*kept, file.name}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / f"environment.{here}.{ended.pid}").touch()
+    private_files.write(file, "")
+    assert list(tmp_path.iterdir()) == [file], "also where nothing else keeps the directory"
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
