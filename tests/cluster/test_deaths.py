@@ -171,7 +171,7 @@ def launching(hosts: Hosts, name: str, program: str) -> psutil.Process:
     for process in hosts[name].processes(program):
         with contextlib.suppress(psutil.NoSuchProcess):
             head = [word.rpartition("/")[2] for word in process.cmdline()[:4]]
-            if program in (process.name(), head[0]) or ("python" in process.name() and program in head):
+            if program == head[0] or (head[0].startswith("python") and program in head):
                 found.append(process)
     return min(found, key=lambda process: (process.create_time(), process.pid))
 
