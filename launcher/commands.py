@@ -4,24 +4,27 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import report
 from launcher.ways.command import Command
 from sparse_zero.errors import UserError, refuse_to_overwrite
-from sparse_zero.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from sparse_zero.recipe.recipe import Recipe
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Start the ranks of a recipe and wait for them, or print the command that would start them."""
     from launcher import supervise
+    from launcher.processes import killed_by
     from launcher.ways import launchers
     from launcher.ways.command import TRAINING_MODULE
-    from sparse_zero.recipe.recipe import load_recipe
+    from sparse_zero.recipe.secrets import hide_values
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = _load_recipe_to_launch(arguments.recipe, arguments.overrides)
     if arguments.find_rate and (arguments.merge or arguments.resume):
         raise UserError("--find-rate: nothing is kept of these steps; leave --merge and --resume out")
     if arguments.resume not in (None, "auto") and not Path(arguments.resume).is_dir():
@@ -31,7 +34,7 @@ def train(arguments: argparse.Namespace) -> int:
         *(["--find-rate"] if arguments.find_rate else []),
         *([f"--resume={arguments.resume}"] if arguments.resume else []),
     ]
-    words = [TRAINING_MODULE, arguments.recipe, *arguments.overrides, *options]
+    words = [TRAINING_MODULE, arguments.recipe, *hide_values(arguments.overrides)[0], *options]
     if arguments.dry_run:
         command = launchers.ranks_command(recipe, words)
         _check_settings(recipe, arguments.json, everything=False)
@@ -46,7 +49,7 @@ def train(arguments: argparse.Namespace) -> int:
     before = _identity(results)
     ending = supervise.run(recipe, words, stdout=sys.stderr if arguments.json else None)
     if ending.status > 128 and not ending.stopped and not ending.is_explained:
-        report.say_error(_killed_by(ending.status - 128))
+        report.say_error(f"a rank {killed_by(ending.status - 128)}")
     if ending.status == 0 and arguments.json:
         if _identity(results) == before:
             raise UserError(f"{results}: the run has finished, but wrote no results")
@@ -54,12 +57,24 @@ def train(arguments: argparse.Namespace) -> int:
     return ending.status
 
 
+def _load_recipe_to_launch(path: str, overrides: list[str]) -> "Recipe":
+    """`load_recipe`, and a warning of each secret in the recipe."""
+    from sparse_zero.recipe.recipe import load_recipe
+    from sparse_zero.recipe.secrets import warnings
+
+    recipe = load_recipe(path, overrides)
+    for warning in warnings(recipe):
+        report.say_warning(f"{path}: {warning}")
+    return recipe
+
+
 def _show(command: Command, as_json: bool) -> None:
     """Print the command that would start the ranks, and the files that it would read."""
     if as_json:
-        report.print_json({"command": command.argv, "environment": command.environment, "files": command.files})
+        shown = {"environment": command.shown_environment(), "files": command.shown_files()}
+        report.print_json({"command": command.argv, **shown})
         return
-    for name, text in command.files.items():
+    for name, text in command.shown_files().items():
         print(f"# {name}\n{text}")
     print(command.shell())
 
@@ -67,14 +82,13 @@ def _show(command: Command, as_json: bool) -> None:
 def submit(arguments: argparse.Namespace) -> int:
     """Submit a run as a Slurm job, or print the script that would be submitted."""
     from launcher.jobs import submit
-    from sparse_zero.recipe.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, "launch.launcher=slurm"])
+    recipe = _load_recipe_to_launch(arguments.recipe, [*arguments.overrides, "launch.launcher=slurm"])
     job = submit.plan(recipe, arguments.recipe, arguments.overrides, arguments.sbatch_options, arguments.merge)
     facts = {"script": str(job.script), "command": job.command.argv, "options": job.options}
     if arguments.dry_run:
         if arguments.json:
-            report.print_json(facts | {"environment": job.command.environment, "text": job.text})
+            report.print_json(facts | {"environment": job.command.shown_environment(), "text": job.text})
         else:
             print(f"{job.text}\n{job.command.shell()}")
         return 0
@@ -153,7 +167,7 @@ def check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_settings(recipe: Recipe, as_json: bool, everything: bool) -> None:
+def _check_settings(recipe: "Recipe", as_json: bool, everything: bool) -> None:
     """Ask the libraries that will read the recipe.
 
     Args: everything: also the data files and the model's configuration. Without it, a line says if this machine does
@@ -354,12 +368,6 @@ def _set_accelerator() -> None:
 def _loader(task: str | None) -> str:
     classes = {"sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
     return classes.get(task, "AutoModel")
-
-
-def _killed_by(signum: int) -> str:
-    names = {known.value: known.name for known in signal.Signals}
-    hint = " (possibly by the kernel, out of memory)" if signum == signal.SIGKILL else ""
-    return f"a rank was killed by {names.get(signum, f'signal {signum}')}{hint}"
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:

@@ -28,6 +28,10 @@ GRACE_SECONDS = 60.0
 """From the first signal to SIGKILL."""
 OUTCOME_SECONDS = 15.0
 """How long the ranks may take to end after the watchdog has told them to end at once."""
+LOST_SECONDS = 1.5
+"""How long after the end of a launcher its ranks count as ending with it. Also the time in which a rank tells more."""
+STACKS_SECONDS = 1.0
+"""How long ranks may take to write their stacks to their logs before they are killed."""
 LAUNCHER_SECONDS = 10.0
 """How long a launcher may take to notice that its ranks have ended. DeepSpeed's launcher polls once a second."""
 
@@ -52,7 +56,8 @@ def run(
     The first signal reaches the ranks of all hosts through `watchdog`; ranks that have not joined it yet get SIGTERM.
     After `grace_seconds`, or at a second signal, all processes that are left are killed. SIGUSR1, a scheduler's
     warning, is passed on in the same way, but nothing is killed. If the watchdog reports a failure, the ranks end by
-    themselves, and a launcher that does not notice is killed.
+    themselves, and a launcher that does not notice is killed. If a launcher ends before its ranks, here or on another
+    host, the ranks are asked to save and stop, as by a signal; this is a failure, unless they all finish.
 
     Call this function from the command line only: it treats every descendant of this process as part of the run.
 
@@ -62,25 +67,33 @@ def run(
         stdout: for the output of the ranks; None: this process's own.
         grace_seconds: how long the ranks may take to save a checkpoint and exit.
 
-    Raises UserError: the command cannot be started.
+    Raises UserError: the command cannot be started, or a file that it reads cannot be written.
     """
     _adopt_orphans()
-    with _signals() as (received, warnings):
+    # Its files are removed whatever signal arrives from here on.
+    with _signals() as (received, warnings), command.written_files():
         # A new session keeps the terminal's Ctrl-C from every Python, each of which would print a traceback.
         process = _start(command, stdout)
         warned: set[psutil.Process] = set()
-        while process.poll() is None and not received and watchdog.outcome is None:
+        while process.poll() is None and not (received or watchdog.outcome or watchdog.lost_launcher):
             time.sleep(POLL_SECONDS)
             if warnings:
                 watchdog.request_stop()
                 _warn(warned, watchdog)
+        if process.poll() is not None and not received:
+            time.sleep(POLL_SECONDS)  # A scheduler's signal to all processes of a job may reach this one last.
         if received:
             watchdog.request_stop()
-        orphans = [] if received or watchdog.outcome else _ranks(_descendants())
+        elif process.poll() is not None:
+            _check_launcher(process, watchdog)
         patience = OUTCOME_SECONDS if watchdog.outcome else grace_seconds
         _end_descendants(received, watchdog, patience)
     status = exit_status(process.wait())
     outcome = watchdog.wait_for_outcome()
+    if watchdog.has_finished:
+        return RunExit(0, stopped=False)
+    if watchdog.lost_launcher and not received:
+        return RunExit(status if status > 128 else 1, stopped=False, is_explained=True)
     if status == STOPPED:
         return RunExit(status, stopped=True)
     if received:
@@ -88,8 +101,33 @@ def run(
     if outcome is not None:
         # If a signal ended a rank, the launcher's status may name the signal; the outcome does not.
         return RunExit(status if status > 128 else outcome.status, stopped=not outcome.is_error, is_explained=True)
-    # DeepSpeed's runner exits with 0 when the launcher below it was killed.
-    return RunExit(1 if orphans and status == 0 else status, stopped=False)
+    return RunExit(status, stopped=False)
+
+
+def _check_launcher(process: subprocess.Popen, watchdog: Watchdog) -> None:
+    """Tell `watchdog` if the launcher, which has ended, was killed or has left ranks behind."""
+    program, *words = process.args
+    module = words[1] if words[:1] == ["-m"] else Path(program).name
+    name = f"{module} (process {process.pid})"
+    if process.returncode < 0:
+        watchdog.lose_launcher(f"{name} {killed_by(-process.returncode)}")
+        return
+    # A rank whose own launcher was killed reports it. DeepSpeed's runner then exits with 0.
+    deadline = time.monotonic() + LOST_SECONDS
+    while _ranks(_descendants()) or watchdog.has_connected_ranks:
+        if watchdog.wait_for_outcome() or watchdog.lost_launcher:
+            return
+        if time.monotonic() > deadline:
+            watchdog.lose_launcher(f"{name} exited with status {process.returncode} before its ranks")
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def killed_by(signum: int) -> str:
+    """What to say of a process that a signal has ended."""
+    names = {known.value: known.name for known in signal.Signals}
+    hint = " (possibly by the kernel, out of memory)" if signum == signal.SIGKILL else ""
+    return f"was killed by {names.get(signum, f'signal {signum}')}{hint}"
 
 
 def _start(command: Command, stdout: TextIO | None) -> subprocess.Popen:
@@ -111,16 +149,22 @@ def exit_status(returncode: int) -> int:
 
 def _end_descendants(received: list[int], watchdog: Watchdog, patience_seconds: float) -> None:
     deadline = time.monotonic() + patience_seconds
+    kill_at: float | None = None
     signalled: set[psutil.Process] = set()
     # After a failure the launchers get time to notice it. After a signal, one that has no rank yet ends at once.
     launchers_deadline = time.monotonic() + LAUNCHER_SECONDS if watchdog.outcome else 0.0
-    while alive := _descendants():
+    while (alive := _descendants()) or (watchdog.lost_launcher and watchdog.has_connected_ranks):
         now = time.monotonic()
         ranks = _ranks(alive)
-        if len(received) > 1 or now > deadline:
+        if now > deadline and kill_at is None:
+            watchdog.end_stuck(patience_seconds)
+            kill_at = now + STACKS_SECONDS
+        if len(received) > 1 or (kill_at is not None and now > kill_at):
             watchdog.end("killed")
             for process in alive:
                 _send(process, signal.SIGKILL)
+            if not alive:
+                break  # ranks of other hosts, whose connections are closed with the watchdog
         # The launchers get no signal while there are ranks: they would kill ranks that are saving. After that they get
         # time to read the exit status of the ranks.
         elif ranks:

@@ -7,14 +7,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sparse_zero.errors import printable
+from sparse_zero.errors import printable, printable_line
 
 PROGRAM = "sparse-zero"
 
 
 def say_error(message: str) -> None:
     """Print `message` on stderr as a single line."""
-    print(f"{PROGRAM}: error: {' '.join(printable(message).split())}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {printable_line(' '.join(message.split()))}", file=sys.stderr)
+
+
+def say_warning(message: str) -> None:
+    """Print `message` on stderr as a single line."""
+    print(f"{PROGRAM}: warning: {printable_line(' '.join(message.split()))}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -136,8 +141,9 @@ def _print_findings(findings: Sequence[Any]) -> None:
             if len(names) <= MAX_NAMES
             else f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more"
         )
-        text = Text(message if remedy is None else f"{message}\n-> {remedy}")
-        table.add_row(Text(severity, style=styles[severity]), check, Text(shown), text)
+        # Hosts answer with what their shells and programs print.
+        text = Text(printable(message if remedy is None else f"{message}\n-> {remedy}"))
+        table.add_row(Text(severity, style=styles[severity]), check, Text(printable(shown)), text)
     _print(table)
 
 
@@ -172,7 +178,7 @@ def _readable(name: str, value: Any) -> str:
         return ", ".join(f"{key} {entry}" for key, entry in value.items())
     if isinstance(value, list | tuple):
         return (" x " if name == "shape" else ", ").join(map(str, value))
-    return str(value)
+    return printable(str(value))
 
 
 def _readable_bytes(count: int) -> str:

@@ -30,6 +30,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
 
     Raises UserError: the ranks cannot be started.
     """
+    output = Path(str(recipe.training["output_dir"]))
     names = hosts = launchers.host_names(recipe)
     for restart in range(1, recipe.launch.max_restarts + 2):
         result = _attempt(recipe, words, hosts, stdout)
@@ -38,9 +39,12 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
         hosts = _hosts_for_restart(recipe, names)
         if names and not hosts:
             break
-        words = _with_resume(words, Path(str(recipe.training["output_dir"])))
+        words = _with_resume(words, output)
         on = f" on {', '.join(hosts)}" if hosts else ""
         _print(f"restarting{on} (restart {restart} of {recipe.launch.max_restarts})")
+    newest = _newest_complete(output)
+    if result.status not in _FINAL and newest is not None:
+        _print(f"the run has not finished; resume it from {newest} with --resume")
     return result
 
 
@@ -49,7 +53,7 @@ def _attempt(recipe: Recipe, words: Sequence[str], hosts: Sequence[str], stdout:
     watchdog = Watchdog(print_outcome, launch.silence_seconds, launchers.watchdog_address(recipe, hosts))
     try:
         command = launchers.ranks_command(recipe, words, str(watchdog.address), hosts)
-        command.write_files()
+        watchdog.on_last_join = command.remove_private_file
         # Outside of a Slurm job, srun may wait in the queue for days.
         if hosts or launch.launcher != "slurm":
             watchdog.expect(command.world_size, launch.rendezvous_seconds)
@@ -81,12 +85,16 @@ def _with_resume(words: Sequence[str], output: Path) -> list[str]:
     """`words` with --resume=auto if the run has a complete checkpoint; else unchanged, so that the run starts as
     before.
     """
-    from sparse_zero.checkpoint.directory import list_checkpoints
-    from sparse_zero.checkpoint.manifest import MANIFEST_NAME
-
-    if not any((checkpoint / MANIFEST_NAME).is_file() for checkpoint in list_checkpoints(output)):
+    if _newest_complete(output) is None:
         return list(words)
     return [word for word in words if not word.startswith("--resume")] + ["--resume=auto"]
+
+
+def _newest_complete(output: Path) -> Path | None:
+    # Not with sparse_zero.checkpoint.directory, which imports torch: after a failure the user waits for this.
+    names = [path.parent.name.removesuffix(".replaced") for path in output.glob("checkpoint-*/manifest.json")]
+    steps = [int(step) for name in names if (step := name.removeprefix("checkpoint-")).isdecimal()]
+    return output / f"checkpoint-{max(steps)}" if steps else None
 
 
 def _print(message: str) -> None:

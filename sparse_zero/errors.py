@@ -1,6 +1,7 @@
 """The exception that the command line prints as a single line, with exit status 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,3 +49,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message: `"; did you mean 'x'?"`, or nothing if no name in `known` is similar."""
     found = nearest(name, known, count=1)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def printable_line(text: str) -> str:
+    """`text` as one line: as `printable`, and tabs and line breaks are escaped too."""
+    return re.sub(r"[\t\n]", _escape, printable(text))
+
+
+def _escape(character: re.Match[str]) -> str:
+    return character[0].encode("unicode_escape").decode()

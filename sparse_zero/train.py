@@ -19,6 +19,7 @@ if (
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import socket
 import traceback
@@ -27,11 +28,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, printable
 from sparse_zero.ranks.caches import use_writable_caches
-from sparse_zero.ranks.failures import RankInfo
+from sparse_zero.ranks.failures import RankInfo, describe_lost_launcher
+from sparse_zero.ranks.parent_watch import has_launcher, watch_parent
 from sparse_zero.ranks.placement import Placement
-from sparse_zero.ranks.rank_log import open_rank_log
+from sparse_zero.ranks.rank_log import ignore_lost_console, open_rank_log
 from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
 from sparse_zero.ranks.watchdog_client import WatchdogClient, join_launcher_watchdog, print_outcome
 from sparse_zero.recipe.recipe import Recipe, load_recipe
@@ -84,6 +86,7 @@ class Rank:
         self._placement: Placement | None = None
         self._client: WatchdogClient | None = None
         self._log: Path | None = None
+        self._parent, self._has_launcher = os.getppid(), has_launcher(os.environ)
         # A log file will replace the descriptors 1 and 2.
         self._console = os.dup(2)
 
@@ -113,6 +116,8 @@ class Rank:
         if placement.world_size > 1:
             directory = Path(str(training["output_dir"])) / "logs"
             self._log = open_rank_log(directory, placement.rank, placement.world_size)
+        else:
+            ignore_lost_console()
         me = RankInfo(placement.rank, socket.gethostname(), os.getpid(), str(self._log) if self._log else None)
         settings: dict[str, Any] = {"silence_seconds": launch.silence_seconds, "console": self._console}
         self._client = join_launcher_watchdog(placement, me, self._stop, **settings)
@@ -123,8 +128,16 @@ class Rank:
         is_watched = self._client is not None
         if not is_watched and placement.world_size > 1:
             self._client = rendezvous.join_rank_zero_watchdog(
-                store, placement, me, self._stop, print_outcome, **settings
+                store,
+                placement,
+                me,
+                self._stop,
+                print_outcome,
+                Path(str(training["output_dir"])) / "launch",
+                **settings,
             )
+        if self._has_launcher:
+            watch_parent(self._parent, lambda process: self._lose_launcher(me, process), os.environ)
         rendezvous.init_process_group(
             store,
             placement,
@@ -136,6 +149,14 @@ class Rank:
             rendezvous_seconds=launch.rendezvous_seconds,
             timeout_seconds=float(training.get("ddp_timeout", 1800)),
         )
+
+    def _lose_launcher(self, me: RankInfo, process: int) -> None:
+        """Ask all ranks to save and stop: the launcher of this rank, a process of that id, has ended."""
+        if self._client is not None:
+            self._client.report_lost_launcher(process)
+        else:
+            self._print_error(f"{describe_lost_launcher(me, process)}; the rank is asked to save and stop")
+            self._stop.request()
 
     @property
     def _is_first_of_host(self) -> bool:
@@ -149,8 +170,12 @@ class Rank:
             self._client.report_failure(message, status=2)
         elif self._is_first_of_host:
             # Every rank of a host has the same error.
-            os.write(self._console, f"sparse-zero: error: {message}\n".encode())
+            self._print_error(message)
         return 2
+
+    def _print_error(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._console, f"sparse-zero: error: {printable(message)}\n".encode())
 
     def fail(self, error: Exception) -> int:
         """End all ranks with this rank's exception, unless another failure caused it."""
@@ -185,9 +210,11 @@ def facts_that_must_match(recipe: Recipe) -> dict[str, str]:
 
 
 def _contents(recipe: Recipe) -> str:
-    """The recipe, with its files' contents instead of their paths, which may differ between hosts."""
+    """The recipe, with its files' contents instead of their paths, which may differ between hosts. Without the values
+    of variables: its checksum is in torch's store, where everyone can read it.
+    """
     contents = {key: Path(name).read_text(encoding="utf-8") for key, name in recipe.files.items()}
-    return recipe.with_files(contents).model_dump_json()
+    return recipe.with_files(contents).model_dump_json(exclude={"launch": {"environment"}})
 
 
 def _end(status: int) -> NoReturn:

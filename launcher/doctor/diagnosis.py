@@ -30,12 +30,13 @@ from launcher.doctor.host_report import Report
 from launcher.doctor.report_collection import HostResponse
 from launcher.jobs import submit
 from launcher.ways import launchers, preflight
-from launcher.ways.command import Command, rank_environment
+from launcher.ways.command import Command, private_variables
 from launcher.ways.hostfile import Host
 from launcher.ways.remote import hosts_of
 from launcher.ways.slurm import ranks_per_node
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.placement import node_address
+from sparse_zero.recipe import secrets
 from sparse_zero.recipe.launch import LaunchSection
 from sparse_zero.recipe.lookup import find_recipe
 from sparse_zero.recipe.recipe import Recipe
@@ -84,13 +85,15 @@ def diagnose(
     found = diagnosis.findings
     found += local_checks.launcher_programs(launch)
     found += local_checks.hidden_settings(os.environ, Path.home())
+    for each in secrets.warnings(recipe) if recipe else []:
+        found.append(warning("environment", *each.split(": ", 1)))
     hosts: list[Host] = []
     try:
         hosts = hosts_to_check(recipe)
     except UserError as problem:
         found.append(error("hostfile", str(problem), "correct launch.hostfile, include, exclude or nodes"))
     try:
-        rank_environment(launch)
+        private_variables(launch)
     except UserError as problem:
         found.append(error("launcher", str(problem), "correct launch.environment"))
     else:

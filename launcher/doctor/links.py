@@ -5,7 +5,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ import psutil
 from launcher.doctor.findings import Finding, error, ok, warning
 from launcher.report import readable
 from launcher.ways.command import SAFE_PATH, Command
+from launcher.ways.local import torchrun_here
 from sparse_zero.ranks.link_probe import MARK, SMALL_BYTES, pairs
+from sparse_zero.ranks.network import free_port
 
 PROBE_SECONDS = 60.0
 """The most that the ranks may take to connect, and again to measure; see sparse_zero.ranks.link_probe."""
@@ -53,7 +54,7 @@ def probe_arguments(use_cpu: bool, seconds: float = PROBE_SECONDS) -> list[str]:
 
 def local_probe_command(ranks: int, use_cpu: bool) -> Command:
     """The command that starts the probe on this machine, without a recipe."""
-    argv = [sys.executable, "-m", "launcher.ways.torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    argv = [*torchrun_here(ranks, free_port()), "-m"]
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **SAFE_PATH}
     return Command([*argv, *probe_arguments(use_cpu)], environment)
 
@@ -64,8 +65,7 @@ def measure(command: Command, seconds: float = 2 * PROBE_SECONDS + _STARTING_SEC
 
     Raises UserError: the launcher's files cannot be written.
     """
-    command.write_files()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with command.written_files(), tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command.argv,
             env=command.environ(),

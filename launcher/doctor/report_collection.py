@@ -14,11 +14,13 @@ from typing import Any
 from launcher.doctor.findings import Finding, error
 from launcher.doctor.host_report import MARK, Report
 from launcher.ways import launchers, reachability
-from launcher.ways.command import rank_environment
+from launcher.ways.command import SAFE_PATH, private_variables
 from sparse_zero.recipe.launch import LaunchSection
 
 TIMEOUT_SECONDS = 120
 """The first import of torch from a shared disk takes a minute."""
+BASH = ("bash", "-c", 'eval "$(cat)"')
+"""Runs the script on its standard input, whose variables a command line would show to every user of the host."""
 _NO_DIRECTORY, _PROLOGUE_FAILED = 71, 72
 """Exit statuses of `_script`."""
 
@@ -35,7 +37,7 @@ class HostResponse:
 
 def collect_here(request: Mapping[str, Any], launch: LaunchSection) -> HostResponse:
     """Collect this machine's own report. Args: request: see `launcher.doctor.host_report`."""
-    return _collect(socket.gethostname(), ["bash", "-c", _script(request, launch)])
+    return _collect(socket.gethostname(), BASH, _script(request, launch))
 
 
 def collect_over_ssh(
@@ -43,12 +45,9 @@ def collect_over_ssh(
 ) -> list[HostResponse]:
     """Collect the reports of `hosts` at the same time. Args: requests: one for each host."""
     commands = [
-        ["bash", "-c", _script(request, launch)]
-        if launchers.starts_here(launch, host)
-        else [*reachability.SSH, host, host_command(request, launch)]
-        for host, request in zip(hosts, requests, strict=True)
+        BASH if launchers.starts_here(launch, host) else [*reachability.SSH, host, shlex.join(BASH)] for host in hosts
     ]
-    return reachability.ask_all(_collect, hosts, commands)
+    return reachability.ask_all(_collect, hosts, commands, [_script(request, launch) for request in requests])
 
 
 def collect_with_srun(nodes: Sequence[str], request: Mapping[str, Any], launch: LaunchSection) -> list[HostResponse]:
@@ -57,20 +56,16 @@ def collect_with_srun(nodes: Sequence[str], request: Mapping[str, Any], launch: 
 
     Raises UserError, as the other two functions do: `launch.environment` passes on a variable that is not set.
     """
-    script = ["bash", "-c", _script(request, launch)]
-    commands = [[*reachability.SRUN, f"--nodelist={node}", *script] for node in nodes]
-    return reachability.ask_all(_collect, nodes, commands)
-
-
-def host_command(request: Mapping[str, Any], launch: LaunchSection) -> str:
-    """The argument of ssh that runs the report in this working directory, in the environment of the ranks."""
-    return f"bash -c {shlex.quote(_script(request, launch))}"
+    commands = [[*reachability.SRUN, f"--nodelist={node}", *BASH] for node in nodes]
+    return reachability.ask_all(_collect, nodes, commands, [_script(request, launch)] * len(nodes))
 
 
 def _script(request: Mapping[str, Any], launch: LaunchSection) -> str:
-    """A bash script that does the same as launcher.ways.command.wrapped, and whose exit status says what failed."""
+    """A script for BASH that makes the report in this working directory, in the environment of the ranks. It does the
+    same as launcher.ways.command.wrapped, and its exit status says what failed.
+    """
     inherited = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
-    variables = {**inherited, **rank_environment(launch)}
+    variables = {**inherited, **SAFE_PATH, **private_variables(launch)}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     python = [*launch.container, sys.executable, "-m", "launcher.doctor.host_report", json.dumps(request)]
     lines = [f"cd {shlex.quote(str(Path.cwd()))} || exit {_NO_DIRECTORY}", *exports]
@@ -79,9 +74,9 @@ def _script(request: Mapping[str, Any], launch: LaunchSection) -> str:
     return "\n".join([*lines, f"exec {shlex.join(python)}"])
 
 
-def _collect(host: str, command: Sequence[str]) -> HostResponse:
+def _collect(host: str, command: Sequence[str], script: str) -> HostResponse:
     before = time.time()
-    done = reachability.run(command, TIMEOUT_SECONDS)
+    done = reachability.run(command, TIMEOUT_SECONDS, stdin=script)
     after = time.time()
     for report in _reports(done.stdout):
         return HostResponse(report, clock_offset=clock_offset(before, *report["clock"], after))

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from launcher.ways.slurm import option_words
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.launch import SlurmOptions
+from sparse_zero.recipe.names import has_control_character
 
 ANY_SCRIPT = r"""#!/bin/bash
 @ABOUT@
@@ -91,7 +92,7 @@ def batch_script(
         preparation: shell lines before the prologue, for scripts that have arguments.
 
     Raises:
-        UserError: an option contains a line break.
+        UserError: an option contains a line break or another control character.
     """
     parts = {
         "ABOUT": "\n".join(f"# {line}".rstrip() for line in about.split("\n")),
@@ -103,7 +104,7 @@ def batch_script(
 
 
 def _quoted(name: str, value: str) -> str:
-    if "\n" in value:
+    if has_control_character(value):
         raise UserError(f"--{name}: an option of sbatch must be one line, not {value!r}")
     # Unlike a shell, sbatch treats a backslash inside quotes as an escape.
     return shlex.quote(value).replace("\\", "\\\\")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparse_zero.errors import UserError
+from sparse_zero.recipe.names import is_option
 
 if TYPE_CHECKING:
     from sparse_zero.recipe.launch import SlurmOptions
@@ -42,7 +43,7 @@ def split_words(words: Sequence[str]) -> "tuple[SlurmOptions, list[str]]":
     """Split the command line of `sparse-zero submit` into options of sbatch and the other words. A flag is true.
 
     Raises:
-        UserError: a short option, or an override with dashes.
+        UserError: a short option, an override with dashes, or a name that no option has.
     """
     options: SlurmOptions = {}
     others: list[str] = []
@@ -56,6 +57,8 @@ def split_words(words: Sequence[str]) -> "tuple[SlurmOptions, list[str]]":
             raise UserError(f"{word}: use the long names of sbatch's options, as in --partition NAME")
         elif equals and "." in name:
             raise UserError(f"{word}: write an override without dashes: {word.lstrip('-')}")
+        elif not is_option(name):
+            raise UserError(f"{word!r}: no option of sbatch has such a name; write --NAME=VALUE")
         elif equals:
             options[name] = value
         elif name in FLAGS or not rest or rest[0].startswith("--"):

@@ -18,6 +18,7 @@ from launcher.ways.slurm import option_words
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.launch import SlurmOptions
 from sparse_zero.recipe.recipe import Recipe
+from sparse_zero.recipe.secrets import hide_values
 
 SCRIPT_NAME = "submit.sbatch"
 
@@ -71,6 +72,9 @@ def plan(
     """
     output = Path(str(recipe.training["output_dir"]))
     options = _options(recipe, output, given or {})
+    # The values of variables reach the job in its environment, and not in the script.
+    overrides, names = hide_values(overrides)
+    private = {name: value for name in names if (value := recipe.launch.environment[name]) is not None}
     words = [path, *overrides, *(["--merge"] if merge else [])]
     about = shlex.join(["sparse-zero", "submit", *words, *option_words(given or {})])
     train = shlex.join([*_this_program(), "train", *words])
@@ -78,7 +82,7 @@ def plan(
     script = _place(output, text)
     # Variables of the user's shell would override the script.
     removed = {name: None for name in map(_variable, options) if name in os.environ}
-    return Job(script, text, Command(["sbatch", "--parsable", str(script)], removed), options)
+    return Job(script, text, Command(["sbatch", "--parsable", str(script)], removed, private=private), options)
 
 
 def submit(job: Job) -> Submission:

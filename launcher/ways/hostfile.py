@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.recipe.names import is_host
 
 _LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots=(?P<slots>\d+)")
 
@@ -45,7 +46,12 @@ def read_hostfile(path: str | Path) -> list[Host]:
             continue
         match = _LINE.fullmatch(line)
         if match is None or int(match["slots"]) < 1:
-            raise UserError(f"{path}: line {number}: '{line}' is not of the form 'HOST slots=N', with N at least 1")
+            raise UserError(f"{path}: line {number}: {line!r} is not of the form 'HOST slots=N', with N at least 1")
+        if not is_host(match["name"]):
+            raise UserError(
+                f"{path}: line {number}: {match['name']!r} cannot be a host: use letters, digits, '.', '-' and '_', "
+                "with a letter or digit in front"
+            )
         if match["name"] in hosts:
             raise UserError(f"{path}: line {number}: host {match['name']} is listed twice")
         hosts[match["name"]] = Host(match["name"], int(match["slots"]))

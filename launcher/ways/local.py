@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from launcher.ways import devices
-from launcher.ways.command import Command, rank_environment, wrapped
+from launcher.ways.command import ONE_MACHINE, SAFE_PATH, Command, private_variables, wrapped
 from sparse_zero.ranks.network import free_port
 from sparse_zero.recipe.launch import LaunchSection
 
@@ -20,10 +20,12 @@ def local_command(launch: LaunchSection, words: list[str], use_cpu: bool, watch:
     ranks = devices.count_ranks(launch.processes_per_node, accelerators)
     build = {"deepspeed": _deepspeed, "torchrun": _torchrun, "local": _direct}[launch.launcher]
     command = build(ranks, accelerators, launch, words)
-    command.environment.update(rank_environment(launch, watch))
-    if ranks > 1 and not accelerators and "OMP_NUM_THREADS" not in {**os.environ, **command.environment}:
-        command.environment["OMP_NUM_THREADS"] = threads_per_rank(ranks)
-    return Command(wrapped(command.argv, launch), command.environment, world_size=ranks)
+    private = private_variables(launch, watch)
+    environment = {**command.environment, **SAFE_PATH}
+    if ranks > 1 and not accelerators and "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = threads_per_rank(ranks)
+    environment = {name: value for name, value in environment.items() if name not in private}
+    return Command(wrapped(command.argv, launch), environment, world_size=ranks, private=private)
 
 
 def threads_per_rank(ranks: int) -> str:
@@ -64,10 +66,14 @@ def _deepspeed(ranks: int, accelerators: int, launch: LaunchSection, words: list
 
 
 def _torchrun(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:
-    port = launch.master_port
-    rendezvous = ["--standalone"] if port == "auto" else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    torchrun = [sys.executable, "-m", "launcher.ways.torchrun", *rendezvous, "--nproc-per-node", str(ranks)]
-    return Command([*torchrun, *launch.launcher_args, "-m", *words])
+    return Command([*torchrun_here(ranks, choose_port(launch)), *launch.launcher_args, "-m", *words])
+
+
+def torchrun_here(ranks: int, port: int) -> list[str]:
+    """The command of a single agent. Args: port: of rank 0's store."""
+    # With --standalone, the agent would serve a store without authentication on all interfaces.
+    rendezvous = ["--rdzv-backend", ONE_MACHINE, "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    return [sys.executable, "-m", "launcher.ways.torchrun", *rendezvous, "--nproc-per-node", str(ranks)]
 
 
 def _direct(ranks: int, accelerators: int, launch: LaunchSection, words: list[str]) -> Command:

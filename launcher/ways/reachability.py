@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from sparse_zero.errors import printable_line
+
 CONNECT_SECONDS = 10
 SSH = (
     *("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "LogLevel=ERROR"),
@@ -36,7 +38,8 @@ def _unreachable(names: Sequence[str], command: Callable[[str], list[str]]) -> d
 def _problem(done: subprocess.CompletedProcess) -> str | None:
     if done.returncode == 0:
         return None
-    return (done.stderr.strip().splitlines() or [f"{done.args[0]} exited with status {done.returncode}"])[-1]
+    last = (done.stderr.strip().splitlines() or [f"{done.args[0]} exited with status {done.returncode}"])[-1]
+    return printable_line(last)
 
 
 def ask_all(ask: Callable[..., Answer], *questions: Sequence) -> list[Answer]:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher.ways.command import Command, rank_environment, wrapped
+from launcher.ways.command import SAFE_PATH, Command, private_variables, wrapped
 from launcher.ways.local import threads_per_rank
 from sparse_zero.recipe.launch import LaunchSection, SlurmOptions
 
@@ -38,14 +38,17 @@ def slurm_command(
     else:
         argv += option_words(launch.slurm)
     argv += [*launch.launcher_args, *wrapped([sys.executable, "-u", "-m", *words], launch)]
-    environment: dict[str, str | None] = dict(rank_environment(launch, watch))
-    if use_cpu and per_node > 1 and "OMP_NUM_THREADS" not in {**os.environ, **environment}:
+    private = private_variables(launch, watch)
+    environment: dict[str, str | None] = dict(SAFE_PATH)
+    if use_cpu and per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = job.get("SLURM_CPUS_PER_TASK") or threads_per_rank(per_node)
+    environment = {name: value for name, value in environment.items() if name not in private}
     if launch.master_port != "auto":
         environment["MASTER_PORT"] = str(launch.master_port)
     if launch.master_addr:
         environment["MASTER_ADDR"] = launch.master_addr
-    return Command(argv, environment, world_size=count * per_node)
+    private = {name: value for name, value in private.items() if name not in environment}
+    return Command(argv, environment, world_size=count * per_node, private=private)
 
 
 def ranks_per_node(launch: LaunchSection, job: Mapping[str, str]) -> int:

@@ -52,6 +52,7 @@ class Outcome:
     """False if a rank exited on request."""
 
 
+KILLED = "was killed (possibly out of memory) or crashed"
 DIED = "exited unexpectedly: killed (possibly out of memory) or crashed"
 
 _GONE: Sequence[Kind] = ("died", "unreachable", "missing")
@@ -84,6 +85,27 @@ def find_root_cause(failures: Sequence[Failure], ranks: Mapping[int, RankInfo], 
         return Outcome(f"{where}{first.message}", first.status, reporters)
     message = f"{_name(first.rank, ranks)} failed: {first.message}{_log(first.rank, ranks)}"
     return Outcome(message, first.status, (first.rank,), first.traceback)
+
+
+def describe_lost_launcher(rank: RankInfo, process: int) -> str:
+    """What to say of a launcher that has ended before its rank. Args: process: the launcher's process id."""
+    return f"the launcher of rank {rank.rank} on {rank.host} (process {process}) {KILLED}"
+
+
+def describe_stuck(stuck: Sequence[int], silent: Sequence[int], ranks: Mapping[int, RankInfo], seconds: float) -> str:
+    """What to say of ranks that are killed because they have not stopped in time.
+
+    Args:
+        stuck: these ranks; at least one.
+        silent: those of them that have not answered the request to stop. The others may only be waiting for them.
+        seconds: how long they had.
+    """
+    named = silent or stuck
+    did = "did not answer the request to stop" if silent else "did not stop"
+    log = _log(named[0], ranks)
+    if not silent and log:
+        log = f"; the log of each rank has its Python stacks, as {ranks[named[0]].log}"
+    return f"{_names(named, ranks)} {did} within {seconds:g} s (launch.grace_seconds): all ranks are killed{log}"
 
 
 def unreachable_message(seconds: float) -> str:

@@ -4,6 +4,8 @@ import socket
 
 import psutil
 
+LOOPBACK = "127.0.0.1"
+
 
 def free_port() -> int:
     """A TCP port that no process on this host uses."""

@@ -54,6 +54,11 @@ class Placement:
         """The placement of a run that has only one rank."""
         return cls(0, 1, 0, 1, "127.0.0.1", free_port())
 
+    @property
+    def is_on_one_host(self) -> bool:
+        """Whether all ranks are on this host."""
+        return self.world_size == self.local_world_size
+
     def export(self) -> None:
         """Set the environment variables that torch, Accelerate and DeepSpeed read."""
         os.environ.update(

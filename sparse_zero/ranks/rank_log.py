@@ -8,6 +8,7 @@ import faulthandler
 import os
 import socket
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
@@ -44,6 +45,7 @@ def open_rank_log(directory: Path, rank: int, world_size: int) -> Path:
         raise UserError(f"training.output_dir: {path}: cannot be written to ({error.strerror})") from None
     faulthandler.enable(descriptor)
     if rank == 0:
+        ignore_lost_console()
         for stream in (sys.stdout, sys.stderr):
             _tee(stream, descriptor)
     else:
@@ -70,6 +72,29 @@ def _tee(stream: TextIO, descriptor: int) -> None:
         return to_console(text)
 
     stream.write = write
+
+
+def ignore_lost_console() -> None:
+    """Let sys.stdout and sys.stderr drop what they get after the process that reads them has ended.
+
+    A launcher that was killed must not stop the training with a BrokenPipeError, nor the save of a checkpoint.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.write = _without_broken_pipe(stream, stream.write)
+        stream.flush = _without_broken_pipe(stream, stream.flush)
+
+
+def _without_broken_pipe(stream: TextIO, method: Callable[..., int | None]) -> Callable[..., int | None]:
+    def call(*text: str) -> int | None:
+        try:
+            return method(*text)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            return sum(map(len, text))
+
+    return call
 
 
 class _LogFile:

@@ -5,15 +5,11 @@ others fail with exceptions of their own. Here, every rank has a TCP connection 
 started the run or in rank 0. The kernel closes the connection of a process that has died, and answers keepalive probes
 for a process that is busy; a lost host does not answer. So the ranks need not send heartbeats, and none can be late.
 
-Messages are lines of JSON. From a rank: hello, failure, bye. To a rank: all-joined, stop, outcome, bye.
+Messages (see `messages`) from a rank: hello, failure, stopping, lost-launcher, bye. To a rank: welcome, all-joined,
+stop, outcome, bye.
 """
 
 import contextlib
-import errno
-import hmac
-import json
-import resource
-import secrets
 import selectors
 import socket
 import threading
@@ -21,17 +17,30 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sparse_zero.ranks.failures import Failure, Outcome, RankInfo, find_root_cause
+from sparse_zero.errors import printable, printable_line
+from sparse_zero.ranks.connection import Connection
+from sparse_zero.ranks.failures import (
+    Failure,
+    Kind,
+    Outcome,
+    RankInfo,
+    describe_lost_launcher,
+    describe_stuck,
+    find_root_cause,
+)
+from sparse_zero.ranks.messages import random_text
+from sparse_zero.ranks.sockets import enable_keepalive, is_unreachable, raise_open_files_limit
 
 SETTLE_SECONDS = 0.4
 """Time from the first failure to the outcome. A launcher may kill the other ranks within a second."""
-_MAX_OPEN_FILES = 1 << 16
-_MAX_LINE_BYTES = 1 << 20
-"""The longest message is a traceback."""
+_STRANGER_SECONDS = 60.0
+"""How long a connection may take to introduce itself, if there are others."""
+_MAX_STRANGERS = 8192
+"""The most connections that have not introduced themselves. There may be as many ranks at once."""
 
 
 class Address(NamedTuple):
-    """Where a watchdog listens, and the secret that ranks must send to it."""
+    """Where a watchdog listens, and the secret that ranks must know."""
 
     host: str
     port: int
@@ -47,97 +56,61 @@ class Address(NamedTuple):
         return cls(host, int(port), token)
 
 
-def enable_keepalive(connection: socket.socket, silence_seconds: float) -> None:
-    """Make the kernel close a connection whose other host does not answer for `silence_seconds`."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probes = 4
-    options = {
-        "TCP_KEEPIDLE": max(1, round(silence_seconds / 3)),
-        "TCP_KEEPINTVL": max(1, round(silence_seconds * 2 / 3 / probes)),
-        "TCP_KEEPCNT": probes,
-        # For sent data without an acknowledgement, during which there are no keepalive probes
-        "TCP_USER_TIMEOUT": round(silence_seconds * 1000),
-    }
-    for name, value in options.items():
-        if hasattr(socket, name):  # not on every system
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def is_unreachable(error: OSError) -> bool:
-    """Whether a connection broke because the other host does not answer, not because the other process has ended."""
-    return error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
-
-
-class _Connection:
-    """A connection to a rank: assembles received bytes into messages."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self.info: RankInfo | None = None
-        """None until the rank has introduced itself."""
-        self.has_left = False
-        self._received = b""
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """Read what has arrived.
-
-        Returns:
-            The complete messages; None at the end of the stream.
-
-        Raises:
-            OSError: the connection broke.
-            ValueError: the data is not a message.
-        """
-        data = self.socket.recv(1 << 16)
-        if not data:
-            return None
-        *lines, self._received = (self._received + data).split(b"\n")
-        if len(self._received) > (_MAX_LINE_BYTES if self.info else 4096):
-            raise ValueError("the line is too long for a message")
-        return [json.loads(line) for line in lines]
-
-    def send(self, message: dict[str, Any]) -> None:
-        # Messages are short, so the kernel accepts them at once. A broken connection is noticed by `receive`.
-        with contextlib.suppress(OSError):
-            self.socket.send(json.dumps(message).encode() + b"\n")
-
-
-def _raise_open_files_limit() -> None:
-    """Allow one connection for each rank. The usual soft limit is 1,024 open files; the hard limit is far above it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+def _failure(rank: int, kind: Kind, message: dict[str, Any]) -> Failure:
+    """The failure that a rank reports. It ends the other ranks, so its status is never that of a success."""
+    status = int(message["status"])
+    return Failure(
+        rank,
+        kind,
+        printable(str(message["message"])),
+        printable(str(message.get("traceback", ""))),
+        status if 0 < status < 256 else 1,
+    )
 
 
 class Watchdog:
     """Accepts the connections of the ranks of one run, in its own thread.
 
     Args:
-        on_outcome: called once with the outcome, in the watchdog's thread, before the ranks are told to exit.
+        on_outcome: called with the outcome, in the watchdog's thread, before the ranks are told to exit; before that
+            also with the reason of a lost launcher, after which the ranks save and stop.
         silence_seconds: time without an answer after which a host counts as lost.
         host: the name or address under which the ranks connect.
+        token: the secret of the run; None: a new one.
     """
 
-    def __init__(self, on_outcome: Callable[[Outcome], None], silence_seconds: float, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        on_outcome: Callable[[Outcome], None],
+        silence_seconds: float,
+        host: str = "127.0.0.1",
+        token: str | None = None,
+    ) -> None:
         self.ranks: dict[int, RankInfo] = {}
         """All ranks that have joined, by number."""
         self.outcome: Outcome | None = None
+        self.on_last_join: Callable[[], None] = lambda: None
+        """Called when no rank is to join any more: all have joined, or the run ends. May be called several times."""
+        self.lost_launcher: str | None = None
+        """Why the ranks have to stop: a launcher has ended before them."""
         self._on_outcome, self._silence_seconds = on_outcome, silence_seconds
         self._world_size: int | None = None
         self._join_seconds = 0.0
         self._join_deadline: float | None = None
-        self._connections: dict[socket.socket, _Connection] = {}
+        self._connections: dict[socket.socket, Connection] = {}
+        self._strangers: dict[Connection, None] = {}
+        """Those that have not introduced themselves, the oldest first."""
         self._failures: list[Failure] = []
+        self._finished: set[int] = set()
         self._outcome_at: float | None = None
         self._is_stopping = False
         self._is_closing = False
         self._lock = threading.RLock()
-        _raise_open_files_limit()
+        raise_open_files_limit()
         # Listen on all interfaces: other hosts may know this host by another name than it has for itself.
         local = host in ("127.0.0.1", "localhost")
         self._listener = socket.create_server(("127.0.0.1" if local else "", 0), backlog=4096)
-        self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
+        self.address = Address(host, self._listener.getsockname()[1], token or random_text())
         self._listener.setblocking(False)
         self._waker, self._wake = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -178,10 +151,38 @@ class Watchdog:
                 self._is_stopping = True
                 self._broadcast({"type": "stop"})
 
+    def lose_launcher(self, reason: str) -> None:
+        """Ask all ranks to save and exit because a launcher has ended before them. Only the first reason counts."""
+        with self._lock:
+            if self.lost_launcher is None and self.outcome is None and not self.has_finished:
+                self.lost_launcher = reason
+                message = f"{reason}; the ranks are asked to save and stop"
+                with contextlib.suppress(OSError, ValueError):
+                    self._on_outcome(Outcome(message, 1, ()))
+                self.request_stop()
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether all ranks have left with status 0: the run has come to its end."""
+        with self._lock:
+            return self._world_size is not None and len(self._finished) == self._world_size
+
     def end(self, message: str, status: int = 1) -> None:
         """End all ranks now. `on_outcome` is not called."""
         with self._lock:
             self._set_outcome(Outcome(message, status, ()))
+
+    def end_stuck(self, seconds: float) -> None:
+        """End all ranks, which have not stopped, and name them. Args: seconds: how long they had to stop."""
+        with self._lock:
+            connected = [each for each in self._connections.values() if each.info and not each.has_left]
+            if self.outcome is None and connected:
+                stuck = sorted(each.info.rank for each in connected)
+                silent = sorted(each.info.rank for each in connected if not each.is_stopping)
+                outcome = Outcome(describe_stuck(stuck, silent, self.ranks, seconds), 1, tuple(silent or stuck))
+                with contextlib.suppress(OSError, ValueError):
+                    self._on_outcome(outcome)
+                self._set_outcome(outcome, with_stacks=True)
 
     def wait_for_outcome(self) -> Outcome | None:
         """The outcome. If a failure is being examined, wait for the result; None if there was no failure."""
@@ -206,11 +207,12 @@ class Watchdog:
                     self._accept()
                 elif key.fileobj is self._waker:
                     self._waker.recv(64)
-                else:
+                elif key.fileobj in self._connections:
                     self._read(self._connections[key.fileobj])
             self._check_deadlines()
         with self._lock:
             self._broadcast({"type": "bye"})
+        self.on_last_join()
         for each in (*self._connections, self._listener, self._waker):
             each.close()
         self._selector.close()
@@ -246,10 +248,17 @@ class Watchdog:
             return
         connection.setblocking(False)
         enable_keepalive(connection, self._silence_seconds)
-        self._connections[connection] = _Connection(connection)
+        with self._lock:
+            self._connections[connection] = Connection(connection, self.address.token)
+        self._strangers[self._connections[connection]] = None
         self._selector.register(connection, selectors.EVENT_READ)
+        while (oldest := next(iter(self._strangers))).accepted_at < time.monotonic() - _STRANGER_SECONDS or (
+            len(self._strangers) > _MAX_STRANGERS
+        ):
+            # Whoever does not know the secret must not use up the open files.
+            self._close(oldest)
 
-    def _read(self, connection: _Connection) -> None:
+    def _read(self, connection: Connection) -> None:
         unreachable = False
         try:
             messages = connection.receive()
@@ -263,25 +272,40 @@ class Watchdog:
         except (ValueError, KeyError, TypeError, RecursionError):
             messages = None  # not a rank of this run
         if messages is None:
-            self._selector.unregister(connection.socket)
-            connection.socket.close()
+            self._close(connection)
             with self._lock:
-                del self._connections[connection.socket]
                 if connection.info and not connection.has_left and not self._is_closing:
                     self._add_failure(Failure(connection.info.rank, "unreachable" if unreachable else "died"))
 
-    def _handle(self, connection: _Connection, message: dict[str, Any]) -> None:
+    def _close(self, connection: Connection) -> None:
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        self._strangers.pop(connection, None)
+        with self._lock:
+            del self._connections[connection.socket]
+
+    def _handle(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Args: message: its sender knows the secret of the run."""
         kind = message["type"]
-        if kind == "hello" and hmac.compare_digest(message["token"], self.address.token):
-            connection.info = RankInfo(int(message["rank"]), message["host"], int(message["pid"]), message["log"])
+        if kind == "hello" and connection.info is None:
+            log = message["log"]
+            connection.info = RankInfo(
+                int(message["rank"]),
+                printable_line(str(message["host"])),
+                int(message["pid"]),
+                None if log is None else printable_line(str(log)),
+            )
             self._world_size = int(message["world_size"])
             self.ranks[connection.info.rank] = connection.info
+            self._strangers.pop(connection, None)
+            connection.send({"type": "welcome"})
             if self.outcome is not None:
                 connection.send({"type": "outcome", "status": self.outcome.status})
             elif self._is_stopping:
                 connection.send({"type": "stop"})
             if len(self.ranks) == self._world_size:
                 self._join_deadline = None
+                self.on_last_join()
                 reporter = self._fallback_reporter()
                 self._broadcast(
                     {"type": "all-joined", "rank_0_host": self.ranks[0].host, "fallback_reporter": reporter}
@@ -289,13 +313,19 @@ class Watchdog:
         elif connection.info is None:
             raise ValueError("the sender has not introduced itself")
         elif kind == "failure":
-            words = (message["kind"], message["message"], message["traceback"], message["status"])
-            self._add_failure(Failure(connection.info.rank, *words))
+            self._add_failure(_failure(connection.info.rank, message["kind"], message))
+        elif kind == "stopping":
+            connection.is_stopping = True
+        elif kind == "lost-launcher":
+            self.lose_launcher(describe_lost_launcher(connection.info, int(message["process"])))
         elif kind == "bye":
             connection.has_left = True
-            if message["message"]:
-                failure = Failure(connection.info.rank, "stopped", message["message"], status=message["status"])
-                self._add_failure(failure)
+            if message["message"] or len(self.ranks) != self._world_size:
+                # No rank has done its work before all have joined.
+                message["message"] = message["message"] or "left before all ranks had joined"
+                self._add_failure(_failure(connection.info.rank, "stopped", message))
+            elif message["status"] == 0:
+                self._finished.add(connection.info.rank)
 
     def _fallback_reporter(self) -> int:
         """The rank that tells the user if the watchdog's process dies: the first one on another host than rank 0, or
@@ -311,10 +341,12 @@ class Watchdog:
             if self._outcome_at is None:
                 self._outcome_at = time.monotonic() + SETTLE_SECONDS
 
-    def _set_outcome(self, outcome: Outcome) -> None:
+    def _set_outcome(self, outcome: Outcome, with_stacks: bool = False) -> None:
         if self.outcome is None:
             self.outcome = outcome
-            self._broadcast({"type": "outcome", "status": outcome.status})
+            self.on_last_join()
+            stacks = {"with_stacks": True} if with_stacks else {}
+            self._broadcast({"type": "outcome", "status": outcome.status, **stacks})
 
     def _broadcast(self, message: dict[str, Any]) -> None:
         connected = [each for each in self._connections.values() if each.info and not each.has_left]

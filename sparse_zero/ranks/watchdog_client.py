@@ -1,6 +1,7 @@
 """A rank's connection to the watchdog: it joins, reports failures, and exits when the watchdog ends the run."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import socket
@@ -9,11 +10,13 @@ import threading
 import time
 from typing import Any, Literal
 
-from sparse_zero.errors import UserError
-from sparse_zero.ranks.failures import DIED, Outcome, RankInfo, unreachable_message
+from sparse_zero.errors import UserError, printable
+from sparse_zero.ranks.failures import DIED, KILLED, Outcome, RankInfo, describe_lost_launcher, unreachable_message
+from sparse_zero.ranks.messages import Messages, random_text
 from sparse_zero.ranks.placement import Placement
+from sparse_zero.ranks.sockets import enable_keepalive, is_unreachable
 from sparse_zero.ranks.stop_signals import StopRequest
-from sparse_zero.ranks.watchdog import Address, Watchdog, enable_keepalive, is_unreachable
+from sparse_zero.ranks.watchdog import Address, Watchdog
 
 WATCH_VARIABLE = "SPARSE_ZERO_WATCH"
 """The environment variable in which `sparse-zero train` gives its ranks the address of the watchdog."""
@@ -52,7 +55,7 @@ class WatchdogClient:
             watchdog: the watchdog itself, if this rank runs it.
 
         Raises:
-            UserError: no connection within `connect_seconds`.
+            UserError: no connection within `connect_seconds`, or the other end does not know the secret of the run.
         """
         self._info, self._stop, self._owner, self._console = info, stop, owner, console
         self._silence_seconds = silence_seconds
@@ -63,16 +66,10 @@ class WatchdogClient:
         self._lock = threading.RLock()  # a signal may arrive while a message is sent
         self._connection = _connect(address, connect_seconds)
         enable_keepalive(self._connection, silence_seconds)
-        self._send(
-            type="hello",
-            token=address.token,
-            rank=info.rank,
-            world_size=world_size,
-            host=info.host,
-            pid=info.pid,
-            log=info.log,
-        )
+        self._lines = self._connection.makefile("rb")
+        self._messages: Messages | None = None
         stop.before_exit = self.leave
+        self._introduce(address, world_size, connect_seconds)
         threading.Thread(target=self._listen, name="watchdog-client", daemon=True).start()
 
     def report_failure(self, message: str, traceback: str = "", status: int = 1) -> None:
@@ -91,6 +88,20 @@ class WatchdogClient:
         self._has_ended.wait(_OUTCOME_SECONDS)
         self._print_error(f"rank {self._info.rank} on {self._info.host}: {message}")
 
+    def report_lost_launcher(self, process: int) -> None:
+        """Tell the watchdog that this rank's launcher has ended, and request a stop.
+
+        Args:
+            process: the launcher's process id.
+        """
+        if self._has_left:
+            return
+        if self._watchdog is not None:
+            # The message could come too late: outside training a stop request ends this process at once.
+            self._watchdog.lose_launcher(describe_lost_launcher(self._info, process))
+        self._send(type="lost-launcher", process=process)
+        self._stop.request()
+
     def leave(self, status: int = 0, message: str = "") -> None:
         """Announce that this rank exits.
 
@@ -106,18 +117,40 @@ class WatchdogClient:
             self._watchdog.close()
         self._send(type="bye", status=status, message=message)
 
+    def _introduce(self, address: Address, world_size: int, seconds: float) -> None:
+        """Join, and make sure that the other end is the watchdog of this run."""
+        info = {"rank": self._info.rank, "host": self._info.host, "pid": self._info.pid, "log": self._info.log}
+        self._connection.settimeout(seconds)
+        try:
+            challenge, nonce = str(json.loads(self._lines.readline(4096))["challenge"]), random_text()
+            self._messages = Messages(address.token, challenge, nonce, "rank")
+            self._connection.sendall(json.dumps({"nonce": nonce}).encode() + b"\n")
+            self._send(type="hello", world_size=world_size, **info)
+            self._messages.read(self._lines.readline(4096))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{self._info.host}: the program at {address.host}:{address.port} is not the watchdog of this run: it "
+                "has ended, or another program uses its port; start the run again"
+            ) from None
+        self._connection.settimeout(None)
+
     def _send(self, **message: object) -> None:
+        if self._messages is None:
+            return
         with contextlib.suppress(OSError), self._lock:
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
+            self._connection.sendall(self._messages.write(message))
 
     def _listen(self) -> None:
         try:
-            with self._connection.makefile("r", encoding="utf-8") as lines:
-                for line in lines:
-                    message = json.loads(line)
+            with self._lines:
+                for line in self._lines:
+                    message = self._messages.read(line)
                     if message["type"] == "outcome":
-                        self._exit(message["status"])
+                        if message.get("with_stacks"):
+                            self._write_stacks()
+                        self._exit(message["status"] or 1)
                     elif message["type"] == "stop":
+                        self._send(type="stopping")
                         self._stop.request()
                     elif message["type"] == "all-joined":
                         self._rank_0_host = message["rank_0_host"]
@@ -127,6 +160,9 @@ class WatchdogClient:
             self._handle_lost_watchdog(unreachable=False)
         except OSError as error:
             self._handle_lost_watchdog(unreachable=is_unreachable(error))
+        except ValueError:
+            # Not a message of the watchdog: someone interferes with the connection.
+            self._handle_lost_watchdog(unreachable=False)
         finally:
             self._has_ended.set()
 
@@ -137,6 +173,8 @@ class WatchdogClient:
         if self._owner == "launcher":
             if not unreachable:
                 # A killed launcher means that the run should end, but its work need not be lost.
+                if self._info.rank == 0:
+                    self._print_error(f"the command that started this run {KILLED}; the ranks save and stop")
                 self._stop.request()
                 return
             if self._info.rank == 0:
@@ -146,9 +184,15 @@ class WatchdogClient:
             self._print_error(f"rank 0 on {self._rank_0_host} {reason}")
         self._exit(1)
 
+    def _write_stacks(self) -> None:
+        """Write the Python stacks of all threads to this rank's log."""
+        if self._info.log is not None:
+            with contextlib.suppress(OSError), open(self._info.log, "a") as log:
+                faulthandler.dump_traceback(log)
+
     def _print_error(self, message: str) -> None:
         with contextlib.suppress(OSError):
-            os.write(self._console, f"sparse-zero: error: {message}\n".encode())
+            os.write(self._console, f"sparse-zero: error: {printable(message)}\n".encode())
 
     def _exit(self, status: int) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -185,7 +229,8 @@ def join_launcher_watchdog(
     Returns:
         The connection; None if this rank was not started by `sparse-zero train`.
     """
-    address = os.environ.get(WATCH_VARIABLE)
+    # The rank's own children, such as a program that uploads metrics, need not know it.
+    address = os.environ.pop(WATCH_VARIABLE, None)
     if not address:
         return None
     return WatchdogClient(Address.parse(address), info, placement.world_size, stop, owner="launcher", **settings)

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sparse_zero.recipe.names import has_control_character, is_address, is_option, is_variable
+
 Launcher = Literal["local", "deepspeed", "slurm", "mpi", "torchrun"]
 
 SlurmOptions = dict[str, str | int | float | bool | None]
@@ -67,6 +69,41 @@ class LaunchSection(BaseModel):
         if port != "auto" and not 0 < int(port) < 2**16:
             raise ValueError(f"{port} is not a port number; give 1 to 65535, or auto")
         return port
+
+    @field_validator("master_addr")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if address is not None and not is_address(address):
+            raise ValueError(f"{address!r} is not a host name or address; give one such as n1 or 10.0.0.1")
+        return address
+
+    @field_validator("environment")
+    @classmethod
+    def _are_variables(cls, environment: dict[str, str | None]) -> dict[str, str | None]:
+        for name, value in environment.items():
+            if not is_variable(name):
+                raise ValueError(f"{name!r} cannot be a variable: use letters, digits and _, with no digit in front")
+            if value is not None and "\0" in value:
+                raise ValueError(f"the value of {name} has a NUL character, which no variable can hold")
+        return environment
+
+    @field_validator("slurm")
+    @classmethod
+    def _are_options(cls, options: SlurmOptions) -> SlurmOptions:
+        for name, value in options.items():
+            if not is_option(name):
+                raise ValueError(f"{name!r} cannot be an option: use its long name without dashes, as in partition")
+            if has_control_character(str(value)):
+                raise ValueError(f"the value of {name} has a line break or another control character: {value!r}")
+        return options
+
+    @field_validator("launcher_args", "container", "prologue")
+    @classmethod
+    def _are_words(cls, words: list[str]) -> list[str]:
+        for word in words:
+            if "\0" in word:
+                raise ValueError(f"{word!r} has a NUL character, which no word of a command can hold")
+        return words
 
     @model_validator(mode="after")
     def _fits_the_launcher(self) -> "LaunchSection":

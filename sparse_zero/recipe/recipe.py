@@ -259,7 +259,8 @@ def explain(error: ValidationError, schema: type[BaseModel] = Recipe) -> str:
     if first["type"] == "missing":
         return f"{'.'.join([*keys, last] if last not in keys else keys)} is missing"
     given = first.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float) else ""
+    is_shown = isinstance(given, str | int | float) and keys[:2] != ["launch", "environment"]  # may be a secret
+    shown = f", not {given!r}" if is_shown else ""
     return f"{'.'.join(keys)}: {message[0].lower()}{message[1:]}{shown}" if keys else message
 
 

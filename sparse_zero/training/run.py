@@ -129,10 +129,18 @@ def _train(
     )
     if recipe.data.packing:
         trainer.add_callback(PackingCheck(trainer))
+    # Until the adapter and the results are written. A stop request after the training does not lose them.
     with stop.deferred() if stop else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = trainer.evaluate()
-    output = Path(arguments.output_dir)
+        return _run(trainer, path, merge, checkpoint, recipe.model.trust_remote_code)
+
+
+def _run(
+    trainer: SparseTrainer, path: str, merge: bool, checkpoint: Path | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Train, evaluate and write the adapter and the results."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    output, sparsity = Path(trainer.args.output_dir), trainer.model.sparsity
     results = _results(trainer, metrics)
     sparsity.results = {key: value for key, value in results.items() if not isinstance(value, list)}
     trainer.save_model(str(output / "adapter"))
@@ -143,7 +151,7 @@ def _train(
             if merge:
                 # At stage 3 from_pretrained would still partition the model over all ranks, but only this rank loads
                 unset_hf_deepspeed_config()
-                write_merged(output / "adapter", output / "merged", trust_remote_code=recipe.model.trust_remote_code)
+                write_merged(output / "adapter", output / "merged", trust_remote_code=trust_remote_code)
                 results["paths"]["merged"] = str(output / "merged")
         finally:
             # Also if the merge fails: the training is done

@@ -157,6 +157,85 @@ def test_killing_the_command_ends_the_ranks_of_all_hosts_and_saves(hosts: Hosts,
     assert newest % 20, "a checkpoint that is no regular one: saved when the command was gone"
 
 
+KILLED = r"was killed by SIGKILL \(possibly by the kernel, out of memory\)"
+LOST = r"the launcher of rank {} on {} \(process {}\) was killed \(possibly out of memory\) or crashed"
+SIGNALLED = "[a-z.]+ \\(process {2}\\) " + KILLED
+LEFT_BEHIND = r"[a-z.]+ \(process \d+\) exited with status \d+ before its ranks"
+
+
+def launching(hosts: Hosts, name: str, program: str) -> psutil.Process:
+    """The oldest process of a host that is this program, or runs this module or script, without what names it only in
+    a later word.
+    """
+    found = []
+    for process in hosts[name].processes(program):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            head = [word.rpartition("/")[2] for word in process.cmdline()[:4]]
+            if program == head[0] or (head[0].startswith("python") and program in head):
+                found.append(process)
+    return min(found, key=lambda process: (process.create_time(), process.pid))
+
+
+@pytest.mark.parametrize(
+    ("way", "victim", "program", "said"),
+    [
+        ("deepspeed", "n1", "deepspeed", SIGNALLED),
+        ("deepspeed", "n1", "pdsh", rf"(?:{LEFT_BEHIND}|{LOST.format('[01]', 'n[12]', '[0-9]+')})"),
+        ("deepspeed", "n1", "deepspeed.launcher.launch", LOST),
+        ("deepspeed", "n2", "deepspeed.launcher.launch", LOST),
+        ("torchrun", "n1", "pdsh", SIGNALLED),
+        ("torchrun", "n1", "launcher.ways.torchrun", LOST),
+        ("torchrun", "n2", "launcher.ways.torchrun", LOST),
+        ("slurm", "n1", "srun", SIGNALLED),
+    ],
+)
+def test_the_ranks_of_a_killed_launcher_save_and_stop(
+    way: str, victim: str, program: str, said: str, hosts: Hosts, start: Callable
+) -> None:
+    # Ranks that nobody tells would train on for so long.
+    run, output = start(way, "launch.grace_seconds=600", "training.max_steps=5000")
+    process = launching(hosts, victim, program)
+    since = time.monotonic()
+    inside = process_id_inside(process)
+    process.kill()
+    status, printed = end(run, hosts, since)
+    assert status not in (0, 2, 75), printed
+    [error] = re.findall("sparse-zero: error: (.*)", printed)
+    said = said.format(int(victim == "n2"), victim, inside)
+    assert re.fullmatch(rf"{said}; the ranks are asked to save and stop", error), printed
+    newest = max(int(path.parent.name.partition("-")[2]) for path in output.glob("checkpoint-*/manifest.json"))
+    # The console of rank 0 may have gone with the launcher.
+    log = (output / "logs" / "rank-00000.log").read_text()
+    assert f"sparse-zero: stopped at step {newest}: saved {output}/checkpoint-{newest}; resume with" in log
+    assert (
+        f"sparse-zero: the run has not finished; resume it from {output}/checkpoint-{newest} with --resume" in printed
+    )
+    assert "Traceback" not in printed
+    print(f"{way}, {program} on {victim}: all ranks gone after {time.monotonic() - since:.1f} s")
+
+
+@pytest.mark.parametrize(("victim", "program"), [("n1", "mpirun"), ("n2", "orted")])
+def test_killed_launchers_of_open_mpi_are_named(victim: str, program: str, hosts: Hosts, start: Callable) -> None:
+    """Open MPI kills the ranks of a host within a second, which is too short to save. The last checkpoint is whole."""
+    run, output = start("mpi", "launch.grace_seconds=600", "training.max_steps=5000")
+    process = launching(hosts, victim, program)
+    since = time.monotonic()
+    process.kill()
+    status, printed = end(run, hosts, since)
+    assert status not in (0, 2, 75), printed
+    assert "sparse-zero: error: " in printed
+    newest = max(int(path.parent.name.partition("-")[2]) for path in output.glob("checkpoint-*/manifest.json"))
+    assert (
+        f"sparse-zero: the run has not finished; resume it from {output}/checkpoint-{newest} with --resume" in printed
+    )
+
+
+def process_id_inside(process: psutil.Process) -> int:
+    """The number of a process in its own host's namespace."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"^NSpid:.*\s(\d+)$", status, re.MULTILINE)[1])
+
+
 def test_a_signal_to_one_rank_stops_all_and_saves(hosts: Hosts, start: Callable) -> None:
     run, _ = start("deepspeed")
     [rank] = ranks_on(hosts, "n2")

@@ -75,6 +75,37 @@ def test_the_losses_are_those_of_one_host(
     same(output, one_host_losses)
 
 
+@pytest.mark.parametrize("way", ["mpi", "torchrun", "deepspeed with openmpi"])
+def test_a_working_directory_with_a_space(
+    way: str, hosts: Hosts, hostfile: Path, workload: Workload, one_host_losses: dict[int, float]
+) -> None:
+    part, command, keys = WAYS[way]
+    need(part)
+    directory = hostfile.parent / "my project; id"
+    directory.mkdir()
+    words = [workload.recipe, "training.output_dir=my out", *(f"launch.{key}" for key in keys)]
+    run = [str(word).replace("HOSTFILE", str(hostfile)) for word in [*command, *words]]
+    hosts["n1"].run(*run, cwd=directory, timeout=SECONDS)
+    same(directory / "my out", one_host_losses)
+
+
+def test_deepspeed_over_pdsh_is_not_started_in_a_directory_with_a_space(
+    hosts: Hosts, hostfile: Path, workload: Workload
+) -> None:
+    """Its runner would start the ranks in the home directory, with status 0."""
+    need("pdsh")
+    directory = hostfile.parent / "my project"
+    directory.mkdir()
+    words = [workload.recipe, "training.output_dir=out", f"launch.hostfile={hostfile}"]
+    said = hosts["n1"].run(*COMMAND, *words, cwd=directory, timeout=SECONDS, status=2).output
+    assert said == (
+        f"sparse-zero: error: '{directory}': DeepSpeed's runner cannot pass the working directory to other hosts, "
+        "because its name has a space or another special character; rename it, or choose launch.launcher=torchrun "
+        "or mpi\n"
+    )
+    assert not (directory / "out").exists()
+
+
 def test_torchrun_on_each_host(hosts: Hosts, words: list, output: Path, one_host_losses: dict[int, float]) -> None:
     meeting = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:29500"]
     agents = [hosts[name].start("torchrun", *meeting, "-m", TRAIN, *words) for name in ("n1", "n2")]
@@ -100,6 +131,19 @@ def test_hosts_that_take_their_own_names_for_the_loopback(
         for name in ("n1", "n2"):
             hosts[name].run("umount", "/etc/hosts")
     same(output, one_host_losses)
+
+
+def test_a_job_that_is_submitted_in_a_directory_with_a_space(
+    slurm: Slurm, workload: Workload, tmp_path: Path, one_host_losses: dict[int, float]
+) -> None:
+    directory = tmp_path / "my project; id"
+    directory.mkdir()
+    words = [workload.recipe, "training.output_dir=my out", "training.run_name=it's $(id)"]
+    submit = ["sparse-zero", "submit", *words, "launch.nodes=2", "--partition", "main", "--comment=x;id $HOME"]
+    said = slurm.run(*submit, cwd=directory).output
+    job = int(re.search(r"job (\d+) submitted", said)[1])
+    slurm.wait(job, SECONDS)
+    same(directory / "my out", one_host_losses)
 
 
 def test_a_submitted_job(slurm: Slurm, words: list, output: Path, one_host_losses: dict[int, float]) -> None:

@@ -30,6 +30,8 @@ with stop.deferred() if is_deferred else contextlib.nullcontext():
         command, *arguments = json.loads(line)
         if command == "report failure":
             client.report_failure(*arguments)
+        elif command == "report lost launcher":
+            client.report_lost_launcher(*arguments)
         elif command == "leave":
             client.leave(*arguments)
         elif command == "wait for a stop request":

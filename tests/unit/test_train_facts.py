@@ -46,3 +46,9 @@ def test_files_may_be_in_different_places_on_each_host(facts):
 )
 def test_a_difference_is_seen(facts, change):
     assert facts("here") != facts("there", **change)
+
+
+def test_the_checksum_in_torchs_store_is_not_made_of_secrets(facts):
+    with_secret = facts("here", override="launch.environment.A_TOKEN=5ec2e7")
+    assert with_secret == facts("here", override="launch.environment.A_TOKEN=another")
+    assert with_secret != facts("here", override="launch.silence_seconds=7")

@@ -176,3 +176,59 @@ def test_a_death_that_the_watchdog_has_told_of_is_not_told_again(capsys, recipe,
     ending(monkeypatch, 137, is_explained=True)
     assert main(["train", recipe]) == 137
     assert capsys.readouterr() == ("", "")
+
+
+LAUNCHES = [
+    *(
+        ["launch.launcher=local"],
+        ["launch.launcher=torchrun"],
+        ["launch.launcher=deepspeed"],
+        ["launch.launcher=slurm"],
+    ),
+    *([f"launch.launcher={name}", "launch.hostfile=hosts"] for name in ("torchrun", "deepspeed", "mpi")),
+    ["launch.launcher=deepspeed", "launch.hostfile=hosts", "launch.multinode=openmpi"],
+]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=" ".join)
+@pytest.mark.parametrize("json_words", [[], ["--json"]])
+def test_a_dry_run_prints_no_value(capsys, recipe, monkeypatch, launch, json_words):
+    Path("hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    Path(".deepspeed_env").write_text("OWN=5ec2e7-own\n")
+    monkeypatch.setenv("HF_TOKEN", "5ec2e7-inherited")
+    values = ["launch.environment.HF_TOKEN=null", "launch.environment.A=5ec2e7-given"]
+    assert main(["train", recipe, *launch, *values, "--dry-run", *json_words]) == 0
+    out, err = capsys.readouterr()
+    assert "5ec2e7" not in out + err
+    assert "HF_TOKEN" in out
+    assert "launch.environment.A=null" in out
+
+
+def test_a_secret_in_a_recipe_is_warned_of_once(capsys, recipe, monkeypatch):
+    secret = "0123456789abcdef" * 2
+    words = ["train", recipe, "launch.launcher=local", f"launch.environment.WANDB_API_KEY={secret}", "--dry-run"]
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert err == (
+        "sparse-zero: warning: recipe.yaml: launch.environment.WANDB_API_KEY looks like a secret: write "
+        "WANDB_API_KEY: null in launch.environment, and set WANDB_API_KEY in the environment of the command\n"
+    )
+
+
+def test_a_value_of_another_type_is_not_shown(capsys, recipe):
+    assert main(["train", recipe, "launch.environment.A_TOKEN=[51234567]", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert "launch.environment" in err
+    assert "51234567" not in err
+    assert main(["train", recipe, "launch.environment.A_TOKEN=51234567", "--dry-run"]) == 2
+    assert "51234567" not in capsys.readouterr().err
+
+
+def test_control_characters_from_hosts_are_escaped(capsys):
+    report.say_error("n2: \x1b[2Jgone\x07")
+    report.print_notes(["\x1b]0;title\x07"])
+    report.print_rows([{"from": "n1\x1b[31m"}])
+    printed = "".join(capsys.readouterr())
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+    assert printed.count(r"\x1b") == 3

@@ -144,8 +144,23 @@ def test_deepspeed_sigterm_reaches_each_rank_once_and_all_end(start):
 def test_deepspeed_a_killed_launcher_is_a_failure_and_its_ranks_end(start):
     process = start("deepspeed", "saves")
     ranks(process)[0].parent().kill()
-    status, _, _ = end(process)
+    status, _, err = end(process)
     assert status == 1
+    reason = r"deepspeed \(process \d+\) exited with status 0 before its ranks"
+    assert re.fullmatch(rf"sparse-zero: error: {reason}; the ranks are asked to save and stop\n", err)
+    assert [Path(f"told.{rank}").read_text() for rank in (0, 1)] == ["15 ", "15 "]
+
+
+@pytest.mark.distributed
+def test_torchrun_a_killed_agent_is_named_and_its_ranks_get_sigterm(start):
+    process = start("torchrun", "saves")
+    agent = ranks(process)[0].parent()
+    agent.kill()
+    status, _, err = end(process)
+    assert status == 137
+    assert err.startswith(f"sparse-zero: error: launcher.ways.torchrun (process {agent.pid}) was killed by SIGKILL")
+    assert err.count("\n") == 1
+    assert [Path(f"told.{rank}").read_text() for rank in (0, 1)] == ["15 ", "15 "]
 
 
 @pytest.mark.distributed
@@ -215,3 +230,35 @@ def test_torchrun_json_is_alone_on_stdout(start):
     assert status == 0
     assert json.loads(out) == {"accuracy": 0.8}
     assert err.count("progress of rank") == 2
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from launcher import processes
+from launcher.ways.command import Command
+from sparse_zero.ranks import private_files
+from sparse_zero.ranks.watchdog import Watchdog
+
+write = private_files.write
+
+def interrupted(file, text):
+    write(file, text)
+    assert file.stat().st_mode & 0o777 == 0o600
+    os.kill(os.getpid(), int(sys.argv[1]))
+
+private_files.write = interrupted
+watchdog = Watchdog(print, silence_seconds=30)
+command = Command(["sleep", "60"], private={"A": "5ec2e7"}, private_file=Path("launch/environment.n1.1").absolute())
+status = processes.run(command, watchdog).status
+watchdog.close()
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_right_after_a_secret_was_written_leaves_no_file(tmp_path, signum):
+    command = [sys.executable, "-c", INTERRUPTED, str(int(signum))]
+    done = subprocess.run(command, cwd=tmp_path, preexec_fn=reset_signals, timeout=60)
+    assert done.returncode == 128 + signum
+    assert list(tmp_path.iterdir()) == []

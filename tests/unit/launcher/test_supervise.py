@@ -194,9 +194,10 @@ def test_each_attempt_has_a_new_watchdog(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = []
 
     def run(command: Command, watchdog: Watchdog, stdout: Any, grace_seconds: float) -> RunExit:
-        address = Address.parse(command.environment["SPARSE_ZERO_WATCH"])
+        address = Address.parse(command.private["SPARSE_ZERO_WATCH"])
         assert address == watchdog.address
-        assert Path("out/launch/hostfile").is_file()
+        assert watchdog.on_last_join == command.remove_private_file
+        assert str(watchdog.address) not in repr([command.argv, command.environment, command.files])
         assert grace_seconds == 7
         assert (watchdog._silence_seconds, watchdog._join_seconds, watchdog._world_size) == (8, 9, 3)
         seen.append((watchdog, address))

@@ -104,6 +104,29 @@ def test_a_crash_writes_the_stack(tmp_path: Path, rank: int) -> None:
     assert "in the_culprit" in log
 
 
+def test_a_console_that_is_gone_does_not_stop_rank_0(tmp_path: Path) -> None:
+    """As after kill -9 of a launcher that reads the output of its ranks, such as mpirun."""
+    code = """
+opened()
+print("before", flush=True)
+sys.stdin.readline()
+for stream in (sys.stdout, sys.stderr):
+    print("after", file=stream, flush=True)
+    os.write(stream.fileno(), b"from C\\n")
+    print("last", file=stream)
+sys.exit(3)
+"""
+    command = [sys.executable, "-c", OPEN + code, str(tmp_path), "0"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"before\n"
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait(timeout=60) == 3
+    assert (tmp_path / "rank-00000.log").read_text().splitlines()[1:] == ["before", *["after", "last"] * 2]
+
+
 def test_progress_bars_are_not_in_the_log(tmp_path: Path) -> None:
     code = """
 from tqdm import tqdm

@@ -1,19 +1,25 @@
 """Ranks that join a watchdog in the launcher, fail, leave or are killed."""
 
+import contextlib
+import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
+import psutil
 import pytest
 from rank_processes import start_three, wait_until
 
 from sparse_zero.errors import UserError
-from sparse_zero.ranks.failures import DIED, Outcome, RankInfo
+from sparse_zero.ranks.failures import DIED, KILLED, Outcome, RankInfo
+from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.stop_signals import STOPPED, StopRequest
 from sparse_zero.ranks.watchdog import SETTLE_SECONDS, Address
-from sparse_zero.ranks.watchdog_client import WatchdogClient
+from sparse_zero.ranks.watchdog_client import WATCH_VARIABLE, WatchdogClient, join_launcher_watchdog
 
 
 def test_a_killed_rank_is_named_and_the_others_exit(open_watchdog, start, outcomes) -> None:
@@ -192,7 +198,166 @@ def test_a_killed_launcher_is_a_stop_request(start) -> None:
     training.send("wait for a stop request")
     assert training.process.stdout.readline() == "requested\n"
     training.send("exit", 5)
-    assert [training.wait(), loading.wait()] == [(5, ""), (STOPPED, "")]
+    said = f"sparse-zero: error: the command that started this run {KILLED}; the ranks save and stop\n"
+    assert [training.wait(), loading.wait()] == [(5, said), (STOPPED, "")]
+
+
+def test_a_lost_launcher_is_said_once_and_stops_all_ranks(open_watchdog, start, outcomes) -> None:
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    for rank in ranks[1:]:
+        rank.send("report lost launcher", 77)
+    for rank in ranks:
+        rank.send("wait for a stop request")
+        assert rank.process.stdout.readline() == "requested\n"
+    assert watchdog.lost_launcher in [f"the launcher of rank {rank} on n1 (process 77) {KILLED}" for rank in (1, 2)]
+    assert [(each.message, each.is_error) for each in outcomes] == [
+        (f"{watchdog.lost_launcher}; the ranks are asked to save and stop", True)
+    ]
+    for rank in ranks:
+        rank.send("leave", STOPPED)
+        rank.send("exit", STOPPED)
+        assert rank.wait() == (STOPPED, "")
+    assert watchdog.wait_for_outcome() is None
+    assert not watchdog.has_finished
+
+
+def test_a_lost_launcher_of_ranks_without_a_command_is_said_by_rank_0(start) -> None:
+    first = start(0, None, world_size=2, owner="rank 0", deferred=True)
+    other = start(1, first.wait_until_joined(), world_size=2, host="n2", owner="rank 0", deferred=True)
+    assert other.wait_until_joined()
+    other.send("report lost launcher", 77)
+    for rank in (first, other):
+        rank.send("wait for a stop request")
+        assert rank.process.stdout.readline() == "requested\n"
+    for rank in (other, first):
+        rank.send("leave", STOPPED)
+        rank.send("exit", STOPPED)
+    said = (
+        f"sparse-zero: error: the launcher of rank 1 on n2 (process 77) {KILLED}; the ranks are asked to save and stop"
+    )
+    assert [first.wait(), other.wait()] == [(STOPPED, f"{said}\n"), (STOPPED, "")]
+
+
+def test_a_run_has_finished_when_all_ranks_have_left_with_status_0(open_watchdog, start, outcomes) -> None:
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    for rank in ranks:
+        assert not watchdog.has_finished
+        rank.send("leave", 0)
+        rank.send("exit", 0)
+        assert rank.wait() == (0, "")
+    wait_until(lambda: watchdog.has_finished)
+    watchdog.lose_launcher("srun was killed")
+    assert (watchdog.lost_launcher, outcomes) == (None, [])
+
+
+def test_the_rank_that_does_not_answer_is_named(open_watchdog, start, outcomes) -> None:
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    ranks[1].process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(ranks[1].process.pid).status() == psutil.STATUS_STOPPED)
+    try:
+        watchdog.request_stop()
+        for rank in (ranks[0], ranks[2]):
+            rank.send("wait for a stop request")
+            assert rank.process.stdout.readline() == "requested\n"
+        wait_until(lambda: sum(each.is_stopping for each in watchdog._connections.values()) == 2)
+        watchdog.end_stuck(7)
+        assert [ranks[0].wait(), ranks[2].wait()] == [(1, "")] * 2
+    finally:
+        ranks[1].process.kill()
+    assert [each.message for each in outcomes] == [
+        f"rank 1 on n1 (process {ranks[1].process.pid}) did not answer the request to stop within 7 s "
+        "(launch.grace_seconds): all ranks are killed; its log is logs/1"
+    ]
+
+
+def test_ranks_that_do_not_stop_write_their_stacks(open_watchdog, start, outcomes, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    watchdog = open_watchdog()
+    ranks = start_three(start, watchdog, deferred=True)
+    watchdog.request_stop()
+    wait_until(lambda: all(each.is_stopping for each in watchdog._connections.values()))
+    watchdog.end_stuck(7)
+    assert [rank.wait() for rank in ranks] == [(1, "")] * 3
+    assert [each.message for each in outcomes] == [
+        "ranks 0, 1, 2 on n1 did not stop within 7 s (launch.grace_seconds): all ranks are killed; the log of each "
+        "rank has its Python stacks, as logs/0"
+    ]
+    for rank in range(3):
+        stacks = (tmp_path / "logs" / str(rank)).read_text()
+        assert stacks.count("hread 0x") == 2
+        assert re.search(r'File "<string>", line \d+ in <module>', stacks), "its main thread reads the next command"
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [b"HTTP/1.1 400 Bad Request\r\n"],
+        [b"x" * 100_000 + b"\n"],
+        [b'{"challenge": "00"}\n', b'{"type": "outcome", "status": 0}\n'],
+        [b'{"challenge": "00"}\n', b"0" * 64 + b' {"type": "welcome"}\n'],
+        [b'{"challenge": "00"}\n', None],
+    ],
+)
+def test_a_rank_does_not_believe_another_program(answers: list[bytes | None]) -> None:
+    """None: what the rank itself has sent."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as received:
+            connection.sendall(answers[0])
+            if len(answers) > 1:
+                said = [received.readline(), received.readline()]
+                connection.sendall(answers[1] or said[1])
+            with contextlib.suppress(ConnectionResetError):
+                received.read()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        address = Address(*listener.getsockname(), "5ec2e7")
+        with pytest.raises(UserError, match=rf"127.0.0.1:{address.port} is not the watchdog of this run"):
+            WatchdogClient(address, RankInfo(0, "n1", 1), 1, StopRequest(), 30, connect_seconds=5)
+        thread.join(timeout=10)
+
+
+def test_the_secret_is_not_sent(open_watchdog) -> None:
+    """A listener in between sees every byte, and not the secret."""
+    watchdog, seen = open_watchdog(), []
+
+    def pass_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                seen.append(data)
+                target.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = watchdog.address._replace(port=listener.getsockname()[1])
+        with socket.create_connection(watchdog.address[:2]) as behind:
+
+            def serve() -> None:
+                front, _ = listener.accept()
+                threading.Thread(target=pass_on, args=(behind, front), daemon=True).start()
+                pass_on(front, behind)
+
+            threading.Thread(target=serve, daemon=True).start()
+            client = WatchdogClient(address, RankInfo(0, "n1", 1), 1, StopRequest(), 30)
+            wait_until(lambda: watchdog.ranks)
+            client.leave()
+            wait_until(lambda: not watchdog.has_connected_ranks)
+    assert b"hello" in b"".join(seen)
+    assert watchdog.address.token.encode() not in b"".join(seen)
+
+
+def test_the_ranks_children_do_not_inherit_the_secret(open_watchdog, monkeypatch) -> None:
+    monkeypatch.setenv(WATCH_VARIABLE, str(open_watchdog().address))
+    placement = Placement(0, 1, 0, 1, "127.0.0.1", 1)
+    client = join_launcher_watchdog(placement, RankInfo(0, "n1", 1), StopRequest(), silence_seconds=30)
+    assert WATCH_VARIABLE not in os.environ
+    client.leave()
 
 
 def test_an_unreachable_watchdog_is_a_user_error() -> None:

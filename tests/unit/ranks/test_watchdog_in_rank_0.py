@@ -11,9 +11,9 @@ import pytest
 from rank_processes import RankProcess, start_three, wait_until
 
 from sparse_zero.ranks import watchdog_client
+from sparse_zero.ranks.connection import Connection
 from sparse_zero.ranks.failures import DIED, RankInfo, unreachable_message
 from sparse_zero.ranks.stop_signals import STOPPED, StopRequest
-from sparse_zero.ranks.watchdog import _Connection
 from sparse_zero.ranks.watchdog_client import WatchdogClient
 
 
@@ -98,15 +98,15 @@ def test_the_ranks_exit_if_the_watchdogs_host_does_not_answer(open_watchdog, cap
 
 def test_an_unreachable_host_is_not_reported_as_a_death(open_watchdog, start, outcomes, monkeypatch) -> None:
     watchdog = open_watchdog()
-    receive = _Connection.receive
+    receive = Connection.receive
 
-    def time_out(connection: _Connection) -> Any:
+    def time_out(connection: Connection) -> Any:
         if connection.info and connection.info.rank == 1:
             raise OSError(errno.ETIMEDOUT, "timed out")
         return receive(connection)
 
     ranks = start_three(start, watchdog)
-    monkeypatch.setattr(_Connection, "receive", time_out)
+    monkeypatch.setattr(Connection, "receive", time_out)
     ranks[1].process.kill()
     assert [ranks[0].wait()[0], ranks[2].wait()[0]] == [1, 1]
     assert outcomes[0].message == f"n1 (rank 1) {unreachable_message(30)}; its log is logs/1"

@@ -15,7 +15,8 @@ def test_real_reports_over_a_stand_in_for_ssh(monkeypatch, tmp_path):
     ssh = tmp_path / "bin" / "ssh"
     ssh.parent.mkdir()
     ssh.write_text(
-        "#!/bin/sh\nfor word; do host=$last; last=$word; done\n"
+        f"#!/bin/sh\nprintf '%s\\n' \"$@\" >> {tmp_path}/words\n"
+        "for word; do host=$last; last=$word; done\n"
         'if [ "$host" = n2 ]; then echo "Permission denied (publickey)." >&2; exit 255; fi\n'
         'echo Welcome\ncd /\nexec sh -c "$last"\n'
     )
@@ -37,6 +38,9 @@ def test_real_reports_over_a_stand_in_for_ssh(monkeypatch, tmp_path):
     assert first.report["torch"] is None, "torch was not requested"
     assert (second.report, second.problem.host) == (None, "n2")
     assert "ssh-copy-id n2" in second.problem.remedy
+    words = (tmp_path / "words").read_text()
+    assert "n1" in words
+    assert "it's" not in words, "a value is in a command line"
 
     [refused] = report_collection.collect_over_ssh(["n1"], [request], recipe(prologue=["false"]).launch)
     assert "launch.prologue" in refused.problem.message

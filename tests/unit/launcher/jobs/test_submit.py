@@ -57,7 +57,18 @@ def test_words_are_told_from_options():
     )
 
 
-@pytest.mark.parametrize(("word", "complaint"), [("-p", "long names"), ("--training.seed=1", "without dashes")])
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("-p", "long names"),
+        ("--training.seed=1", "without dashes"),
+        ("--comment x\n#SBATCH --uid=0", "no option of sbatch has such a name"),
+        ("--comment x=y", "no option of sbatch has such a name"),
+        ("--$(id)=y", "no option of sbatch has such a name"),
+        ("---wrap=id", "no option of sbatch has such a name"),
+        ("--=y", "no option of sbatch has such a name"),
+    ],
+)
 def test_words_that_are_neither_are_refused(word, complaint):
     with pytest.raises(UserError, match=complaint):
         split_words(["r.yaml", word])
@@ -154,6 +165,24 @@ def test_a_job_is_submitted_and_described(recipe, sbatch, capsys, tmp_path, monk
     assert main(["submit", recipe]) == 0
     assert main(["submit", recipe, "training.seed=3"]) == 0
     assert sorted(path.name for path in Path("runs/a b").iterdir()) == ["submit-2.sbatch", "submit.sbatch"]
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], ["--dry-run", "--json"], [], ["--json"]])
+def test_values_reach_the_job_in_its_environment_only(recipe, sbatch, capsys, tmp_path, how):
+    sbatch(f'printf "%s" "$A_TOKEN" > {tmp_path}/value; echo 4711')
+    words = ["submit", recipe, "launch.environment.A_TOKEN=5ec2e7", "launch.environment={A_TOKEN: 5ec2e7, B: x5ec2e7}"]
+    assert main([*words, *how]) == 0
+    out, err = capsys.readouterr()
+    assert "5ec2e7" not in out + err
+    assert "launch.environment.A_TOKEN looks like a secret" in err
+    if "--dry-run" in how:
+        assert "launch.environment.A_TOKEN=null" in out
+        return
+    assert (tmp_path / "value").read_text() == "5ec2e7"
+    script = Path("runs/a b/submit.sbatch").read_text()
+    assert "launch.environment.A_TOKEN=null" in script
+    assert "5ec2e7" not in script + (tmp_path / "given").read_text()
+    assert 'A_TOKEN="${A_TOKEN?}"' in out.replace("\\", ""), "to resume, the variable must be set"
 
 
 def test_what_sbatch_refuses_is_said_in_its_words_and_nothing_is_left(recipe, sbatch, capsys):

@@ -1,5 +1,8 @@
 """What the commands of all launchers have in common: prologue, container, environment, files, programs."""
 
+import ast
+import contextlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +10,8 @@ from pathlib import Path
 import pytest
 from launch_cases import command, recipe, torchrun
 
-from launcher.ways import launchers
-from launcher.ways.command import SAFE_PATH, Command, rank_environment, wrapped
+from launcher.ways import launchers, private_environment
+from launcher.ways.command import Command, private_variables, wrapped
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.launch import LaunchSection
 
@@ -47,24 +50,70 @@ def test_a_prologue_that_fails_starts_nothing() -> None:
 def test_variables_are_passed_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = LaunchSection(environment={"A": "given", "HERE": None, "EMPTY": ""})
     with pytest.raises(UserError, match="HERE has no value and is not set here; give it a value"):
-        rank_environment(launch)
+        private_variables(launch)
     monkeypatch.setenv("HERE", "as it is")
     monkeypatch.setenv("A", "not this")
-    assert rank_environment(launch) == {"A": "given", "HERE": "as it is", "EMPTY": "", **SAFE_PATH}
-    assert rank_environment(launch, "n1:5:s")["SPARSE_ZERO_WATCH"] == "n1:5:s"
+    assert private_variables(launch) == {"A": "given", "HERE": "as it is", "EMPTY": ""}
+    assert private_variables(launch, "n1:5:s")["SPARSE_ZERO_WATCH"] == "n1:5:s"
 
 
 def test_a_commands_environment_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOES", "1")
-    made = Command(["echo", "a b"], {"GOES": None, "COMES": "$x"}, {"deep/er/file": "secret\n"})
+    made = Command(["echo", "a b"], {"GOES": None, "COMES": "$x"}, {"deep/er/file": "a line\n"})
     assert "GOES" not in made.environ()
     assert made.environ()["COMES"] == "$x"
-    assert made.shell() == "env -u GOES 'COMES=$x' echo 'a b'"
-    made.write_files()
-    assert Path("deep/er/file").read_text() == "secret\n"
-    assert Path("deep/er/file").stat().st_mode & 0o077 == 0
-    with pytest.raises(UserError, match=r"deep/er/file/x: cannot be written"):
-        Command([], files={"deep/er/file/x": ""}).write_files()
+    assert made.shell() == "env -u GOES COMES='$x' echo 'a b'"
+    with made.written_files():
+        assert Path("deep/er/file").read_text() == "a line\n"
+        assert Path("deep/er/file").stat().st_mode & 0o077 == 0
+        with pytest.raises(UserError, match=r"deep/er/file/x: cannot be written"):
+            Command([], files={"deep/er/file/x": ""}).written_files().__enter__()
+    assert list(Path("deep").iterdir()) == []
+
+
+def test_private_values_are_given_to_the_command_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Command(["echo"], {"PLAIN": "1"}, private={"A_TOKEN": "5ec2e7"})
+    assert made.environ()["A_TOKEN"] == "5ec2e7"
+    assert made.shell() == 'PLAIN=1 A_TOKEN="${A_TOKEN?}" echo'
+    assert made.shown_environment() == {"PLAIN": "1", "A_TOKEN": "$A_TOKEN"}
+    assert made.shown_files() == {}
+
+
+@pytest.mark.parametrize("ending", [None, KeyboardInterrupt, SystemExit])
+def test_private_values_travel_in_a_file_that_is_removed(tmp_path: Path, ending: type[BaseException] | None) -> None:
+    file = tmp_path / "launch" / "environment.n1.5"
+    odd = {"A_TOKEN": "5ec2e7", "ODD": 'it\'s $HOME `ls` \\ % "two"\nlines', "EMPTY": ""}
+    made = Command(["echo"], files={str(tmp_path / "launch" / "hosts"): ""}, private=odd, private_file=file)
+    assert "A_TOKEN" not in made.environ()
+    assert made.shell() == "echo"
+    assert "5ec2e7" not in repr(made.shown_files())
+    assert made.shown_files()[str(file)].startswith('export A_TOKEN="$A_TOKEN"\n')
+    with contextlib.suppress(KeyboardInterrupt, SystemExit), made.written_files():
+        assert file.stat().st_mode & 0o777 == 0o600
+        for shell in ("sh", "bash"):
+            show = [sys.executable, "-c", f"import os; print(repr([os.environ[name] for name in {list(odd)}]))"]
+            words = [shell, "-c", f'{private_environment.read(file)} && exec "$@"', "sh", *show]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            assert ast.literal_eval(done.stdout) == list(odd.values())
+        if ending:
+            raise ending
+    assert not (tmp_path / "launch").exists()
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_a_host_that_does_not_see_the_file_starts_nothing_and_says_why(tmp_path: Path, shell: str) -> None:
+    file = tmp_path / "it's" / "environment.n1.5"
+    done = subprocess.run(
+        [shell, "-c", f"{private_environment.read(file)} && echo started"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"sparse-zero: error: {socket.gethostname()} cannot read {file}: ")
+
+
+def test_the_printed_line_is_what_is_run(tmp_path: Path) -> None:
+    made = Command(["sh", "-c", 'printf %s "$A"'], {"A": "it's $HOME; `id` %n"})
+    done = subprocess.run(["sh", "-c", made.shell()], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "it's $HOME; `id` %n")
 
 
 @pytest.mark.parametrize(

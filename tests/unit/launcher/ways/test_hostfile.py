@@ -24,6 +24,19 @@ def test_hosts_come_in_the_files_order_without_comments(tmp_path):
         ("n1 slots=0\n", "at least 1"),
         ("n1 slots=two\n", "line 1"),
         ("n1 slots=1\nn1 slots=2\n", "line 2: host n1 is listed twice"),
+        # ssh would read a file of options, or run a program; pdsh would run the command here, or read a list.
+        ("-F/tmp/options slots=1\n", "line 1: '-F/tmp/options' cannot be a host"),
+        ("-oProxyCommand=id slots=1\n", "line 1"),
+        ("-oPermitLocalCommand slots=1\n", "line 1: '-oPermitLocalCommand' cannot be a host"),
+        ("exec:n1 slots=1\n", "'exec:n1' cannot be a host"),
+        ("^list slots=1\n", "cannot be a host"),
+        ("n1,n2 slots=1\n", "cannot be a host"),
+        ("n[1-3] slots=1\n", "cannot be a host"),
+        ("n1;id slots=1\n", "cannot be a host"),
+        ("n1$(id) slots=1\n", "'n1$(id)' cannot be a host: use letters, digits, '.', '-' and '_'"),
+        ("user@n1 slots=1\n", "cannot be a host"),
+        ("n1\x1b[2J slots=1\n", "'n1\\x1b[2J' cannot be a host"),
+        ("\x1b[2J\n", "line 1: '\\x1b[2J' is not of the form"),
     ],
 )
 def test_a_bad_hostfile_is_refused_by_its_line(tmp_path, text, complaint):

@@ -1,5 +1,6 @@
 """The commands that start ranks on this machine, and its accelerators."""
 
+import re
 import shlex
 import socket
 import subprocess
@@ -46,11 +47,14 @@ def test_torchrun_command(capsys, recipe):
     command, environment = dry_run(capsys, recipe, *words)
     torchrun = [sys.executable, "-m", "launcher.ways.torchrun"]
     ranks = ["--nproc-per-node", "3", "-m", "sparse_zero.train", recipe, *words]
-    assert command == [*torchrun, "--standalone", *ranks]
+    assert command[:3] == torchrun
+    assert command[3:6] == ["--rdzv-backend", "one-machine", "--rdzv-endpoint"]
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", command[6])
+    assert command[7:] == ranks
     assert environment == {**SAFE_PATH, "OMP_NUM_THREADS": "2"}
 
     command, _ = dry_run(capsys, recipe, *words, "launch.master_port=29501")
-    assert command[3:7] == ["--master-addr", "127.0.0.1", "--master-port", "29501"]
+    assert command[6] == "127.0.0.1:29501"
 
 
 def test_the_users_own_environment_is_kept(capsys, recipe, monkeypatch):

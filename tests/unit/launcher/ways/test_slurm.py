@@ -47,11 +47,12 @@ def test_sruns_ranks_are_given_variables_by_its_environment() -> None:
     made = command("slurm", watch="n1:5:secret", environment={"A": "b"}, master_addr="ib1", master_port=29507)
     assert made.environment == {
         **SAFE_PATH,
-        "A": "b",
-        "SPARSE_ZERO_WATCH": "n1:5:secret",
         "MASTER_ADDR": "ib1",
         "MASTER_PORT": "29507",
     }
+    assert made.private == {"A": "b", "SPARSE_ZERO_WATCH": "n1:5:secret"}
+    assert made.environ().items() >= {**made.environment, **made.private}.items()
+    assert made.private_file is None
     assert "secret" not in " ".join(made.argv)
 
 
