@@ -152,7 +152,8 @@ def _end_descendants(received: list[int], watchdog: Watchdog, patience_seconds: 
     kill_at: float | None = None
     signalled: set[psutil.Process] = set()
     # After a failure the launchers get time to notice it. After a signal, one that has no rank yet ends at once.
-    launchers_deadline = time.monotonic() + LAUNCHER_SECONDS if watchdog.outcome else 0.0
+    has_failed = watchdog.outcome or watchdog.lost_launcher
+    launchers_deadline = time.monotonic() + LAUNCHER_SECONDS if has_failed else 0.0
     while (alive := _descendants()) or (watchdog.lost_launcher and watchdog.has_connected_ranks):
         now = time.monotonic()
         ranks = _ranks(alive)
