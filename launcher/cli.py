@@ -150,7 +150,7 @@ def _add_init(commands) -> argparse.ArgumentParser:
         "learning rate and the batch for this machine.",
         epilog="examples:\n"
         "  sparse-zero init reviews.csv\n"
-        "  sparse-zero init chats.jsonl --model Qwen/Qwen3-0.6B --out chats.yaml",
+        "  sparse-zero init chats.jsonl --model Qwen/Qwen3-0.6B",
     )
     init.add_argument("data", metavar="DATA", help="a file, a directory or a hub id, as in a recipe's data.path")
     init.add_argument("--model", metavar="MODEL", help="the base model (default: a small one for the task)")

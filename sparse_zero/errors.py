@@ -20,11 +20,11 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    r"""The text as a terminal may show it: control characters as escapes (`\x1b`). Line breaks stay."""
+    r"""The text as a terminal may show it: control characters as escapes (`\x1b`). Line breaks and tabs stay."""
     if text.isprintable():
         return text
     return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text
     )
 

@@ -209,10 +209,12 @@ def test_a_secret_in_a_recipe_is_warned_of_once(capsys, recipe, monkeypatch):
     words = ["train", recipe, "launch.launcher=local", f"launch.environment.WANDB_API_KEY={secret}", "--dry-run"]
     assert main(words) == 0
     err = capsys.readouterr().err
-    assert err == (
+    assert secret not in err
+    assert err.startswith(
         "sparse-zero: warning: recipe.yaml: launch.environment.WANDB_API_KEY looks like a secret: write "
         "WANDB_API_KEY: null in launch.environment, and set WANDB_API_KEY in the environment of the command\n"
     )
+    assert err.count("warning") == 1
 
 
 def test_a_value_of_another_type_is_not_shown(capsys, recipe):
