@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from sparse_zero.checkpoint import random_states
-from sparse_zero.checkpoint.directory import FIXED_NAME, checkpoint_path, delete_old, publish, temporary_path
+from sparse_zero.checkpoint.directory import (
+    FIXED_NAME,
+    TRAINER_STATE_NAME,
+    checkpoint_path,
+    delete_old,
+    publish,
+    temporary_path,
+)
 from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, ShardRecord, write_manifest
 from sparse_zero.checkpoint.shards import Entry, write_bytes, write_tensors
 from sparse_zero.errors import UserError
@@ -21,8 +28,6 @@ from sparse_zero.zero.partitions import VALUE, Partition
 from sparse_zero.zero.resharding import Span, even_slice, merge_spans, parameter_offsets
 
 logger = logging.getLogger(__name__)
-
-TRAINER_STATE_NAME = "trainer_state.json"
 
 Pieces = dict[str, list[torch.Tensor]]
 """1-D tensors by kind (value, exp_avg, ...), in the order of a shard's spans."""
@@ -185,7 +190,7 @@ class CheckpointWriter:
         manifest = pending.manifest.model_copy(update={"shards": records, "files": files})
         write_manifest(pending.written, manifest)
         publish(pending.written, pending.directory)
-        delete_old(self.output, self.keep, self.best)
+        delete_old(self.output, self.keep, self.best, pending.directory)
 
 
 def _describe(error: OSError) -> str:

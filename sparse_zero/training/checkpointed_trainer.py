@@ -9,8 +9,9 @@ import json
 import logging
 import math
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from sparse_zero.checkpoint import deepspeed_state, random_states
+from sparse_zero.checkpoint.branches import best_before, finish_leaving, leave_branch
 from sparse_zero.checkpoint.directory import Checkpoint, checkpoint_path, newest_complete
 from sparse_zero.checkpoint.export import describe_adapter, fixed_entries, load_buffers
 from sparse_zero.checkpoint.loader import load_partition, read_random_states
@@ -37,6 +39,8 @@ from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
 from sparse_zero.zero.partitions import Partition
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CheckpointedTrainer(Trainer):
@@ -67,12 +71,17 @@ class CheckpointedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As Trainer.train.
 
+        Checkpoints in the output directory that are newer than the one from which the run resumes are moved to
+        OUTPUT_DIR/abandoned, or all of them if it does not resume or resumes from another directory.
+
         Args: resume_from_checkpoint: a checkpoint; True for the newest complete checkpoint in the output directory.
 
         Raises UserError: there is no such checkpoint, a file of it is damaged, or it is of another model.
         """
         self._ranks = self._ranks or Ranks()
-        self._resumed = self._ranks.run_together(lambda: self._find(resume_from_checkpoint))
+        self._on_main_rank(lambda: finish_leaving(Path(self.args.output_dir)))
+        requested = self._on_main_rank(lambda: self._find(resume_from_checkpoint))
+        self._resumed = self._ranks.run_together(lambda: Checkpoint(requested) if requested else None)
         self._is_settled = self._resumed is None
         run = self._resumed.manifest.run if self._resumed else self._ranks.gather(uuid.uuid4().hex[:12])[0]
         self._writer = CheckpointWriter(self._ranks, Path(self.args.output_dir), run, self.args.save_total_limit)
@@ -80,23 +89,31 @@ class CheckpointedTrainer(Trainer):
         if self._resumed is not None:
             # The run has already done it; a second time would count for early stopping.
             self.args.eval_on_start = False
+        else:
+            self._leave_branch()
         directory = str(self._resumed.directory) if self._resumed else None
         try:
             return super().train(directory, *args, **kwargs)
         finally:
             self.args.eval_on_start = evaluates_on_start
 
-    def _find(self, requested: str | Path | bool | None) -> Checkpoint | None:
+    def _on_main_rank(self, function: Callable[[], T]) -> T:
+        """What the function returns on rank 0, on all ranks: their views of a shared directory may differ."""
+        return self._ranks.gather(
+            self._ranks.run_together(lambda: function() if self.is_world_process_zero() else None)
+        )[0]
+
+    def _find(self, requested: str | Path | bool | None) -> Path | None:
         if requested is None or requested is False:
             return None
         if requested is not True:
-            return Checkpoint(requested)
+            return Path(requested)
         found, problems = newest_complete(Path(self.args.output_dir))
         for problem in problems:
             logger.warning("skipped: %s", problem)
         if found is None:
             raise UserError(f"{self.args.output_dir}: contains no complete checkpoint to resume from")
-        return found
+        return found.directory
 
     # Saving
 
@@ -215,7 +232,27 @@ class CheckpointedTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         position = super()._init_training_state(*args, **kwargs)
         self.log_entries_before = len(self.state.log_history)
+        if self._resumed is not None:
+            self._find_best(self._resumed)
         return position
+
+    def _find_best(self, checkpoint: Checkpoint) -> None:
+        """Set `best_model_checkpoint` to the best one before a checkpoint. A collective call.
+
+        It is gone if it was deleted for a better one after the checkpoint's step. Then the best of the steps to come
+        is sought.
+        """
+        best = self._on_main_rank(lambda: best_before(checkpoint))
+        self.state.best_model_checkpoint = str(best) if best else None
+        if best is None and self.state.best_global_step and self.args.load_best_model_at_end:
+            if self.is_world_process_zero():
+                logger.warning(
+                    "the best checkpoint until step %d, that of step %d, is gone: the best of the later steps will be "
+                    "loaded at the end",
+                    checkpoint.step,
+                    self.state.best_global_step,
+                )
+            self.state.best_metric = self.state.best_global_step = None
 
     def _load_callback_state(self) -> None:
         for name, saved in self.state.stateful_callbacks.items():
@@ -252,6 +289,23 @@ class CheckpointedTrainer(Trainer):
         self._ranks.run_together(lambda: load_buffers(checkpoint, self.model))
         refresh(unwrap(self.model))
         self._random_states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
+        # Last, so that a resume that is refused moves nothing
+        self._leave_branch()
+
+    def _leave_branch(self) -> None:
+        """Move checkpoints aside that are not before this run's first step. A collective call."""
+        output, resumed = Path(self.args.output_dir), self._resumed
+        is_inside = resumed is not None and resumed.directory.resolve().parent == output.resolve()
+        moved = self._on_main_rank(lambda: leave_branch(output, resumed.step if is_inside else 0))
+        if not moved:
+            return
+        if (best := self.state.best_model_checkpoint) is not None:
+            new_paths = {old.resolve(): new for old, new in moved.items()}
+            self.state.best_model_checkpoint = str(new_paths.get(Path(best).resolve(), best))
+        if self.is_world_process_zero():
+            names = ", ".join(path.name for path in moved)
+            reason = f"newer than {resumed.directory.name}" if is_inside else "not of this run"
+            logger.warning("moved %s (%s) to %s", names, reason, next(iter(moved.values())).parent)
 
     def _check_selection(self, checkpoint: Checkpoint) -> None:
         if not self.is_world_process_zero():
@@ -350,7 +404,12 @@ class CheckpointedTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         self._settle(self.model_wrapped, int(self.state.epoch or 0), trial, None, start_time)
         self._finish_last_save()
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            # With a limit of 1 it would delete the last checkpoint, which a run resumes from if its end fails.
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def _end_step(self) -> None:
         self._exchange_flags()
