@@ -17,6 +17,7 @@ TESTS := tests/cluster tests/distributed tests/wheel tests/docs tests/unit
 .PHONY: demo test check lint families docs clean
 
 demo: $(SETUP)
+	rm -rf runs/demo
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
 
 test: lint

@@ -1,6 +1,7 @@
 """The exception that the command line prints as a single line, with exit status 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,15 @@ class UserError(ValueError):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """What the operating system says of a file that could not be written; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors and tokenizers, which are written in Rust, have errors of their own
+    found = re.search(r"([A-Z][\w ]*) \(os error \d+\)", str(error))
+    return found[1] if found else None
 
 
 def refuse_to_overwrite(out: Path) -> None:

@@ -79,11 +79,14 @@ class Rank:
         self._placement: Placement | None = None
         self._client: WatchdogClient | None = None
         self._log: Path | None = None
+        self._output: Path | None = None
+        """The run's directory, absolute."""
         # A log file will replace the descriptors 1 and 2.
         self._console = os.dup(2)
 
     def run(self, options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
+        self._output = Path(str(recipe.training["output_dir"])).resolve()
         self._placement = Placement.from_environment()
         if self._placement is None and recipe.training.get("deepspeed"):
             # Without a rank in the environment, DeepSpeed would look for MPI.
@@ -155,10 +158,16 @@ class Rank:
 
     def stopped(self, stopped: Stopped) -> int:
         if self._placement is None or self._placement.rank == 0:
-            saved = f"saved {stopped.checkpoint}; resume with --resume" if stopped.checkpoint else "nothing to save"
-            print(f"sparse-zero: stopped at step {stopped.step}: {saved}", file=sys.stderr)
+            print(f"sparse-zero: stopped at step {stopped.step}: {self._saved(stopped)}", file=sys.stderr)
         self._leave(STOPPED)
         return STOPPED
+
+    def _saved(self, stopped: Stopped) -> str:
+        if not stopped.checkpoint:
+            return "nothing to save"
+        if Path(stopped.checkpoint).parent.resolve() != self._output:
+            return f"nothing to save; resume with --resume {stopped.checkpoint}"
+        return f"saved {stopped.checkpoint}; resume with --resume"
 
     def _leave(self, status: int) -> None:
         from sparse_zero.training import run

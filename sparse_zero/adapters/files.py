@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, disk_problem
 from sparse_zero.selection import rules
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import STORED, STRATIFIED, Selection
@@ -181,8 +181,10 @@ def write_adapter(adapter: Adapter, directory: str | Path, card: str | None = No
             _replace(directory / CARD_NAME, card)
         config = adapter.config.model_copy(update={"files": files})
         _replace(directory / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{directory}: the adapter cannot be written ({error})") from None
+    except (OSError, SafetensorError) as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        raise UserError(f"{directory}: the adapter cannot be written ({problem})") from error
 
 
 def _narrow_positions(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ def locked(output: Path, ranks: Ranks) -> Iterator[None]:
     """
     file = ranks.run_together(lambda: _lock(output) if ranks.rank == 0 else None)
     try:
-        ranks.run_together(lambda: _tidy(output) if ranks.rank == 0 else None)
+        ranks.on_first(lambda: _tidy(output))
         yield
     finally:
         if file is not None:

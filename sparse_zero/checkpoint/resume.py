@@ -47,8 +47,27 @@ def find_resume_checkpoint(recipe: "Recipe", requested: str | bool | None) -> "C
     Returns: None to start from the beginning.
 
     Raises UserError: the requested checkpoint does not exist or is damaged; there are checkpoints, but none is
-        complete; or a run that does not resume would overwrite the checkpoints of an earlier run.
+        complete; or a run that does not resume would overwrite the checkpoints or the results of an earlier run.
     """
+    found = _find(recipe, requested)
+    output = Path(str(recipe.training["output_dir"]))
+    if found is None or not found.directory.resolve().is_relative_to(output.resolve()):
+        _refuse_to_overwrite(output)
+    return found
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    """Raises UserError: a run's directory has what an earlier run wrote when it ended."""
+    for name in ("adapter", "merged", "results.json"):
+        path = output / name
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise UserError(
+                f"training.output_dir: {output} contains {name} of an earlier run, which this one would overwrite: "
+                f"use another training.output_dir or training.run_name, or remove {path}"
+            )
+
+
+def _find(recipe: "Recipe", requested: str | bool | None) -> "Checkpoint | None":
     from sparse_zero.checkpoint.directory import Checkpoint, list_checkpoints, newest_complete
 
     output = Path(str(recipe.training["output_dir"]))

@@ -9,9 +9,8 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +38,6 @@ from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
 from sparse_zero.zero.partitions import Partition
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class CheckpointedTrainer(Trainer):
@@ -79,8 +76,8 @@ class CheckpointedTrainer(Trainer):
         Raises UserError: there is no such checkpoint, a file of it is damaged, or it is of another model.
         """
         self._ranks = self._ranks or Ranks()
-        self._on_main_rank(lambda: finish_leaving(Path(self.args.output_dir)))
-        requested = self._on_main_rank(lambda: self._find(resume_from_checkpoint))
+        self._ranks.on_first(lambda: finish_leaving(Path(self.args.output_dir)))
+        requested = self._ranks.on_first(lambda: self._find(resume_from_checkpoint))
         self._resumed = self._ranks.run_together(lambda: Checkpoint(requested) if requested else None)
         self._is_settled = self._resumed is None
         run = self._resumed.manifest.run if self._resumed else self._ranks.gather(uuid.uuid4().hex[:12])[0]
@@ -96,12 +93,6 @@ class CheckpointedTrainer(Trainer):
             return super().train(directory, *args, **kwargs)
         finally:
             self.args.eval_on_start = evaluates_on_start
-
-    def _on_main_rank(self, function: Callable[[], T]) -> T:
-        """What the function returns on rank 0, on all ranks: their views of a shared directory may differ."""
-        return self._ranks.gather(
-            self._ranks.run_together(lambda: function() if self.is_world_process_zero() else None)
-        )[0]
 
     def _find(self, requested: str | Path | bool | None) -> Path | None:
         if requested is None or requested is False:
@@ -242,7 +233,7 @@ class CheckpointedTrainer(Trainer):
         It is gone if it was deleted for a better one after the checkpoint's step. Then the best of the steps to come
         is sought.
         """
-        best = self._on_main_rank(lambda: best_before(checkpoint))
+        best = self._ranks.on_first(lambda: best_before(checkpoint))
         self.state.best_model_checkpoint = str(best) if best else None
         if best is None and self.state.best_global_step and self.args.load_best_model_at_end:
             if self.is_world_process_zero():
@@ -296,7 +287,7 @@ class CheckpointedTrainer(Trainer):
         """Move checkpoints aside that are not before this run's first step. A collective call."""
         output, resumed = Path(self.args.output_dir), self._resumed
         is_inside = resumed is not None and resumed.directory.resolve().parent == output.resolve()
-        moved = self._on_main_rank(lambda: leave_branch(output, resumed.step if is_inside else 0))
+        moved = self._ranks.on_first(lambda: leave_branch(output, resumed.step if is_inside else 0))
         if not moved:
             return
         if (best := self.state.best_model_checkpoint) is not None:
