@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from launcher import report
 from launcher.jobs.sbatch_options import split_words
-from sparse_zero.checkpoint.resume import complete_resume_option
+from sparse_zero.checkpoint.resume import RESETS, complete_resume_option, split_resets
 from sparse_zero.errors import UserError
 
 _JSON = "print one JSON value on stdout, and nothing else"
@@ -95,6 +95,7 @@ def _add_train(commands) -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  sparse-zero train demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
         "  sparse-zero train demo.yaml --resume\n"
+        "  sparse-zero train demo.yaml training.learning_rate=1e-4 --resume --reset learning_rate\n"
         "  sparse-zero train demo.yaml launch.processes_per_node=2 --dry-run",
     )
     _add_recipe(train)
@@ -106,6 +107,14 @@ def _add_train(commands) -> argparse.ArgumentParser:
         metavar="DIR",
         help="resume from this checkpoint; without DIR (or with auto) from the run's newest complete checkpoint, "
         "if there is one",
+    )
+    train.add_argument(
+        "--reset",
+        type=split_resets,
+        action="extend",
+        default=[],
+        metavar="NAMES",
+        help=f"with --resume: take these from the recipe instead of from the checkpoint ({', '.join(RESETS)})",
     )
     train.add_argument(
         "--dry-run", action="store_true", help="print the command that would start the ranks, and start nothing"

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparse_zero.checkpoint.resume import complete_resume_option
+from sparse_zero.checkpoint.resume import complete_resume_option, split_resets
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.failures import RankInfo
 from sparse_zero.ranks.placement import Placement
@@ -67,6 +67,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="resume from a checkpoint; auto: the newest complete one",
     )
+    parser.add_argument(
+        "--reset",
+        type=split_resets,
+        action="extend",
+        default=[],
+        metavar="NAMES",
+        help="with --resume: take these from the recipe instead of from the checkpoint",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser.parse_args(complete_resume_option(argv))
 
@@ -96,7 +104,14 @@ class Rank:
         from sparse_zero.training import run
 
         run.limit_output(is_first_of_host=self._is_first_of_host)
-        run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=self._stop)
+        run.train(
+            recipe,
+            options.recipe,
+            merge=options.merge,
+            resume=options.resume,
+            stop=self._stop,
+            reset=options.reset,
+        )
         self._leave(0)
         return 0
 

@@ -3,6 +3,7 @@
 checkpoint-100/
     shard-00000-of-00004.safetensors    one per rank: its scalars' float32 values and moments, its random states
     trainer_state.json                  written by transformers: steps, log, best metric, states of callbacks
+    settings.json                       the settings of the run, see `settings`
     fixed.safetensors                   only if positions cannot be drawn again, or rows are trained in full
     manifest.json                       written last: every file with its size and checksum, and what all ranks share
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FIXED_NAME = "fixed.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"
+SETTINGS_NAME = "settings.json"
 
 ABANDONED_NAME = "abandoned"
 """The directory, in a run's directory, of the checkpoints that are not of its branch any more."""

@@ -2,17 +2,38 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from sparse_zero.checkpoint.directory import Checkpoint
     from sparse_zero.recipe.recipe import Recipe
 
 AUTO = "auto"
+
+LEARNING_RATE, OPTIMIZER, DATA = RESETS = ("learning_rate", "optimizer", "data")
+"""What a resumed run can take from its own settings instead of from the checkpoint.
+
+learning_rate: the rate, at the checkpoint's place in the new schedule. optimizer: a new optimizer, without moments.
+data: the training examples and the batch size, from the beginning of an epoch.
+"""
+
+
+def check_resets(names: Iterable[str]) -> list[str]:
+    """Returns: the names, of which each is a member of RESETS. Raises UserError: one is not."""
+    names = list(names)
+    for name in names:
+        if name not in RESETS:
+            raise UserError(f"--reset {name}: known are {', '.join(RESETS)}{did_you_mean(name, RESETS)}")
+    return names
+
+
+def split_resets(word: str) -> list[str]:
+    """The names in the value of --reset, `learning_rate,data`. Raises UserError: one is not known."""
+    return check_resets(name.strip() for name in word.split(","))
 
 
 def complete_resume_option(argv: Sequence[str]) -> list[str]:

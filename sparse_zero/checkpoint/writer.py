@@ -1,5 +1,6 @@
 """Writes a checkpoint on all ranks together. Each rank writes one shard."""
 
+import json
 import logging
 import shutil
 import threading
@@ -13,6 +14,7 @@ from torch import nn
 from sparse_zero.checkpoint import random_states
 from sparse_zero.checkpoint.directory import (
     FIXED_NAME,
+    SETTINGS_NAME,
     TRAINER_STATE_NAME,
     checkpoint_path,
     delete_old,
@@ -20,6 +22,7 @@ from sparse_zero.checkpoint.directory import (
     temporary_path,
 )
 from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, ShardRecord, write_manifest
+from sparse_zero.checkpoint.settings import Settings
 from sparse_zero.checkpoint.shards import Entry, write_bytes, write_tensors
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks
@@ -64,6 +67,8 @@ class CheckpointWriter:
         self.ranks, self.output, self.run, self.keep = ranks, output, run, keep
         self.best: str | None = None
         """The path of the best checkpoint, which is kept at any age."""
+        self.settings: Settings = {}
+        """What every checkpoint contains as settings.json."""
         self._pending: PendingCheckpoint | None = None
 
     @property
@@ -185,6 +190,9 @@ class CheckpointWriter:
         files = {
             TRAINER_STATE_NAME: write_bytes(pending.written / TRAINER_STATE_NAME, [pending.trainer_state.encode()])
         }
+        if self.settings:
+            text = json.dumps(self.settings, indent=2) + "\n"
+            files[SETTINGS_NAME] = write_bytes(pending.written / SETTINGS_NAME, [text.encode()])
         if pending.fixed:
             files[FIXED_NAME] = write_tensors(pending.written / FIXED_NAME, pending.fixed, {"run": self.run})
         manifest = pending.manifest.model_copy(update={"shards": records, "files": files})

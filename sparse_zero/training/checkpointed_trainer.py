@@ -1,46 +1,45 @@
-"""A transformers.Trainer with sharded checkpoints, from which a run resumes exactly.
+"""A transformers.Trainer with sharded checkpoints, from which a run resumes exactly; see also `resuming_trainer`.
 
 It also restores what the Trainer's own resume loses: the losses since the last line of the log, an evaluation or an
 epoch's end that was due in the last step, the states of callbacks, and that a callback had stopped the training.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import uuid
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from sparse_zero.checkpoint import deepspeed_state, random_states
-from sparse_zero.checkpoint.branches import best_before, finish_leaving, leave_branch
-from sparse_zero.checkpoint.directory import Checkpoint, checkpoint_path, newest_complete
-from sparse_zero.checkpoint.export import describe_adapter, fixed_entries, load_buffers
-from sparse_zero.checkpoint.loader import load_partition, read_random_states
+from sparse_zero.checkpoint.directory import checkpoint_path
+from sparse_zero.checkpoint.export import fixed_entries
 from sparse_zero.checkpoint.manifest import Manifest, Progress
+from sparse_zero.checkpoint.resume import check_resets
 from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
 from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsity import sparsity_of
-from sparse_zero.model.wrappers import unwrap
 from sparse_zero.ranks.collectives import Ranks
-from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
-from sparse_zero.zero.partitions import Partition
+from sparse_zero.training.resuming_trainer import ResumingTrainer
+from sparse_zero.zero.parameters import zero_stage
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(ResumingTrainer):
     """A Trainer of a sparse model that saves complete checkpoints, and resumes from them exactly."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,59 +51,49 @@ class CheckpointedTrainer(Trainer):
         for name, consequence in ignored.items():
             if getattr(self.args, name) and self.is_world_process_zero():
                 logger.warning("training.%s: %s", name, consequence)
-        self.log_entries_before = 0
-        """The number of log entries that were written before this run was resumed."""
-        self._ranks: Ranks | None = None
         self._writer: CheckpointWriter | None = None
-        self._resumed: Checkpoint | None = None
-        self._random_states: dict[str, torch.Tensor] = {}
         self._is_settled = True
         self._epoch_ended = False
         self._postponed = (False, False)
         """Whether an evaluation and a save remained to be done in the current step when a signal arrived."""
-        self._adapter: dict[str, Any] | None = None
         self.add_callback(_LoopCallback(self))
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        *args: Any,
+        reset: Collection[str] = (),
+        **kwargs: Any,
+    ) -> TrainOutput:
         """As Trainer.train.
 
         Checkpoints in the output directory that are newer than the one from which the run resumes are moved to
         OUTPUT_DIR/abandoned, or all of them if it does not resume or resumes from another directory.
 
-        Args: resume_from_checkpoint: a checkpoint; True for the newest complete checkpoint in the output directory.
+        Args:
+            resume_from_checkpoint: a checkpoint; True for the newest complete checkpoint in the output directory.
+            reset: what to take from this run's settings instead of from the checkpoint: "learning_rate", "optimizer",
+                "data". See `checkpoint.resume.RESETS`.
 
-        Raises UserError: there is no such checkpoint, a file of it is damaged, or it is of another model.
+        Raises UserError: there is no such checkpoint, a file of it is damaged, it is of another model, or this run has
+            settings with which it cannot go on.
         """
-        self._ranks = self._ranks or Ranks()
-        self._ranks.on_first(lambda: finish_leaving(Path(self.args.output_dir)))
-        requested = self._ranks.on_first(lambda: self._find(resume_from_checkpoint))
-        self._resumed = self._ranks.run_together(lambda: Checkpoint(requested) if requested else None)
+        self._ranks, self._reset = self._ranks or Ranks(), check_resets(reset)
+        self._resumed = self._open(resume_from_checkpoint)
         self._is_settled = self._resumed is None
         run = self._resumed.manifest.run if self._resumed else self._ranks.gather(uuid.uuid4().hex[:12])[0]
         self._writer = CheckpointWriter(self._ranks, Path(self.args.output_dir), run, self.args.save_total_limit)
-        evaluates_on_start = self.args.eval_on_start
-        if self._resumed is not None:
-            # The run has already done it; a second time would count for early stopping.
-            self.args.eval_on_start = False
-        else:
+        self._writer.settings = self._settings()
+        changed = {}
+        if self._resumed is None:
             self._leave_branch()
+        else:
+            # The run has already evaluated; a second time would count for early stopping. Some schedules divide by the
+            # initial rate, which has to be the one that is restored.
+            changed = {"eval_on_start": False, "learning_rate": self._writer.settings["training"]["learning_rate"]}
         directory = str(self._resumed.directory) if self._resumed else None
-        try:
+        with _changed(self.args, changed):
             return super().train(directory, *args, **kwargs)
-        finally:
-            self.args.eval_on_start = evaluates_on_start
-
-    def _find(self, requested: str | Path | bool | None) -> Path | None:
-        if requested is None or requested is False:
-            return None
-        if requested is not True:
-            return Path(requested)
-        found, problems = newest_complete(Path(self.args.output_dir))
-        for problem in problems:
-            logger.warning("skipped: %s", problem)
-        if found is None:
-            raise UserError(f"{self.args.output_dir}: contains no complete checkpoint to resume from")
-        return found.directory
 
     # Saving
 
@@ -200,145 +189,6 @@ class CheckpointedTrainer(Trainer):
                 f"training.lr_scheduler_type: the scheduler's state cannot be saved in a checkpoint: {error}"
             ) from None
 
-    def _adapter_description(self) -> dict[str, Any]:
-        if self._adapter is None:
-            self._adapter = describe_adapter(self.model)
-        return self._adapter
-
-    def _trained_parameters(self) -> dict[str, nn.Parameter]:
-        sparsity = sparsity_of(self.model)
-        parameters = dict(unwrap(self.model).named_parameters())
-        trained = {name: weight.delta for name, weight in sparsity.weights.items()}
-        return trained | {name: parameters[name] for name in sparsity.whole}
-
-    def _partition(self) -> Partition:
-        if self.deepspeed is not None:
-            optimizer = self.deepspeed.optimizer
-        else:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
-        return Partition(self._trained_parameters(), optimizer)
-
-    # Resuming
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        position = super()._init_training_state(*args, **kwargs)
-        self.log_entries_before = len(self.state.log_history)
-        if self._resumed is not None:
-            self._find_best(self._resumed)
-        return position
-
-    def _find_best(self, checkpoint: Checkpoint) -> None:
-        """Set `best_model_checkpoint` to the best one before a checkpoint. A collective call.
-
-        It is gone if it was deleted for a better one after the checkpoint's step. Then the best of the steps to come
-        is sought.
-        """
-        best = self._ranks.on_first(lambda: best_before(checkpoint))
-        self.state.best_model_checkpoint = str(best) if best else None
-        if best is None and self.state.best_global_step and self.args.load_best_model_at_end:
-            if self.is_world_process_zero():
-                logger.warning(
-                    "the best checkpoint until step %d, that of step %d, is gone: the best of the later steps will be "
-                    "loaded at the end",
-                    checkpoint.step,
-                    self.state.best_global_step,
-                )
-            self.state.best_metric = self.state.best_global_step = None
-
-    def _load_callback_state(self) -> None:
-        for name, saved in self.state.stateful_callbacks.items():
-            alike = [c for c in self.callback_handler.callbacks if type(c).__name__ == name]
-            for callback, state in zip(alike, saved if isinstance(saved, list) else [saved], strict=False):
-                for attribute, value in state.get("attributes", {}).items():
-                    setattr(callback, attribute, value)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
-        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self._resumed is not None:
-            self._resume(self._resumed)
-        return model, train_dataloader
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        manifest = checkpoint.manifest
-        here = self.get_total_train_batch_size(self.args)
-        if here != manifest.examples_per_step and not self.args.ignore_data_skip:
-            raise UserError(
-                f"{checkpoint.directory}: was saved with {manifest.examples_per_step} examples per step, but this run "
-                f"has {here}; set training.per_device_train_batch_size and training.gradient_accumulation_steps so "
-                f"that their product with the {self._ranks.world_size} ranks is {manifest.examples_per_step}"
-            )
-        self._ranks.run_together(lambda: self._check_selection(checkpoint))
-        load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
-        if manifest.scheduler is not None and self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(manifest.scheduler)
-        deepspeed_state.restore_engine_counters(self.deepspeed, manifest.engine)
-        deepspeed_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
-        sparsity = sparsity_of(self.model)
-        sparsity.counter.training_forwards = manifest.progress.forwards
-        self._ranks.run_together(lambda: load_buffers(checkpoint, self.model))
-        refresh(unwrap(self.model))
-        self._random_states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
-        # Last, so that a resume that is refused moves nothing
-        self._leave_branch()
-
-    def _leave_branch(self) -> None:
-        """Move checkpoints aside that are not before this run's first step. A collective call."""
-        output, resumed = Path(self.args.output_dir), self._resumed
-        is_inside = resumed is not None and resumed.directory.resolve().parent == output.resolve()
-        moved = self._ranks.on_first(lambda: leave_branch(output, resumed.step if is_inside else 0))
-        if not moved:
-            return
-        if (best := self.state.best_model_checkpoint) is not None:
-            new_paths = {old.resolve(): new for old, new in moved.items()}
-            self.state.best_model_checkpoint = str(new_paths.get(Path(best).resolve(), best))
-        if self.is_world_process_zero():
-            names = ", ".join(path.name for path in moved)
-            reason = f"newer than {resumed.directory.name}" if is_inside else "not of this run"
-            logger.warning("moved %s (%s) to %s", names, reason, next(iter(moved.values())).parent)
-
-    def _check_selection(self, checkpoint: Checkpoint) -> None:
-        if not self.is_world_process_zero():
-            return
-        saved, here = checkpoint.manifest.adapter, self._adapter_description()
-        # A checkpoint of version 0.1 has no buffers
-        buffers = {*sparsity_of(self.model).buffers} - {*saved.get("modules_to_save", ())}
-        here = here | {"modules_to_save": [name for name in here["modules_to_save"] if name not in buffers]}
-        for key in ("tensors", "modules_to_save"):
-            if saved.get(key) != here[key]:
-                raise UserError(
-                    f"{checkpoint.directory}: has another selection ({key} differ): resume with the `sparse` section "
-                    "with which the run was started"
-                )
-        if different := differing_parameters(saved.get("base_fingerprint", {}), here["base_fingerprint"]):
-            raise UserError(
-                f"{checkpoint.directory}: was saved with a base model whose weights differ in '{different[0]}': "
-                "resume with the base model with which the run was started"
-            )
-
-    def _random_states_of(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-        if checkpoint.manifest.world_size == self._ranks.world_size:
-            return read_random_states(checkpoint, self._ranks.rank)
-        # With another number of ranks the saved states do not fit: each rank gets a new seed, the same at each resume.
-        generator = torch.Generator().manual_seed(self.args.seed + checkpoint.step)
-        seeds = torch.randint(2**62, (self._ranks.world_size,), generator=generator)
-        return {"torch": torch.Generator().manual_seed(int(seeds[self._ranks.rank])).get_state()}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Does nothing: `_prepare_for_training` loads the checkpoint, after it has created the partitions."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        random_states.restore(self._random_states)
-
-    def _load_best_model(self) -> None:
-        checkpoint = self._ranks.run_together(lambda: Checkpoint(self.state.best_model_checkpoint))
-        parameters = self._trained_parameters()
-        wait_for_prefetch(unwrap(self.model))
-        load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
-        self._ranks.run_together(lambda: load_buffers(checkpoint, self.model))
-        refresh(unwrap(self.model))
-
     # The loop
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -395,12 +245,9 @@ class CheckpointedTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         self._settle(self.model_wrapped, int(self.state.epoch or 0), trial, None, start_time)
         self._finish_last_save()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            # With a limit of 1 it would delete the last checkpoint, which a run resumes from if its end fails.
+        # With a limit of 1 it would delete the last checkpoint, from which a run resumes if its end fails.
+        with _changed(self.args, {"save_total_limit": None}):
             return super()._finalize_training(trial, num_train_samples, start_time)
-        finally:
-            self.args.save_total_limit = limit
 
     def _end_step(self) -> None:
         self._exchange_flags()
@@ -416,6 +263,18 @@ class CheckpointedTrainer(Trainer):
         if self._writer.has_pending and not is_writing:
             self._finish_last_save()
         return raised
+
+
+@contextlib.contextmanager
+def _changed(arguments: TrainingArguments, values: Mapping[str, Any]) -> Iterator[None]:
+    before = {key: getattr(arguments, key) for key in values}
+    try:
+        for key, value in values.items():
+            setattr(arguments, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(arguments, key, value)
 
 
 class _LoopCallback(TrainerCallback):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sparse_zero.adapters.files import adapter_bytes
 from sparse_zero.adapters.save_and_load import write_merged
 from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.output_lock import locked
-from sparse_zero.checkpoint.resume import find_resume_checkpoint, keep_batch_size, print_once
+from sparse_zero.checkpoint.resume import DATA, find_resume_checkpoint, keep_batch_size, print_once
 from sparse_zero.errors import UserError, disk_problem
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.ranks.collectives import Ranks
@@ -33,6 +33,7 @@ from sparse_zero.selection.config import SparseConfig
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name, peak_memory_bytes
 from sparse_zero.training.results_table import print_results
+from sparse_zero.training.run_settings import describe_examples, sections_of
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
 from sparse_zero.zero.parameters import optimizer_bytes, zero_stage
 
@@ -60,6 +61,7 @@ def train(
     merge: bool = False,
     resume: str | None = None,
     stop: StopRequest | None = None,
+    reset: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe on this rank. A collective call.
 
@@ -69,6 +71,7 @@ def train(
         merge: also write OUTPUT_DIR/merged.
         resume: see `find_resume_checkpoint`.
         stop: set by signals.
+        reset: what a resumed run takes from the recipe, see `checkpoint.resume.RESETS`.
 
     Returns: the content of OUTPUT_DIR/results.json.
 
@@ -79,11 +82,12 @@ def train(
     ranks = Ranks()
     with locked(Path(str(recipe.training["output_dir"])), ranks):
         checkpoint = ranks.on_first(lambda: find_resume_checkpoint(recipe, resume))
-        recipe = keep_batch_size(recipe, checkpoint)
+        if DATA not in reset:
+            recipe = keep_batch_size(recipe, checkpoint)
         arguments = training_arguments(recipe)
         _check_noise(recipe.rpn)
         _say_if_noise_changes(recipe.rpn, checkpoint, ranks.world_size)
-        return _train(recipe, path, merge, arguments, checkpoint, stop)
+        return _train(recipe, path, merge, arguments, checkpoint, stop, reset)
 
 
 def _check_noise(config: rpn.RPNConfig | None) -> None:
@@ -116,6 +120,7 @@ def _train(
     arguments: TrainingArguments,
     checkpoint: Checkpoint | None,
     stop: StopRequest | None,
+    reset: Collection[str],
 ) -> dict[str, Any]:
     set_seed(arguments.seed)
     tokenizer, prepared, model = build(recipe, arguments)
@@ -128,11 +133,12 @@ def _train(
         arguments,
         train_dataset=prepared.train,
         stop=stop,
+        settings=sections_of(recipe) | {"examples": describe_examples(prepared.train)},
         objective=noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids),
         **evaluation_settings(recipe, prepared, tokenizer),
     )
     with stop.deferred() if stop else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=checkpoint.directory if checkpoint else None)
+        trainer.train(resume_from_checkpoint=checkpoint.directory if checkpoint else None, reset=reset)
         metrics = trainer.evaluate()
     output = Path(arguments.output_dir)
     results = _results(trainer, metrics)

@@ -6,44 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from sparse_zero import SparseTrainer, UserError
 from sparse_zero.checkpoint.directory import list_checkpoints, newest_complete
 from sparse_zero.checkpoint.export import export
 
-STEPS = 6
-QUIET = {"report_to": "none", "disable_tqdm": True, "eval_strategy": "no", "eval_on_start": False}
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "load_best_model_at_end": True}
-
-
-class Killed(TrainerCallback):
-    """Ends the run at the beginning of a step, as if the process had been killed."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-@pytest.fixture
-def run(trainer):
-    """run(out, resume, **settings): trains six steps, and saves each; returns the trainer."""
-
-    def run(out: Path, resume: str | Path | bool | None = None, killed_at: int | None = None, **settings):
-        known = QUIET | {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 0.05}
-        made: SparseTrainer = trainer(out, **known | settings)
-        if killed_at is None:
-            made.train(resume_from_checkpoint=resume)
-        else:
-            made.add_callback(Killed(killed_at))
-            with pytest.raises(KeyboardInterrupt):
-                made.train(resume_from_checkpoint=resume)
-        return made
-
-    return run
 
 
 def steps(directory: Path) -> list[int]:
@@ -59,7 +27,7 @@ def test_what_is_saved_after_going_back_is_kept_and_found(tmp_path: Path, run, c
     """The attack: everything that was saved from then on was deleted at once, as it was older than checkpoint-6."""
     run(tmp_path)
     shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "copy" / "checkpoint-6")
-    run(tmp_path, tmp_path / "checkpoint-2", killed_at=4, save_total_limit=1, learning_rate=1.0, seed=1)
+    run(tmp_path, tmp_path / "checkpoint-2", killed_at=4, save_total_limit=1, weight_decay=0.9)
     assert steps(tmp_path) == [4]
     assert steps(tmp_path / "abandoned" / "after-2") == [3, 4, 5, 6]
     assert (
@@ -67,7 +35,7 @@ def test_what_is_saved_after_going_back_is_kept_and_found(tmp_path: Path, run, c
         f"{tmp_path}/abandoned/after-2" in caplog.text
     )
     caplog.clear()
-    resumed = run(tmp_path, True, save_total_limit=1, learning_rate=1.0, seed=1)
+    resumed = run(tmp_path, True, save_total_limit=1, weight_decay=0.9)
     assert resumed._resumed.step == 4
     assert steps(tmp_path) == [6]
     assert "moved" not in caplog.text
@@ -165,7 +133,7 @@ def best_of(evaluations: dict[int, float]) -> int:
 
 def test_the_best_is_of_this_branch(tmp_path: Path, run) -> None:
     run(tmp_path, **BEST)
-    back = run(tmp_path, tmp_path / "checkpoint-2", **BEST, save_total_limit=2, learning_rate=0.2, seed=1, killed_at=5)
+    back = run(tmp_path, tmp_path / "checkpoint-2", **BEST, save_total_limit=2, weight_decay=0.9, killed_at=5)
     best = best_of(evaluations(back))
     assert sorted(evaluations(back)) == [1, 2, 3, 4, 5]
     assert back.state.best_global_step == best
