@@ -1,5 +1,6 @@
 """Finds the checkpoint from which a run resumes, as --resume says. Imports torch only to open a checkpoint."""
 
+import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,13 +28,16 @@ def check_resets(names: Iterable[str]) -> list[str]:
     names = list(names)
     for name in names:
         if name not in RESETS:
-            raise UserError(f"--reset {name}: known are {', '.join(RESETS)}{did_you_mean(name, RESETS)}")
+            raise UserError(f"'{name}' is none of {', '.join(RESETS)}{did_you_mean(name, RESETS)}")
     return names
 
 
 def split_resets(word: str) -> list[str]:
-    """The names in the value of --reset, `learning_rate,data`. Raises UserError: one is not known."""
-    return check_resets(name.strip() for name in word.split(","))
+    """The names in the value of --reset, `learning_rate,data`. Raises argparse.ArgumentTypeError: one is not known."""
+    try:
+        return check_resets(name.strip() for name in word.split(","))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def complete_resume_option(argv: Sequence[str]) -> list[str]:

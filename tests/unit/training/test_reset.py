@@ -182,7 +182,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path: Path, run) ->
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path, run) -> None:
-    with pytest.raises(UserError, match=r"--reset learnin_rate: known are .*; did you mean 'learning_rate'\?"):
+    with pytest.raises(UserError, match=r"'learnin_rate' is none of .*; did you mean 'learning_rate'\?"):
         run(tmp_path, reset=["learnin_rate"])
 
 
