@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from sparse_zero.checkpoint.directory import SETTINGS_NAME, Checkpoint
 from sparse_zero.checkpoint.resume import DATA, LEARNING_RATE
 from sparse_zero.errors import UserError
@@ -35,21 +37,51 @@ class Difference:
     """Whether the checkpoint's value is used."""
 
 
+class _Training(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    learning_rate: float | None = Field(None, ge=0, allow_inf_nan=False)
+    seed: int | None = None
+    data_seed: int | None = None
+
+
+class _Examples(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    count: int | None = None
+    checksum: str | None = None
+    first_step: int = Field(0, ge=0)
+
+
+class _Stored(BaseModel):
+    """What must be so in settings.json for the functions of this module."""
+
+    model: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    sparse: dict[str, Any] | None = None
+    rpn: dict[str, Any] | None = None
+    training: _Training
+    examples: _Examples
+
+
 def read_settings(checkpoint: Checkpoint) -> Settings:
     """The settings of the run that saved a checkpoint. Of a checkpoint without settings, from version 0.1, only the
     learning rate is known.
+
+    Raises UserError: the file is damaged.
     """
-    if SETTINGS_NAME in checkpoint.manifest.files:
-        path = checkpoint.directory / SETTINGS_NAME
-        try:
-            settings = json.loads(path.read_bytes())
-            if isinstance(settings, dict) and all(isinstance(part, dict | None) for part in settings.values()):
-                return settings
-        except (OSError, ValueError):
-            pass
-        raise UserError(f"{path}: damaged; resume from another checkpoint")
-    rates = (checkpoint.manifest.scheduler or {}).get("base_lrs")
-    return {"training": {"learning_rate": rates[0]}} if rates else {}
+    if SETTINGS_NAME not in checkpoint.manifest.files:
+        rates = (checkpoint.manifest.scheduler or {}).get("base_lrs")
+        is_known = isinstance(rates, list) and rates and isinstance(rates[0], float)
+        return {"training": {"learning_rate": rates[0]}} if is_known else {}
+    path = checkpoint.directory / SETTINGS_NAME
+    try:
+        settings = json.loads(path.read_bytes())
+        if _Stored.model_validate(settings).examples.first_step <= checkpoint.step:
+            return settings
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise UserError(f"{path}: damaged; resume from another checkpoint")
 
 
 def differences(saved: Settings, here: Settings, reset: Collection[str]) -> list[Difference]:
