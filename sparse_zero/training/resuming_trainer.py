@@ -23,7 +23,7 @@ from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.model.wrappers import unwrap
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.training.run_settings import count_examples, training_settings
-from sparse_zero.training.schedule import rates_at
+from sparse_zero.training.schedule import rates_at, restored_rates
 from sparse_zero.zero.parameters import wait_for_prefetch
 from sparse_zero.zero.partitions import Partition
 
@@ -142,17 +142,14 @@ class ResumingTrainer(Trainer):
                 f"that their product with the {self._ranks.world_size} ranks is {manifest.examples_per_step}"
             )
         self._ranks.run_together(lambda: self._check_selection(checkpoint))
-        partition = self._partition()
+        partition, scheduler = self._partition(), manifest.scheduler
         initial = partition.learning_rates()
-        with_moments = OPTIMIZER not in self._reset
-        load_partition(checkpoint, self._trained_parameters(), partition, self._ranks, with_moments)
+        load_partition(checkpoint, self._trained_parameters(), partition, self._ranks, OPTIMIZER not in self._reset)
         if LEARNING_RATE in self._reset:
-            step, saved = manifest.step, manifest.scheduler
-            partition.set_learning_rates(rates_at(self.lr_scheduler, saved, step, initial))
+            rates = rates_at(self.lr_scheduler, scheduler, manifest.step, initial)
         else:
-            partition.set_learning_rates(manifest.learning_rates)
-            if manifest.scheduler is not None and self.lr_scheduler is not None:
-                self.lr_scheduler.load_state_dict(manifest.scheduler)
+            rates = restored_rates(self.lr_scheduler, scheduler, manifest.learning_rates)
+        partition.set_learning_rates(rates)
         deepspeed_state.restore_engine_counters(self.deepspeed, manifest.engine)
         deepspeed_state.restore_loss_scale(self.deepspeed, self.accelerator.scaler, manifest.loss_scale)
         sparsity = sparsity_of(self.model)

@@ -84,6 +84,13 @@ def test_a_rate_of_zero_changes_nothing_any_more(tmp_path: Path, run) -> None:
     assert all(torch.equal(*pair) for pair in zip(deltas(reset), deltas(at_checkpoint), strict=True))
 
 
+def test_more_steps_stretch_the_schedule_from_the_next_step_on(tmp_path: Path, run) -> None:
+    """The next step used to have the rate of the old schedule, which is 0 at its end."""
+    run(tmp_path, max_steps=4)
+    longer = run(tmp_path, True, max_steps=6)
+    assert rates(longer)[4:] == pytest.approx(linear(RATE)[4:])
+
+
 def test_a_weight_decay_is_the_new_one(tmp_path: Path, run, caplog) -> None:
     kept, decayed = from_there(run, tmp_path), from_there(run, tmp_path, weight_decay=0.5)
     assert decayed.optimizer.param_groups[0]["weight_decay"] == 0.5
