@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
+from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.train import Rank, facts_that_must_match
 
 TEXT = """
