@@ -18,6 +18,7 @@ TESTS := tests/cluster tests/distributed tests/wheel tests/docs tests/fuzz tests
 .PHONY: demo test check lint fuzz families docs clean
 
 demo: $(SETUP)
+	rm -rf runs/demo
 	$(BIN)/sparse-zero train configs/demo.yaml --merge $(DEMO)
 
 test: lint

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from launcher import report
 from launcher.jobs.sbatch_options import split_words
-from sparse_zero.checkpoint.resume import complete_resume_option
+from sparse_zero.checkpoint.resume import RESETS, complete_resume_option, split_resets
 from sparse_zero.errors import UserError, did_you_mean
 
 _JSON = "print one JSON value on stdout, and nothing else"
@@ -98,6 +98,7 @@ def _add_train(commands) -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  sparse-zero train demo.yaml training.learning_rate=1e-3 sparse.density=0.01\n"
         "  sparse-zero train demo.yaml --resume\n"
+        "  sparse-zero train demo.yaml training.learning_rate=1e-4 --resume --reset learning_rate\n"
         "  sparse-zero train demo.yaml launch.processes_per_node=2 --dry-run",
     )
     _add_recipe(train)
@@ -114,6 +115,14 @@ def _add_train(commands) -> argparse.ArgumentParser:
         metavar="DIR",
         help="resume from this checkpoint; without DIR (or with auto) from the run's newest complete checkpoint, "
         "if there is one",
+    )
+    train.add_argument(
+        "--reset",
+        type=split_resets,
+        action="extend",
+        default=[],
+        metavar="NAMES",
+        help=f"with --resume: take these from the recipe instead of from the checkpoint ({', '.join(RESETS)})",
     )
     train.add_argument(
         "--dry-run", action="store_true", help="print the command that would start the ranks, and start nothing"
@@ -148,9 +157,7 @@ def _add_init(commands) -> argparse.ArgumentParser:
         description="Look at a data set, recognise its form (conversations, prompts, instructions, texts with\n"
         "labels, pairs, preferences, plain text), and write a commented recipe: model, task, columns, lengths,\n"
         "learning rate and the batch for this machine.",
-        epilog="examples:\n"
-        "  sparse-zero init reviews.csv\n"
-        "  sparse-zero init chats.jsonl --model Qwen/Qwen3-0.6B",
+        epilog="examples:\n  sparse-zero init reviews.csv\n  sparse-zero init chats.jsonl --model Qwen/Qwen3-0.6B",
     )
     init.add_argument("data", metavar="DATA", help="a file, a directory or a hub id, as in a recipe's data.path")
     init.add_argument("--model", metavar="MODEL", help="the base model (default: a small one for the task)")

@@ -29,10 +29,13 @@ def train(arguments: argparse.Namespace) -> int:
         raise UserError("--find-rate: nothing is kept of these steps; leave --merge and --resume out")
     if arguments.resume not in (None, "auto") and not Path(arguments.resume).is_dir():
         raise UserError(f"--resume {arguments.resume}: no such checkpoint")
+    if arguments.reset and not (arguments.resume or recipe.training.get("resume_from_checkpoint")):
+        raise UserError("--reset: needs --resume, because without a checkpoint everything is taken from the recipe")
     options = [
         *(["--merge"] if arguments.merge else []),
         *(["--find-rate"] if arguments.find_rate else []),
         *([f"--resume={arguments.resume}"] if arguments.resume else []),
+        *([f"--reset={','.join(arguments.reset)}"] if arguments.reset else []),
     ]
     words = [TRAINING_MODULE, arguments.recipe, *hide_values(arguments.overrides)[0], *options]
     if arguments.dry_run:

@@ -1,5 +1,6 @@
 """Supervises a run: starts its ranks, and restarts them after a failure, up to launch.max_restarts times."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
     """
     output = Path(str(recipe.training["output_dir"]))
     names = hosts = launchers.host_names(recipe)
+    before = set(_saved(output))
     for restart in range(1, recipe.launch.max_restarts + 2):
         result = _attempt(recipe, words, hosts, stdout)
         if result.stopped or result.status in _FINAL or restart > recipe.launch.max_restarts:
@@ -39,7 +41,8 @@ def run(recipe: Recipe, words: Sequence[str], stdout: TextIO | None = None) -> R
         hosts = _hosts_for_restart(recipe, names)
         if names and not hosts:
             break
-        words = _with_resume(words, output)
+        if not before.issuperset(_saved(output)[-1:]):
+            words = _with_resume(words)
         on = f" on {', '.join(hosts)}" if hosts else ""
         _print(f"restarting{on} (restart {restart} of {recipe.launch.max_restarts})")
     newest = _newest_complete(output)
@@ -81,13 +84,22 @@ def _hosts_for_restart(recipe: Recipe, names: Sequence[str]) -> list[str]:
     return []
 
 
-def _with_resume(words: Sequence[str], output: Path) -> list[str]:
-    """`words` with --resume=auto if the run has a complete checkpoint; else unchanged, so that the run starts as
-    before.
-    """
-    if _newest_complete(output) is None:
-        return list(words)
-    return [word for word in words if not word.startswith("--resume")] + ["--resume=auto"]
+def _saved(output: Path) -> list[tuple[str, int, int]]:
+    """What tells each complete checkpoint of a run from any other, in the order of their steps."""
+    from sparse_zero.checkpoint.directory import list_checkpoints
+    from sparse_zero.checkpoint.manifest import MANIFEST_NAME
+
+    found = []
+    for checkpoint in list_checkpoints(output):
+        with contextlib.suppress(OSError):
+            facts = (checkpoint / MANIFEST_NAME).stat()
+            found.append((checkpoint.name, facts.st_ino, facts.st_mtime_ns))
+    return found
+
+
+def _with_resume(words: Sequence[str]) -> list[str]:
+    """`words` for a run that has saved a checkpoint: it resumes from that, not again from what was asked for."""
+    return [word for word in words if not word.startswith(("--resume", "--reset"))] + ["--resume=auto"]
 
 
 def _newest_complete(output: Path) -> Path | None:

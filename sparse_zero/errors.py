@@ -34,6 +34,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def disk_problem(error: BaseException) -> str | None:
+    """What the operating system says of a file that could not be written; None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors and tokenizers, which are written in Rust, have errors of their own
+    found = re.search(r"([A-Z][\w ]*) \(os error \d+\)", str(error))
+    return found[1] if found else None
+
+
 def refuse_to_overwrite(out: Path) -> None:
     """Raises UserError: `out` exists and is not an empty directory."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

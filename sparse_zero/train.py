@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparse_zero.checkpoint.resume import complete_resume_option
+from sparse_zero.checkpoint.resume import complete_resume_option, split_resets
 from sparse_zero.errors import UserError, printable
 from sparse_zero.ranks.caches import use_writable_caches
 from sparse_zero.ranks.failures import RankInfo, describe_lost_launcher
@@ -74,6 +74,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="resume from a checkpoint; auto: the newest complete one",
     )
+    parser.add_argument(
+        "--reset",
+        type=split_resets,
+        action="extend",
+        default=[],
+        metavar="NAMES",
+        help="with --resume: take these from the recipe instead of from the checkpoint",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser.parse_args(complete_resume_option(argv))
 
@@ -87,11 +95,14 @@ class Rank:
         self._client: WatchdogClient | None = None
         self._log: Path | None = None
         self._parent, self._has_launcher = os.getppid(), has_launcher(os.environ)
+        self._output: Path | None = None
+        """The run's directory, absolute."""
         # A log file will replace the descriptors 1 and 2.
         self._console = os.dup(2)
 
     def run(self, options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
+        self._output = Path(str(recipe.training["output_dir"])).resolve()
         self._placement = Placement.from_environment()
         if self._placement is None and recipe.training.get("deepspeed"):
             # Without a rank in the environment, DeepSpeed would look for MPI.
@@ -106,7 +117,14 @@ class Rank:
 
             find_rate(recipe, options.recipe)
         else:
-            run.train(recipe, options.recipe, merge=options.merge, resume=options.resume, stop=self._stop)
+            run.train(
+                recipe,
+                options.recipe,
+                merge=options.merge,
+                resume=options.resume,
+                stop=self._stop,
+                reset=options.reset,
+            )
         self._leave(0)
         return 0
 
@@ -190,10 +208,16 @@ class Rank:
 
     def stopped(self, stopped: Stopped) -> int:
         if self._placement is None or self._placement.rank == 0:
-            saved = f"saved {stopped.checkpoint}; resume with --resume" if stopped.checkpoint else "nothing to save"
-            print(f"sparse-zero: stopped at step {stopped.step}: {saved}", file=sys.stderr)
+            print(f"sparse-zero: stopped at step {stopped.step}: {self._saved(stopped)}", file=sys.stderr)
         self._leave(STOPPED)
         return STOPPED
+
+    def _saved(self, stopped: Stopped) -> str:
+        if not stopped.checkpoint:
+            return "nothing to save"
+        if Path(stopped.checkpoint).parent.resolve() != self._output:
+            return f"nothing to save; resume with --resume {stopped.checkpoint}"
+        return f"saved {stopped.checkpoint}; resume with --resume"
 
     def _leave(self, status: int) -> None:
         from sparse_zero.training import run

@@ -30,6 +30,7 @@ REFUSED = {
     "test-only": "it would submit nothing; use --dry-run",
     "parsable": "use --json",
     "resume": "a submitted run always resumes from its newest checkpoint, if there is one",
+    "reset": "a job that is queued again would reset it again; use sparse-zero train --resume --reset",
 }
 
 WARNING_SECONDS = 120

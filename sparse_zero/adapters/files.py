@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sparse_zero.adapters.reading import VALUE_DTYPES, read_json, read_safetensors
 from sparse_zero.adapters.schema import ROWS_SUFFIX, AdapterConfig, checked_config
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, disk_problem
 from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.selection import rules
 from sparse_zero.selection.rules import BERNOULLI, STORED, Selection
@@ -117,8 +118,10 @@ def write_adapter(adapter: Adapter, directory: str | Path, card: str | None = No
             _replace(directory / CARD_NAME, card)
         config = adapter.config.model_copy(update={"files": files})
         _replace(directory / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{directory}: the adapter cannot be written ({error})") from None
+    except (OSError, SafetensorError) as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        raise UserError(f"{directory}: the adapter cannot be written ({problem})") from error
 
 
 def _narrow_positions(adapter: Adapter) -> dict[str, torch.Tensor]:

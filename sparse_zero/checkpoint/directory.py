@@ -3,11 +3,13 @@
 checkpoint-100/
     shard-00000-of-00004.safetensors    one per rank: its scalars' float32 values and moments, its random states
     trainer_state.json                  written by transformers: steps, log, best metric, states of callbacks
+    settings.json                       the settings of the run, see `settings`
     fixed.safetensors                   only if positions cannot be drawn again, or rows are trained in full
     manifest.json                       written last: every file with its size and checksum, and what all ranks share
 
 The ranks write to checkpoint-100.tmp-RUN, flush it, and rename it when it is complete. Only directories named
-checkpoint-N are checkpoints. The one with the largest N is the newest; clocks are not used.
+checkpoint-N are checkpoints. The one with the largest N is the newest; clocks are not used. Those that a run leaves
+when it resumes from an earlier one are moved aside, see `branches`.
 """
 
 import logging
@@ -24,8 +26,14 @@ from sparse_zero.errors import UserError
 logger = logging.getLogger(__name__)
 
 FIXED_NAME = "fixed.safetensors"
+TRAINER_STATE_NAME = "trainer_state.json"
+SETTINGS_NAME = "settings.json"
+
+ABANDONED_NAME = "abandoned"
+"""The directory, in a run's directory, of the checkpoints that are not of its branch any more."""
 
 _NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
+_MOVING = re.compile(r"after-(\d+)\.moving")
 _TEMPORARY = re.compile(r"checkpoint-\d+\.(tmp|deleted)-\w+")
 
 
@@ -74,12 +82,36 @@ def publish(written: Path, directory: Path) -> None:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """All directories in `output` that are named like a checkpoint, complete or not, in the order of their steps."""
+    """All directories in `output` that are named like a checkpoint, complete or not, in the order of their steps.
+
+    Those that are being moved aside do not count, also if they are still there.
+    """
+    moving = unfinished_move(output)
+    return list_newer(output, -1, None if moving is None else moving[1])
+
+
+def list_newer(output: Path, after: int, until: int | None = None) -> list[Path]:
+    """As `list_checkpoints`, of the steps above `after` and up to `until`, also those that are being moved aside."""
     if not output.is_dir():
         return []
-    found = [(match, path) for path in output.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), match[2] is None, path)
+        for path in output.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     # checkpoint-N.replaced precedes checkpoint-N, so that the last element is the newest.
-    return [path for _, path in sorted(found, key=lambda entry: (int(entry[0][1]), entry[0][2] is None))]
+    return [path for step, _, path in sorted(found) if after < step <= (step if until is None else until)]
+
+
+def unfinished_move(output: Path) -> tuple[Path, int] | None:
+    """The directory to which a run's checkpoints of the steps above N are being moved aside, and N; None if there is
+    no such move.
+    """
+    abandoned = output / ABANDONED_NAME
+    if not abandoned.is_dir():
+        return None
+    found = [(path, int(match[1])) for path in abandoned.iterdir() if (match := _MOVING.fullmatch(path.name))]
+    return min(found, key=lambda entry: entry[1], default=None)
 
 
 def newest_complete(output: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -116,20 +148,22 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-def delete_old(output: Path, keep: int | None, best: str | None) -> None:
+def delete_old(output: Path, keep: int | None, best: str | None, saved: Path | None = None) -> None:
     """Delete all but the newest complete checkpoints. The newest complete checkpoint is never deleted.
 
     Args:
         output: the run's directory.
         keep: how many to keep, including the best; None or 0: all.
-        best: a checkpoint to keep at any age.
+        best: a checkpoint to keep at any age, which may be in another directory.
+        saved: the checkpoint that was just saved, which is never deleted.
     """
     if keep is None or keep <= 0:
         return
     complete = [path for path in list_checkpoints(output) if _is_complete(path)]
-    protected = {path.name for path in complete[-1:]} | ({Path(best).name} if best else set())
-    surplus = len(complete) - max(keep, len(protected))
-    for path in [path for path in complete if path.name not in protected][: max(0, surplus)]:
+    protected = {path.resolve() for path in [*complete[-1:], saved, best and Path(best)] if path}
+    others = [path for path in complete if path.resolve() not in protected]
+    surplus = len(complete) - max(keep, len(complete) - len(others))
+    for path in others[: max(0, surplus)]:
         deleted = path.with_name(f"{path.name}.deleted-{xxhash.xxh3_64_hexdigest(path.name.encode())}")
         try:
             # An interrupted deletion must not leave an incomplete checkpoint under this name.

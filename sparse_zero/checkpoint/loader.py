@@ -107,7 +107,8 @@ def _check_optimizer(checkpoint: Checkpoint, partition: Partition) -> None:
     saved, here = checkpoint.manifest.optimizer, type(partition.optimizer).__name__
     if saved != here and not ("adam" in saved.lower() and "adam" in here.lower()):
         raise UserError(
-            f"training.optim: {checkpoint.directory} was saved with {saved}, but the optimizer of this run is {here}"
+            f"training.optim: {checkpoint.directory} was saved with {saved}, but the optimizer of this run is {here}; "
+            "restore it, or begin without its moments with --reset optimizer"
         )
     if "adam" in here.lower():
         amsgrad = any(group.get("amsgrad") for group in partition.optimizer.param_groups)

@@ -94,7 +94,7 @@ class Manifest(_Record):
     adapter: dict[str, Any]
     """The content of adapter_config.json for this model."""
     shards: list[ShardRecord]
-    files: dict[Literal["trainer_state.json", "fixed.safetensors"], FileRecord]
+    files: dict[Literal["trainer_state.json", "fixed.safetensors", "settings.json"], FileRecord]
 
     def sizes(self) -> dict[str, int]:
         """The number of scalars of each parameter, in the order of the vector of all parameters."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from sparse_zero.checkpoint.branches import finish_leaving
 from sparse_zero.checkpoint.directory import remove_leftovers
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks
@@ -22,18 +23,23 @@ _TIMEOUT_SECONDS = 5.0
 
 @contextlib.contextmanager
 def locked(output: Path, ranks: Ranks) -> Iterator[None]:
-    """Lock a run's output directory for the duration of the block, and remove what interrupted saves have left. A
-    collective call; rank 0 holds the lock.
+    """Lock a run's output directory for the duration of the block, and tidy up what interrupted saves and moves have
+    left. A collective call; rank 0 holds the lock.
 
     Raises UserError on every rank: another run has locked the directory, or it cannot be written to.
     """
     file = ranks.run_together(lambda: _lock(output) if ranks.rank == 0 else None)
     try:
-        ranks.run_together(lambda: remove_leftovers(output) if ranks.rank == 0 else None)
+        ranks.on_first(lambda: _tidy(output))
         yield
     finally:
         if file is not None:
             file.close()
+
+
+def _tidy(output: Path) -> None:
+    remove_leftovers(output)
+    finish_leaving(output)
 
 
 def _lock(output: Path) -> IO[str]:

@@ -1,18 +1,43 @@
 """Finds the checkpoint from which a run resumes, as --resume says. Imports torch only to open a checkpoint."""
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from sparse_zero.checkpoint.directory import Checkpoint
     from sparse_zero.recipe.recipe import Recipe
 
 AUTO = "auto"
+
+LEARNING_RATE, OPTIMIZER, DATA = RESETS = ("learning_rate", "optimizer", "data")
+"""What a resumed run can take from its own settings instead of from the checkpoint.
+
+learning_rate: the rate, at the checkpoint's place in the new schedule. optimizer: a new optimizer, without moments.
+data: the training examples and the batch size, from the beginning of an epoch.
+"""
+
+
+def check_resets(names: Iterable[str]) -> list[str]:
+    """Returns: the names, of which each is a member of RESETS. Raises UserError: one is not."""
+    names = list(names)
+    for name in names:
+        if name not in RESETS:
+            raise UserError(f"'{name}' is none of {', '.join(RESETS)}{did_you_mean(name, RESETS)}")
+    return names
+
+
+def split_resets(word: str) -> list[str]:
+    """The names in the value of --reset, `learning_rate,data`. Raises argparse.ArgumentTypeError: one is not known."""
+    try:
+        return check_resets(name.strip() for name in word.split(","))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def complete_resume_option(argv: Sequence[str]) -> list[str]:
@@ -47,8 +72,27 @@ def find_resume_checkpoint(recipe: "Recipe", requested: str | bool | None) -> "C
     Returns: None to start from the beginning.
 
     Raises UserError: the requested checkpoint does not exist or is damaged; there are checkpoints, but none is
-        complete; or a run that does not resume would overwrite the checkpoints of an earlier run.
+        complete; or a run that does not resume would overwrite the checkpoints or the results of an earlier run.
     """
+    found = _find(recipe, requested)
+    output = Path(str(recipe.training["output_dir"]))
+    if found is None or not found.directory.resolve().is_relative_to(output.resolve()):
+        _refuse_to_overwrite(output)
+    return found
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    """Raises UserError: a run's directory has what an earlier run wrote when it ended."""
+    for name in ("adapter", "merged", "results.json"):
+        path = output / name
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise UserError(
+                f"training.output_dir: {output} contains {name} of an earlier run, which this one would overwrite: "
+                f"use another training.output_dir or training.run_name, or remove {path}"
+            )
+
+
+def _find(recipe: "Recipe", requested: str | bool | None) -> "Checkpoint | None":
     from sparse_zero.checkpoint.directory import Checkpoint, list_checkpoints, newest_complete
 
     output = Path(str(recipe.training["output_dir"]))

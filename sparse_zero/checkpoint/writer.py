@@ -1,5 +1,6 @@
 """Writes a checkpoint on all ranks together. Each rank writes one shard."""
 
+import json
 import logging
 import shutil
 import threading
@@ -11,8 +12,17 @@ import torch
 from torch import nn
 
 from sparse_zero.checkpoint import random_states
-from sparse_zero.checkpoint.directory import FIXED_NAME, checkpoint_path, delete_old, publish, temporary_path
+from sparse_zero.checkpoint.directory import (
+    FIXED_NAME,
+    SETTINGS_NAME,
+    TRAINER_STATE_NAME,
+    checkpoint_path,
+    delete_old,
+    publish,
+    temporary_path,
+)
 from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, ShardRecord, shard_name, write_manifest
+from sparse_zero.checkpoint.settings import Settings
 from sparse_zero.checkpoint.shards import Entry, write_bytes, write_tensors
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks
@@ -21,8 +31,6 @@ from sparse_zero.zero.partitions import VALUE, Partition
 from sparse_zero.zero.resharding import Span, even_slice, merge_spans, parameter_offsets
 
 logger = logging.getLogger(__name__)
-
-TRAINER_STATE_NAME = "trainer_state.json"
 
 Pieces = dict[str, list[torch.Tensor]]
 """1-D tensors by kind (value, exp_avg, ...), in the order of a shard's spans."""
@@ -59,6 +67,8 @@ class CheckpointWriter:
         self.ranks, self.output, self.run, self.keep = ranks, output, run, keep
         self.best: str | None = None
         """The path of the best checkpoint, which is kept at any age."""
+        self.settings: Settings = {}
+        """What every checkpoint contains as settings.json."""
         self._pending: PendingCheckpoint | None = None
 
     @property
@@ -180,12 +190,15 @@ class CheckpointWriter:
         files = {
             TRAINER_STATE_NAME: write_bytes(pending.written / TRAINER_STATE_NAME, [pending.trainer_state.encode()])
         }
+        if self.settings:
+            text = json.dumps(self.settings, indent=2) + "\n"
+            files[SETTINGS_NAME] = write_bytes(pending.written / SETTINGS_NAME, [text.encode()])
         if pending.fixed:
             files[FIXED_NAME] = write_tensors(pending.written / FIXED_NAME, pending.fixed, {"run": self.run})
         manifest = pending.manifest.model_copy(update={"shards": records, "files": files})
         write_manifest(pending.written, manifest)
         publish(pending.written, pending.directory)
-        delete_old(self.output, self.keep, self.best)
+        delete_old(self.output, self.keep, self.best, pending.directory)
 
 
 def _describe(error: OSError) -> str:

@@ -42,6 +42,17 @@ class Ranks:
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in raised.tolist()]
 
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0. On a shared directory, the others may see something else for a while.
+
+        Returns:
+            What the function returned, on every rank. It must be picklable.
+
+        Raises:
+            UserError: as `run_together`.
+        """
+        return self.gather(self.run_together(lambda: function() if self.rank == 0 else None))[0]  # type: ignore
+
     def run_together(self, function: Callable[[], T]) -> T:
         """Call a function on every rank; if it fails on one rank, fail on all.
 

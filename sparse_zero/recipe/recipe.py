@@ -3,6 +3,7 @@
 recipe = load_recipe("demo.yaml", ["training.learning_rate=1e-3"])
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,7 +187,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: {explain(error)}") from None
     training = dict(recipe.training)
     name = training.setdefault("run_name", file.stem)
-    training.setdefault("output_dir", str(Path("runs") / str(name)))
+    training["output_dir"] = os.path.expanduser(str(training.get("output_dir") or Path("runs", str(name))))
     recipe = recipe.model_copy(update={"training": training})
     try:
         found = {key: str(find_named_file(key, name, file, _FILE_SUFFIXES[key])) for key, name in recipe.files.items()}

@@ -1,48 +1,46 @@
-"""A transformers.Trainer with sharded checkpoints, from which a run resumes exactly.
+"""A transformers.Trainer with sharded checkpoints, from which a run resumes exactly; see also `resuming_trainer`.
 
 It also restores what the Trainer's own resume loses: the losses since the last line of the log, an evaluation or an
 epoch's end that was due in the last step, the states of callbacks, and that a callback had stopped the training.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import uuid
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from sparse_zero.adapters.schema import checked_config
 from sparse_zero.checkpoint import deepspeed_state, random_states
-from sparse_zero.checkpoint.directory import Checkpoint, checkpoint_path, newest_complete
-from sparse_zero.checkpoint.export import describe_adapter, fixed_entries, read_buffers
-from sparse_zero.checkpoint.loader import load_partition, read_random_states
-from sparse_zero.checkpoint.manifest import MANIFEST_NAME, Manifest, Progress
-from sparse_zero.checkpoint.saved_state import fitted
-from sparse_zero.checkpoint.trainer_state import check_trainer_state, restore_callbacks
+from sparse_zero.checkpoint.directory import checkpoint_path
+from sparse_zero.checkpoint.export import fixed_entries
+from sparse_zero.checkpoint.manifest import Manifest, Progress
+from sparse_zero.checkpoint.resume import check_resets
+from sparse_zero.checkpoint.trainer_state import check_trainer_state
 from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
 from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.model.sparse_model import refresh
-from sparse_zero.model.sparsity import set_values, sparsity_of
-from sparse_zero.model.wrappers import unwrap
+from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.ranks.collectives import Ranks
-from sparse_zero.zero.parameters import wait_for_prefetch, zero_stage
-from sparse_zero.zero.partitions import Partition
+from sparse_zero.training.resuming_trainer import ResumingTrainer
+from sparse_zero.zero.parameters import zero_stage
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(ResumingTrainer):
     """A Trainer of a sparse model that saves complete checkpoints, and resumes from them exactly."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,54 +52,51 @@ class CheckpointedTrainer(Trainer):
         for name, consequence in ignored.items():
             if getattr(self.args, name) and self.is_world_process_zero():
                 logger.warning("training.%s: %s", name, consequence)
-        self.log_entries_before = 0
-        """The number of log entries that were written before this run was resumed."""
-        self._ranks: Ranks | None = None
         self._writer: CheckpointWriter | None = None
-        self._resumed: Checkpoint | None = None
-        self._random_states: dict[str, torch.Tensor] = {}
         self._is_settled = True
         self._epoch_ended = False
         self._postponed = (False, False)
         """Whether an evaluation and a save remained to be done in the current step when a signal arrived."""
-        self._adapter: dict[str, Any] | None = None
         self.add_callback(_LoopCallback(self))
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        *args: Any,
+        reset: Collection[str] = (),
+        **kwargs: Any,
+    ) -> TrainOutput:
         """As Trainer.train.
 
-        Args: resume_from_checkpoint: a checkpoint; True for the newest complete checkpoint in the output directory.
+        Checkpoints in the output directory that are newer than the one from which the run resumes are moved to
+        OUTPUT_DIR/abandoned, or all of them if it does not resume or resumes from another directory.
 
-        Raises UserError: there is no such checkpoint, a file of it is damaged, or it is of another model.
+        Args:
+            resume_from_checkpoint: a checkpoint; True for the newest complete checkpoint in the output directory.
+            reset: what to take from this run's settings instead of from the checkpoint: "learning_rate", "optimizer",
+                "data". See `checkpoint.resume.RESETS`.
+
+        Raises UserError: there is no such checkpoint, a file of it is damaged, it is of another model, or this run has
+            settings with which it cannot go on.
         """
-        self._ranks = self._ranks or Ranks()
-        self._resumed = self._ranks.run_together(lambda: self._find(resume_from_checkpoint))
+        self._ranks, self._reset = self._ranks or Ranks(), check_resets(reset)
+        self._resumed = self._open(resume_from_checkpoint)
         if self._resumed is not None:
             self._ranks.run_together(lambda: check_trainer_state(self._resumed))
         self._is_settled = self._resumed is None
         run = self._resumed.manifest.run if self._resumed else self._ranks.gather(uuid.uuid4().hex[:12])[0]
         self._writer = CheckpointWriter(self._ranks, Path(self.args.output_dir), run, self.args.save_total_limit)
-        evaluates_on_start = self.args.eval_on_start
-        if self._resumed is not None:
-            # The run has already done it; a second time would count for early stopping.
-            self.args.eval_on_start = False
+        self._writer.settings = self._settings()
+        changed = {}
+        if self._resumed is None:
+            self._leave_branch()
+        else:
+            # The run has already evaluated; a second time would count for early stopping. Some schedules divide by the
+            # initial rate, which has to be the one that is restored.
+            changed = {"eval_on_start": False, "learning_rate": self._writer.settings["training"]["learning_rate"]}
         directory = str(self._resumed.directory) if self._resumed else None
-        try:
+        with _changed(self.args, changed):
             return super().train(directory, *args, **kwargs)
-        finally:
-            self.args.eval_on_start = evaluates_on_start
-
-    def _find(self, requested: str | Path | bool | None) -> Checkpoint | None:
-        if requested is None or requested is False:
-            return None
-        if requested is not True:
-            return Checkpoint(requested)
-        found, problems = newest_complete(Path(self.args.output_dir))
-        for problem in problems:
-            logger.warning("skipped: %s", problem)
-        if found is None:
-            raise UserError(f"{self.args.output_dir}: contains no complete checkpoint to resume from")
-        return found
 
     # Saving
 
@@ -186,125 +181,6 @@ class CheckpointedTrainer(Trainer):
         self.state.stateful_callbacks = {name: s[0] if len(s) == 1 else s for name, s in states.items()}
         return json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
 
-    def _scheduler_state(self) -> dict[str, Any] | None:
-        if self.lr_scheduler is None:
-            return None
-        state = self.lr_scheduler.state_dict()
-        try:
-            return json.loads(json.dumps(state))
-        except TypeError as error:
-            raise UserError(
-                f"training.lr_scheduler_type: the scheduler's state cannot be saved in a checkpoint: {error}"
-            ) from None
-
-    def _adapter_description(self) -> dict[str, Any]:
-        if self._adapter is None:
-            self._adapter = describe_adapter(self.model)
-        return self._adapter
-
-    def _trained_parameters(self) -> dict[str, nn.Parameter]:
-        sparsity = sparsity_of(self.model)
-        parameters = dict(unwrap(self.model).named_parameters())
-        trained = {name: weight.delta for name, weight in sparsity.weights.items()}
-        return trained | {name: parameters[name] for name in sparsity.whole}
-
-    def _partition(self) -> Partition:
-        if self.deepspeed is not None:
-            optimizer = self.deepspeed.optimizer
-        else:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without Accelerate's wrapper
-        return Partition(self._trained_parameters(), optimizer)
-
-    # Resuming
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        position = super()._init_training_state(*args, **kwargs)
-        self.log_entries_before = len(self.state.log_history)
-        return position
-
-    def _load_callback_state(self) -> None:
-        restore_callbacks(self.callback_handler.callbacks, self.state.stateful_callbacks, self._resumed.directory)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
-        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self._resumed is not None:
-            self._resume(self._resumed)
-        return model, train_dataloader
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        manifest = checkpoint.manifest
-        here = self.get_total_train_batch_size(self.args)
-        if here != manifest.examples_per_step and not self.args.ignore_data_skip:
-            raise UserError(
-                f"{checkpoint.directory}: was saved with {manifest.examples_per_step} examples per step, but this run "
-                f"has {here}; set training.per_device_train_batch_size and training.gradient_accumulation_steps so "
-                f"that their product with the {self._ranks.world_size} ranks is {manifest.examples_per_step}"
-            )
-        # Everything is read and checked before anything is changed
-        self._ranks.run_together(lambda: self._check_selection(checkpoint))
-        states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
-        buffers = self._ranks.run_together(lambda: read_buffers(checkpoint, self.model))
-        engine, scaler, origin = self.deepspeed, self.accelerator.scaler, f"{checkpoint.directory}"
-        scale = deepspeed_state.fitted_loss_scale(engine, scaler, manifest.loss_scale, f"{origin}: loss_scale")
-        scheduler = None
-        if manifest.scheduler is not None and self.lr_scheduler is not None:
-            scheduler = fitted(manifest.scheduler, self._scheduler_state(), f"{origin}: scheduler")
-        load_partition(checkpoint, self._trained_parameters(), self._partition(), self._ranks)
-        if scheduler is not None:
-            self.lr_scheduler.load_state_dict(scheduler)
-        deepspeed_state.restore_engine_counters(engine, manifest.engine)
-        deepspeed_state.restore_loss_scale(engine, scaler, scale)
-        sparsity_of(self.model).counter.training_forwards = manifest.progress.forwards
-        set_values(unwrap(self.model), buffers)
-        refresh(unwrap(self.model))
-        self._random_states = states
-
-    def _check_selection(self, checkpoint: Checkpoint) -> None:
-        if not self.is_world_process_zero():
-            return
-        origin = f"{checkpoint.directory / MANIFEST_NAME}: adapter"
-        saved = checked_config(checkpoint.manifest.adapter, origin).model_dump(mode="json")
-        here = self._adapter_description()
-        # A checkpoint of version 0.1 has no buffers
-        buffers = {*sparsity_of(self.model).buffers} - {*saved["modules_to_save"]}
-        here = here | {"modules_to_save": [name for name in here["modules_to_save"] if name not in buffers]}
-        for key in ("tensors", "modules_to_save"):
-            if saved[key] != here[key]:
-                raise UserError(
-                    f"{checkpoint.directory}: has another selection ({key} differ): resume with the `sparse` section "
-                    "with which the run was started"
-                )
-        if different := differing_parameters(saved["base_fingerprint"], here["base_fingerprint"]):
-            raise UserError(
-                f"{checkpoint.directory}: was saved with a base model whose weights differ in '{different[0]}': "
-                "resume with the base model with which the run was started"
-            )
-
-    def _random_states_of(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-        if checkpoint.manifest.world_size == self._ranks.world_size:
-            return read_random_states(checkpoint, self._ranks.rank)
-        # With another number of ranks the saved states do not fit: each rank gets a new seed, the same at each resume.
-        generator = torch.Generator().manual_seed(self.args.seed + checkpoint.step)
-        seeds = torch.randint(2**62, (self._ranks.world_size,), generator=generator)
-        return {"torch": torch.Generator().manual_seed(int(seeds[self._ranks.rank])).get_state()}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Does nothing: `_prepare_for_training` loads the checkpoint, after it has created the partitions."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        random_states.restore(self._random_states)
-
-    def _load_best_model(self) -> None:
-        checkpoint = self._ranks.run_together(lambda: Checkpoint(self.state.best_model_checkpoint))
-        parameters = self._trained_parameters()
-        wait_for_prefetch(unwrap(self.model))
-        buffers = self._ranks.run_together(lambda: read_buffers(checkpoint, self.model))
-        load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
-        set_values(unwrap(self.model), buffers)
-        refresh(unwrap(self.model))
-
     # The loop
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -361,7 +237,9 @@ class CheckpointedTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         self._settle(self.model_wrapped, int(self.state.epoch or 0), trial, None, start_time)
         self._finish_last_save()
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        # With a limit of 1 it would delete the last checkpoint, from which a run resumes if its end fails.
+        with _changed(self.args, {"save_total_limit": None}):
+            return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _end_step(self) -> None:
         self._exchange_flags()
@@ -377,6 +255,18 @@ class CheckpointedTrainer(Trainer):
         if self._writer.has_pending and not is_writing:
             self._finish_last_save()
         return raised
+
+
+@contextlib.contextmanager
+def _changed(arguments: TrainingArguments, values: Mapping[str, Any]) -> Iterator[None]:
+    before = {key: getattr(arguments, key) for key in values}
+    try:
+        for key, value in values.items():
+            setattr(arguments, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(arguments, key, value)
 
 
 class _LoopCallback(TrainerCallback):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,23 @@ import rpn
 from rpn.user_noise import NoiseNotFound, load_noise
 from sparse_zero.adapters.files import adapter_bytes
 from sparse_zero.adapters.save_and_load import write_merged
-from sparse_zero.checkpoint.directory import checkpoint_path
+from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.output_lock import locked
-from sparse_zero.checkpoint.resume import find_resume_checkpoint, keep_batch_size
-from sparse_zero.errors import UserError
+from sparse_zero.checkpoint.resume import DATA, find_resume_checkpoint, keep_batch_size, print_once
+from sparse_zero.errors import UserError, disk_problem
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.ranks.compilations import announce_compilations
 from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.recipe.recipe import Recipe
+from sparse_zero.recipe.training import check_training
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name, peak_memory_bytes
 from sparse_zero.training.packing_check import PackingCheck
 from sparse_zero.training.recipe_check import check_recipe
 from sparse_zero.training.results_table import print_results
+from sparse_zero.training.run_settings import describe_examples, sections_of
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
 from sparse_zero.zero.parameters import optimizer_bytes, zero_stage
 
@@ -64,6 +66,7 @@ def train(
     merge: bool = False,
     resume: str | None = None,
     stop: StopRequest | None = None,
+    reset: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe on this rank. A collective call.
 
@@ -73,24 +76,24 @@ def train(
         merge: also write OUTPUT_DIR/merged.
         resume: see `find_resume_checkpoint`.
         stop: set by signals.
+        reset: what a resumed run takes from the recipe, see `checkpoint.resume.RESETS`.
 
     Returns: the content of OUTPUT_DIR/results.json.
 
     Raises UserError: the recipe, the data, the model or a checkpoint is not valid.
     Raises Stopped: a signal arrived, and a checkpoint has been saved.
     """
-    checkpoint = find_resume_checkpoint(recipe, resume)
-    recipe = keep_batch_size(recipe, checkpoint)
-    arguments = training_arguments(recipe)
-    check_recipe(recipe, arguments)
-    _check_noise(recipe.rpn)
+    check_training(recipe.training)
     ranks = Ranks()
-    with locked(Path(arguments.output_dir), ranks):
-        directory = checkpoint.directory if checkpoint else None
-        if directory and not directory.exists():
-            # It was checkpoint-N.replaced, from an interrupted save. `locked` has renamed it to checkpoint-N.
-            directory = checkpoint_path(directory.parent, checkpoint.step)
-        return _train(recipe, path, merge, arguments, directory, stop)
+    with locked(Path(str(recipe.training["output_dir"])), ranks):
+        checkpoint = ranks.on_first(lambda: find_resume_checkpoint(recipe, resume))
+        if DATA not in reset:
+            recipe = keep_batch_size(recipe, checkpoint)
+        arguments = training_arguments(recipe)
+        check_recipe(recipe, arguments)
+        _check_noise(recipe.rpn)
+        _say_if_noise_changes(recipe.rpn, checkpoint, ranks.world_size)
+        return _train(recipe, path, merge, arguments, checkpoint, stop, reset)
 
 
 def _check_noise(config: rpn.RPNConfig | None) -> None:
@@ -105,13 +108,25 @@ def _check_noise(config: rpn.RPNConfig | None) -> None:
             raise UserError(f"rpn.noise: {error}") from None
 
 
+def _say_if_noise_changes(config: rpn.RPNConfig | None, checkpoint: Checkpoint | None, ranks: int) -> None:
+    """Say it, once, if the rest of a resumed run has another noise than it would have had."""
+    if config is None or checkpoint is None or checkpoint.manifest.world_size == ranks:
+        return
+    if config.scope == "batch" and config.noise != "none" and config.passes > 0:
+        print_once(
+            f"the noise is not what it would have been on {checkpoint.manifest.world_size} ranks: with rpn.scope: "
+            "batch it depends on the number of ranks (with rpn.scope: sequence it would not)"
+        )
+
+
 def _train(
     recipe: Recipe,
     path: str,
     merge: bool,
     arguments: TrainingArguments,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     stop: StopRequest | None,
+    reset: Collection[str],
 ) -> dict[str, Any]:
     set_seed(arguments.seed)
     tokenizer, prepared, model, new_tokens = build(recipe, arguments)
@@ -124,6 +139,7 @@ def _train(
         arguments,
         train_dataset=prepared.train,
         stop=stop,
+        settings=sections_of(recipe) | {"examples": describe_examples(prepared.train)},
         objective=noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids),
         **evaluation_settings(prepared, tokenizer),
     )
@@ -131,33 +147,69 @@ def _train(
         trainer.add_callback(PackingCheck(trainer))
     # Until the adapter and the results are written. A stop request after the training does not lose them.
     with stop.deferred() if stop else contextlib.nullcontext():
-        return _run(trainer, path, merge, checkpoint, recipe.model.trust_remote_code)
+        return _run(trainer, path, merge, checkpoint, reset, recipe.model.trust_remote_code)
 
 
 def _run(
-    trainer: SparseTrainer, path: str, merge: bool, checkpoint: Path | None, trust_remote_code: bool
+    trainer: SparseTrainer,
+    path: str,
+    merge: bool,
+    checkpoint: Checkpoint | None,
+    reset: Collection[str],
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Train, evaluate and write the adapter and the results."""
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint.directory if checkpoint else None, reset=reset)
     metrics = trainer.evaluate()
     output, sparsity = Path(trainer.args.output_dir), trainer.model.sparsity
     results = _results(trainer, metrics)
     sparsity.results = {key: value for key, value in results.items() if not isinstance(value, list)}
-    trainer.save_model(str(output / "adapter"))
-    if trainer.is_world_process_zero():
-        results["adapter_bytes"] = adapter_bytes(output / "adapter")
-        results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
-        try:
-            if merge:
-                # At stage 3 from_pretrained would still partition the model over all ranks, but only this rank loads
-                unset_hf_deepspeed_config()
-                write_merged(output / "adapter", output / "merged", trust_remote_code=trust_remote_code)
-                results["paths"]["merged"] = str(output / "merged")
-        finally:
-            # Also if the merge fails: the training is done
-            (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            print_results(results, path)
+    with _one_sentence_if_not_written(output):
+        trainer.save_model(str(output / "adapter"))
+        if trainer.is_world_process_zero():
+            results["adapter_bytes"] = adapter_bytes(output / "adapter")
+            results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
+            try:
+                if merge:
+                    # At stage 3 from_pretrained would still partition the model, but only this rank loads it
+                    unset_hf_deepspeed_config()
+                    write_merged(output / "adapter", output / "merged", trust_remote_code=trust_remote_code)
+                    results["paths"]["merged"] = str(output / "merged")
+            finally:
+                # Also if the merge fails: the training is done
+                print_results(results, path)
+                _write_results(output / "results.json", results)
     return results
+
+
+def _write_results(path: Path, results: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def _one_sentence_if_not_written(output: Path) -> Iterator[None]:
+    """Raises UserError for what the block could not write, and says how to end the run."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+        problem = disk_problem(cause)
+        if problem is None:
+            raise
+        place = getattr(cause, "filename", None) or output
+        saved, _ = newest_complete(output)
+        remedy = f"resume with --resume, from {saved.directory.name}, to write it" if saved else "train again"
+        raise UserError(
+            f"{place}: cannot be written ({problem}): the training is done, but not all of its results are on the "
+            f"disk; make room, and {remedy}"
+        ) from None
 
 
 def config_with_tokens(

@@ -128,8 +128,12 @@ class Partition:
                 group["step"] = step
         if hasattr(self.optimizer, "ds_opt_adam"):
             _replay_cpu_adam_steps(self.optimizer, max(steps.values()))
-        if len(learning_rates) == len(self.optimizer.param_groups):
-            for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+        self.set_learning_rates(learning_rates)
+
+    def set_learning_rates(self, rates: list[float]) -> None:
+        """Args: rates: one for each parameter group; ignored if their number differs."""
+        if len(rates) == len(self.optimizer.param_groups):
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 if torch.is_tensor(group["lr"]):
                     group["lr"].fill_(rate)
                 else:

@@ -64,7 +64,7 @@ def train(case: dict[str, Any]) -> None:
     if os.environ["RANK"] == str(case.get("full_on_rank")):
         limit_files(FILE_LIMIT)
         trainer.add_callback(RoomAgain())
-    trainer.train(resume_from_checkpoint=case.get("resume"))
+    trainer.train(resume_from_checkpoint=case.get("resume"), reset=case.get("reset", ()))
     out = Path(case["out"])
     trainer.save_model(str(out / "adapter"))
     partition = trainer._partition()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_worker import QUIET
 from ranks import ForkServer
 from safetensors.torch import load_file
 from trainer_cases import zero_config
@@ -57,10 +58,13 @@ EXACT: dict[str, dict[str, Any]] = {
 CUTS = (2, 3, 5)
 
 
-def job(out: Path, base: Path, config: str, count: int, resume: Path | None = None, **more: Any) -> dict[str, Any]:
+def job(
+    out: Path, base: Path, config: str, count: int, resume: Path | bool | None = None, **more: Any
+) -> dict[str, Any]:
     training = {"deepspeed": CONFIGS[config], "max_steps": STEPS, "save_steps": SAVED} | more.pop("training", {})
     out.mkdir(parents=True, exist_ok=True)
-    case = {"base": str(base), "task": TASK, "out": str(out), "resume": str(resume) if resume else None} | more
+    resume = str(resume) if isinstance(resume, Path) else resume
+    case = {"base": str(base), "task": TASK, "out": str(out), "resume": resume} | more
     return {"count": count, "call": "checkpoint_worker:train", "arguments": [case | {"training": training}]}
 
 
@@ -114,7 +118,8 @@ def test_each_rank_writes_its_share_and_nothing_else(resharded: dict, out: Path,
     # DeepSpeed pads: at stage 3 each parameter is cut into equal slices, elsewhere a whole group is
     assert all(abs(count - sum(held) / 4) <= 4 * len(sizes) for count in held)
     names = {path.name for path in checkpoint.directory.iterdir()}
-    assert names == {"manifest.json", "trainer_state.json"} | {f"shard-0000{r}-of-00004.safetensors" for r in range(4)}
+    shards = {f"shard-0000{r}-of-00004.safetensors" for r in range(4)}
+    assert names == {"manifest.json", "trainer_state.json", "settings.json"} | shards
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -152,3 +157,61 @@ def test_bit_for_bit_on_the_same_ranks(exact: tuple[Path, dict], name: str) -> N
             whole, rest = (load_file(out / run / f"{file}.safetensors") for run in (name, f"{name}-{step}"))
             assert rest.keys() == whole.keys()
             assert all(torch.equal(rest[key], values) for key, values in whole.items()), (step, file)
+
+
+BRANCHES = ("ddp", "zero2", "zero3")
+RESETS: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "rate": {"reset": ["learning_rate"]},
+    "moments": {"reset": ["optimizer"], "rate": QUIET["learning_rate"]},
+}
+"""What is reset when a run of two ranks goes back to step 2, with another learning rate than the checkpoint's."""
+
+
+@pytest.fixture(scope="module")
+def branched(
+    fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """Runs of two ranks that go back to step 2 of their own directory, then resume from its newest checkpoint."""
+    out = tmp_path_factory.mktemp("branched")
+    sized = {"per_device_train_batch_size": 4, "save_steps": 1, "max_steps": 5, "lr_scheduler_type": "constant"}
+    jobs = {}
+    for config in BRANCHES:
+        for name, settings in RESETS.items():
+            here, reset = out / f"{config}-{name}", settings.get("reset", ())
+            back = sized | {"learning_rate": settings.get("rate", 1e-3), "save_total_limit": 1, "max_steps": 4}
+            jobs[here.name] = [
+                job(here, bases[TASK], config, 2, training=sized),
+                job(here, bases[TASK], config, 2, here / "checkpoint-2", training=back, reset=reset),
+                job(here, bases[TASK], config, 2, True, training=back | {"max_steps": 6}),
+            ]
+    return out, fork_server.run(jobs, out)
+
+
+@pytest.mark.parametrize("name", RESETS)
+@pytest.mark.parametrize("config", BRANCHES)
+def test_what_ranks_save_after_going_back_is_kept_and_found(branched: tuple, config: str, name: str) -> None:
+    out, ends = branched[0] / f"{config}-{name}", branched[1][f"{config}-{name}"]
+    assert [end["statuses"] for end in ends] == [[0, 0]] * 3, ends
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-6"]
+    left = sorted(path.name for path in (out / "abandoned" / "after-2").iterdir())
+    assert left == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    logged = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    rate = 1e-3 if name == "rate" else QUIET["learning_rate"]
+    rates = [entry["learning_rate"] for entry in logged if "learning_rate" in entry]
+    assert rates == pytest.approx([QUIET["learning_rate"]] * 2 + [rate] * 4)
+    steps = {parameter.steps for parameter in Checkpoint(out / "checkpoint-6").manifest.parameters}
+    assert steps == {4 if name == "moments" else 6}
+
+
+def test_a_reset_is_the_same_at_every_stage(branched: tuple) -> None:
+    """And it matters."""
+    losses_of = {
+        (config, name): [loss for _, loss in losses(branched[0] / f"{config}-{name}")]
+        for config in BRANCHES
+        for name in RESETS
+    }
+    for name in RESETS:
+        for config in BRANCHES:
+            assert losses_of[config, name] == pytest.approx(losses_of["ddp", name], abs=1e-5)
+    assert len({tuple(losses_of["ddp", name][:4]) for name in RESETS}) == 3

@@ -1,11 +1,12 @@
-"""What the ranks of several hosts compare before they train."""
+"""What the ranks of several hosts compare before they train, and what a rank says when it was stopped."""
 
 from pathlib import Path
 
 import pytest
 
+from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
 from sparse_zero.recipe.recipe import load_recipe
-from sparse_zero.train import facts_that_must_match
+from sparse_zero.train import Rank, facts_that_must_match
 
 TEXT = """
 model: {name: m}
@@ -52,3 +53,20 @@ def test_the_checksum_in_torchs_store_is_not_made_of_secrets(facts):
     with_secret = facts("here", override="launch.environment.A_TOKEN=5ec2e7")
     assert with_secret == facts("here", override="launch.environment.A_TOKEN=another")
     assert with_secret != facts("here", override="launch.silence_seconds=7")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [
+        ("run/checkpoint-4", "saved run/checkpoint-4; resume with --resume"),
+        ("other/checkpoint-4", "nothing to save; resume with --resume other/checkpoint-4"),
+        (None, "nothing to save"),
+    ],
+)
+def test_a_stopped_run_names_the_checkpoint_that_resume_finds(checkpoint, said, tmp_path, monkeypatch, capsys):
+    """A run that resumes from another directory has saved nothing in its own before its first step."""
+    monkeypatch.chdir(tmp_path)
+    rank = Rank(StopRequest())
+    rank._output = Path("run").resolve()
+    assert rank.stopped(Stopped(4, checkpoint)) == STOPPED
+    assert capsys.readouterr().err.strip() == f"sparse-zero: stopped at step 4: {said}"

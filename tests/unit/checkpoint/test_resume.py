@@ -18,6 +18,10 @@ from sparse_zero.recipe.recipe import Recipe
         (["train", "r.yaml", "--resume"], ["train", "r.yaml", "--resume=auto"]),
         (["train", "--resume", "r.yaml", "a.b=1"], ["train", "--resume=auto", "r.yaml", "a.b=1"]),
         (["train", "r.yaml", "--resume", "training.seed=1"], ["train", "r.yaml", "--resume=auto", "training.seed=1"]),
+        (
+            ["train", "r.yaml", "--resume", "--reset", "data", "a.b=1"],
+            ["train", "r.yaml", "--resume=auto", "--reset", "data", "a.b=1"],
+        ),
         (["train", "r.yaml", "--resume", "--merge"], ["train", "r.yaml", "--resume=auto", "--merge"]),
         (["train", "r.yaml", "--resume", "auto"], ["train", "r.yaml", "--resume", "auto"]),
         (

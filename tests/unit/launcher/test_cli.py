@@ -63,6 +63,18 @@ def test_overrides_may_follow_options(capsys, recipe):
     assert command[-4:] == [recipe, "training.seed=1", "training.seed=2", "--merge"]
 
 
+def test_what_is_reset_is_told_to_the_ranks(capsys, recipe):
+    command, _ = dry_run(capsys, recipe, "--resume", "--reset", "learning_rate,data", "training.seed=1")
+    assert command[-4:] == [recipe, "training.seed=1", "--resume=auto", "--reset=learning_rate,data"]
+
+
+def test_a_name_that_cannot_be_reset(capsys, recipe):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", recipe, "--resume", "--reset", "rate"])
+    assert stop.value.code == 2
+    assert "argument --reset: 'rate' is none of learning_rate, optimizer, data" in capsys.readouterr().err
+
+
 def test_override_with_dashes_is_refused_with_the_right_spelling(capsys, recipe):
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--training.seed=1", "--dry-run"])
@@ -89,6 +101,7 @@ def test_wrong_arguments_end_with_two(words, capsys):
         (["train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
         (["train", "recipe.yaml", "sparse.densty=0.1"], "did you mean 'density'?"),
         (["train", "recipe.yaml", "sparse.density=2"], "sparse.density"),
+        (["train", "recipe.yaml", "--reset", "data"], "--reset: needs --resume"),
         (["train", "recipe.yaml", "word"], "override 'word': write section.key=value"),
         (["train", "recipe.yaml", "launch.master_port=70000"], "70000 is not a port number"),
         (["train", "recipe.yaml", "training.output_dir=recipe.yaml/x"], "recipe.yaml is a file"),

@@ -161,14 +161,45 @@ def test_an_unreachable_host_is_an_error_before_the_start(monkeypatch) -> None:
 # From which checkpoint
 
 
-def test_a_restart_resumes_from_the_runs_own_checkpoint(attempts) -> None:
+ASKED = ["--resume=out/checkpoint-4", "--reset=learning_rate"]
+
+
+@pytest.mark.parametrize("saved", ["checkpoint-6", "checkpoint-9", "checkpoint-9.replaced"])
+def test_a_restart_resumes_from_what_the_run_has_saved(attempts, monkeypatch, saved: str) -> None:
+    """Also if it is as old as one that was there before the run left it."""
     made = attempts(DIED, DONE)
-    checkpoint("checkpoint-4")
-    supervise.run(recipe(), [*WORDS, "--merge", "--resume=runs/other/checkpoint-9"])
+    for name in ("checkpoint-4", "checkpoint-9"):
+        checkpoint(name)
+    before_the_restart(monkeypatch, saved)
+    supervise.run(recipe(), [*WORDS, "--merge", *ASKED])
     assert [words_of(command) for command in made] == [
-        [*WORDS, "--merge", "--resume=runs/other/checkpoint-9"],
+        [*WORDS, "--merge", *ASKED],
         [*WORDS, "--merge", "--resume=auto"],
     ]
+
+
+@pytest.mark.parametrize("saved", [None, "checkpoint-7.tmp-3f"])
+def test_a_restart_before_the_first_save_resumes_from_what_was_asked_for(attempts, monkeypatch, saved) -> None:
+    """The newest checkpoint is of the branch that was left, or older than the one that was asked for."""
+    made = attempts(DIED, DONE)
+    for name in ("checkpoint-4", "checkpoint-9"):
+        checkpoint(name)
+    if saved:
+        before_the_restart(monkeypatch, saved)
+    supervise.run(recipe(), [*WORDS, *ASKED])
+    assert [words_of(command) for command in made] == [[*WORDS, *ASKED]] * 2
+
+
+def before_the_restart(monkeypatch: pytest.MonkeyPatch, saved: str) -> None:
+    """The first attempt moves checkpoint-9 aside, and saves another."""
+
+    def act() -> None:
+        (Path("out") / "abandoned").mkdir()
+        (Path("out") / "checkpoint-9").rename(Path("out") / "abandoned" / "checkpoint-9")
+        checkpoint(saved)
+
+    sleep = supervise.time.sleep
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(sleep=lambda seconds: (sleep(seconds), act())))
 
 
 @pytest.mark.parametrize("words", [WORDS, [*WORDS, "--resume=runs/other/checkpoint-9"]])
@@ -180,11 +211,6 @@ def test_without_a_checkpoint_it_starts_as_it_did(attempts, words: list[str]) ->
     (Path("out") / "checkpoint-3").mkdir()
     supervise.run(recipe(), words)
     assert [words_of(command) for command in made] == [words, words]
-
-
-def test_a_checkpoint_that_was_being_replaced_counts() -> None:
-    checkpoint("checkpoint-4.replaced")
-    assert supervise._with_resume(WORDS, Path("out")) == [*WORDS, "--resume=auto"]
 
 
 # The watchdog

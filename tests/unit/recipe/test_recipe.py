@@ -51,6 +51,7 @@ def test_the_output_goes_to_a_directory_of_the_recipes_name(write):
     assert load_recipe(path).training["output_dir"] == "runs/recipe"
     assert load_recipe(path, ["training.run_name=mine"]).training["output_dir"] == "runs/mine"
     assert load_recipe(path, ["training.output_dir=here"]).training["output_dir"] == "here"
+    assert load_recipe(path, ["training.output_dir=~/here"]).training["output_dir"] == str(Path.home() / "here")
 
 
 # Unknown keys and values out of range

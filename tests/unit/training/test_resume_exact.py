@@ -129,7 +129,7 @@ def test_the_seed_matters(tmp_path: Path) -> None:
 def test_a_checkpoint_holds_no_pickle_and_no_frozen_weight(tmp_path: Path) -> None:
     train(tmp_path / "run")
     files = sorted(path.name for path in (tmp_path / "run" / "checkpoint-3").iterdir())
-    assert files == ["manifest.json", "shard-00000-of-00001.safetensors", "trainer_state.json"]
+    assert files == ["manifest.json", "settings.json", "shard-00000-of-00001.safetensors", "trainer_state.json"]
     shard = load_file(tmp_path / "run" / "checkpoint-3" / "shard-00000-of-00001.safetensors")
     trainable = sum(v.numel() for v in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values())
     assert {name: v.numel() for name, v in shard.items() if not name.startswith("random.")} == dict.fromkeys(
