@@ -7,8 +7,9 @@
 A Llama-shaped model of 120M parameters with random weights, 1% of its linear weights selected. The first table has
 medians over the steps of rank 0: a step (forward, backward, optimizer), and its parts. All deltas are written by a few
 calls, at stage 3 by one for each gathered weight. Stage 3 has two rows: one for models below DeepSpeed's limit of live
-parameters (a billion), and one in which every weight is gathered again for backward, as in larger models. The second table has only the update of as many scalars: in one tensor per selected
-weight, or in a single tensor, as in DeepSpeed's partitions.
+parameters (a billion), and one in which every weight is gathered again for backward, as in larger models. The second
+table has only the update of as many scalars: in one tensor per selected weight, or in a single tensor, as in
+DeepSpeed's partitions.
 """
 
 import argparse

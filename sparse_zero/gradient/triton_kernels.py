@@ -164,17 +164,17 @@ def write_all_deltas(
     """
     starts = [_block_starts(pattern) for pattern in patterns]
     rows = []
-    for i, pattern in enumerate(patterns):
-        matrix, base, change = matrices[i], bases[i], changes[i] if changes else None
-        assert matrix.is_contiguous() and matrix.numel() == pattern.rows * pattern.columns, (matrix.shape, pattern)
-        assert base.is_contiguous() and base.numel() == pattern.count, (base.shape, pattern.count)
-        assert change is None or (change.is_contiguous() and change.numel() == pattern.count), pattern.count
-        pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (change, starts[i]))
-        count, columns, granularity = pattern.strip_indices.numel(), pattern.columns, pattern.granularity
-        rows.append(
-            (matrix.data_ptr(), base.data_ptr(), pattern.strip_indices.data_ptr(), *pointers)
-            + (count, columns, granularity)
-        )
+    for matrix, base, change, pattern, block_starts in zip(
+        matrices, bases, changes or [None] * len(matrices), patterns, starts, strict=True
+    ):
+        g, count, indices = pattern.granularity, pattern.count, pattern.strip_indices
+        assert matrix.numel() == pattern.rows * pattern.columns, (matrix.numel(), pattern.rows, pattern.columns)
+        assert base.numel() == count, (base.shape, count)
+        assert change is None or change.numel() == count, (change.shape, count)
+        tensors = (matrix, base, indices, change, block_starts)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors), "a tensor is not contiguous"
+        pointers = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        rows.append((*pointers, indices.numel(), pattern.columns, g))
     typed = (matrices[0], bases[0], patterns[0].strip_indices, changes[0] if changes else None, starts[0])
     with torch.cuda.device_of(matrices[0]):
         table, owners = _table(tuple(rows), matrices[0].device)
