@@ -179,12 +179,13 @@ def write_all_deltas(
     with torch.cuda.device_of(matrices[0]):
         table, owners = _table(tuple(rows), matrices[0].device)
         if owners.numel():
-            _write_all_kernel[(owners.numel(),)](table, owners, *typed, STRIPS=TILE_STRIPS, COLUMNS=_TABLE_COLUMNS)
+            _write_all_kernel[(owners.numel(),)](table, owners, *typed, STRIPS=TILE_STRIPS, COLUMNS=TABLE_COLUMNS)
     # Lets autograd detect the change in graphs that have saved the matrices
     torch.autograd.graph.increment_version(matrices)
 
 
-_TABLE_COLUMNS = 9
+TABLE_COLUMNS = 9
+"""Of `_table`."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -192,7 +193,7 @@ def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[tor
     """What `_write_all_kernel` reads. Pointers stay the same from step to step, so it is copied to the device once.
 
     Returns:
-        table: int64 (matrices, _TABLE_COLUMNS), the rows and the number of the first program of each.
+        table: int64 (matrices, TABLE_COLUMNS), the rows and the number of the first program of each.
         owners: int32 (programs,), the matrix of each program.
     """
     programs = [-(-row[5] // TILE_STRIPS) for row in rows]

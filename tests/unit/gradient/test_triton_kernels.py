@@ -16,9 +16,7 @@ from sparse_zero.selection import rules
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed", allow_module_level=True)
 
-import triton
-import triton.language as tl
-from triton.runtime.jit import JITFunction
+from triton_cases import interpret
 
 from sparse_zero.gradient import triton_kernels
 
@@ -37,36 +35,8 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Triton's interpreter, for these tests only and only without a GPU."""
     torch.manual_seed(0)
-    if DEVICE == "cuda":
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    own = [(triton_kernels, name) for name, value in vars(triton_kernels).items() if isinstance(value, JITFunction)]
-    for module, name in [*own, (tl, "sum")]:
-        with triton.knobs.runtime.scope():
-            triton.knobs.runtime.interpret = True
-            monkeypatch.setattr(module, name, triton.jit(getattr(module, name).fn))
-
-    def widened(x: TensorHandle) -> TensorHandle:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    # The interpreter stores bfloat16 as integers and multiplies these
-    dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *r: dot(self, widened(a), widened(b), *r))
-
-    def narrowed(self: InterpreterBuilder, x: TensorHandle, to: tl.dtype) -> TensorHandle:
-        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return narrow(self, x, to)
-        bits = x.data.view("uint32")
-        return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16"), tl.bfloat16)
-
-    # It truncates to bfloat16, and a GPU rounds
-    narrow = InterpreterBuilder.create_fp_trunc
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", narrowed)
+    interpret(monkeypatch, triton_kernels)
 
 
 def operands(N: int, R: int, C: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
