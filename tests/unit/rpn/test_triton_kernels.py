@@ -57,11 +57,18 @@ def assert_same(shape, keep, stream, probability, dtype=torch.float32, layout=la
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("probability", [1e-9, 0.1, 0.6, 1.0])
-@pytest.mark.parametrize("hidden", [1, 2, 33, 200, 600])
+@pytest.mark.parametrize("hidden", [1, 2, 33])
 def test_values_and_gradients_have_torchs_bits(hidden, probability, scope):
-    """200 and 600 channels need several rounds of each of the kernels' loops."""
     keep = torch.arange(6) < torch.tensor([6, 0, 1, 4])[:, None]
     assert_same((4, 6, hidden), keep, Stream(seed=3, step=2, scope=scope), probability)
+
+
+@pytest.mark.parametrize("probability", [0.1, 1.0])
+def test_loops_of_several_rounds(probability):
+    """More channels and moved scalars than the kernels compute together."""
+    hidden = 530
+    assert hidden > max(triton_kernels.BOUNDS, triton_kernels.SLOTS, triton_kernels.OTHERS)
+    assert_same((1, 3, hidden), torch.tensor([[True, False, True]]), Stream(seed=3), probability)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -102,18 +109,24 @@ def test_nothing_to_move(shape, keep, scope):
     assert_same(shape, keep, Stream(scope=scope), 0.5)
 
 
-def test_derivatives_of_any_order_are_right():
+def test_the_gradient_of_the_gradient_is_the_noise_again():
+    """The noise is linear, x -> J x, and its backward y -> J^T y, whose own backward is J. Compared with J as torch's
+    operators give it."""
     keep = torch.tensor([[True, True, False], [True, True, True]], device=DEVICE)
-    embeddings = torch.randn(2, 3, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    stream, size = Stream(seed=5), 2 * 3 * 4
+    positions = noise.random_positions(stream.groups(keep.cpu()), 4, 0.6)
+    jacobian = torch.stack(
+        [noise._Move.apply(unit.view(2, 3, 4), *positions).flatten() for unit in torch.eye(size)], 1
+    )
+    embeddings, upstream, third = (torch.randn(2, 3, 4, device=DEVICE, requires_grad=True) for _ in range(3))
+    moved = noise.move_scalars(embeddings, keep, stream, probability=0.6)
+    (gradient,) = torch.autograd.grad(moved, embeddings, upstream, create_graph=True)
+    torch.testing.assert_close(gradient.cpu().flatten(), jacobian.T @ upstream.cpu().flatten())
+    (again,) = torch.autograd.grad(gradient, upstream, third)
+    torch.testing.assert_close(again.cpu().flatten(), jacobian @ third.cpu().flatten())
 
-    def moved(x: torch.Tensor) -> torch.Tensor:
-        return noise.move_scalars(x, keep, Stream(seed=5), probability=0.6)
 
-    torch.autograd.gradcheck(moved, embeddings)
-    torch.autograd.gradgradcheck(lambda x: moved(x) ** 2, embeddings)
-
-
-@pytest.mark.parametrize("hidden", [1, 31, 128, 300])
+@pytest.mark.parametrize("hidden", [1, 31, 200])
 def test_the_circles_are_the_permutations_of_torch(hidden):
     groups = Stream(seed=7).groups(torch.ones(2, 3, dtype=torch.bool, device=DEVICE))
     distribution = noise._binomial_distribution(hidden, 0.1, groups.rows.device)
