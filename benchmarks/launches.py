@@ -4,8 +4,8 @@
     python benchmarks/launches.py --model llama-1b --dtype bfloat16 --device cuda
     python benchmarks/launches.py --label "one call for each weight"   a name for this version of the code
 
-Counted by torch.profiler, not timed. On a CPU an operator counts if it calls no other one, except ours, which count as
-a whole; views and allocations do not count. On a GPU each kernel, copy and fill counts. Phases of a step:
+Counted, not timed. On a CPU: the operators that reach a kernel, without views and allocations; ours count as a whole.
+On a GPU: each kernel, copy and fill that torch.profiler finds. Phases of a step:
 
     forward          of a micro-batch, minus the frozen model's
     backward         of the first micro-batch, minus the frozen model's
@@ -21,7 +21,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,53 +31,44 @@ from tables import RESULTS, Row, read, table
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from turns import synchronize
 
 from sparse_zero import refresh
 from sparse_zero.training.device import device_name
 
-NO_WORK = {
-    f"aten::{name}"
-    for name in (
-        *("view", "t", "transpose", "reshape", "as_strided", "slice", "select", "detach", "alias", "expand", "narrow"),
-        *("unsqueeze", "squeeze", "permute", "unbind", "split", "_unsafe_view", "view_as", "empty", "empty_strided"),
-        *("empty_like", "new_empty", "lift_fresh", "item", "_local_scalar_dense", "result_type", "promote_types"),
-        *("to", "resolve_conj", "resolve_neg", "is_nonzero", "set_"),
-    )
-}
-"""Operators that only make a tensor of existing or of unset memory, read a number, or leave a tensor as it is."""
+NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "set_")
+"""Operators of aten that only make a tensor of unset memory, or read a number. Views do not count either."""
 
 PHASES = ("forward", "backward", "accumulating", "step")
 
 
+class _Operators(TorchDispatchMode):
+    """Counts the operators that reach a kernel: `linear` counts as the `mm` that it calls, and ours as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        space, _, name = func.name().partition("::")
+        name = name.partition(".")[0]
+        makes_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+        if space in ("aten", "sparse_zero") and not makes_view and name not in NO_WORK:
+            self.counted[f"{space}::{name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def launches(run: Callable[[], Any], device: str) -> Counter[str]:
-    """The operators that a function calls, or on a GPU the kernels that it launches, by name."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device != "cpu")
-    with profile(activities=activities) as profiler:
+    """The operators that a function calls, or on a GPU the kernels, copies and fills that it launches, by name."""
+    if device == "cpu":
+        with _Operators() as operators:
+            run()
+        return operators.counted
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         synchronize(device)
-    if device != "cpu":
-        return Counter(event.name for event in profiler.events() if event.device_type != DeviceType.CPU)
-    working = [event for event in profiler.events() if _works(event)]
-    callers = {id(caller) for event in working for caller in _callers(event)}
-    return Counter(
-        event.name
-        for event in working
-        if (_is_ours(event) or id(event) not in callers) and not any(map(_is_ours, _callers(event)))
-    )
-
-
-def _works(event: Any) -> bool:
-    return _is_ours(event) or (event.name.startswith("aten::") and event.name not in NO_WORK)
-
-
-def _is_ours(event: Any) -> bool:
-    return event.name.startswith("sparse_zero::")
-
-
-def _callers(event: Any) -> Iterator[Any]:
-    while (event := event.cpu_parent) is not None:
-        yield event
+    return Counter(event.name for event in profiler.events() if event.device_type != DeviceType.CPU)
 
 
 def phases(model: nn.Module, ids: torch.Tensor, device: str) -> dict[str, Counter[str]]:
