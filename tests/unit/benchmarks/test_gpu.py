@@ -281,6 +281,34 @@ def test_the_loss_is_the_mean_over_tokens_and_training_reduces_it(examples):
     assert gsm8k.mean_loss(model, (dict(batch) for batch in batches), "cpu") < before - 0.1
 
 
+def test_a_run_from_files_to_the_row(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", "user", "assistant", "one", "two"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = "user {{ messages[0]['content'] }} assistant"
+    fast.save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(methods.SHAPES, "words", (64, 2, 4, 2, 96, 64, True))
+    methods.llama(methods.llama_config("words")).save_pretrained(tmp_path / "model")
+    for part, count in (("train", 7), ("test", 3)):
+        lines = [json.dumps({"question": "one two", "answer": "two one two"})] * count
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    options = {"model": tmp_path / "model", "gsm8k": tmp_path, "rate": 0.1, "batch": 2, "device": "cpu"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    for method in ("sparse", "lora", "full"):
+        out = tmp_path / f"{method}.json"
+        monkeypatch.setattr(sys, "argv", ["gsm8k.py", *words, "--method", method, "--json", str(out)])
+        gsm8k.main()
+        row = json.loads(out.read_text())
+        assert row["loss"] < row["before"] - 0.01
+        assert row["before"] == pytest.approx(math.log(64), rel=0.1)  # random weights
+    scalars = {m: json.loads((tmp_path / f"{m}.json").read_text())["trained"] for m in ("sparse", "lora", "full")}
+    assert scalars["sparse"] == scalars["lora"] < scalars["full"]
+
+
 def test_the_rate_warms_up_and_falls_to_zero():
     factor = gsm8k.decay(60)
     assert [factor(0), factor(1)] == [0.5, 1.0]
