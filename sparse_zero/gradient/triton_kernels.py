@@ -142,8 +142,8 @@ def write_deltas(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor 
     if count := pattern.strip_indices.numel():
         with torch.cuda.device_of(matrix):
             _write_kernel[(triton.cdiv(count, TILE_STRIPS),)](
-                matrix, base, change, pattern.strip_indices, _block_starts(pattern), count, pattern.columns,
-                pattern.granularity, STRIPS=TILE_STRIPS,
+                matrix, base, change, pattern.strip_indices, _block_starts(pattern), count,
+                pattern.blocks * pattern.columns, pattern.columns, pattern.granularity, STRIPS=TILE_STRIPS,
             )  # fmt: skip
         # Lets autograd detect the change in graphs that have saved the matrix
         torch.autograd.graph.increment_version(matrix)
@@ -174,7 +174,7 @@ def write_all_deltas(
         tensors = (matrix, base, indices, change, block_starts)
         assert all(tensor is None or tensor.is_contiguous() for tensor in tensors), "a tensor is not contiguous"
         pointers = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        rows.append((*pointers, indices.numel(), pattern.columns, g))
+        rows.append((*pointers, indices.numel(), pattern.blocks * pattern.columns, pattern.columns, g))
     typed = (matrices[0], bases[0], patterns[0].strip_indices, changes[0] if changes else None, starts[0])
     with torch.cuda.device_of(matrices[0]):
         table, owners = _table(tuple(rows), matrices[0].device)
@@ -184,7 +184,7 @@ def write_all_deltas(
     torch.autograd.graph.increment_version(matrices)
 
 
-TABLE_COLUMNS = 9
+TABLE_COLUMNS = 10
 """Of `_table`."""
 
 
@@ -311,7 +311,7 @@ def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin,
     inside = (index >= begin) & (index < end)
     block = (index - begin) // C
     column = index - begin - block * C
-    first, width = _block_of(block_starts, index // C, strip, inside)
+    first, width, inside = _block_of(block_starts, index // C, strip, inside)
     for member in range(ROWS):
         value = tl.load(matrix + (block * ROWS + member) * C + column, mask=inside)
         place = result + first * ROWS + member * width + strip - first
@@ -319,9 +319,10 @@ def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin,
 
 
 @triton.jit
-def _write_kernel(matrix, base, change, strip_indices, block_starts, count, C, ROWS, STRIPS: tl.constexpr):
+def _write_kernel(matrix, base, change, strip_indices, block_starts, count, end, C, ROWS, STRIPS: tl.constexpr):
+    """Args: end: the number of strips in the grid."""
     tile = tl.program_id(0).to(tl.int64)
-    _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, C, ROWS, STRIPS)
+    _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, end, C, ROWS, STRIPS)
 
 
 @triton.jit
@@ -333,23 +334,23 @@ def _write_all_kernel(
     matrix_at = tl.load(row).to(matrix.dtype)
     base_at = tl.load(row + 1).to(base.dtype)
     strips_at = tl.load(row + 2).to(strip_indices.dtype)
-    tile = tl.program_id(0) - tl.load(row + 8)
-    count, C, ROWS = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+    tile = tl.program_id(0) - tl.load(row + 9)
+    count, end, C, ROWS = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
     change_at, starts_at = change, block_starts
     if change is not None:
         change_at = tl.load(row + 3).to(change.dtype)
     if block_starts is not None:
         starts_at = tl.load(row + 4).to(block_starts.dtype)
-    _write_tile(matrix_at, base_at, change_at, strips_at, starts_at, tile, count, C, ROWS, STRIPS)
+    _write_tile(matrix_at, base_at, change_at, strips_at, starts_at, tile, count, end, C, ROWS, STRIPS)
 
 
 @triton.jit
-def _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, C, ROWS, STRIPS: tl.constexpr):
+def _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, end, C, ROWS, STRIPS: tl.constexpr):
     strip = tile * STRIPS + tl.arange(0, STRIPS)
-    inside = strip < count
-    index = tl.load(strip_indices + strip, mask=inside, other=0).to(tl.int64)
+    index = tl.load(strip_indices + strip, mask=strip < count, other=-1).to(tl.int64)
+    inside = (index >= 0) & (index < end)
     block = index // C
-    first, width = _block_of(block_starts, block, strip, inside)
+    first, width, inside = _block_of(block_starts, block, strip, inside)
     for member in range(ROWS):
         place = first * ROWS + member * width + strip - first
         value = tl.load(base + place, mask=inside)
@@ -362,7 +363,8 @@ def _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, 
 
 @triton.jit
 def _block_of(block_starts, block, strip, inside):
-    """The number of the first strip in each strip's block, and the number of strips in the block.
+    """The number of the first strip in each strip's block, the number of strips in the block, and whether the strip is
+    one of them.
 
     Without block_starts (granularity 1) each strip counts as a block, so that scalar i belongs to strip i.
     """
@@ -370,4 +372,5 @@ def _block_of(block_starts, block, strip, inside):
     if block_starts is not None:
         first = tl.load(block_starts + block, mask=inside, other=0).to(tl.int64)
         width = tl.load(block_starts + block + 1, mask=inside, other=0).to(tl.int64) - first
-    return first, width
+        inside = inside & (strip >= first) & (strip < first + width)
+    return first, width, inside

@@ -86,6 +86,8 @@ class WeightValues(SelectedScalars):
         is_plain_sum = not setting.enabled or (setting.scale == 1 and setting.dropout_step is None)
         if not is_plain_sum or self.regenerates or not values.is_contiguous() or not self._kernels_support(None):
             return None
+        if getattr(self.selection, "columns", None):  # its strips are indices into drawn columns, not into the weight
+            return None
         if not cpu.loaded_operators(values) and (not has_kernels(values) or values.element_size() > 4):
             return None
         change = self.delta.detach() if setting.enabled else None
