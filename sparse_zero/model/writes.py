@@ -39,10 +39,18 @@ class Writable(Protocol):
     def note_written(self, setting: Setting) -> None: ...
 
 
-@torch.no_grad()
 def refresh(weights: Iterable[Writable], in_forward: bool = False, checks_data: bool = False) -> None:
     """Write the deltas into the weights that do not have them already. See `SparseWeight.due`."""
+    # Not within `no_grad`: on a GPU it depends on the caller's mode whether changes of `delta.data` are looked for
     writes = [write for weight in weights if (write := weight.due(in_forward, checks_data))]
+    with torch.no_grad():
+        _write_all(writes)
+    for weight, _, setting, is_new in writes:
+        if is_new:
+            weight.note_written(setting)
+
+
+def _write_all(writes: list[Due]) -> None:
     together: dict[tuple, list[Operands]] = defaultdict(list)
     for weight, values, setting, _ in writes:
         operands = weight.operands(values, setting)
@@ -52,9 +60,6 @@ def refresh(weights: Iterable[Writable], in_forward: bool = False, checks_data: 
             together[operands.kind].append(operands)
     for group in together.values():
         _write(group)
-    for weight, _, setting, is_new in writes:
-        if is_new:
-            weight.note_written(setting)
 
 
 def _write(group: list[Operands]) -> None:
