@@ -3,6 +3,7 @@
 frozen        the floor: forward, and backward through every layer to the input embeddings
 sparse        ours; sparse-16: strips of 16 scalars
 lora dora shira supertuning    PEFT's, with its defaults; DoRA's ranks differ so that its magnitudes are counted too
+lora-bf16     LoRA with autocast_adapter_dtype=False: adapters in the dtype of the model, which PEFT keeps in float32
 peft-sparta   the reference implementation, with its defaults
 full          every scalar
 """
@@ -111,6 +112,13 @@ def lora(model: PreTrainedModel, budget: Budget) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=budget.rank, target_modules=budget.modules))
 
 
+def lora_in_the_models_dtype(model: PreTrainedModel, budget: Budget) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=budget.rank, target_modules=budget.modules)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
 def dora(model: PreTrainedModel, budget: Budget) -> nn.Module:
     import peft
 
@@ -167,6 +175,7 @@ METHODS: dict[str, Prepare] = {
     "sparse": sparse,
     "sparse-16": strips_of_16,
     "lora": lora,
+    "lora-bf16": lora_in_the_models_dtype,
     "dora": dora,
     "shira": shira,
     "supertuning": supertuning,

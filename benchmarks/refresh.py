@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 2 benchmarks/refresh.py --granularity 16 --indices regenerated
 
 A Llama-shaped model of 120M parameters with random weights, 1% of its linear weights selected. The first table has
-medians over the steps of rank 0: a step (forward, backward, optimizer), and its parts. Stage 3 has two rows: one for
-models below DeepSpeed's limit of live parameters (a billion), and one in which every weight is gathered again for
-backward, as in larger models. The second table has only the update of as many scalars: in one tensor per selected
-weight, or in a single tensor, as in DeepSpeed's partitions.
+medians over the steps of rank 0: a step (forward, backward, optimizer), and its parts. All deltas are written by a few
+calls, at stage 3 by one for each gathered weight. Stage 3 has two rows: one for models below DeepSpeed's limit of live
+parameters (a billion), and one in which every weight is gathered again for backward, as in larger models. The second
+table has only the update of as many scalars: in one tensor per selected weight, or in a single tensor, as in
+DeepSpeed's partitions.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from turns import in_turns
 
 from sparse_zero import SparseConfig, sparsify
+from sparse_zero.model import writes
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.training.device import device_name
 from sparse_zero.zero.parameters import fit_buckets
@@ -71,11 +73,14 @@ def now() -> float:
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
     """Time all writes and updates."""
-    write, started = SparseWeight.write, []
+    refresh, refresh_copy, started = writes.refresh, SparseWeight.refresh_copy, []
 
-    def timed(weight: SparseWeight, *args: Any) -> None:
-        with clock.measures("write"):
-            write(weight, *args)
+    def timed(write: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            with clock.measures("write"):
+                write(*args, **kwargs)
+
+        return run
 
     def after(*_: Any) -> None:
         clock.seconds["update"] += now() - started.pop()
@@ -84,9 +89,9 @@ def watched(clock: Clock) -> Iterator[None]:
         register_optimizer_step_pre_hook(lambda *_: started.append(now())),
         register_optimizer_step_post_hook(after),
     ]
-    SparseWeight.write = timed
+    writes.refresh, SparseWeight.refresh_copy = timed(refresh), timed(refresh_copy)
     yield
-    SparseWeight.write = write
+    writes.refresh, SparseWeight.refresh_copy = refresh, refresh_copy
     for hook in hooks:
         hook.remove()
 
@@ -127,11 +132,11 @@ def steps_at(stage: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 with clock.measures("engine.step"):
                     engine.step()
             if number >= 2:  # warm-up; stage 3 learns the order of the modules in the first step
-                steps.append(clock.seconds | {"writes": clock.times["write"]})
+                steps.append(clock.seconds | {"calls": clock.times["write"]})
     row = {
         "stage": stage,
         "seconds": statistics.median(step["step"] for step in steps),
-        "writes": statistics.median(step["writes"] for step in steps),
+        "calls": statistics.median(step["calls"] for step in steps),
     }
     for part in ("write", "update", "engine.step"):
         row[part] = statistics.median(step[part] / step["step"] for step in steps)
@@ -205,7 +210,7 @@ def show(rows: list[dict], optimizers: list[dict], arguments: argparse.Namespace
         f"{arguments.density:.2%} of the linear weights, strips of {arguments.granularity}, indices "
         f"{arguments.indices}, {arguments.steps} steps"
     )
-    print(f"{'ZeRO stage':<15} {'s / step':>9} {'writes':>7} {'writing':>8} {'update':>8} {'engine.step':>12}")
+    print(f"{'ZeRO stage':<15} {'s / step':>9} {'calls':>7} {'writing':>8} {'update':>8} {'engine.step':>12}")
     for row in rows:
         print(
             f"{row['stage']:<15} {row['seconds']:>9.3f} {row['writes']:>7.0f} {row['write']:>8.2%} "

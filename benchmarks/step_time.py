@@ -18,7 +18,7 @@ import argparse
 import gc
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,21 @@ def _measure_together(
         facts[name] = {"trainable": trainable, "budget": budget.scalars, "first_loss": first}
     seconds = in_turns(steps, setting.rounds, setting.device)
     for name, step in steps.items():
+        if setting.device != "cpu":
+            facts[name]["step_bytes"] = bytes_of_step(step)
         facts[name]["last_loss"] = step().item()
     return seconds, facts
+
+
+def bytes_of_step(step: Callable[[], torch.Tensor]) -> int:
+    """The peak of what torch has allocated on the accelerator during a step, beyond what it had before: activations,
+    gradients and temporary tensors, without weights and optimizer."""
+    torch.accelerator.synchronize()
+    before = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    step()
+    torch.accelerator.synchronize()
+    return torch.accelerator.max_memory_allocated() - before
 
 
 def page(results: list[Row]) -> str:
@@ -171,6 +184,7 @@ def _section(result: Row) -> str:
                 f"{row['mfu']:.1%}",
                 spread(row["over_frozen"]),
                 *(spread(row.get(f"{own}_over")) for own in OURS),
+                f"{row['step_bytes'] / 2**30:.2f}" if "step_bytes" in row else "",
                 f"{row['first_loss']:.3f} to {row['last_loss']:.3f}",
             ]
         )
@@ -181,7 +195,7 @@ def _section(result: Row) -> str:
         f"{setting.density:.2%} of the {setting.of}, {setting.rounds} rounds; medians [quartiles] of ratios within a "
         "round. "
         f"MFU of {result['peak_flops'] / 1e12:.2f} TFLOP/s ({result['peak_flops_from']}).",
-        table([*header, "loss"], rows),
+        table([*header, "GiB of a step", "loss"], rows),
     ]
     lines += [f"Left out: {name} ({reason})." for name, reason in result["left_out"].items()]
     lines += [

@@ -14,10 +14,12 @@ The permutation is not computed as a whole, only for the selected scalars.
   round costs one lookup and one addition per moved scalar. A hash of each moved scalar would take about thirty passes
   over 64-bit numbers, and a full permutation would process all batch * length * hidden scalars.
 All random numbers are integer hashes of (stream key, counter) and do not come from a generator: the positions are the
-same on CPU and GPU. `python benchmarks/noise.py` compares the speed with the full permutation.
+same on CPU and GPU. On an NVIDIA GPU, Triton kernels (rpn.triton_kernels) compute the positions and move the values in
+one pass. `python benchmarks/noise.py` compares the speed with the full permutation.
 """
 
 import functools
+import importlib.util
 import math
 
 import torch
@@ -41,8 +43,21 @@ def move_scalars(embeddings: Tensor, keep: Tensor, stream: Stream, *, probabilit
     Returns:
         (batch, length, hidden). The gradient of a moved value flows to its original position.
     """
-    sources, targets = random_positions(stream.groups(keep), embeddings.shape[-1], probability)
-    return _Move.apply(embeddings, sources, targets)
+    groups, hidden = stream.groups(keep), embeddings.shape[-1]
+    if _has_kernels(embeddings.device) and not torch.compiler.is_compiling():
+        from rpn import triton_kernels
+
+        distribution = _binomial_distribution(hidden, probability, embeddings.device)
+        return _MoveOnGPU.apply(embeddings, False, *triton_kernels.draw(groups, hidden, distribution))
+    return _Move.apply(embeddings, *random_positions(groups, hidden, probability))
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels can run on a device."""
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Move(torch.autograd.Function):
@@ -68,6 +83,25 @@ class _Move(torch.autograd.Function):
         # Overwritten values do not affect the loss. Moved values affect it at their targets.
         flat.scatter_(0, targets.long(), 0).index_add_(0, sources, moved)
         return grad, None, None
+
+
+class _MoveOnGPU(torch.autograd.Function):
+    """The same by kernels that compute the positions, in backward again: they are not kept."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, is_backward: bool, *drawn: Tensor) -> Tensor:
+        from rpn import triton_kernels
+
+        ctx.is_backward = is_backward
+        ctx.save_for_backward(*drawn)
+        move = triton_kernels.move_back if is_backward else triton_kernels.move
+        return move(values, triton_kernels.Draw(*drawn))
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        # Both directions are linear, each the transpose of the other
+        drawn = ctx.saved_tensors
+        return _MoveOnGPU.apply(grad_output, not ctx.is_backward, *drawn), None, *(None for _ in drawn)
 
 
 def random_positions(groups: Groups, hidden: int, probability: float) -> tuple[Tensor, Tensor]:
@@ -171,15 +205,16 @@ def _shuffled_channels(groups: Groups, hidden: int, purpose: int) -> Tensor:
 
 def _binomial(uniform: Tensor, trials: int, probability: float) -> Tensor:
     """int64: binomial random numbers from uniform ones, by the inverse of the distribution function."""
-    distribution = _binomial_distribution(trials, probability).to(uniform.device)
+    distribution = _binomial_distribution(trials, probability, uniform.device)
     return torch.searchsorted(distribution, uniform, right=True).clamp_(max=trials)
 
 
 @functools.lru_cache(maxsize=8)
-def _binomial_distribution(trials: int, probability: float) -> Tensor:
+def _binomial_distribution(trials: int, probability: float, device: torch.device) -> Tensor:
     """float64 (trials + 1,): P(at most i successes), computed on the CPU so that it is the same for all devices."""
     if probability == 1:
-        return torch.cat([torch.zeros(trials, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
+        certain = torch.cat([torch.zeros(trials, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
+        return certain.to(device)
     log_factorial = [math.lgamma(i + 1) for i in range(trials + 1)]
     log_density = [
         log_factorial[trials]
@@ -189,7 +224,7 @@ def _binomial_distribution(trials: int, probability: float) -> Tensor:
         + (trials - i) * math.log1p(-probability)
         for i in range(trials + 1)
     ]
-    return torch.tensor(log_density, dtype=torch.float64).exp().cumsum(0)
+    return torch.tensor(log_density, dtype=torch.float64).exp().cumsum(0).to(device)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:

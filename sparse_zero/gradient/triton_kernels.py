@@ -20,7 +20,9 @@ cost.py chooses between these kernels and the dense product. Chunks are added in
 same inputs on the same type of device give the same bits.
 """
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -151,6 +153,59 @@ def write_deltas(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor 
         torch.autograd.graph.increment_version(matrix)
 
 
+def write_all_deltas(
+    matrices: Sequence[torch.Tensor],
+    bases: Sequence[torch.Tensor],
+    changes: Sequence[torch.Tensor],
+    patterns: Sequence[Pattern],
+) -> None:
+    """`write_deltas` for many matrices in one launch.
+
+    Args:
+        matrices, bases: as for `write_deltas`, all on one device and of one dtype.
+        changes: empty for zeros, otherwise all of one dtype.
+        patterns: with strip indices of one dtype, and all with granularity 1 or none.
+    """
+    starts = [_block_starts(pattern) for pattern in patterns]
+    rows = []
+    for matrix, base, change, pattern, block_starts in zip(
+        matrices, bases, changes or [None] * len(matrices), patterns, starts, strict=True
+    ):
+        g, count, indices = pattern.granularity, pattern.count, pattern.strip_indices
+        assert matrix.numel() == pattern.rows * pattern.columns, (matrix.numel(), pattern.rows, pattern.columns)
+        assert base.numel() == count, (base.shape, count)
+        assert change is None or change.numel() == count, (change.shape, count)
+        tensors = (matrix, base, indices, change, block_starts)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors), "a tensor is not contiguous"
+        pointers = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        rows.append((*pointers, indices.numel(), pattern.blocks * pattern.columns, pattern.columns, g))
+    typed = (matrices[0], bases[0], patterns[0].strip_indices, changes[0] if changes else None, starts[0])
+    with torch.cuda.device_of(matrices[0]):
+        table, owners = _table(tuple(rows), matrices[0].device)
+        if owners.numel():
+            _write_all_kernel[(owners.numel(),)](table, owners, *typed, STRIPS=TILE_STRIPS, COLUMNS=TABLE_COLUMNS)
+    # Lets autograd detect the change in graphs that have saved the matrices
+    torch.autograd.graph.increment_version(matrices)
+
+
+TABLE_COLUMNS = 10
+"""Of `_table`."""
+
+
+@functools.lru_cache(maxsize=16)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_write_all_kernel` reads. Pointers stay the same from step to step, so it is copied to the device once.
+
+    Returns:
+        table: int64 (matrices, TABLE_COLUMNS), the rows and the number of the first program of each.
+        owners: int32 (programs,), the matrix of each program.
+    """
+    programs = [-(-row[5] // TILE_STRIPS) for row in rows]
+    table = [(*row, first) for row, first in zip(rows, itertools.accumulate(programs, initial=0), strict=False)]
+    owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+    return torch.tensor(table, dtype=torch.int64).to(device), owners.to(device)
+
+
 def _block_starts(pattern: Pattern) -> torch.Tensor | None:
     """None with granularity 1, where scalar i belongs to strip i."""
     return None if pattern.granularity == 1 else pattern.block_starts
@@ -272,7 +327,32 @@ def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin,
 @triton.jit
 def _write_kernel(matrix, base, change, strip_indices, block_starts, count, end, C, ROWS, STRIPS: tl.constexpr):
     """Args: end: the number of strips in the grid."""
-    strip = tl.program_id(0).to(tl.int64) * STRIPS + tl.arange(0, STRIPS)
+    tile = tl.program_id(0).to(tl.int64)
+    _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, end, C, ROWS, STRIPS)
+
+
+@triton.jit
+def _write_all_kernel(
+    table, owners, matrix, base, strip_indices, change, block_starts, STRIPS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """`_write_kernel` for the matrices of a table of pointers. The other arguments only have the pointers' types."""
+    row = table + tl.load(owners + tl.program_id(0)).to(tl.int64) * COLUMNS
+    matrix_at = tl.load(row).to(matrix.dtype)
+    base_at = tl.load(row + 1).to(base.dtype)
+    strips_at = tl.load(row + 2).to(strip_indices.dtype)
+    tile = tl.program_id(0) - tl.load(row + 9)
+    count, end, C, ROWS = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
+    change_at, starts_at = change, block_starts
+    if change is not None:
+        change_at = tl.load(row + 3).to(change.dtype)
+    if block_starts is not None:
+        starts_at = tl.load(row + 4).to(block_starts.dtype)
+    _write_tile(matrix_at, base_at, change_at, strips_at, starts_at, tile, count, end, C, ROWS, STRIPS)
+
+
+@triton.jit
+def _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, end, C, ROWS, STRIPS: tl.constexpr):
+    strip = tile * STRIPS + tl.arange(0, STRIPS)
     index = tl.load(strip_indices + strip, mask=strip < count, other=-1).to(tl.int64)
     inside = (index >= 0) & (index < end)
     block = index // C

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import layers, sparse_model
+from sparse_zero.model import layers, sparse_model, writes
 from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparsity import Sparsity, read_values, set_state, sparsity_of
 from sparse_zero.model.weight_values import BASE, Setting
@@ -124,8 +124,7 @@ def merge(model: nn.Module, force: bool) -> Sparsity:
     if state.disabled:
         state.disabled = 0
         state.put_in(model)
-    for weight in state.weights.values():
-        weight.refresh_at_rest(checks_data=True)
+    writes.refresh(state.weights.values(), checks_data=True)
     _write_partitions(state)
     _detach(model, state)
     for name, weight in state.weights.items():  # what the parameters contain is now the base of other adapters

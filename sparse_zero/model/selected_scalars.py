@@ -32,6 +32,7 @@ class SelectedScalars:
         self.shape = full_shape(self.weight) or torch.Size([1])
         assert selection.count > 0, f"{selection.name}: a delta of length 0 breaks ZeRO stage 3"
         self._infix = _free_infix(self.owners)
+        self._delta_name = self.tensor_name(self.owners[0][1], "delta")
         self._parked: dict[str, torch.Tensor] | None = {}
         """The tensors while no module has them: before `attach` and after `park`."""
         self._row_starts: dict[int, int] = {}
@@ -55,7 +56,10 @@ class SelectedScalars:
     @property
     def delta(self) -> nn.Parameter:
         """(n,)"""
-        return self._tensor("delta")
+        if self._parked is not None:
+            return self._parked["delta"]
+        # Read before every product: torch's own __getattr__ takes several times as long
+        return self.owners[0][0]._parameters[self._delta_name]
 
     @property
     def base(self) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import compiled, layers
+from sparse_zero.model import compiled, layers, writes
 from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.sparsity import sparsity_of, state_of
 from sparse_zero.model.state_dict import refusals
@@ -27,8 +27,7 @@ class SparseModel:
     """The class before."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        for weight in state_of(self).weights.values():
-            weight.refresh_at_rest()
+        writes.refresh(state_of(self).weights.values())
         return super().named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
@@ -123,8 +122,7 @@ def refresh(model: nn.Module) -> None:
     Raises:
         UserError: the model is not sparse.
     """
-    for weight in sparsity_of(model).weights.values():
-        weight.refresh_at_rest(checks_data=True)
+    writes.refresh(sparsity_of(model).weights.values(), checks_data=True)
 
 
 def before_forward(model: nn.Module, inputs: Any) -> None:
@@ -136,8 +134,7 @@ def before_forward(model: nn.Module, inputs: Any) -> None:
     if torch.is_grad_enabled():
         refuse_transforms(type(model).__name__)
     sparsity.counter.before_forward(model, inputs)
-    for weight in sparsity.weights.values():
-        weight.refresh_at_rest(weight.setting, checks_data=True)
+    writes.refresh(sparsity.weights.values(), in_forward=True, checks_data=True)
     if sparsity.is_partitioned and not sparsity.has_leaf_hooks:
         # ZeRO's leaf modules are chosen after `sparsify`
         sparsity.hooks += require_grad_on_leaf_inputs(model)

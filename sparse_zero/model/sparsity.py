@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
+from sparse_zero.model import writes
 from sparse_zero.model.compiled import sparse_weights
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
@@ -145,7 +146,7 @@ class Sparsity:
     def _set_enabled(self, enabled: bool) -> None:
         for weight in self.weights.values():
             weight.enabled = enabled
-            weight.refresh_at_rest()
+        writes.refresh(self.weights.values())
 
     def trained_values(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """The values of the fully trained parameters and their buffers, whether or not they are in the model now.

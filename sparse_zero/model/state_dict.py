@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sparse_zero.model import writes
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.weight_values import add_delta
 from sparse_zero.zero.parameters import is_partitioned
@@ -24,8 +25,7 @@ _CHECKSUM = "positions"
 
 def refresh(weights: Mapping[str, SparseWeight]) -> None:
     """Write the deltas of a module before its state dict is made."""
-    for weight in weights.values():
-        weight.refresh_at_rest(checks_data=True)
+    writes.refresh(weights.values(), checks_data=True)
 
 
 def add_checksums(weights: Mapping[str, SparseWeight], destination: dict[str, Any], prefix: str) -> None:

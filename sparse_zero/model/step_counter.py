@@ -2,22 +2,13 @@
 
 import functools
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from sparse_zero.model import writes
 from sparse_zero.model.first_backward import FirstBackward
-
-
-class Written(Protocol):
-    """The part of `model.weight.SparseWeight` that this module uses."""
-
-    delta: nn.Parameter
-    is_attached: bool
-
-    def refresh_at_rest(self) -> None: ...
-
 
 _COUNTERS: weakref.WeakSet["StepCounter"] = weakref.WeakSet()
 
@@ -53,12 +44,12 @@ class StepCounter:
         """Whether the last forward was one in training mode."""
         self.watch: FirstBackward | None = None
         """Watches the model's first backward, until the optimizer step after it."""
-        self.weights: weakref.WeakSet[Written] = weakref.WeakSet()
+        self.weights: weakref.WeakSet[writes.Writable] = weakref.WeakSet()
         """The weights of the model and of its copies, those of inactive adapters included."""
         _register_once()
         _COUNTERS.add(self)
 
-    def add(self, weight: Written) -> None:
+    def add(self, weight: writes.Writable) -> None:
         """Write the deltas of this weight after the steps of an optimizer that has them."""
         self.weights.add(weight)
 
@@ -68,9 +59,7 @@ class StepCounter:
         if self.watch and self.watch.after_step(optimizer):
             self.watch = None
         changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for weight in list(self.weights):
-            if weight.is_attached and id(weight.delta) in changed:
-                weight.refresh_at_rest()
+        writes.refresh(weight for weight in list(self.weights) if weight.is_attached and id(weight.delta) in changed)
 
     def before_forward(self, model: nn.Module, _: Any) -> None:
         """A forward pre-hook of the whole model: a layer may run several times in one forward."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import reads
+from sparse_zero.model import reads, writes
 from sparse_zero.model.compiled import number_of
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.refusals import refuse_transforms
@@ -128,7 +128,7 @@ class SparseWeight(WeightValues):
                     self._put_back(whole, start)
                 raise
         if not is_partitioned(weight):  # without deltas, w0 + 0 is there already
-            self._note_written(self.at_rest)
+            self.note_written(self.at_rest)
 
     def _put_back(self, whole: FlatView, count: int) -> None:
         """Write the first `count` original values, and nothing at the other positions."""
@@ -247,25 +247,31 @@ class SparseWeight(WeightValues):
         elif not self._has(self.setting):
             self.write(self.setting)
 
-    def refresh_at_rest(self, setting: Setting | None = None, checks_data: bool = False) -> None:
-        """Write the deltas unless the weight has them already; not under ZeRO stage 3, where gathered copies get them.
+    def refresh_at_rest(self, checks_data: bool = False) -> None:
+        """`writes.refresh` for this weight alone."""
+        writes.refresh([self], checks_data=checks_data)
+
+    def due(self, in_forward: bool = False, checks_data: bool = False) -> writes.Due | None:
+        """What must be written so that the weight has the deltas. Another adapter's values are removed first.
 
         Args:
-            setting: None for `at_rest`.
+            in_forward: under the setting of a forward, instead of `at_rest`.
             checks_data: also write after changes that autograd does not count, as by `delta.data`. On the CPU a hash
                 finds them. Elsewhere a hash would wait for the device: if gradients are enabled, the deltas are
                 written again, which takes less time.
+
+        Returns: None if the weight has the deltas already, and under ZeRO stage 3, where gathered copies get them.
         """
-        setting = self.at_rest if setting is None else setting
         if self.is_partitioned:
-            return
-        if not self._has(setting):
-            self.write(setting)
-        elif checks_data and self.delta.device.type == "cpu":
-            if self._delta_hash != _hash(self.delta):
-                self.write(setting)
-        elif checks_data and torch.is_grad_enabled():
-            self.write_values(self.weight.data, setting)
+            return None
+        setting = self.setting if in_forward else self.at_rest
+        has, on_cpu = self._has(setting), self.delta.device.type == "cpu"
+        if not has or (checks_data and on_cpu and self._delta_hash != _hash(self.delta)):
+            self._remove_other()
+            return writes.Due(self, self.weight.detach(), setting, is_new=True)
+        if checks_data and not on_cpu and torch.is_grad_enabled():
+            return writes.Due(self, self.weight.data, setting, is_new=False)
+        return None
 
     def restore(self, seen: Seen) -> None:
         """Put back what a forward has seen, for its backward.
@@ -310,11 +316,14 @@ class SparseWeight(WeightValues):
             # count a change. Otherwise the count makes backward fail for graphs from before an optimizer step.
             self.write_values(weight.data, setting)
             return
+        self._remove_other()
+        self.write_values(weight.detach(), setting)
+        self.note_written(setting)
+
+    def _remove_other(self) -> None:
         other = self.contents.get(self.selection.name)
         if other is not None and other is not self:
             other.write(BASE)
-        self.write_values(weight.detach(), setting)
-        self._note_written(setting)
 
     def refresh_copy(self, setting: Setting) -> None:
         """Write into the copy that ZeRO stage 3 gathered, unless this forward of the model has written it already.
@@ -332,7 +341,8 @@ class SparseWeight(WeightValues):
         """Whether the parameter contains the current deltas under this setting."""
         return self._written == (setting, self._state()) and self.contents.get(self.selection.name) is self
 
-    def _note_written(self, setting: Setting) -> None:
+    def note_written(self, setting: Setting) -> None:
+        """Note that the weight contains the current deltas under this setting."""
         self.contents[self.selection.name] = self
         self._written = setting, self._state()
         self._delta_hash = _hash(self.delta) if self.delta.device.type == "cpu" else None

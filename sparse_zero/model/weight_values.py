@@ -26,6 +26,24 @@ class Setting(NamedTuple):
     """The number of the training forward whose dropout mask applies; None for no dropout."""
 
 
+class Operands(NamedTuple):
+    """The arguments of an operator or kernel that writes base + change into a weight at its strips."""
+
+    matrix: torch.Tensor
+    """The complete weight, contiguous."""
+    base: torch.Tensor
+    change: torch.Tensor | None
+    strip_indices: torch.Tensor
+    columns: int
+    granularity: int
+
+    @property
+    def kind(self) -> tuple:
+        """Operands of the same kind can be written in one call."""
+        change = None if self.change is None else self.change.dtype
+        return self.matrix.device, self.matrix.dtype, change, self.strip_indices.dtype, self.granularity > 1
+
+
 BASE = Setting(enabled=False, scale=1.0, dropout_step=None)
 """The original values."""
 
@@ -57,6 +75,23 @@ class WeightValues(SelectedScalars):
         """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
         factor = self.factor(setting)
         return (gradient if factor is None else gradient * factor).to(self.delta.dtype)
+
+    def operands(self, values: torch.Tensor, setting: Setting) -> Operands | None:
+        """What the operator or the kernel needs to write this weight together with others.
+
+        Args: values, setting: as for `write_values`.
+
+        Returns: None if only `write_values` can write it.
+        """
+        is_plain_sum = not setting.enabled or (setting.scale == 1 and setting.dropout_step is None)
+        if not is_plain_sum or self.regenerates or not values.is_contiguous() or not self._kernels_support(None):
+            return None
+        if getattr(self.selection, "columns", None):  # its strips are indices into drawn columns, not into the weight
+            return None
+        if not cpu.loaded_operators(values) and (not has_kernels(values) or values.element_size() > 4):
+            return None
+        change = self.delta.detach() if setting.enabled else None
+        return Operands(values, self.base, change, self.strips(), self.shape[-1], self.selection.granularity)
 
     @torch.no_grad()
     def write_values(self, values: torch.Tensor, setting: Setting) -> None:

@@ -71,15 +71,20 @@ def numel(parameter: nn.Parameter) -> int:
 def counted_writes() -> Iterator[list[int]]:
     """How often deltas are written into their weights, added to the last entry of the list."""
     counts: list[int] = []
-    write = SparseWeight.write_values
+    alone, together = SparseWeight.write_values, SparseWeight.operands
 
-    def counted(weight: SparseWeight, *args: Any) -> None:
+    def counted_alone(weight: SparseWeight, *args: Any) -> None:
         counts[-1] += 1
-        write(weight, *args)
+        alone(weight, *args)
 
-    SparseWeight.write_values = counted
+    def counted_together(weight: SparseWeight, *args: Any) -> Any:
+        operands = together(weight, *args)
+        counts[-1] += operands is not None
+        return operands
+
+    SparseWeight.write_values, SparseWeight.operands = counted_alone, counted_together
     yield counts
-    SparseWeight.write_values = write
+    SparseWeight.write_values, SparseWeight.operands = alone, together
 
 
 def messages() -> dict[str, dict[int, int]]:

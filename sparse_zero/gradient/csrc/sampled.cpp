@@ -376,6 +376,18 @@ void write_deltas(const at::Tensor& weight, const at::Tensor& base, const std::o
   weight.unsafeGetTensorImpl()->bump_version();
 }
 
+// write_deltas for many weights in one call; `changes` is empty to write the bases.
+void write_all_deltas(at::TensorList weights, at::TensorList bases, at::TensorList changes,
+                      at::TensorList strip_indices, at::IntArrayRef columns, at::IntArrayRef g) {
+  const size_t count = weights.size();
+  TORCH_CHECK(bases.size() == count && (changes.empty() || changes.size() == count) &&
+                  strip_indices.size() == count && columns.size() == count && g.size() == count,
+              "the lists must have one entry for each weight");
+  for (size_t i = 0; i < count; ++i)
+    write_deltas(weights[i], bases[i], changes.empty() ? std::optional<at::Tensor>() : changes[i], strip_indices[i],
+                 columns[i], g[i]);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(sparse_zero, library) {
@@ -384,6 +396,9 @@ TORCH_LIBRARY(sparse_zero, library) {
       "write_deltas(Tensor(a!) weight, Tensor base, Tensor? change, Tensor strip_indices, int columns, "
       "int granularity) -> ()");
   library.def(
+      "write_all_deltas(Tensor(a!)[] weights, Tensor[] bases, Tensor[] changes, Tensor[] strip_indices, int[] columns, "
+      "int[] granularities) -> ()");
+  library.def(
       "sampled_product(Tensor rows, Tensor columns, Tensor block_starts, Tensor strip_columns, int granularity, "
       "int tokens, int groups, int threads, ScalarType dtype) -> Tensor");
 }
@@ -391,5 +406,6 @@ TORCH_LIBRARY(sparse_zero, library) {
 TORCH_LIBRARY_IMPL(sparse_zero, CPU, library) {
   library.impl("pattern", &pattern);
   library.impl("write_deltas", &write_deltas);
+  library.impl("write_all_deltas", &write_all_deltas);
   library.impl("sampled_product", &sampled_product);
 }

@@ -1,4 +1,4 @@
-"""Compiles the kernels of triton_kernels.py as a launch would, for GPUs that need not be present.
+"""Compiles the Triton kernels as a launch would, for GPUs that need not be present.
 
     python tests/unit/gradient/compile_kernels.py
 
@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rpn import triton_kernels as noise_kernels
 from sparse_zero.gradient import triton_kernels
 from sparse_zero.gradient.cost import GATHER_TILE, LINE
 
@@ -30,7 +32,7 @@ INSTRUCTIONS = {"tensor cores": r"HG?MMA", "loads of 16 bytes": r"LDG\S*\.128|LD
 
 
 def variants() -> list[tuple]:
-    """(name, kernel, types of its pointers, compile-time arguments, launch options)"""
+    """(name, kernel, types of its pointers and 64-bit numbers, compile-time arguments, launch options)"""
     listed = []
 
     def add(name: str, kernel: triton.JITFunction, pointers: dict, constants: dict, **options: int) -> None:
@@ -51,6 +53,10 @@ def variants() -> list[tuple]:
             constants |= {} if known else {"block_starts": None}
             for name, kernel in (("gather", triton_kernels._gather_kernel), ("write", triton_kernels._write_kernel)):
                 add(f"{name} {dtype} {rows}", kernel, operands | known, constants)
+            pointers = {"table": "*i64", "owners": "*i32"} | operands | known
+            constants = {"STRIPS": triton_kernels.TILE_STRIPS, "COLUMNS": triton_kernels.TABLE_COLUMNS}
+            constants |= {} if known else {"block_starts": None}
+            add(f"write_all {dtype} {rows}", triton_kernels._write_all_kernel, pointers, constants)
     for dtype, (granularity, tile) in itertools.product(("bf16", "fp16", "fp32"), STRIPS):
         operands = {"rows": f"*{dtype}", "last": f"*{dtype}", "result": "*fp32"}
         operands |= {"block_starts": "*i32", "strip_indices": "*i32"}
@@ -59,6 +65,17 @@ def variants() -> list[tuple]:
         constants = {"ROWS": granularity, "PADDED": padded, "STRIPS": tile, "stride_R": 1, "FIRST": False}
         constants["TOKENS"] = launch.pop("TOKENS")
         add(f"strips {dtype} {granularity} x {tile}", triton_kernels._strips_kernel, operands, constants, **launch)
+    constants = {"CHANNELS": noise_kernels.CHANNELS, "OTHERS": noise_kernels.OTHERS}
+    operands = {"circles": "*i32", "common_key": "i64"}
+    add("circles", noise_kernels._circles_kernel, operands, constants)
+    operands = {"circles": "*i32", "distribution": "*fp64"}
+    operands |= dict.fromkeys(("rows", "lengths", "starts", "keys"), "*i64")
+    for dtype, step in itertools.product(
+        ("bf16", "fp32"), (noise_kernels.MOVE, noise_kernels.CLEAR, noise_kernels.ADD)
+    ):
+        constants = {"STEP": step, "SLOTS": noise_kernels.SLOTS, "BOUNDS": noise_kernels.BOUNDS, "SUM": tl.float32}
+        pointers = operands | dict.fromkeys(("values", "result"), f"*{dtype}")
+        add(f"move {dtype} {step}", noise_kernels._move_kernel, pointers, constants)
     return listed
 
 

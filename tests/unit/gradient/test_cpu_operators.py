@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_zero import SparseConfig, sparsify
+from sparse_zero import SparseConfig, refresh, sparsify
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.pattern import Pattern
 
@@ -148,6 +148,37 @@ WEIGHT, STRIP_INDICES = torch.zeros(24), torch.tensor([1, 4])
 def test_nothing_is_written_if_the_arguments_do_not_fit(arguments, words):
     with pytest.raises(RuntimeError, match=words):
         operators().write_deltas(*arguments)
+    assert not WEIGHT.any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"granularity": 4}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_all_weights_of_a_dtype_are_written_in_one_call(path, dtype, settings):
+    """Compared with an explicit sum, and with the calls that torch's profiler counts."""
+    torch.manual_seed(0)
+    plain = nn.ModuleList([nn.Linear(16, 8).to(dtype), nn.Linear(8, 24).to(dtype), nn.Linear(24, 32).to(dtype)])
+    model = sparsify(copy.deepcopy(plain), SparseConfig(density=0.3, targets="all-linear", **settings))
+    for weight in model.sparsity.weights.values():
+        weight.delta.data.normal_()
+    versions = [weight.weight._version for weight in model.sparsity.weights.values()]
+    with torch.profiler.profile() as profiler:
+        refresh(model)
+    calls = [event.name for event in profiler.events() if event.name.startswith("sparse_zero::write")]
+    assert calls == (["sparse_zero::write_all_deltas"] if path == "operators" else [])
+    for (name, weight), version in zip(model.sparsity.weights.items(), versions, strict=True):
+        flat, wide = weight.flat_positions(), torch.promote_types(dtype, torch.float32)
+        expected = plain.get_parameter(name).detach().clone().view(-1)
+        expected[flat] = (expected[flat].to(wide) + weight.delta.detach()).to(dtype)
+        assert torch.equal(weight.weight.detach().view(-1), expected)
+        assert weight.weight._version > version
+
+
+def test_lists_of_different_lengths_are_not_written():
+    base = [torch.ones(2)]
+    with pytest.raises(RuntimeError, match="one entry for each weight"):
+        operators().write_all_deltas([WEIGHT, WEIGHT], base, [], [STRIP_INDICES], [6], [1])
+    with pytest.raises(RuntimeError, match="base does not fit"):
+        operators().write_all_deltas([WEIGHT], [torch.ones(3)], [], [STRIP_INDICES], [6], [1])
     assert not WEIGHT.any()
 
 

@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_zero import SparseConfig, sparsify
+from sparse_zero import SparseConfig, refresh, sparsify
 from sparse_zero.gradient import sampled as sampled_gradient
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.model import weight_values
+from sparse_zero.model import weight_values, writes
 from sparse_zero.selection import rules
 
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed", allow_module_level=True)
 
-import triton
-import triton.language as tl
-from triton.runtime.jit import JITFunction
+from triton_cases import interpret
 
 from sparse_zero.gradient import triton_kernels
 
@@ -37,36 +35,8 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Triton's interpreter, for these tests only and only without a GPU."""
     torch.manual_seed(0)
-    if DEVICE == "cuda":
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    own = [(triton_kernels, name) for name, value in vars(triton_kernels).items() if isinstance(value, JITFunction)]
-    for module, name in [*own, (tl, "sum")]:
-        with triton.knobs.runtime.scope():
-            triton.knobs.runtime.interpret = True
-            monkeypatch.setattr(module, name, triton.jit(getattr(module, name).fn))
-
-    def widened(x: TensorHandle) -> TensorHandle:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    # The interpreter stores bfloat16 as integers and multiplies these
-    dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *r: dot(self, widened(a), widened(b), *r))
-
-    def narrowed(self: InterpreterBuilder, x: TensorHandle, to: tl.dtype) -> TensorHandle:
-        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return narrow(self, x, to)
-        bits = x.data.view("uint32")
-        return TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16"), tl.bfloat16)
-
-    # It truncates to bfloat16, and a GPU rounds
-    narrow = InterpreterBuilder.create_fp_trunc
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", narrowed)
+    interpret(monkeypatch, triton_kernels)
 
 
 def operands(N: int, R: int, C: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -421,3 +391,72 @@ class AllocatedBytes(TorchDispatchMode):
         if isinstance(output, torch.Tensor) and output.untyped_storage().data_ptr() not in held:
             self.bytes += output.untyped_storage().nbytes()
         return output
+
+
+@pytest.mark.parametrize("granularity", [1, 8])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_matrices_are_written_in_one_launch_with_the_bits_of_single_ones(dtype, index_dtype, granularity):
+    shapes = ((96, 20, 90), (16, 7, 1), (8, 64, 33), (160, 50, 800))
+    patterns = [
+        Pattern(torch.randperm(R // granularity * C)[:count].sort().values.to(DEVICE, index_dtype), R, C, granularity)
+        for R, C, count in shapes
+        if count <= R // granularity * C
+    ]
+    before = [torch.randn(pattern.rows, pattern.columns).to(DEVICE, dtype) for pattern in patterns]
+    bases = [torch.randn(pattern.count).to(DEVICE, dtype) for pattern in patterns]
+    deltas = [torch.randn(pattern.count).to(DEVICE) for pattern in patterns]
+    for changes in (deltas, [delta.to(dtype) for delta in deltas], []):
+        expected, written = [matrix.clone() for matrix in before], [matrix.clone() for matrix in before]
+        versions = [matrix._version for matrix in written]
+        for i, pattern in enumerate(patterns):
+            triton_kernels.write_deltas(expected[i].view(-1), bases[i], changes[i] if changes else None, pattern)
+        launched = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name, kernel in vars(triton_kernels).copy().items():
+                if name.endswith("_kernel"):
+                    patch.setattr(triton_kernels, name, _Noting(kernel, launched))
+            triton_kernels.write_all_deltas(written, bases, changes, patterns)
+        assert len(launched) == 1
+        for i, matrix in enumerate(written):
+            assert torch.equal(matrix, expected[i])
+            assert not torch.equal(matrix, before[i])
+            assert matrix._version > versions[i]
+
+
+class _Noting:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, launched: list):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("granularity", [1, 8])
+def test_a_model_is_written_by_one_launch_for_each_dtype(monkeypatch, granularity):
+    for module in (weight_values, writes):
+        monkeypatch.setattr(module.cpu, "loaded_operators", lambda tensor: None)
+    monkeypatch.setattr(weight_values, "has_kernels", lambda tensor: True)
+    layers = [torch.nn.Linear(20, 16), torch.nn.Linear(16, 24), torch.nn.Linear(24, 8).double().bfloat16()]
+    config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity)
+    model = sparsify(torch.nn.Sequential(*layers).to(DEVICE), config)
+    expected = {}
+    for name, weight in model.sparsity.weights.items():
+        weight.delta.data.normal_()
+        matrix = weight.weight.detach().clone().view(-1)
+        matrix[weight.flat_positions()] = (matrix[weight.flat_positions()].float() + weight.delta.detach()).to(
+            matrix.dtype
+        )
+        expected[name] = matrix.view_as(weight.weight)
+    calls, write_all = [], triton_kernels.write_all_deltas
+    monkeypatch.setattr(triton_kernels, "write_all_deltas", lambda *a: calls.append(len(a[0])) or write_all(*a))
+    refresh(model)
+    assert sorted(calls) == [1, 2]
+    for name, weight in model.sparsity.weights.items():
+        assert torch.equal(weight.weight, expected[name])
+    refresh(model)
+    if DEVICE == "cpu":  # on a GPU, deltas are written again rather than compared
+        assert sorted(calls) == [1, 2]

@@ -1,0 +1,117 @@
+"""Writing the deltas of many weights at once: what is due, and what is noted."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_zero import SparseConfig, UserError, refresh, sparsify
+from sparse_zero.gradient import cpu
+from sparse_zero.model import writes
+
+assert cpu.load_operator() is not None
+
+
+class Layer:
+    """A weight of which something is due once."""
+
+    def __init__(self, is_new: bool = True):
+        self.values, self.is_new, self.seen = torch.zeros(2), is_new, []
+
+    def due(self, in_forward, checks_data):
+        self.seen.append(("due", in_forward, checks_data, torch.is_grad_enabled()))
+        return writes.Due(self, self.values, "setting", self.is_new) if len(self.seen) == 1 else None
+
+    def operands(self, values, setting):
+        return None
+
+    def write_values(self, values, setting):
+        self.seen.append(("written", torch.is_grad_enabled()))
+
+    def note_written(self, setting):
+        self.seen.append(("noted", setting))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_is_due_is_decided_in_the_callers_gradient_mode(gradients):
+    """On a GPU, deltas that were changed without autograd are written in forwards with gradients only."""
+    layer = Layer()
+    with torch.set_grad_enabled(gradients):
+        writes.refresh([layer], in_forward=True, checks_data=True)
+        writes.refresh([layer])
+        assert torch.is_grad_enabled() == gradients
+    assert layer.seen == [
+        ("due", True, True, gradients), ("written", False), ("noted", "setting"), ("due", False, False, gradients),
+    ]  # fmt: skip
+
+
+def test_a_write_to_be_sure_is_not_noted():
+    layer = Layer(is_new=False)
+    writes.refresh([layer])
+    assert [each[0] for each in layer.seen] == ["due", "written"]
+
+
+def layers(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float32, torch.bfloat16)) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(16, 16).to(dtype) for dtype in dtypes))
+
+
+def calls(function) -> list[tuple[str, int]]:
+    """The calls of our writing operators, and how many weights each writes."""
+    found = []
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name().startswith("sparse_zero::write"):
+                found.append((func.name(), len(args[0]) if isinstance(args[0], list) else 1))
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        function()
+    return found
+
+
+def test_a_step_writes_all_weights_of_a_dtype_in_one_call_and_a_forward_none():
+    model = sparsify(layers((torch.float32,) * 4), SparseConfig(density=0.2, targets="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = torch.randn(3, 16)
+    model(batch).sum().backward()
+    assert calls(optimizer.step) == [("sparse_zero::write_all_deltas", 4)]
+    assert calls(lambda: model(batch)) == []
+
+
+def test_weights_of_several_dtypes_and_settings_are_written_right():
+    plain = layers()
+    model = sparsify(copy.deepcopy(plain), SparseConfig(density=0.2, targets="all-linear"))
+    first, second, third = model.sparsity.weights.values()
+    for weight in (first, second, third):
+        weight.delta.data.normal_()
+    second.scale = 0.5  # a factor: written by itself
+    found = calls(lambda: refresh(model))
+    assert sorted(found) == [
+        ("sparse_zero::write_all_deltas", 1), ("sparse_zero::write_all_deltas", 1), ("sparse_zero::write_deltas", 1),
+    ]  # fmt: skip
+    for (name, weight), factor in zip(model.sparsity.weights.items(), (1, 0.5, 1), strict=True):
+        expected, flat = plain.get_parameter(name).detach().clone().view(-1), weight.flat_positions()
+        expected[flat] = (expected[flat].float() + factor * weight.delta.detach()).to(expected.dtype)
+        assert torch.equal(weight.weight.view(-1), expected)
+
+
+def test_disabled_weights_are_restored_in_one_call():
+    plain = layers((torch.float32,) * 3)
+    model = sparsify(copy.deepcopy(plain), SparseConfig(density=0.2, targets="all-linear"))
+    for weight in model.sparsity.weights.values():
+        weight.delta.data.normal_()
+    refresh(model)
+    assert calls(lambda: model.sparsity.disable(model)) == [("sparse_zero::write_all_deltas", 3)]
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in plain.named_parameters())
+
+
+def test_a_weight_without_values_is_named():
+    model = sparsify(layers(), SparseConfig(density=0.2, targets="all-linear"))
+    model[1].to("meta")
+    for weight in model.sparsity.weights.values():
+        weight.invalidate()
+    with pytest.raises(UserError, match=r"1\.weight"):
+        writes.refresh(model.sparsity.weights.values())
