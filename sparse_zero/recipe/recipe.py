@@ -142,6 +142,8 @@ class Recipe(Section):
             raise ValueError("data.columns: a causal LM needs one of `text`, `prompt` + `completion`, `messages`")
         if self.data.packing and self.model.task != "causal-lm":
             raise ValueError("data.packing: only causal language models can be packed")
+        if self.training.get("chunked_loss") and self.model.task != "causal-lm":
+            raise ValueError("training.chunked_loss: only causal language models have such a loss; set it to false")
         return self
 
 
