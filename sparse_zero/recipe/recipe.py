@@ -109,8 +109,9 @@ class Recipe(Section):
     sparse: SparseConfig = SparseConfig()
     rpn: RPNConfig | None = None
     training: dict[str, Any] = {}
-    """The arguments of transformers.TrainingArguments, under the same names, and `async_save`: whether to write
-    checkpoints in the background."""
+    """The arguments of transformers.TrainingArguments, under the same names, `async_save`: whether to write
+    checkpoints in the background, and `chunked_loss`: whether to compute the loss of a causal language model without
+    its logits."""
     launch: LaunchSection = LaunchSection()
 
     @property
