@@ -73,6 +73,8 @@ class ChunkedLoss:
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
             hidden, weight, bias = (None if each is None else each.to(dtype) for each in (hidden, weight, bias))
+        if hidden.dtype == torch.float16:
+            refuse_float16()
         loss = functional.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
@@ -83,6 +85,14 @@ class ChunkedLoss:
             options=self._options[torch.compiler.is_compiling()],
         ).float()
         return loss if self._items is None else loss / self._items.to(device)
+
+
+def refuse_float16() -> None:
+    """Raises UserError: the operator returns the sum of the losses, not yet scaled, in the dtype of the product."""
+    raise UserError(
+        f"{_KEY}: the sum of the losses of a batch does not fit into float16; set training.bf16 instead of "
+        f"training.fp16, or set {_KEY} to false"
+    )
 
 
 def _pass_on(logits: torch.Tensor, labels: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from sparse_zero.errors import UserError
-from sparse_zero.training.chunked_loss import ChunkedLoss
+from sparse_zero.training.chunked_loss import ChunkedLoss, refuse_float16
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ def chunked_loss(model: nn.Module, arguments: TrainingArguments, own_loss: Any) 
         raise UserError(
             "training.chunked_loss: training.label_smoothing_factor needs the logits; set one of them to its default"
         )
+    if arguments.fp16:
+        refuse_float16()
+    if arguments.parallelism_config is not None:
+        raise UserError("training.chunked_loss: not together with training.parallelism_config; set one of them only")
     if own_loss is not None:
         raise UserError("training.chunked_loss: compute_loss_func needs the logits; set chunked_loss to false")
     return ChunkedLoss(model)

@@ -102,7 +102,8 @@ class SparseTrainer(PreemptibleTrainer):
     ) -> Any:
         """As Trainer.compute_loss. In training with `chunked_loss` there are no logits."""
         # An evaluation needs the logits
-        if self._chunked_loss is None or return_outputs or not self.model.training:
+        in_chunks = self._chunked_loss is not None and self.model.training and not return_outputs
+        if not in_chunks or inputs.get("labels") is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         with self._chunked_loss.computing(inputs, items):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from families import VOCABULARY, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -340,6 +341,29 @@ def test_other_settings_of_the_loss(tmp_path, monkeypatch, settings, complaint):
     monkeypatch.setattr("sparse_zero.training.loss_options._check_liger", lambda *_: None)
     with pytest.raises(UserError, match=complaint):
         losses(tmp_path, chunked_loss=True, **settings)
+
+
+def test_a_batch_without_labels(tmp_path):
+    """The Trainer's own error."""
+    with pytest.raises(ValueError, match="did not return a loss"):
+        losses(tmp_path, rows=[{"input_ids": row["input_ids"]} for row in ROWS], chunked_loss=True)
+
+
+def test_float16(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", chunked_loss=True)
+    arguments.fp16 = True
+    with pytest.raises(UserError, match=r"does not fit into float16; set training.bf16 instead of training.fp16"):
+        SparseTrainer(sparse_llama(), arguments)
+    model = sparse_llama().half()
+    with pytest.raises(UserError, match="does not fit into float16"), ChunkedLoss(model).computing(batch(), None):
+        model(**batch())
+
+
+def test_sequence_parallelism(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", chunked_loss=True)
+    arguments.parallelism_config = ParallelismConfig()
+    with pytest.raises(UserError, match=r"not together with training.parallelism_config"):
+        SparseTrainer(sparse_llama(), arguments)
 
 
 def test_a_loss_function_of_the_trainer(tmp_path):
