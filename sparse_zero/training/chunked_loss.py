@@ -59,11 +59,10 @@ class ChunkedLoss:
         if items is not None and self._passes.items:
             # Not a number, for each of which torch.compile would compile again
             self._items = torch.as_tensor(items, device=shifted.device)
-        self._head.forward, self._model.loss_function = self._head_forward, _pass_on
         try:
-            yield
+            with _replaced(self._head, forward=self._head_forward), _replaced(self._model, _loss_function=_pass_on):
+                yield
         finally:
-            del self._head.forward, self._model._loss_function
             self._targets = self._items = None
 
     def _head_forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -85,6 +84,19 @@ class ChunkedLoss:
             options=self._options[torch.compiler.is_compiling()],
         ).float()
         return loss if self._items is None else loss / self._items.to(device)
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """In the block the module itself has these attributes, whatever its class has."""
+    own = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del module.__dict__[name]
+        module.__dict__.update(own)
 
 
 def refuse_float16() -> None:
@@ -137,26 +149,17 @@ def _what_reaches_the_loss(model: PreTrainedModel, head: nn.Linear) -> _Passed:
         )
         return torch.zeros((), device="meta")
 
-    plain = getattr(model, "_loss_function", None)
-    body.forward, head.forward = (lambda *_, **__: _Body(last_hidden_state=hidden)), (lambda _: logits)
-    model.loss_function = loss
+    stand_ins = contextlib.ExitStack()
+    stand_ins.enter_context(_replaced(body, forward=lambda *_, **__: _Body(last_hidden_state=hidden)))
+    stand_ins.enter_context(_replaced(head, forward=lambda _: logits))
+    stand_ins.enter_context(_replaced(model, _loss_function=loss))
+    given = {"labels": labels, "num_items_in_batch": items, "shift_labels": shifted}
     try:
-        model.forward(
-            input_ids=labels,
-            labels=labels,
-            num_items_in_batch=items,
-            shift_labels=shifted,
-            use_cache=False,
-            return_dict=True,
-        )
+        with stand_ins:
+            model.forward(input_ids=labels, **given, use_cache=False, return_dict=True)
     except Exception as error:  # the model's own code may fail in any way
-        raise _refused(
-            name, f"it does more with its logits than to pass them to its loss ({first_line(error)})"
-        ) from None
-    finally:
-        del body.forward, head.forward, model._loss_function
-        if plain is not None:
-            model.loss_function = plain
+        reason = f"it does more with its logits than to pass them to its loss ({first_line(error)})"
+        raise _refused(name, reason) from None
     if len(calls) != 1 or calls[0]["logits"] is not logits:
         raise _refused(name, "its loss function does not get its logits as they are")
     (call,) = calls

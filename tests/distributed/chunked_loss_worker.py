@@ -1,6 +1,5 @@
 """One rank of SparseTrainer runs with a head that is frozen, selected or trained in full."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ HEADS = {
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
-    if case["training"].get("use_liger_kernel"):
-        os.environ["TRITON_INTERPRET"] = "1"  # before Liger is imported
     arguments, model = build(case, out)
     sparsify(model, SparseConfig(**HEADS[case["head"]]))
     trainer = WatchedTrainer(model, arguments, train_dataset=tiny.examples(case["task"], case["examples"]))

@@ -1,6 +1,5 @@
-"""training.chunked_loss and Liger's loss on two ranks, against one process with the model's own loss."""
+"""training.chunked_loss on two ranks, against one process with the model's own loss."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,6 @@ CASES = {
     },
 }
 
-LIGER = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False, "rms_norm": False, "swiglu": False}}
-if importlib.util.find_spec("liger_kernel"):
-    for _head in ("selected", "whole"):
-        CASES[f"zero3-liger/{_head}"] = LIGER | {"deepspeed": zero_config(3, **PARTITIONED)}
-
 
 def _case(name: str, base: Path, rows: int, **training: Any) -> dict[str, Any]:
     training |= {"max_steps": STEPS, "learning_rate": 3e-2, "max_grad_norm": 0.7}
@@ -53,10 +47,7 @@ def one_process(fork_server: ForkServer, bases: dict[str, Path], tmp_path_factor
 @pytest.fixture(scope="module")
 def two_ranks(fork_server: ForkServer, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     base = bases["causal-lm"]
-    cases = [
-        _case(name, base, BATCH // 2, **{"chunked_loss": "liger" not in name} | training)
-        for name, training in CASES.items()
-    ]
+    cases = [_case(name, base, BATCH // 2, chunked_loss=True, **training) for name, training in CASES.items()]
     return run_cases(fork_server, 2, cases, tmp_path_factory.mktemp("two"), "chunked_loss_worker")
 
 

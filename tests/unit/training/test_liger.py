@@ -11,27 +11,43 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from families import tiny
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparse_zero import SparseConfig, SparseTrainer, UserError, sparsify
+from sparse_zero.ranks.network import free_port
 from sparse_zero.recipe.training import TrainingArguments
+from sparse_zero.zero.parameters import full_shape
 
 HEADS = ["frozen", "selected", "whole", "tied"]
+STAGE_3_HEADS = ["selected-stage-3", "whole-stage-3"]
 LOSS_ONLY = {"rope": False, "rms_norm": False, "swiglu": False}
 
 
-def run(head: str, liger: bool, out: Path) -> dict:
+STAGE_3 = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    # By default ZeRO would keep all of so small a model whole
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0},
+}
+
+
+def base_model(head: str, out: Path, partitioned: bool) -> PreTrainedModel:
+    if not partitioned:
+        return tiny("llama", tie_word_embeddings=head == "tied")
+    deepspeed.init_distributed(verbose=False)  # on a CPU Accelerate starts torch's group only
+    model = LlamaForCausalLM.from_pretrained(out.parent / "base")
+    assert model.lm_head.weight.numel() == 0
+    return model
+
+
+def run(head: str, liger: bool, out: Path, stage_3: bool = False) -> dict:
     """Train on uneven batches. Returns: the losses and gradient norms, and what an evaluation sees."""
-    model, positions = tiny("llama", tie_word_embeddings=head == "tied"), {}
-    selected = {"selected": "lm_head.weight", "tied": "embed_tokens.weight"}.get(head, "proj.weight")
-    for name, parameter in model.named_parameters():
-        if name.endswith(("proj.weight", selected)):
-            positions[name] = torch.arange(3, parameter.numel(), 37)
-    sparsify(model, SparseConfig(modules_to_save=["lm_head"] if head == "whole" else None), positions=positions)
-    rows = [[3 + (row * 7 + column) % 50 for column in range(12)] for row in range(16)]
-    data = [{"input_ids": row, "labels": [-100] * (i % 5) + row[i % 5 :]} for i, row in enumerate(rows)]
     settings = {"use_liger_kernel": True, "liger_kernel_config": LOSS_ONLY} if liger else {}
     arguments = TrainingArguments(
         str(out),
@@ -44,8 +60,17 @@ def run(head: str, liger: bool, out: Path) -> dict:
         learning_rate=1e-2,
         save_strategy="no",
         disable_tqdm=True,
+        deepspeed=STAGE_3 if stage_3 else None,
         **settings,
     )
+    model, positions = base_model(head, out, stage_3), {}
+    selected = {"selected": "lm_head.weight", "tied": "embed_tokens.weight"}.get(head, "proj.weight")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("proj.weight", selected)):
+            positions[name] = torch.arange(3, full_shape(parameter).numel(), 37)
+    sparsify(model, SparseConfig(modules_to_save=["lm_head"] if head == "whole" else None), positions=positions)
+    rows = [[3 + (row * 7 + column) % 50 for column in range(12)] for row in range(16)]
+    data = [{"input_ids": row, "labels": [-100] * (i % 5) + row[i % 5 :]} for i, row in enumerate(rows)]
     trainer = SparseTrainer(
         model,
         arguments,
@@ -69,12 +94,15 @@ def runs(tmp_path_factory):
     pytest.importorskip("liger_kernel")
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("liger") / "runs.json"
+    tiny("llama", tie_word_embeddings=False).save_pretrained(out.parent / "base")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([p for p in sys.path if p])}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
     subprocess.run([sys.executable, __file__, str(out)], env=environment, check=True, timeout=600)
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, *STAGE_3_HEADS])
 def test_the_same_run(runs, head):
     plain, liger = runs[f"{head}-plain"], runs[f"{head}-liger"]
     torch.testing.assert_close(torch.tensor(liger["log"]), torch.tensor(plain["log"]), rtol=1e-5, atol=1e-5)
@@ -117,8 +145,11 @@ def test_a_model_that_liger_does_not_know(tmp_path, monkeypatch, caplog):
 
 
 if __name__ == "__main__":
-    found = {}
-    for head in HEADS:
-        for kind in ("plain", "liger"):
-            found[f"{head}-{kind}"] = run(head, kind == "liger", Path(sys.argv[1]).parent / f"{head}-{kind}")
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    found, file = {}, Path(sys.argv[1])
+    # Stage 3 last: transformers keeps on partitioning models
+    for name, kind in [(name, kind) for name in (*HEADS, *STAGE_3_HEADS) for kind in ("plain", "liger")]:
+        head, _, stage = name.partition("-")
+        found[f"{name}-{kind}"] = run(head, kind == "liger", file.parent / f"{name}-{kind}", bool(stage))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    file.write_text(json.dumps(found))
