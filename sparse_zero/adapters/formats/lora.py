@@ -61,7 +61,9 @@ def _kind(name: str, adapter: Adapter, architecture: Architecture) -> Kind:
         raise UserError(f"'{name}' is tied ({owners}): PEFT would adapt only one of them, or merge it twice; {_MERGE}")
     if any(name.startswith(f"{whole}.") for whole in architecture.modules(adapter.whole)):
         raise UserError(f"'{name}' is in a fully trained module, where {TITLE} does not adapt it; {_MERGE}")
-    if held == "weight" and isinstance(module, nn.Linear):
+    # A subclass with a forward of its own, such as a router, may return something else than a product
+    is_product = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+    if held == "weight" and isinstance(module, nn.Linear) and is_product:
         return "linear"
     if held == "weight" and isinstance(module, Conv1D):
         return "conv1d"

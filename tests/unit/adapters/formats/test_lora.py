@@ -276,6 +276,21 @@ def test_an_embedding_that_looks_up_other_rows_is_refused(tmp_path):
         convert(tmp_path / "ours", tmp_path / "lora", to="lora")
 
 
+def test_a_router_that_is_a_linear_layer_is_refused(tmp_path):
+    base = save_base(tmp_path / "base", "phimoe", CAUSAL, num_local_experts=3, num_experts_per_tok=2)
+    ours(base, tmp_path / "ours", "phimoe", ["router"])
+    with pytest.raises(UserError, match=r"router.weight' \(PhimoeTopKRouter\) is not the weight of a linear layer"):
+        convert(tmp_path / "ours", tmp_path / "lora", to="lora")
+
+
+def test_linear_layers_with_another_forward(tmp_path):
+    """Falcon's have the same product."""
+    base = save_base(tmp_path / "base", "falcon", CAUSAL)
+    model = ours(base, tmp_path / "ours", "falcon", ["dense"])
+    convert(tmp_path / "ours", tmp_path / "lora", to="lora")
+    assert_close(logits(opened_by_peft(base, tmp_path / "lora", "falcon")), logits(model))
+
+
 def test_lora_is_not_read(bases, tmp_path):
     ours(bases["llama"], tmp_path / "ours", "llama")
     convert(tmp_path / "ours", tmp_path / "lora", to="lora")
