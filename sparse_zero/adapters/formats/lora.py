@@ -137,8 +137,8 @@ def _check_size(factored: dict[str, Factored], ranks: dict[str, int]) -> None:
         name, worst = max(factored.items(), key=lambda item: item[1].rank / min(item[1].size[1:]))
         raise UserError(
             f"as LoRA the adapter would have {scalars:,} scalars, more than the {dense:,} of the weights themselves: "
-            f"the positions of '{name}' touch {worst.rank} of its {worst.size[2]} input columns; train with fewer "
-            f"columns (sparse.columns), or {_MERGE}"
+            f"its positions lie in too many columns (those of '{name}', {worst.size[1]} x {worst.size[2]}, need rank "
+            f"{worst.rank}); train with fewer columns (sparse.columns), or {_MERGE}"
         )
 
 

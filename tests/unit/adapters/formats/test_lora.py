@@ -244,7 +244,11 @@ def test_factors_of_matrices_with_different_ranks(by):
         ("llama", {"targets": ["norm"], "density": 0.002}, "'model.norm.weight' (LlamaRMSNorm) is not the weight of"),
         ("bert", {"targets": ["query.bias", "value"]}, "query.bias' (Linear) is not the weight of a linear layer"),
         ("llama", {"targets": ["v_proj", "o_proj"], "density": 0.03}, "more than the 768 of the weights themselves"),
-        ("llama", {"density": 0.03}, "train with fewer columns (sparse.columns), or use `sparse-zero merge`"),
+        (
+            "llama",
+            {"density": 0.03},
+            "v_proj.weight', 8 x 16, need rank 8); train with fewer columns (sparse.columns), or",
+        ),
     ],
 )
 def test_what_lora_cannot_hold(bases, tmp_path, family, settings, complaint):
