@@ -232,14 +232,19 @@ def _add_convert(commands) -> argparse.ArgumentParser:
         "  sparse-zero   this package's format\n"
         "  sparta        the reference implementation (peft-sparta)\n"
         "  shira         PEFT's SHiRA\n"
-        "  supertuning   PEFT's Super-Tuning",
+        "  supertuning   PEFT's Super-Tuning\n"
+        "  lora          PEFT's LoRA, exactly; only written, for adapters in few columns\n"
+        "  paca          PEFT's PaCA; only read",
         epilog="examples:\n"
         "  sparse-zero convert runs/demo/adapter for-peft --to shira\n"
+        "  sparse-zero convert runs/columns/adapter for-vllm --to lora\n"
         "  sparse-zero convert fine-tuned-model adapter --base original-model",
     )
     convert.add_argument("adapter", metavar="IN", help="the directory of an adapter or of a fine-tuned model")
     convert.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
-    convert.add_argument("--to", choices=["sparse-zero", "sparta", "shira", "supertuning"], default="sparse-zero")
+    convert.add_argument(
+        "--to", choices=["sparse-zero", "sparta", "shira", "supertuning", "lora"], default="sparse-zero"
+    )
     _add_base(convert)
     convert.add_argument(
         "--max-density",

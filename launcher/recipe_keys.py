@@ -31,7 +31,8 @@ def describe(wanted: str | None) -> str:
     known = dict(all_keys())
     if wanted is not None and wanted.startswith("training."):
         raise UserError(
-            f"{wanted}: the keys of `training` are the arguments of transformers.TrainingArguments, and async_save"
+            f"{wanted}: the keys of `training` are the arguments of transformers.TrainingArguments, "
+            "async_save and chunked_loss"
         )
     if wanted is not None and wanted not in known:
         raise UserError(f"{wanted}: there is no such key in a recipe{did_you_mean(wanted, known)}")

@@ -36,9 +36,13 @@ class Activations:
     outside: int
     """Saved by the rest of the model, without the loss."""
     loss: int
-    """In float32, the log-softmax of a language model's logits, its gradient and the gradient of the logits."""
+    """In float32, the log-softmax of a language model's logits, its gradient and the gradient of the logits. In
+    chunks: see `_loss`.
+    """
     formula: str
     """How the numbers were obtained."""
+    loss_formula: str
+    """How `loss` was obtained."""
 
     def peak(self, checkpointed: bool) -> int:
         """The peak in bytes, with or without gradient checkpointing. The loss is freed before the first block is
@@ -54,7 +58,12 @@ LOSS_BYTES = 3 * 4
 
 
 def activations(
-    model: PreTrainedModel, targets: Iterable[Target], whole: Iterable[str], rows: int, tokens: int
+    model: PreTrainedModel,
+    targets: Iterable[Target],
+    whole: Iterable[str],
+    rows: int,
+    tokens: int,
+    chunked: bool = False,
 ) -> Activations:
     """Count the activations of a training step.
 
@@ -65,36 +74,57 @@ def activations(
         whole: names of the parameters that are trained in full.
         rows: sequences of a micro-batch.
         tokens: tokens of each sequence.
+        chunked: whether the loss is computed in chunks of the logits.
     """
-    head = model.get_output_embeddings()
-    loss = LOSS_BYTES * rows * tokens * (head.weight.shape[0] if head is not None else 0)
-    hooks = _train_only(model, targets, set(whole))
+    targets, whole = list(targets), set(whole)
+    loss, loss_formula = _loss(model, targets, whole, rows * tokens, chunked)
+    hooks = _train_only(model, targets, whole)
     counter = _Counter(model)
     try:
         counter.run(torch.zeros(rows, tokens, dtype=torch.int64, device="meta"))
     except Exception:  # a model's own code may fail in any way without values
         logger.debug("activations are estimated by a formula", exc_info=True)
-        return _by_formula(model, rows, tokens, loss)
+        return _by_formula(model, rows, tokens, loss, loss_formula)
     finally:
         for hook in hooks:
             hook.remove()
     layers = tuple(counter.kept.get(name, 0) for name in counter.layers)
-    return Activations(layers, sum(counter.inputs), counter.kept.get("", 0), loss, "counted on the meta device")
+    kept = counter.kept.get("", 0)
+    return Activations(layers, sum(counter.inputs), kept, loss, "counted on the meta device", loss_formula)
 
 
-def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int) -> Activations:
+def _loss(
+    model: PreTrainedModel, targets: list[Target], whole: set[str], tokens: int, chunked: bool
+) -> tuple[int, str]:
+    """The bytes of the loss, and how they were obtained.
+
+    In chunks there are the gradient of the hidden states, computed in the forward pass, its copy, and logits of about
+    as many scalars in float32. If the head is trained, its dense gradient and a copy as well.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not chunked:
+        classes = 0 if head is None else head.weight.shape[0]
+        return LOSS_BYTES * tokens * classes, "12 * b * s * vocabulary, float32"
+    width, names = model.dtype.itemsize, whole | {target.name for target in targets}
+    is_trained = any(parameter is head.weight and name in names for name, parameter in model.named_parameters())
+    size = tokens * head.weight.shape[1] * (2 * width + 4) + is_trained * 2 * head.weight.numel() * width
+    more = f" + {2 * width} * h * vocabulary" if is_trained else ""
+    return size, f"{2 * width + 4} * b * s * h{more}, in chunks"
+
+
+def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int, loss_formula: str) -> Activations:
     """s b h (34 + 5 a s / h) bytes per layer in half precision, for s tokens, b rows, h hidden size and a heads. Fused
     attention does not save the second term.
     """
     config, width = model.config.get_text_config(), model.dtype.itemsize
     sizes = [getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")]
     if None in sizes:
-        return Activations((), 0, 0, loss, UNKNOWN)
+        return Activations((), 0, 0, loss, UNKNOWN, loss_formula)
     hidden, heads, count = sizes
     scores = 5 * heads * tokens / hidden if config._attn_implementation == "eager" else 0
     layer = round(tokens * rows * hidden * (34 + scores) * width / 2)
     formula = "s * b * h * (34 + 5 * a * s / h) for each layer (Korthikanti et al. 2022); fused attention: 34"
-    return Activations((layer,) * count, count * tokens * rows * hidden * width, 0, loss, formula)
+    return Activations((layer,) * count, count * tokens * rows * hidden * width, 0, loss, formula, loss_formula)
 
 
 def _train_only(model: PreTrainedModel, targets: Iterable[Target], whole: set[str]) -> list[Any]:

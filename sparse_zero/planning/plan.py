@@ -23,7 +23,7 @@ def allocations(run: PlannedRun, zero: ZeroSettings, ranks: int) -> list[Allocat
         *model_states(zero, ranks, run.sizes),
         *temporary_buffers(zero, ranks, run.sizes),
         Allocation("activations", kept - _loss_bytes(run), formula, when="backward", exact=False),
-        Allocation("logits", _loss_bytes(run), "12 * b * s * vocabulary, float32", when="backward", exact=False),
+        Allocation("logits", _loss_bytes(run), run.activations.loss_formula, when="backward", exact=False),
         Allocation(
             "sampled gradient", run.transient_bytes, "transient_mib + 16 * largest delta", when="backward", exact=False
         ),

@@ -149,7 +149,8 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     passes = 1
     if recipe.rpn is not None:
         passes = recipe.rpn.clean + (recipe.rpn.passes if recipe.rpn.noise != "none" else 0)
-    kept = activations(model, [targets[name] for name in counts], whole, micro_batch, tokens)
+    chunked = bool(training.get("chunked_loss") or training.get("use_liger_kernel"))
+    kept = activations(model, [targets[name] for name in counts], whole, micro_batch, tokens, chunked)
     notes = _notes(recipe, deepspeed, model)
     if kept.formula == UNKNOWN:
         notes.append(f"activations are {UNKNOWN}")

@@ -117,8 +117,9 @@ class Recipe(Section):
     sparse: SparseConfig = SparseConfig()
     rpn: RPNConfig | None = None
     training: dict[str, Any] = {}
-    """The arguments of transformers.TrainingArguments, under the same names, and `async_save`: whether to write
-    checkpoints in the background."""
+    """The arguments of transformers.TrainingArguments, under the same names, `async_save`: whether to write
+    checkpoints in the background, and `chunked_loss`: whether to compute the loss of a causal language model without
+    its logits."""
     launch: LaunchSection = LaunchSection()
 
     @property
@@ -154,6 +155,8 @@ class Recipe(Section):
             raise ValueError("model.problem_type: only sequence classification has one")
         if self.data.packing and self.model.task != "causal-lm":
             raise ValueError("data.packing: only causal language models can be packed")
+        if self.training.get("chunked_loss") and self.model.task != "causal-lm":
+            raise ValueError("training.chunked_loss: only causal language models have such a loss; set it to false")
         return self
 
 

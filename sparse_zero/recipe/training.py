@@ -12,12 +12,20 @@ from sparse_zero.errors import UserError, did_you_mean
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers.TrainingArguments with options for writing checkpoints."""
+    """transformers.TrainingArguments with options for writing checkpoints and for the loss."""
 
     async_save: bool = field(
         default=False,
         metadata={
             "help": "Copy each checkpoint in memory and write it in the background. The next checkpoint waits for it."
+        },
+    )
+    chunked_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the loss of a causal language model without its logits, with "
+            "torch.nn.functional.linear_cross_entropy (torch 2.13 or later). A step needs less memory, which matters "
+            "for large vocabularies."
         },
     )
 

@@ -21,7 +21,9 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
 
     Raises UserError: see `build` and `load_adapter`.
     """
-    training = recipe.training | {"deepspeed": None, "report_to": "none"}
+    # The settings of the loss only matter in training
+    loss = {"chunked_loss": False, "use_liger_kernel": False}
+    training = recipe.training | loss | {"deepspeed": None, "report_to": "none"}
     model_section = recipe.model
     if recipe.training.get("deepspeed"):
         # DeepSpeed casts the model to half precision; without DeepSpeed the Trainer would cast in each operation.

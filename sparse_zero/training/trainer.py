@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsity import sparsity_of
+from sparse_zero.training.loss_options import chunked_loss
 from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
 from sparse_zero.training.progress import JobProgress
 from sparse_zero.training.tensorboard import ResumableTensorBoardCallback
@@ -38,7 +39,7 @@ class SparseTrainer(PreemptibleTrainer):
             stop: see `PreemptibleTrainer`.
             *args, **kwargs: as in transformers.Trainer.
 
-        Raises UserError: the model is not sparse.
+        Raises UserError: the model is not sparse, or a setting of the loss does not fit; see `loss_options`.
         """
         sparsity_of(model)
         # Models such as GPT-2 divide their loss by num_items_in_batch, but transformers does not recognise their
@@ -46,6 +47,7 @@ class SparseTrainer(PreemptibleTrainer):
         if type(model).__name__.endswith("LMHeadModel") and getattr(model, "loss_type", None) is None:
             model.loss_type = "ForCausalLM"
         super().__init__(model, *args, **kwargs)
+        self._chunked_loss = chunked_loss(model, self.args, self.compute_loss_func)
         if self.is_deepspeed_enabled:
             fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, model)
         self.objective = objective
@@ -113,6 +115,22 @@ class SparseTrainer(PreemptibleTrainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As Trainer.compute_loss. In training with `chunked_loss` there are no logits."""
+        # An evaluation needs the logits
+        in_chunks = self._chunked_loss is not None and self.model.training and not return_outputs
+        if not in_chunks or inputs.get("labels") is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        with self._chunked_loss.computing(inputs, items):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter. A collective call.

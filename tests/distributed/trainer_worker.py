@@ -11,9 +11,10 @@ import deepspeed
 import tiny
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from sparse_zero import SparseConfig, SparseTrainer, sparsify
+from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.training.trainer import Backward, Forward
 from sparse_zero.zero.parameters import optimizer_bytes
 

@@ -4,7 +4,8 @@ Each format is a module with
     TITLE                                     its name in messages
     matches(directory) -> bool                whether a directory has this format, judged by its files
     read(directory, base) -> Contents         read a directory (base: the base model, if the user names it)
-    write(adapter, directory) -> dict         write an `Adapter` and return facts for the user; not in all formats
+    write(adapter, directory) -> dict         write an `Adapter` and return facts for the user
+Some formats are only read, others only written.
 All of them raise UserError for files that cannot be read, or an adapter that the format cannot represent.
 """
 
@@ -20,15 +21,17 @@ _MODULES = {
     "sparta": "sparta",
     "shira": "shira",
     "supertuning": "supertuning",
+    "paca": "paca",
     "model": "model_delta",
     "peft": "peft_other",
 }
-"""The module of each format, in the order in which they are tried."""
+"""The module of each format that is read, in the order in which they are tried."""
+_ONLY_WRITTEN = {"lora": "lora"}
 
 
 def format_module(name: str) -> ModuleType:
     """Import the module of a format. Most of them import transformers, which takes seconds."""
-    return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return importlib.import_module(f"{__name__}.{(_MODULES | _ONLY_WRITTEN)[name]}")
 
 
 def detect(directory: str | Path) -> str:
@@ -40,8 +43,8 @@ def detect(directory: str | Path) -> str:
         if format_module(name).matches(directory):
             return name
     raise UserError(
-        f"{directory}: no known adapter or model: expected adapter_config.json (sparse-zero, PEFT's SHiRA and "
-        "Super-Tuning), sparse_deltas.safetensors or sparse_deltas.pt (peft-sparta), or config.json with "
+        f"{directory}: no known adapter or model: expected adapter_config.json (sparse-zero, PEFT's SHiRA, "
+        "Super-Tuning and PaCA), sparse_deltas.safetensors or sparse_deltas.pt (peft-sparta), or config.json with "
         "model.safetensors or model.safetensors.index.json (a fine-tuned model)"
     )
 

@@ -144,7 +144,6 @@ def write(adapter: Adapter, directory: Path, tensors: Mapping[str, torch.Tensor]
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": package_path(config.base_model_name_or_path),
         "inference_mode": True,
-        "init_weights": True,
         "modules_to_save": modules or None,
         "revision": config.revision,
         "target_modules": [name.removesuffix(".weight") for name in adapter.deltas],

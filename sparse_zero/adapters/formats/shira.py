@@ -63,6 +63,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
         tensors[f"{layer}.shira_weight"] = values
     method = {
         "peft_type": "SHIRA",
+        "init_weights": True,
         "r": r,
         "mask_type": "random",
         # PEFT draws indices in loading, and then replaces them by those of the file

@@ -91,6 +91,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
         tensors[f"{layer}.supertuning_values"] = values
     method = {
         "peft_type": "SUPERTUNING",
+        "init_weights": True,
         "sparsity": sparsity,
         "select_top": adapter.config.sparse.selection != "magnitude-smallest",
         "r": None,

@@ -83,7 +83,7 @@ def test_override_with_dashes_is_refused_with_the_right_spelling(capsys, recipe)
 
 
 @pytest.mark.parametrize(
-    "words", [["trian"], ["inspect", "a", "b"], ["evaluate", "r.yaml"], ["convert", "a", "b", "--to", "lora"], []]
+    "words", [["trian"], ["inspect", "a", "b"], ["evaluate", "r.yaml"], ["convert", "a", "b", "--to", "dora"], []]
 )
 def test_wrong_arguments_end_with_two(words, capsys):
     with pytest.raises(SystemExit) as stop:

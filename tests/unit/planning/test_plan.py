@@ -77,6 +77,22 @@ def test_checkpointing_saves_less(recipe: Path) -> None:
     assert kept.peak(True) == kept.outside + kept.inputs + max(kept.loss, *kept.layers) < kept.peak(False)
 
 
+@pytest.mark.parametrize("setting", ["chunked_loss", "use_liger_kernel"])
+def test_a_loss_in_chunks_has_no_logits(recipe: Path, setting: str) -> None:
+    """Three sequences of 16 tokens, 32 hidden units, a vocabulary of 64 tokens, in float32."""
+    tokens, hidden, vocabulary = 3 * TOKENS, 32, 64
+    whole = describe_run(load_recipe(recipe))
+    chunked = describe_run(load_recipe(recipe, [f"training.{setting}=true"]))
+    assert whole.activations.loss == 12 * tokens * vocabulary
+    assert chunked.activations.loss == 12 * tokens * hidden
+    assert chunked.activations.layers == whole.activations.layers
+    (logits,) = [each for each in plan(chunked, 1)["stages"][0]["holds"] if each["what"] == "logits"]
+    assert (logits["bytes"], logits["formula"]) == (12 * tokens * hidden, "12 * b * s * h, in chunks")
+    head = describe_run(load_recipe(recipe, [f"training.{setting}=true", "sparse.targets=[lm_head]"]))
+    assert head.activations.loss == 12 * tokens * hidden + 8 * hidden * vocabulary
+    assert head.activations.loss_formula == "12 * b * s * h + 8 * h * vocabulary, in chunks"
+
+
 @pytest.mark.parametrize(
     ("stage", "sent"),
     [
