@@ -35,7 +35,8 @@ def read_hostfile(path: str | Path) -> list[Host]:
         UserError: the file cannot be read, a line is not `HOST slots=N`, a host is listed twice, or there is no host.
     """
     try:
-        text = Path(path).read_text()
+        # Editors on Windows begin a file with a byte order mark
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UserError(f"launch.hostfile: {path}: {reason}") from None

@@ -20,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from sparse_zero.adapters.base_path import find_base
 from sparse_zero.adapters.reading import VALUE_DTYPES, read_json, read_safetensors
 from sparse_zero.adapters.schema import ROWS_SUFFIX, AdapterConfig, checked_config
 from sparse_zero.errors import UserError, disk_problem
@@ -163,7 +164,9 @@ def read_config(directory: str | Path) -> AdapterConfig:
     content = read_json(path)
     if content.get("adapter_type") != "sparse-zero":
         raise UserError(f"{path}: not a sparse-zero adapter; `sparse-zero convert` converts some other formats")
-    return checked_config(content, path)
+    config = checked_config(content, path)
+    base = find_base(config.base_model_name_or_path, Path(directory))
+    return config.model_copy(update={"base_model_name_or_path": base})
 
 
 def read_adapter(directory: str | Path) -> Adapter:

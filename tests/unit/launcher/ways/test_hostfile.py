@@ -80,3 +80,8 @@ def test_filters_that_fit_no_host_are_refused(include, exclude, complaint):
     with pytest.raises(UserError) as error:
         choose_hosts(HOSTS, include, exclude)
     assert complaint in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_host(tmp_path):
+    (tmp_path / "hosts").write_text("n1 slots=2\nn2 slots=1\n", encoding="utf-8-sig")
+    assert [host.name for host in read_hostfile(tmp_path / "hosts")] == ["n1", "n2"]
