@@ -9,6 +9,7 @@ README.md                       the model card
 
 import dataclasses
 import json
+import math
 import mmap
 import os
 import platform
@@ -19,12 +20,13 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparse_zero.errors import UserError
 from sparse_zero.selection import rules
+from sparse_zero.selection.columns import COLUMNS, Columns
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import STORED, STRATIFIED, Selection
 
@@ -45,13 +47,27 @@ class SelectedTensor(BaseModel):
 
     shape: list[int]
     count: int = Field(gt=0)
-    rule: Literal["stratified-v1", "bernoulli-v1", "stored"] = STRATIFIED
+    rule: Literal["stratified-v1", "bernoulli-v1", "columns-v1", "stored"] = STRATIFIED
     seed: int = 0
     probability: float | None = None
     granularity: int = 1
     whole_rows: list[int] = []
+    columns: Columns | None = None
+    """columns-v1: the columns that the scalars are drawn from."""
     positions: str
     """Checksum of the positions. It detects a change of the rule, which would misplace the deltas."""
+
+    @model_validator(mode="after")
+    def _possible_columns(self) -> "SelectedTensor":
+        if (self.columns is None) == (self.rule == COLUMNS):
+            raise ValueError(f"rule: {self.rule}: columns are given for {COLUMNS}, and for no other rule")
+        if self.columns is None:
+            return self
+        if len(self.shape) < 2 or not 0 < self.columns.count <= self.shape[self.columns.axis]:
+            raise ValueError(f"columns: {self.columns.count} are not possible for the shape {self.shape}")
+        if self.count > math.prod(self.columns.inner_shape(tuple(self.shape))):
+            raise ValueError(f"columns: {self.columns.count} have fewer scalars than the count of {self.count}")
+        return self
 
     @classmethod
     def from_selection(cls, selection: Selection, positions: torch.Tensor) -> "SelectedTensor":
@@ -64,7 +80,8 @@ class SelectedTensor(BaseModel):
     def selection(self, name: str) -> Selection:
         """The selection for the parameter `name`."""
         fields = self.model_dump(exclude={"positions"})
-        return Selection(name=name, **fields | {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)})
+        fields |= {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows), "columns": self.columns}
+        return Selection(name=name, **fields)
 
 
 class AdapterConfig(BaseModel):

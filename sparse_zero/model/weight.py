@@ -85,7 +85,8 @@ class SparseWeight(WeightValues):
         """
         weight, delta, base = self.weight, self.delta.detach(), self.base
         writes = deltas is not None and not is_partitioned(weight)
-        skips_strips = self.regenerates or self.selection.granularity > 1 or (writes and self.selection.can_regenerate)
+        are_other = self.selection.granularity > 1 or self.selection.columns is not None
+        skips_strips = self.regenerates or are_other or (writes and self.selection.can_regenerate)
         strips = None if skips_strips else self._empty_strips(self.selection.strip_count)
         if deltas is None:
             delta.zero_()
