@@ -191,6 +191,16 @@ def test_autocast():
         assert (weight.delta.grad - right).norm() < 0.03 * right.norm(), name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("columns", [0.25, "whole"])
+def test_drawn_columns(family, columns):
+    settings = {"columns": columns, "targets": "all-linear", "density": 0.1}
+    model, eager = sparse(family, **settings), sparse(family, **settings)
+    batch = batch_of(family)
+    expected = steps(eager, eager, batch)
+    torch.testing.assert_close(steps(model, compiled(model), batch), expected, rtol=0, atol=1e-6)
+
+
 def test_granularity_and_regenerated_indices():
     settings = {"granularity": 8, "indices": "regenerated", "density": 0.05}
     model, eager = sparse("llama", **settings), sparse("llama", **settings)
