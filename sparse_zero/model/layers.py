@@ -169,7 +169,7 @@ class SampledModule(SparseModule):
         columns = weight.input_columns(self.axis)
         if columns is None:
             return kept_input(inputs, output)
-        return kept_columns(inputs, output, columns, Key(weight.columns_key, -1))
+        return kept_columns(inputs, output, columns, Key(weight.selection.columns_key, -1))
 
     def _compiled(self, weight: SparseWeight, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The forward that torch.compile traces."""

@@ -49,7 +49,9 @@ class Product:
         columns = weight.input_columns(self._axis)
         if columns is None:
             return kept_input(x, output)
-        return kept_columns(x, output, columns, Key(weight.columns_key, -2 if self.is_left and x.dim() > 1 else -1))
+        return kept_columns(
+            x, output, columns, Key(weight.selection.columns_key, -2 if self.is_left and x.dim() > 1 else -1)
+        )
 
     def gradient(self, x: torch.Tensor, grad_output: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Compute the gradient of the delta.

@@ -4,7 +4,7 @@ Shapes: a range is a matrix (R, C) or E matrices (E, R, C), with n selected scal
 """
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ class SelectedWeight(Protocol):
     selection: Selection
     shape: torch.Size
     transient_bytes: int
-    columns_key: Hashable
     warned_of_dense_gradient: bool
     trains: bool
     seen: Any

@@ -12,7 +12,7 @@ A module that has such a name already gets `weight_sparse_delta` and so on.
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ class SelectedScalars:
         self._parked: dict[str, torch.Tensor] | None = {}
         """The tensors while no module has them: before `attach` and after `park`."""
         if selection.columns:
-            self._parked["columns"] = _padded(selection, selection.drawn_columns(self.weight.device))
+            self._parked["columns"] = padded(selection, selection.drawn_columns(self.weight.device))
         self._row_starts: dict[int, int] = {}
         """For some rows: the number of selected scalars in the rows before."""
         self._checksum: str | None = None
@@ -163,13 +163,6 @@ class SelectedScalars:
         columns = self.selection.columns
         return self.columns if columns and columns.axis == axis else None
 
-    @property
-    def columns_key(self) -> Hashable:
-        """What the drawn columns are a function of: layers with the same input and an equal key keep it once."""
-        selection, columns = self.selection, self.selection.columns
-        width = selection.shape[columns.axis]
-        return selection.seed, columns.group, width, columns.count, selection.fills_columns
-
     def pattern_for(self, axis: int | None) -> Pattern | AllScalars:
         """The pattern for an input of which a layer kept `input_columns(axis)`."""
         if self.selection.columns is None or self.selection.columns.axis == axis:
@@ -279,7 +272,7 @@ class SelectedScalars:
             yield start, (self.strips(part.start, part.stop) if strips is None else strips[part])
 
 
-def _padded(selection: Selection, drawn: torch.Tensor) -> torch.Tensor:
+def padded(selection: Selection, drawn: torch.Tensor) -> torch.Tensor:
     """The columns as in `SelectedScalars.columns`."""
     if not selection.fills_columns or drawn.numel() < ALIGNED:
         return drawn

@@ -106,6 +106,11 @@ class SparseConfig(BaseModel):
         return f"density: {DEFAULT_DENSITY:g}"
 
     @property
+    def drawn(self) -> str:
+        """The settings that say how many scalars are drawn from what, for people."""
+        return self.budget if self.columns == 1 else f"{self.budget}, columns: {self.columns}"
+
+    @property
     def model_density(self) -> float | None:
         """The configured trainable fraction of the model's scalars; None with rank_equivalent."""
         if self.rank_equivalent is not None:

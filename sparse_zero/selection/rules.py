@@ -19,7 +19,7 @@ stored: positions that cannot be drawn again (the largest scalars of a pretraine
     caller). Adapters store them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -195,6 +195,11 @@ class Selection:
             drawn: `drawn_columns` if the rule is columns-v1, else None.
         """
         return self.columns.positions(indices, drawn, self.shape) if self.columns else indices.long()
+
+    @property
+    def columns_key(self) -> Hashable:
+        """What the drawn columns are a function of: layers of an equal key that have the same input keep it once."""
+        return self.seed, self.columns.group, self.shape[self.columns.axis], self.columns.count, self.fills_columns
 
     def _with_whole_rows(self, device: torch.device | str) -> torch.Tensor:
         """The positions in the whole rows, and those that the rule selects from the weight without these rows."""
