@@ -124,8 +124,10 @@ def group_of(name: str) -> str:
 
 
 def input_axis(target: Target) -> int | None:
-    """The dimension of a weight that an input meets in a product, -1 or -2. None for other parameters, and for experts
-    of which it cannot be told."""
+    """The dimension of a weight that an input meets in a product, -1 or -2. None for other parameters, for experts of
+    which it cannot be told, and for weights without scalars."""
+    if not target.shape.numel():
+        return None
     found = {axis for module, name in target.owners if (axis := _axis_of(module, name)) != 0}
     return found.pop() if len(found) == 1 else None
 

@@ -154,6 +154,20 @@ def test_a_weight_in_another_memory_layout(columns):
 
 
 @pytest.mark.parametrize("columns", [0.25, "whole"])
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24), (24,), (3, 1, 2, 24)])
+def test_inputs_of_any_shape(columns, shape):
+    torch.manual_seed(0)
+    model = sparsify(
+        nn.Sequential(nn.Linear(24, 16)), SparseConfig(density=0.2, targets="all-linear", columns=columns)
+    )
+    (weight,) = model.sparsity.weights.values()
+    x = torch.randn(shape)
+    model(x).sum().backward()
+    expected = x.reshape(-1, 24).sum(0).expand(16, 24).flatten()[weight.flat_positions()]
+    torch.testing.assert_close(weight.delta.grad, expected)
+
+
+@pytest.mark.parametrize("columns", [0.25, "whole"])
 def test_dropout_of_deltas(columns):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(48, 16, bias=False))

@@ -208,6 +208,7 @@ class OwnExperts(nn.Module):
     ("model", "expected"),
     [
         (nn.Linear(8, 8), -1),
+        (nn.Linear(0, 8), None),
         (Conv1D(8, 8), -2),
         (nn.Embedding(8, 8), None),
         (nn.LayerNorm(8), None),
