@@ -121,6 +121,12 @@ class SparseModule:
             if is_right:
                 super()._load_from_state_dict(state, prefix, metadata, *others)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        result = super()._apply(*args, **kwargs)
+        for weight in self.sparse_weights.values():
+            weight.share_columns()
+        return result
+
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise UserError(
             "nn.DataParallel cannot run a sparse model: use DistributedDataParallel, with a process for each GPU "

@@ -12,6 +12,7 @@ A module that has such a name already gets `weight_sparse_delta` and so on.
 """
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,6 +25,9 @@ from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, is_partitioned
 
 _KINDS = ("delta", "base", "strips", "columns")
+
+_SHARED: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
+"""The drawn columns that are in use. Layers that share them have one tensor, so that a compiler sees that they do."""
 
 ALIGNED = 8
 """Whole columns are padded to a multiple of it: tensor cores read 16 bytes of a row at a time."""
@@ -42,7 +46,11 @@ class SelectedScalars:
         self._parked: dict[str, torch.Tensor] | None = {}
         """The tensors while no module has them: before `attach` and after `park`."""
         if selection.columns:
-            self._parked["columns"] = padded(selection, selection.drawn_columns(self.weight.device))
+            key = selection.columns_key, self.weight.device
+            self._parked["columns"] = _SHARED.get(key)
+            if self._parked["columns"] is None:
+                drawn = padded(selection, selection.drawn_columns(self.weight.device))
+                self._parked["columns"] = _SHARED.setdefault(key, drawn)
         self._row_starts: dict[int, int] = {}
         """For some rows: the number of selected scalars in the rows before."""
         self._checksum: str | None = None
@@ -76,6 +84,11 @@ class SelectedScalars:
         """The drawn columns, int64. Those that are trained whole are followed by repetitions of the last one, up to a
         multiple of 8. None if scalars are drawn from the whole weight."""
         return self._tensor("columns") if self.selection.columns else None
+
+    def share_columns(self) -> None:
+        """Share the tensor of the columns again, after the model was moved to another device."""
+        if (columns := self.columns) is not None and not columns.is_meta:
+            self._set_tensor("columns", _SHARED.setdefault((self.selection.columns_key, columns.device), columns))
 
     # The tensors
 

@@ -70,6 +70,45 @@ def test_layers_of_one_input_keep_it_once(columns):
     assert len(kept) == 2 * len(base.model.layers)
 
 
+class Passed(torch.autograd.Function):
+    """What ZeRO stage 3 does to the inputs of each module."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_layers_that_get_other_tensors_of_the_same_memory_keep_it_once():
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"one": nn.Linear(64, 8, bias=False), "other": nn.Linear(64, 8, bias=False)})
+    model = sparsify(layers, SparseConfig(density=0.25, targets="all-linear", columns="whole"))
+    x, kept = torch.randn(5, 64, requires_grad=True) * 1.0, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        y = model.one(Passed.apply(x)) + model.other(Passed.apply(x))
+    columns = [tensor.data_ptr() for tensor in kept if tensor.shape == (5, 16)]
+    assert len(columns) == 2
+    assert len({*columns}) == 1
+    y.sum().backward()
+    for name in ("one", "other"):
+        weight = model.sparsity.weights[f"{name}.weight"]
+        torch.testing.assert_close(weight.delta.grad, x.sum(0).expand(8, 64).flatten()[weight.flat_positions()])
+
+
+def test_layers_share_the_tensor_of_their_columns():
+    def numbers(model: nn.Module) -> list[int]:
+        attention = model.model.layers[0].self_attn
+        return [layer.weight_columns.data_ptr() for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+
+    model = sparse(tiny("llama"), columns="whole", density=0.1)
+    assert len({*numbers(model)}) == 1
+    moved = copy.deepcopy(model)._apply(torch.clone)
+    assert len({*numbers(moved)}) == 1
+
+
 @pytest.mark.parametrize("change", ["in place", "another tensor", "freed"])
 def test_a_changed_input_is_kept_anew(change):
     torch.manual_seed(0)
