@@ -46,11 +46,7 @@ class SelectedScalars:
         self._parked: dict[str, torch.Tensor] | None = {}
         """The tensors while no module has them: before `attach` and after `park`."""
         if selection.columns:
-            key = selection.columns_key, self.weight.device
-            self._parked["columns"] = _SHARED.get(key)
-            if self._parked["columns"] is None:
-                drawn = padded(selection, selection.drawn_columns(self.weight.device))
-                self._parked["columns"] = _SHARED.setdefault(key, drawn)
+            self._parked["columns"] = _shared_columns(selection, self.weight.device)
         self._row_starts: dict[int, int] = {}
         """For some rows: the number of selected scalars in the rows before."""
         self._checksum: str | None = None
@@ -88,7 +84,7 @@ class SelectedScalars:
     def share_columns(self) -> None:
         """Share the tensor of the columns again, after the model was moved to another device."""
         if (columns := self.columns) is not None and not columns.is_meta:
-            self._set_tensor("columns", _SHARED.setdefault((self.selection.columns_key, columns.device), columns))
+            self._set_tensor("columns", _shared_columns(self.selection, columns.device))
 
     # The tensors
 
@@ -283,6 +279,12 @@ class SelectedScalars:
             scalars = self.row_slice(start, rows_per_part)
             part = slice(scalars.start // g, scalars.stop // g)
             yield start, (self.strips(part.start, part.stop) if strips is None else strips[part])
+
+
+def _shared_columns(selection: Selection, device: torch.device) -> torch.Tensor:
+    key = selection.columns_key, device
+    found = _SHARED.get(key)
+    return _SHARED.setdefault(key, padded(selection, selection.drawn_columns(device))) if found is None else found
 
 
 def padded(selection: Selection, drawn: torch.Tensor) -> torch.Tensor:
