@@ -16,7 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "strips": {"targets": "all-linear", "density": 0.1, "granularity": 8, "exclude_modules": ["shared_expert_gate"]},
     "columns": {"targets": "all-linear", "density": 0.05, "columns": 0.25, "exclude_modules": ["shared_expert_gate"]},
     "columns-whole": {"targets": ["experts", "self_attn.*", "lm_head"], "density": 0.1, "columns": "whole"},
-    "columns-tied": {"targets": ["embed_tokens", "v_proj"], "density": 0.1, "columns": 0.5, "indices": "regenerated"},
+    "columns-tied": {"targets": ["embed_tokens", "v_proj"], "density": 0.05, "columns": 0.5, "indices": "regenerated"},
     "bernoulli": {"targets": "all", "density": 0.05, "selection": "bernoulli"},
     "magnitude": {"targets": ["down_proj", "embed_tokens"], "density": 0.05, "selection": "magnitude"},
     "tokens": {"targets": ["v_proj"], "density": 0.02, "trainable_token_indices": [5, 9], "modules_to_save": ["norm"]},

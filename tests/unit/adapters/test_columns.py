@@ -6,12 +6,15 @@ import pytest
 import torch
 from adapter_cases import FAMILIES, edit_config, fresh, logits, refusal, train
 
-from sparse_zero import UserError, disable_adapter, set_adapter, unload
+from sparse_zero import SparseTrainer, UserError, disable_adapter, set_adapter, unload
 from sparse_zero.adapters.combine import combine_adapters
 from sparse_zero.adapters.files import CONFIG_NAME, POSITIONS_NAME, read_adapter
+from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
 from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.checkpoint.export import export
 from sparse_zero.model.sparsify import sparsify
+from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.selection.columns import COLUMNS
 from sparse_zero.selection.config import SparseConfig
 
@@ -128,3 +131,27 @@ def test_switching_between_rules(bases, tmp_path, columns):
     with disable_adapter(model):
         assert torch.equal(logits(model), logits(fresh(bases["llama"])))
     assert torch.equal(logits(unload(model)), logits(fresh(bases["llama"])))
+
+
+@COLUMN_SETTINGS
+def test_converting_to_a_format_of_scattered_scalars_and_back(bases, tmp_path, columns):
+    """SHiRA stores a sparse matrix of each weight."""
+    save_adapter(trained(bases["llama"], columns, rank_equivalent=2, density=None), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "shira", to="shira")
+    convert(tmp_path / "shira", tmp_path / "back")
+    one, other = (load_adapter(fresh(bases["llama"]), tmp_path / name) for name in ("ours", "back"))
+    torch.testing.assert_close(logits(other), logits(one), rtol=0, atol=1e-6)
+
+
+@COLUMN_SETTINGS
+def test_a_checkpoint_exports_the_adapter(bases, tmp_path, columns):
+    """See also tests/unit/training/test_resume_exact.py."""
+    model = trained(bases["llama"], columns)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_steps=1)
+    ids = torch.randint(3, 90, (8, 6)).tolist()
+    trainer = SparseTrainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer.train()
+    export(tmp_path / "checkpoint-1", tmp_path / "adapter")
+    exported = load_adapter(fresh(bases["llama"]), tmp_path / "adapter")
+    assert torch.equal(logits(exported), logits(model))
+    assert read_adapter(tmp_path / "adapter").stored_positions == {}
