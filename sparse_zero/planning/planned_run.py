@@ -138,7 +138,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
         base=tuple(target.shape.numel() for target in targets.values()),
         selected=tuple(counts.values()),
         whole=tuple(targets[name].shape.numel() for name in whole),
-        index_bytes=sum(_index_bytes(selection, recipe) for selection in selections),
+        index_bytes=_index_bytes(selections, recipe),
         scalar_bytes=trained_dtype.itemsize,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         forward_only=0 if checkpointed else _forward_only(model),
@@ -169,12 +169,12 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     )
 
 
-def _index_bytes(selection: Selection, recipe: Recipe) -> int:
-    """Bytes of a weight's stored positions, and of its drawn columns."""
-    columns = padded(selection, torch.empty(selection.columns.count, device="meta")) if selection.columns else None
+def _index_bytes(selections: list[Selection], recipe: Recipe) -> int:
+    """Bytes of the stored positions, and of the drawn columns, which layers of a group share."""
     stores = recipe.sparse.indices == "stored" or recipe.sparse.selection.startswith("magnitude")
-    strips = selection.strip_count * selection.strip_dtype.itemsize if stores and not selection.fills_columns else 0
-    return strips + (0 if columns is None else columns.numel() * torch.int64.itemsize)
+    strips = [s.strip_count * s.strip_dtype.itemsize for s in selections if stores and not s.fills_columns]
+    drawn = {s.columns_key: padded(s, torch.empty(s.columns.count, device="meta")) for s in selections if s.columns}
+    return sum(strips) + sum(columns.numel() * torch.int64.itemsize for columns in drawn.values())
 
 
 def _batch(recipe: Recipe) -> tuple[int, int]:
