@@ -157,11 +157,8 @@ class SelectedScalars:
         """The selected positions in the parameter as a matrix; with drawn columns, in the inner weight."""
         if self.selection.fills_columns:
             return AllScalars(math.prod(self._inner_shape[:-1]), self._inner_shape[-1])
-        return self._pattern_of(self.strips())
-
-    def _pattern_of(self, strips: torch.Tensor) -> Pattern:
-        shape = self._inner_shape
-        return Pattern(strips, math.prod(shape[:-1]), shape[-1], self.selection.granularity)
+        rows, columns = math.prod(self._inner_shape[:-1]), self._inner_shape[-1]
+        return Pattern(self.strips(), rows, columns, self.selection.granularity)
 
     @property
     def _inner_shape(self) -> tuple[int, ...]:

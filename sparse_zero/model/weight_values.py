@@ -8,6 +8,7 @@ from torch import nn
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
+from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.selected_scalars import SelectedScalars
 from sparse_zero.selection.config import SparseConfig
@@ -106,7 +107,8 @@ class WeightValues(SelectedScalars):
             return None
         from sparse_zero.gradient.triton_kernels import write_deltas
 
-        return lambda matrix, base, delta, strips: write_deltas(matrix, base, delta, self._pattern_of(strips))
+        rows = self.shape[:-1].numel()
+        return lambda matrix, base, delta, strips: write_deltas(matrix, base, delta, Pattern(strips, rows, columns, g))
 
     def _kernels_support(self, factor: torch.Tensor | float | None) -> bool:
         """Whether the operator and the kernel that write strips support the dtypes of `write`."""
