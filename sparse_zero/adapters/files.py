@@ -84,6 +84,11 @@ class SelectedTensor(BaseModel):
         return Selection(name=name, **fields)
 
 
+def described(tensors: Mapping[str, Any]) -> dict[str, SelectedTensor]:
+    """The selections of `AdapterConfig.tensors` as JSON has them: fields that an older version lacks have defaults."""
+    return {name: SelectedTensor.model_validate(entry) for name, entry in tensors.items()}
+
+
 class AdapterConfig(BaseModel):
     """The contents of adapter_config.json."""
 

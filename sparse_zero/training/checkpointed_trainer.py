@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
+from sparse_zero.adapters.files import described
 from sparse_zero.checkpoint import deepspeed_state, random_states
 from sparse_zero.checkpoint.directory import Checkpoint, checkpoint_path, newest_complete
 from sparse_zero.checkpoint.export import describe_adapter, fixed_entries, load_buffers
@@ -260,6 +261,9 @@ class CheckpointedTrainer(Trainer):
         # A checkpoint of version 0.1 has no buffers
         buffers = {*sparsity_of(self.model).buffers} - {*saved.get("modules_to_save", ())}
         here = here | {"modules_to_save": [name for name in here["modules_to_save"] if name not in buffers]}
+        # Nor the fields of later rules
+        saved = saved | {"tensors": described(saved.get("tensors", {}))}
+        here = here | {"tensors": described(here["tensors"])}
         for key in ("tensors", "modules_to_save"):
             if saved.get(key) != here[key]:
                 raise UserError(

@@ -178,6 +178,40 @@ def test_columns_are_padded_for_tensor_cores_and_never_trained_twice():
     torch.testing.assert_close(changed.flatten()[weight.flat_positions()], weight.delta.detach(), atol=1e-4, rtol=0)
 
 
+class OwnExperts(nn.Module):
+    """Experts with their inputs in the columns, or in the rows, in products of each kind."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up_proj = nn.Parameter(torch.randn(2, 40, 24) if is_transposed else torch.randn(2, 24, 40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.up_proj if self.is_transposed else self.up_proj.mT
+        one_by_one = torch.stack([x[i] @ weight[i] for i in range(2)])
+        from_the_left = (weight.mT @ x.mT).mT if self.is_transposed else (self.up_proj @ x.mT).mT
+        return one_by_one + 2 * torch.bmm(x, weight) + 3 * from_the_left + 4 * self.of_samples(x)
+
+    def of_samples(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.up_proj[torch.tensor([0, 1])]
+        return torch.bmm(x, chosen if self.is_transposed else chosen.mT)
+
+
+@pytest.mark.parametrize("columns", [0.5, "whole"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_with_padded_columns(columns, is_transposed):
+    torch.manual_seed(0)
+    base = OwnExperts(is_transposed)
+    model = sparsify(copy.deepcopy(base), SparseConfig(density=0.3, targets=["up_proj"], columns=columns))
+    (weight,) = model.sparsity.weights.values()
+    assert weight.selection.columns.axis == (-2 if is_transposed else -1)
+    assert weight.columns.numel() == (16 if columns == "whole" else 20)
+    x, g = torch.randn(2, 7, 40), torch.randn(2, 7, 24)
+    model(x).backward(g)
+    base(x).backward(g)
+    torch.testing.assert_close(weight.delta.grad, base.up_proj.grad.flatten()[weight.flat_positions()])
+
+
 @pytest.mark.parametrize("columns", [0.25, "whole"])
 def test_a_weight_in_another_memory_layout(columns):
     torch.manual_seed(0)
