@@ -1,7 +1,7 @@
 """Ours and its peers on one model, each with the same number of trainable scalars, for the benchmarks.
 
 frozen        the floor: forward, and backward through every layer to the input embeddings
-sparse        ours; sparse-16: strips of 16 scalars
+sparse        ours; sparse-16: strips of 16 scalars; columns: within a tenth of the columns; whole: whole columns
 lora dora shira supertuning    PEFT's, with its defaults; DoRA's ranks differ so that its magnitudes are counted too
 lora-bf16     LoRA with autocast_adapter_dtype=False: adapters in the dtype of the model, which PEFT keeps in float32
 peft-sparta   the reference implementation, with its defaults
@@ -12,6 +12,8 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,12 +100,14 @@ def frozen(model: PreTrainedModel, budget: Budget) -> nn.Module:
     return model
 
 
-def sparse(model: PreTrainedModel, budget: Budget, granularity: int = 1) -> nn.Module:
-    return sparsify(model, SparseConfig(rank_equivalent=budget.rank, targets=budget.targets, granularity=granularity))
+def sparse(model: PreTrainedModel, budget: Budget, **settings: Any) -> nn.Module:
+    return sparsify(model, SparseConfig(rank_equivalent=budget.rank, targets=budget.targets, **settings))
 
 
-def strips_of_16(model: PreTrainedModel, budget: Budget) -> nn.Module:
-    return sparse(model, budget, granularity=16)
+def within_a_tenth(model: PreTrainedModel, budget: Budget) -> nn.Module:
+    """Within a tenth of the columns, or more if the budget of a small model needs them."""
+    needed = max(budget.rank * sum(shape) / math.prod(shape) for shape in budget.shapes.values())
+    return sparse(model, budget, columns=min(1.0, max(0.1, needed)))
 
 
 def lora(model: PreTrainedModel, budget: Budget) -> nn.Module:
@@ -173,7 +177,9 @@ def full(model: PreTrainedModel, budget: Budget) -> nn.Module:
 METHODS: dict[str, Prepare] = {
     "frozen": frozen,
     "sparse": sparse,
-    "sparse-16": strips_of_16,
+    "sparse-16": partial(sparse, granularity=16),
+    "columns": within_a_tenth,
+    "whole": partial(sparse, columns="whole"),
     "lora": lora,
     "lora-bf16": lora_in_the_models_dtype,
     "dora": dora,
@@ -182,9 +188,9 @@ METHODS: dict[str, Prepare] = {
     "peft-sparta": peft_sparta,
     "full": full,
 }
-OURS = ("sparse", "sparse-16")
+OURS = ("sparse", "sparse-16", "columns", "whole")
 PEERS = tuple(name for name in METHODS if name not in ("frozen", *OURS))
-WRITES_WEIGHTS = ("sparse", "sparse-16", "peft-sparta", "full")
+WRITES_WEIGHTS = (*OURS, "peft-sparta", "full")
 
 
 def prepare(method: str, base: PreTrainedModel, budget: Budget) -> nn.Module:

@@ -42,7 +42,7 @@ def _training(config: AdapterConfig) -> str:
     lines = [
         f"{trainable:,} of {total:,} scalars ({100 * trainable / total:.3g}%) were trained; the others are unchanged.",
         "",
-        f"- selected from {len(config.tensors)} weights, {config.sparse.budget}, positions {', '.join(rules)}",
+        f"- selected from {len(config.tensors)} weights, {config.sparse.drawn}, positions {', '.join(rules)}",
         f"- fully trained: {', '.join(config.modules_to_save) or 'nothing'}",
     ]
     if config.new_tokens:

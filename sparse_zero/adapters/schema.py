@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from sparse_zero.errors import UserError
 from sparse_zero.selection import rules
+from sparse_zero.selection.columns import Columns
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import BERNOULLI, STRATIFIED, Selection
 
@@ -44,6 +45,16 @@ class ModelSettings(TypedDict, total=False):
 MODEL_SETTINGS = tuple(ModelSettings.__annotations__)
 
 
+class DrawnColumns(BaseModel):
+    """`selection.columns.Columns` as a file has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    group: str
+    count: int = Field(ge=1, lt=2**62)
+    axis: Literal[-1, -2] = -1
+
+
 class SelectedTensor(BaseModel):
     """The selection of one weight."""
 
@@ -51,11 +62,13 @@ class SelectedTensor(BaseModel):
 
     shape: list[Annotated[int, Field(ge=1, lt=2**62)]] = Field(max_length=8)
     count: int = Field(gt=0, lt=2**62)
-    rule: Literal["stratified-v1", "bernoulli-v1", "stored"] = STRATIFIED
+    rule: Literal["stratified-v1", "bernoulli-v1", "columns-v1", "stored"] = STRATIFIED
     seed: int = Field(0, ge=0, lt=2**63)
     probability: float | None = Field(None, gt=0, le=1)
     granularity: int = Field(1, ge=1)
     whole_rows: list[Count] = []
+    columns: DrawnColumns | None = None
+    """columns-v1: the columns that the scalars are drawn from."""
     positions: Hash64
     """Checksum of the positions. It detects a change of the rule, which would misplace the deltas."""
 
@@ -80,7 +93,9 @@ class SelectedTensor(BaseModel):
     def selection(self, name: str) -> Selection:
         """The selection for the parameter `name`."""
         fields = self.model_dump(exclude={"positions"})
-        return Selection(name=name, **fields | {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)})
+        fields |= {"shape": tuple(self.shape), "whole_rows": tuple(self.whole_rows)}
+        fields["columns"] = None if self.columns is None else Columns(**self.columns.model_dump())
+        return Selection(name=name, **fields)
 
 
 class AdapterConfig(BaseModel):

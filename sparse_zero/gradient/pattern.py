@@ -25,6 +25,19 @@ _BLOCK_STARTS = WeakTensorKeyDictionary()
 launches, and its size is small compared with the strip indices. An entry exists as long as its tensor."""
 
 
+@dataclass(frozen=True)
+class AllScalars:
+    """The pattern of a matrix of which every scalar is selected."""
+
+    rows: int
+    columns: int
+
+    @property
+    def count(self) -> int:
+        """The number of selected scalars, n."""
+        return self.rows * self.columns
+
+
 @dataclass(eq=False)
 class Pattern:
     """The selected strips of a matrix, as indices into the grid and, on demand, by block of rows (CSR if g = 1).

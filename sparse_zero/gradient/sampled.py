@@ -20,7 +20,7 @@ import torch
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels, kernel_is_cheaper
-from sparse_zero.gradient.pattern import BYTES_PER_POSITION, Pattern, chunk_slices
+from sparse_zero.gradient.pattern import BYTES_PER_POSITION, AllScalars, Pattern, chunk_slices
 
 TRANSIENT_BYTES = 64 * 2**20
 """Default limit for temporary memory, that of SparseConfig.transient_mib."""
@@ -46,14 +46,18 @@ def cheaper_method(N: int, R: int, C: int, n: int) -> Method:
 
 
 def sampled_product(
-    rows_NR: torch.Tensor, columns_NC: torch.Tensor, pattern: Pattern, transient_bytes: int = TRANSIENT_BYTES
+    rows_NR: torch.Tensor,
+    columns_NC: torch.Tensor,
+    pattern: Pattern | AllScalars,
+    transient_bytes: int = TRANSIENT_BYTES,
 ) -> torch.Tensor:
     """(rows^T @ columns) at the positions of a pattern, without computing the complete product at once.
 
     Args:
         rows_NR: (N, R), the gradient of a linear layer's output.
         columns_NC: (N, C), the layer's input.
-        pattern: the selected positions in the R x C weight.
+        pattern: the selected positions in the R x C weight. For AllScalars, both may have further columns, which are
+            ignored.
         transient_bytes: limit for temporary memory.
 
     Returns:
@@ -64,6 +68,8 @@ def sampled_product(
     dtype = torch.promote_types(torch.promote_types(rows_NR.dtype, columns_NC.dtype), torch.float32)
     if N == 0 or pattern.count == 0:
         return rows_NR.new_zeros(pattern.count, dtype=dtype)
+    if isinstance(pattern, AllScalars):
+        return _complete(rows_NR, columns_NC, transient_bytes)[: pattern.rows, : pattern.columns].to(dtype).flatten()
     if rows_NR.device.type != "cpu":
         return _on_accelerator(rows_NR, columns_NC, pattern, transient_bytes).to(dtype)
     method = _METHODS[cheaper_method(N, R, C, pattern.count)]
@@ -121,6 +127,25 @@ def _dense(
     return result
 
 
+def _complete(rows_NR: torch.Tensor, columns_NC: torch.Tensor, transient_bytes: int) -> torch.Tensor:
+    """The dense product, (R, C)."""
+    (N, R), C = rows_NR.shape, columns_NC.shape[1]
+    if rows_NR.device.type == "cpu" and C < R:  # several times faster with the few columns first
+        return _complete(columns_NC, rows_NR, transient_bytes).t()
+    dtype = torch.promote_types(rows_NR.dtype, columns_NC.dtype)
+    if rows_NR.device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
+    tokens = N
+    if not (_needs_no_copy(rows_NR, dtype) and _needs_no_copy(columns_NC, dtype)):
+        tokens = _between_one_and(N, transient_bytes // ((R + C) * 4))
+    if tokens < N:  # each chunk of tokens would round the sum so far
+        dtype = torch.promote_types(dtype, torch.float32)
+    product = rows_NR.new_empty(R, C, dtype=dtype)
+    for chunk in chunk_slices(N, tokens):
+        product.addmm_(rows_NR[chunk].to(dtype).t(), columns_NC[chunk].to(dtype), beta=float(chunk.start > 0))
+    return product
+
+
 def _make_gather(
     pattern: Pattern, chunks: list[slice], transient_bytes: int
 ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
@@ -164,7 +189,7 @@ def _between_one_and(maximum: int, number: int) -> int:
 def embedding_product(
     ids_N: torch.Tensor,
     grad_NC: torch.Tensor,
-    pattern: Pattern,
+    pattern: Pattern | AllScalars,
     transient_bytes: int = TRANSIENT_BYTES,
     padding_idx: int | None = None,
     by_frequency: bool = False,
@@ -184,8 +209,13 @@ def embedding_product(
     Returns:
         (n,), in float32 or, if it is wider, in the dtype of `grad_NC`.
     """
-    starts, strip_columns, g = pattern.by_blocks
     dtype = torch.promote_types(grad_NC.dtype, torch.float32)
+    if isinstance(pattern, AllScalars):
+        padding = -1 if padding_idx is None else padding_idx
+        return torch.ops.aten.embedding_dense_backward(
+            grad_NC[:, : pattern.columns].to(dtype), ids_N, pattern.rows, padding, by_frequency
+        ).flatten()
+    starts, strip_columns, g = pattern.by_blocks
     result = torch.zeros(pattern.count, dtype=dtype, device=grad_NC.device)
     frequency = torch.bincount(ids_N) if by_frequency else None
     # A pair is an occurrence of a row and a selected position in this row

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from sparse_zero.errors import UserError
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
 from sparse_zero.model import compiled, reads, state_dict
-from sparse_zero.model.products import kept_input
+from sparse_zero.model.kept import Key, kept_columns, kept_input
 from sparse_zero.model.refusals import refuse_replacement, refuse_second_derivatives, refuse_transforms
 from sparse_zero.model.saved_weights import saved_by_reference
 from sparse_zero.model.weight import SparseWeight
@@ -121,6 +121,12 @@ class SparseModule:
             if is_right:
                 super()._load_from_state_dict(state, prefix, metadata, *others)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        result = super()._apply(*args, **kwargs)
+        for weight in self.sparse_weights.values():
+            weight.share_columns()
+        return result
+
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise UserError(
             "nn.DataParallel cannot run a sparse model: use DistributedDataParallel, with a process for each GPU "
@@ -147,6 +153,9 @@ class _Unparametrized(nn.ModuleDict):
 class SampledModule(SparseModule):
     """A module whose `weight` is selected and whose forward computes the gradient at the selected positions."""
 
+    axis: ClassVar[int | None]
+    """The dimension of the weight that the input meets in a product."""
+
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Run the module on its single argument, which has a different name in each of these classes."""
         weight = self.sparse_weights["weight"]
@@ -159,7 +168,14 @@ class SampledModule(SparseModule):
             return output
         refuse_transforms(weight.selection.name)
         (inputs,) = (*args, *kwargs.values())
-        return _SampledGradient.apply(output, kept_input(inputs, output), weight.delta, self, weight)
+        return _SampledGradient.apply(output, self._kept(inputs, output, weight), weight.delta, self, weight)
+
+    def _kept(self, inputs: torch.Tensor, output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+        """What `delta_gradient` needs of the input."""
+        columns = weight.input_columns(self.axis)
+        if columns is None:
+            return kept_input(inputs, output)
+        return kept_columns(inputs, output, columns, Key(weight.selection.columns_key, -1))
 
     def _compiled(self, weight: SparseWeight, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The forward that torch.compile traces."""
@@ -168,6 +184,8 @@ class SampledModule(SparseModule):
         delta = self._parameters[self.delta_names["weight"]]
         if not (weight.enabled and torch.is_grad_enabled() and delta.requires_grad):
             return output
+        if (columns := weight.input_columns(self.axis)) is not None:
+            inputs = inputs.detach().index_select(-1, columns)
         if inputs.is_floating_point() and inputs.element_size() > output.element_size():
             inputs = inputs.to(output.dtype)
         owner = self.owner_indices["weight"]
@@ -177,29 +195,35 @@ class SampledModule(SparseModule):
 class SparseLinear(SampledModule, nn.Linear):
     """nn.Linear with a selected weight (out, in)."""
 
+    axis = -1
+
     def product(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(inputs, weight, self.bias)
 
-    @staticmethod
-    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
-        """Args: inputs (..., in), grad_output (..., out). Returns: (n,)"""
-        return sampled_product(_flat(grad_output), _flat(inputs), weight.pattern, weight.transient_bytes)
+    @classmethod
+    def delta_gradient(cls, kept: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+        """Args: kept (..., in) or (..., K), grad_output (..., out). Returns: (n,)"""
+        return sampled_product(_flat(grad_output), _flat(kept), weight.pattern_for(cls.axis), weight.transient_bytes)
 
 
 class SparseConv1D(SampledModule, Conv1D):
     """GPT-2's linear layer with a selected weight (in, out)."""
 
+    axis = -2
+
     def product(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.bias, _flat(inputs), weight).view(*inputs.shape[:-1], self.nf)
 
-    @staticmethod
-    def delta_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
-        """Args: inputs (..., in), grad_output (..., out). Returns: (n,)"""
-        return sampled_product(_flat(inputs), _flat(grad_output), weight.pattern, weight.transient_bytes)
+    @classmethod
+    def delta_gradient(cls, kept: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+        """Args: kept (..., in) or (..., K), grad_output (..., out). Returns: (n,)"""
+        return sampled_product(_flat(kept), _flat(grad_output), weight.pattern_for(cls.axis), weight.transient_bytes)
 
 
 class SparseEmbedding(SampledModule, nn.Embedding):
     """nn.Embedding with a selected weight (rows, columns)."""
+
+    axis = None
 
     def product(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
@@ -207,7 +231,10 @@ class SparseEmbedding(SampledModule, nn.Embedding):
     def delta_gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         """Args: ids (...), grad_output (..., columns). Returns: (n,)"""
         ids, grad_NC, bound = ids.reshape(-1), _flat(grad_output), weight.transient_bytes
-        return embedding_product(ids, grad_NC, weight.pattern, bound, self.padding_idx, self.scale_grad_by_freq)
+        if (columns := weight.input_columns(-1)) is not None:  # of a linear layer with the same weight
+            grad_NC = grad_NC.index_select(1, columns)
+        pattern = weight.pattern_for(-1)
+        return embedding_product(ids, grad_NC, pattern, bound, self.padding_idx, self.scale_grad_by_freq)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
+from sparse_zero.model.kept import Key, kept_columns, kept_input
 from sparse_zero.model.refusals import refuse_second_derivatives
 from sparse_zero.model.row_range import RowRange
 
@@ -30,11 +31,33 @@ class Product:
     grouping: Literal["even", "ends", "samples"] = "even"
     """How the batch is divided among E matrices."""
 
+    @property
+    def _uses_transpose(self) -> bool:
+        """Whether x is multiplied with W^T: W itself is shown transposed, or its transpose is used, but not both."""
+        return self.row_range.transposed != (self.by_transpose or self.is_left)
+
+    @property
+    def _axis(self) -> int | None:
+        """The dimension of the weight that x meets; None if x meets only some of it."""
+        if self._uses_transpose:
+            return -1
+        return -2 if self.row_range.is_of_whole_matrices else None
+
+    def kept(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What `gradient` needs of the batch: all, or the drawn columns of the weight."""
+        weight = self.row_range.weight
+        columns = weight.input_columns(self._axis)
+        if columns is None:
+            return kept_input(x, output)
+        return kept_columns(
+            x, output, columns, Key(weight.selection.columns_key, -2 if self.is_left and x.dim() > 1 else -1)
+        )
+
     def gradient(self, x: torch.Tensor, grad_output: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
         """Compute the gradient of the delta.
 
         Args:
-            x: the batch.
+            x: what `kept` returned of the batch.
             grad_output: the gradient of the product.
             groups: for grouping "ends" the end of each group, (E,); for "samples" the index of each sample's
                 matrix, (S,); None for "even".
@@ -49,15 +72,13 @@ class Product:
             groups = groups.bincount(minlength=matrices).cumsum(0) * x.shape[1]
             x, grad_output = x[order], grad_output[order]
         x, grad_output = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad_output))
-        # x is multiplied with W itself if W is not transposed, or twice
-        uses_transpose = self.row_range.transposed != (self.by_transpose or self.is_left)
-        rows, columns = (grad_output, x) if uses_transpose else (x, grad_output)
+        rows, columns = (grad_output, x) if self._uses_transpose else (x, grad_output)
         size = x.shape[0] // matrices
         ends = [size * (i + 1) for i in range(matrices)] if groups is None else groups.tolist()
-        bound, first = self.row_range.weight.transient_bytes, 0
+        bound, first, patterns = self.row_range.weight.transient_bytes, 0, self.row_range.patterns_for(self._axis)
         gradients = (
             (pattern.count, sampled_product(rows[start:end], columns[start:end], pattern, bound))
-            for (start, end), pattern in zip(itertools.pairwise([0, *ends]), self.row_range.patterns(), strict=True)
+            for (start, end), pattern in zip(itertools.pairwise([0, *ends]), patterns, strict=True)
         )
         if matrices == 1:
             return next(gradients)[1]
@@ -78,26 +99,19 @@ class Lookup:
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
 
+    def kept(self, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What `gradient` needs: the indices."""
+        return ids
+
     def gradient(self, ids: torch.Tensor, grad_output: torch.Tensor, _: None) -> torch.Tensor:
         """Args: ids (...), grad_output (..., C). Returns: (n,)"""
-        rows, bound = self.row_range.rows, self.row_range.weight.transient_bytes
+        rows, weight = self.row_range.rows, self.row_range.weight
         padding = None if self.padding_idx is None else self.padding_idx % rows
         ids, grad_NC = ids.reshape(-1) % rows, grad_output.reshape(-1, grad_output.shape[-1])
-        return embedding_product(ids, grad_NC, self.row_range.pattern(), bound, padding, self.scale_grad_by_freq)
-
-
-def kept_input(inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """The input to save for a product's backward. Under autocast it is saved in the lower precision of the output."""
-    if not inputs.is_floating_point() or inputs.element_size() <= output.element_size():
-        return inputs
-    if inputs.is_leaf:  # not cached: an optimizer may change it without a new version
-        return inputs.detach().to(output.dtype)
-    # Cached on the tensor: layers with the same input share one copy
-    state, kept = getattr(inputs, "_sparse_zero_kept", (None, None))
-    if state != (inputs._version, output.dtype):
-        state, kept = (inputs._version, output.dtype), inputs.detach().to(output.dtype)
-        inputs._sparse_zero_kept = state, kept
-    return kept
+        if (columns := weight.input_columns(-1)) is not None:
+            grad_NC = grad_NC.index_select(1, columns)
+        pattern = next(self.row_range.patterns_for(-1, as_matrix=True))
+        return embedding_product(ids, grad_NC, pattern, weight.transient_bytes, padding, self.scale_grad_by_freq)
 
 
 class SampledGradient(torch.autograd.Function):

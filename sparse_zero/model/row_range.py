@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.pattern import AllScalars, Pattern
 from sparse_zero.selection.rules import Selection
 
 
@@ -29,6 +29,8 @@ class SelectedWeight(Protocol):
     def effective_delta(self) -> torch.Tensor: ...
     def row_slice(self, first: int, rows: int) -> slice: ...
     def patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern]: ...
+    def inner_patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern | AllScalars]: ...
+    def input_columns(self, axis: int | None) -> torch.Tensor | None: ...
     def flat_positions(self) -> torch.Tensor: ...
 
 
@@ -95,16 +97,23 @@ class RowRange:
                 return self.part(self.first + row, rows.shape, transposed)
         return None
 
-    def pattern(self) -> Pattern:
-        """The pattern of all rows as one matrix."""
-        return next(self.weight.patterns(self.first, self.rows, self.rows))
+    @property
+    def is_of_whole_matrices(self) -> bool:
+        """Whether each matrix shows all rows of a matrix of the weight."""
+        height = self.weight.shape[-2] if len(self.weight.shape) > 1 else 1
+        return self.shape[-2] == height and self.first % height == 0
 
-    def patterns(self) -> Iterator[Pattern]:
-        """The pattern of each matrix."""
-        return self.weight.patterns(self.first, self.rows, self.shape[-2])
+    def patterns_for(self, axis: int | None, as_matrix: bool = False) -> Iterator[Pattern | AllScalars]:
+        """The pattern of each matrix, for inputs of which `SelectedWeight.input_columns(axis)` were kept.
+
+        Args: as_matrix: the pattern of all rows as one matrix instead.
+        """
+        draws = self.weight.patterns if self.weight.input_columns(axis) is None else self.weight.inner_patterns
+        return draws(self.first, self.rows, self.rows if as_matrix else self.shape[-2])
 
     def flat_positions(self) -> torch.Tensor:
         """The selected positions in the flattened rows, int64 (n,)."""
         if self.rows == self.weight.shape[:-1].numel():
             return self.weight.flat_positions()
-        return torch.cat([*self.pattern().flat_chunks()])
+        pattern = next(self.weight.patterns(self.first, self.rows, self.rows))
+        return torch.cat([*pattern.flat_chunks()])

@@ -4,22 +4,33 @@ The module that owns a parameter `weight` gets
     weight_delta         Parameter (n,)    trained; registered in every module that shares a tied weight
     weight_base          buffer (n,)       w0, the original values; in the state dict
     weight_strips        buffer (n / g,)   strip indices (see gradient/pattern.py), int32, or int64 from 2**31 possible
-                                           strips on; created when first needed, never with indices: regenerated
+                                           strips on; created when first needed, never with indices: regenerated, and
+                                           never if all scalars of the drawn columns are selected
+    weight_columns       buffer (K,)       the drawn columns (see selection/columns.py)
+With drawn columns, strips are indices into the inner weight, which consists of these columns.
 A module that has such a name already gets `weight_sparse_delta` and so on.
 """
 
+import math
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.pattern import AllScalars, Pattern
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, checksum, in_chunks
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, is_partitioned
 
-_KINDS = ("delta", "base", "strips")
+_KINDS = ("delta", "base", "strips", "columns")
+
+_SHARED: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
+"""The drawn columns that are in use. Layers that share them have one tensor, so that a compiler sees that they do."""
+
+ALIGNED = 8
+"""Whole columns are padded to a multiple of it: tensor cores read 16 bytes of a row at a time."""
 
 
 class SelectedScalars:
@@ -35,6 +46,8 @@ class SelectedScalars:
         self._delta_name = self.tensor_name(self.owners[0][1], "delta")
         self._parked: dict[str, torch.Tensor] | None = {}
         """The tensors while no module has them: before `attach` and after `park`."""
+        if selection.columns:
+            self._parked["columns"] = _shared_columns(selection, self.weight.device)
         self._row_starts: dict[int, int] = {}
         """For some rows: the number of selected scalars in the rows before."""
         self._checksum: str | None = None
@@ -65,6 +78,17 @@ class SelectedScalars:
     def base(self) -> torch.Tensor:
         """(n,), the original values."""
         return self._tensor("base")
+
+    @property
+    def columns(self) -> torch.Tensor | None:
+        """The drawn columns, int64. Those that are trained whole are followed by repetitions of the last one, up to a
+        multiple of 8. None if scalars are drawn from the whole weight."""
+        return self._tensor("columns") if self.selection.columns else None
+
+    def share_columns(self) -> None:
+        """Share the tensor of the columns again, after the model was moved to another device."""
+        if (columns := self.columns) is not None and not columns.is_meta:
+            self._set_tensor("columns", _shared_columns(self.selection, columns.device))
 
     # The tensors
 
@@ -133,15 +157,34 @@ class SelectedScalars:
         return self._checksum
 
     @property
-    def pattern(self) -> Pattern:
-        """The selected positions, in the parameter as a matrix."""
-        return self._pattern_of(self.strips())
+    def pattern(self) -> Pattern | AllScalars:
+        """The selected positions in the parameter as a matrix; with drawn columns, in the inner weight."""
+        if self.selection.fills_columns:
+            return AllScalars(math.prod(self._inner_shape[:-1]), self._inner_shape[-1])
+        rows, columns = math.prod(self._inner_shape[:-1]), self._inner_shape[-1]
+        return Pattern(self.strips(), rows, columns, self.selection.granularity)
 
-    def _pattern_of(self, strips: torch.Tensor) -> Pattern:
-        return Pattern(strips, self.shape[:-1].numel(), self.shape[-1], self.selection.granularity)
+    @property
+    def _inner_shape(self) -> tuple[int, ...]:
+        return self.selection.inner_shape if self.selection.columns else self.shape
+
+    def input_columns(self, axis: int | None) -> torch.Tensor | None:
+        """The columns of its input that a layer keeps, which meets dimension `axis` of the weight. None: all."""
+        columns = self.selection.columns
+        return self.columns if columns and columns.axis == axis else None
+
+    def pattern_for(self, axis: int | None) -> Pattern | AllScalars:
+        """The pattern for an input of which a layer kept `input_columns(axis)`."""
+        if self.selection.columns is None or self.selection.columns.axis == axis:
+            return self.pattern
+        rows = self.shape[:-1].numel()
+        return next(self.patterns(0, rows, rows))
 
     def strips(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The strips [start, stop), as from Selection.strip_chunks, in the narrowest dtype."""
+        if self.selection.fills_columns:
+            stop = self.selection.count if stop is None else stop
+            return torch.arange(start, stop, dtype=self.selection.strip_dtype, device=self.base.device)
         if self._has_strips():
             strips = self._tensor("strips")
             return strips if start == 0 and stop is None else strips[start:stop]
@@ -168,15 +211,15 @@ class SelectedScalars:
         """`flat_positions` in chunks."""
         if self.selection.granularity > 1:
             yield from self.pattern.flat_chunks()
-        elif self.regenerates:
+        elif self.regenerates or self.selection.fills_columns:
             yield from self.selection.chunks(self.base.device)
         else:
-            yield from (strips.long() for strips in in_chunks(self.strips()))
+            yield from (self.selection.positions_of(strips, self.columns) for strips in in_chunks(self.strips()))
 
-    def _strip_chunks(self) -> Iterator[torch.Tensor]:
-        """The strip indices: in chunks if single scalars are regenerated, otherwise all at once."""
-        if self.regenerates and self.selection.granularity == 1:
-            yield from self.selection.chunks(self.base.device)
+    def _weight_strip_chunks(self) -> Iterator[torch.Tensor]:
+        """The strip indices in the weight: in chunks if they are made of others, otherwise all at once."""
+        if self.selection.granularity == 1 and (self.regenerates or self.selection.columns):
+            yield from self._flat_chunks()
         else:
             yield self.strips()
 
@@ -196,20 +239,60 @@ class SelectedScalars:
         return slice(self._row_starts[first], self._row_starts[first + rows])
 
     def _find_row_starts(self, rows: Sequence[int]) -> None:
-        g, strips = self.selection.granularity, self.strips()
-        edges = torch.tensor([row // g * self.shape[-1] for row in rows], dtype=strips.dtype, device=strips.device)
-        starts = torch.searchsorted(strips, edges).tolist()
-        self._row_starts |= {row: start * g for row, start in zip(rows, starts, strict=True)}
+        g, selection = self.selection.granularity, self.selection
+        starts = torch.tensor(rows, device=self.base.device)
+        if selection.columns:
+            starts = selection.columns.inner_starts(starts, self.columns[: selection.columns.count], selection.shape)
+        else:
+            starts = starts // g * self.shape[-1]
+        if not selection.fills_columns:
+            strips = self.strips()
+            starts = torch.searchsorted(strips, starts.to(strips.dtype))
+        self._row_starts |= {row: start * g for row, start in zip(rows, starts.tolist(), strict=True)}
 
     def patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern]:
         """The patterns of rows [first, first + rows) of the weight as a matrix, one for each `rows_per_pattern`."""
         g, columns = self.selection.granularity, self.shape[-1]
-        strips = None if self.regenerates and self.selection.is_sliceable else self.strips()
-        for start in range(first, first + rows, rows_per_pattern):
-            scalars = self.row_slice(start, rows_per_pattern)
+        for start, part in self._parts(first, rows, rows_per_pattern):
+            if self.selection.columns:
+                part = self.selection.positions_of(part, self.columns)
+            yield Pattern(part - start // g * columns, rows_per_pattern, columns, g)
+
+    def inner_patterns(self, first: int, rows: int, rows_per_pattern: int) -> Iterator[Pattern | AllScalars]:
+        """`patterns` in the inner weight. Where inputs are in the rows, the rows must be those of whole matrices."""
+        inner_height, width = self._inner_shape[-2:]
+
+        def inner(row: int) -> int:
+            return row if self.selection.columns.axis == -1 else row // self.shape[-2] * inner_height
+
+        if self.selection.fills_columns:
+            yield from [AllScalars(inner(rows_per_pattern), width)] * (rows // rows_per_pattern)
+            return
+        for start, part in self._parts(first, rows, rows_per_pattern):
+            yield Pattern(part - inner(start) * width, inner(rows_per_pattern), width)
+
+    def _parts(self, first: int, rows: int, rows_per_part: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The first row and the strips of each part."""
+        g = self.selection.granularity
+        is_drawn = (self.regenerates and self.selection.is_sliceable) or self.selection.fills_columns
+        strips = None if is_drawn else self.strips()
+        for start in range(first, first + rows, rows_per_part):
+            scalars = self.row_slice(start, rows_per_part)
             part = slice(scalars.start // g, scalars.stop // g)
-            indices = (self.strips(part.start, part.stop) if strips is None else strips[part]) - start // g * columns
-            yield Pattern(indices, rows_per_pattern, columns, g)
+            yield start, (self.strips(part.start, part.stop) if strips is None else strips[part])
+
+
+def _shared_columns(selection: Selection, device: torch.device) -> torch.Tensor:
+    key = selection.columns_key, device
+    found = _SHARED.get(key)
+    return _SHARED.setdefault(key, padded(selection, selection.drawn_columns(device))) if found is None else found
+
+
+def padded(selection: Selection, drawn: torch.Tensor) -> torch.Tensor:
+    """The columns as in `SelectedScalars.columns`."""
+    if not selection.fills_columns or drawn.numel() < ALIGNED:
+        return drawn
+    return torch.cat([drawn, drawn[-1:].expand(-drawn.numel() % ALIGNED)])
 
 
 def _free_infix(owners: Sequence[tuple[nn.Module, str]]) -> str:

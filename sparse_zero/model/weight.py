@@ -86,7 +86,7 @@ class SparseWeight(WeightValues):
             raise UserError(
                 f"{selection.name}: the model has shape {list(self.shape)}, the selection {list(selection.shape)}"
             )
-        skips_strips = self.regenerates or selection.granularity > 1
+        skips_strips = self.regenerates or selection.granularity > 1 or selection.columns is not None
         strips = None if skips_strips else self._empty_strips(selection.strip_count)
         start = 0
         for flat in checked_chunks(selection, position_chunks):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from sparse_zero.model.products import Lookup, Product, SampledGradient, kept_input
+from sparse_zero.model.products import Lookup, Product, SampledGradient
 from sparse_zero.model.row_range import RowRange, SelectedWeight
 from sparse_zero.model.saved_weights import saved_by_reference
 
@@ -254,7 +254,8 @@ def _with_sampled_gradient(func: Callable, args: tuple, kwargs: dict, found: _Ca
         output = func(*args, **{name: frozen if arg is found.weight else arg for name, arg in kwargs.items()})
     if not delta.numel():
         return output
-    return SampledGradient.apply(output, kept_input(found.inputs, output), found.groups, delta, found.operation)
+    kept = found.operation.kept(found.inputs, output)
+    return SampledGradient.apply(output, kept, found.groups, delta, found.operation)
 
 
 _VIEWS = (

@@ -8,10 +8,12 @@ from torch import nn
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
+from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.selected_scalars import SelectedScalars
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, stream_key
+from sparse_zero.selection.hashes import stream_key
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 from sparse_zero.selection.unsupported import no_values
 from sparse_zero.zero.parameters import is_partitioned
@@ -86,7 +88,7 @@ class WeightValues(SelectedScalars):
         is_plain_sum = not setting.enabled or (setting.scale == 1 and setting.dropout_step is None)
         if not is_plain_sum or self.regenerates or not values.is_contiguous() or not self._kernels_support(None):
             return None
-        if getattr(self.selection, "columns", None):  # its strips are indices into drawn columns, not into the weight
+        if self.selection.columns is not None:  # its strips are indices into drawn columns, not into the weight
             return None
         if not cpu.loaded_operators(values) and (not has_kernels(values) or values.element_size() > 4):
             return None
@@ -99,11 +101,14 @@ class WeightValues(SelectedScalars):
         if values.is_meta or self.delta.is_meta:  # the model was offloaded after `sparsify`
             raise no_values(self.selection.name, [module for module, _ in self.owners])
         factor = self.factor(setting) if setting.enabled else None
+        if self.selection.fills_columns:
+            self._write_columns(values, setting, factor)
+            return
         whole = FlatView(values)
         write_strips = self._strip_writer(whole.flat) if self._kernels_support(factor) else None
         scalars_per_index = self.selection.granularity if write_strips else 1
         start = 0
-        for indices in self._strip_chunks() if write_strips else self._flat_chunks():
+        for indices in self._weight_strip_chunks() if write_strips else self._flat_chunks():
             chunk = slice(start, start + indices.numel() * scalars_per_index)
             base, delta = self.base[chunk], None
             if setting.enabled:
@@ -115,6 +120,15 @@ class WeightValues(SelectedScalars):
             else:
                 whole.write(indices, base if delta is None else add_delta(base, delta).to(base.dtype))
             start = chunk.stop
+
+    def _write_columns(self, values: torch.Tensor, setting: Setting, factor: torch.Tensor | float | None) -> None:
+        """`write_values` of columns that are trained whole."""
+        columns, inner = self.selection.columns, self.base
+        if setting.enabled:
+            delta = self.delta.detach()
+            inner = add_delta(inner, delta if factor is None else delta * factor).to(inner.dtype)
+        drawn = self.columns[: columns.count]
+        values.index_copy_(columns.axis, drawn, inner.view(self.selection.inner_shape).to(values.dtype))
 
     def _strip_writer(self, whole: torch.Tensor | None) -> Callable[..., None] | None:
         """A function of (matrix, base, delta, strip_indices) that writes base + delta in one kernel; None if the
@@ -128,7 +142,8 @@ class WeightValues(SelectedScalars):
             return None
         from sparse_zero.gradient.triton_kernels import write_deltas
 
-        return lambda matrix, base, delta, strips: write_deltas(matrix, base, delta, self._pattern_of(strips))
+        rows = self.shape[:-1].numel()
+        return lambda matrix, base, delta, strips: write_deltas(matrix, base, delta, Pattern(strips, rows, columns, g))
 
     def _kernels_support(self, factor: torch.Tensor | float | None) -> bool:
         """Whether the operator and the kernel that write strips support the dtypes of `write`."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
+from sparse_zero.selection.input_columns import LAYER_WRAPPERS
 
 _ATTRIBUTES = {
     "DistributedDataParallel": "module",
@@ -28,9 +29,6 @@ _ATTRIBUTES = {
 
 _SYNCHRONIZES = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 """Wrappers that collect the trained parameters when they are created."""
-
-_LAYER_WRAPPERS = {"_orig_mod", "base_layer", "_checkpoint_wrapped_module"}
-"""Attributes that contain a layer in a wrapper of this single layer."""
 
 STATE = "_sparse_zero_state"
 """The attribute of a sparse model with its `Sparsity`."""
@@ -65,7 +63,7 @@ def tensors_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
     A layer may be compiled, or wrapped by PEFT or for activation checkpointing, after the model became sparse.
     """
     return {
-        ".".join(part for part in name.split(".") if part not in _LAYER_WRAPPERS): tensor
+        ".".join(part for part in name.split(".") if part not in LAYER_WRAPPERS): tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
 

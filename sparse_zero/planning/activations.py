@@ -6,8 +6,9 @@ et al. (2022, arXiv 2205.05198, equation 2) is used, which counts the activation
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from sparse_zero.model.kept import Key, kept_columns
+from sparse_zero.model.selected_scalars import padded
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -59,7 +63,7 @@ LOSS_BYTES = 3 * 4
 
 def activations(
     model: PreTrainedModel,
-    targets: Iterable[Target],
+    targets: Mapping[Selection, Target],
     whole: Iterable[str],
     rows: int,
     tokens: int,
@@ -70,7 +74,7 @@ def activations(
     Args:
         model: on the meta device, with its attention implementation and dtype. The requires_grad of its parameters is
             changed.
-        targets: the weights that will be sparse.
+        targets: the weights that will be sparse, by their selections.
         whole: names of the parameters that are trained in full.
         rows: sequences of a micro-batch.
         tokens: tokens of each sequence.
@@ -127,22 +131,27 @@ def _by_formula(model: PreTrainedModel, rows: int, tokens: int, loss: int, loss_
     return Activations((layer,) * count, count * tokens * rows * hidden * width, 0, loss, formula, loss_formula)
 
 
-def _train_only(model: PreTrainedModel, targets: Iterable[Target], whole: set[str]) -> list[Any]:
+def _train_only(model: PreTrainedModel, targets: Mapping[Selection, Target], whole: set[str]) -> list[Any]:
     """Require gradients for the same parameters as in a sparse model. Returns: hooks to remove afterwards."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in whole)
     hooks = []
-    for target in targets:
+    for selection, target in targets.items():
         for module, name in target.owners:
             if name == "weight" and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-                hooks.append(module.register_forward_hook(_lead_to_delta, with_kwargs=True))
+                hooks.append(module.register_forward_hook(partial(_lead_to_delta, selection), with_kwargs=True))
             else:
                 target.parameter.requires_grad_(True)
     return hooks
 
 
-def _lead_to_delta(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+def _lead_to_delta(
+    selection: Selection, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor
+) -> torch.Tensor:
     (inputs,) = (*args, *kwargs.values())
+    if selection.columns and not isinstance(module, nn.Embedding):
+        columns = padded(selection, torch.empty(selection.columns.count, dtype=torch.int64, device="meta"))
+        inputs = kept_columns(inputs, output, columns, Key(selection.columns_key, -1))
     return _KeepsInputs.apply(output, inputs, torch.zeros(1, device="meta", requires_grad=True))
 
 

@@ -224,7 +224,7 @@ def model_states(zero: ZeroSettings, ranks: int, sizes: ModelSizes) -> list[Allo
         Allocation("deltas", deltas[0] * b, f"selected * b {per_rank}".strip(), where=parameters),
         Allocation("buffers", sizes.buffer_bytes, "the base model's own"),
         Allocation("originals", selected * b, "selected * b"),
-        Allocation("indices", sizes.index_bytes, "4 * selected / granularity, or 0: sparse.indices"),
+        Allocation("indices", sizes.index_bytes, "4 * selected / granularity, or 0: sparse.indices, columns"),
     ]
     if whole := base[1] + deltas[1]:
         held.append(Allocation("persistent", whole * b, "parameters up to the persistence threshold * b"))

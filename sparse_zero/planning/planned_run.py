@@ -13,10 +13,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_zero.data.models import check_max_length, load_config, max_positions, meta_model
 from sparse_zero.errors import UserError
+from sparse_zero.model.selected_scalars import padded
 from sparse_zero.planning.activations import UNKNOWN, Activations, activations
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training, default_of
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
 
@@ -136,11 +138,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
         base=tuple(target.shape.numel() for target in targets.values()),
         selected=tuple(counts.values()),
         whole=tuple(targets[name].shape.numel() for name in whole),
-        index_bytes=sum(
-            selection.strip_count * selection.strip_dtype.itemsize
-            for selection in selections
-            if _stores_indices(recipe)
-        ),
+        index_bytes=_index_bytes(selections, recipe),
         scalar_bytes=trained_dtype.itemsize,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         forward_only=0 if checkpointed else _forward_only(model),
@@ -150,7 +148,8 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     if recipe.rpn is not None:
         passes = recipe.rpn.clean + (recipe.rpn.passes if recipe.rpn.noise != "none" else 0)
     chunked = bool(training.get("chunked_loss") or training.get("use_liger_kernel"))
-    kept = activations(model, [targets[name] for name in counts], whole, micro_batch, tokens, chunked)
+    sparse_weights = {selection: targets[selection.name] for selection in selections}
+    kept = activations(model, sparse_weights, whole, micro_batch, tokens, chunked)
     notes = _notes(recipe, deepspeed, model)
     if kept.formula == UNKNOWN:
         notes.append(f"activations are {UNKNOWN}")
@@ -171,8 +170,12 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     )
 
 
-def _stores_indices(recipe: Recipe) -> bool:
-    return recipe.sparse.indices == "stored" or recipe.sparse.selection.startswith("magnitude")
+def _index_bytes(selections: list[Selection], recipe: Recipe) -> int:
+    """Bytes of the stored positions, and of the drawn columns, which layers of a group share."""
+    stores = recipe.sparse.indices == "stored" or recipe.sparse.selection.startswith("magnitude")
+    strips = [s.strip_count * s.strip_dtype.itemsize for s in selections if stores and not s.fills_columns]
+    drawn = {s.columns_key: padded(s, torch.empty(s.columns.count, device="meta")) for s in selections if s.columns}
+    return sum(strips) + sum(columns.numel() * torch.int64.itemsize for columns in drawn.values())
 
 
 def _batch(recipe: Recipe) -> tuple[int, int]:

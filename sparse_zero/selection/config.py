@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TokenIndex = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 DEFAULT_DENSITY = 0.01
 
@@ -34,6 +35,13 @@ class SparseConfig(BaseModel):
     """Number of scalars that are selected together, as a strip: this many consecutive rows of one column. The columns
     are drawn independently for each block of rows. Requires selection: stratified, and must divide the number of rows
     of every target matrix."""
+
+    columns: Share | Literal["whole"] = 1
+    """The share of a weight's input columns that its scalars are drawn from: backward keeps that share of a layer's
+    input only. 1: all columns, as in the SpaRTA paper. 0.1: a random tenth. whole: as few columns as the budget fills,
+    each trained whole. Layers of one module that read inputs of the same width have the same columns. It applies to
+    linear layers (Conv1D has its inputs in the rows) and to 3-D expert weights; the scalars of other parameters are
+    drawn as with 1. Requires selection: stratified and granularity: 1."""
 
     targets: Literal["all-linear", "all"] | list[str] | None = None
     """The parameters in which scalars are selected. None: the value and output projections, of a composite model those
@@ -78,6 +86,15 @@ class SparseConfig(BaseModel):
                 f"granularity: {self.granularity} requires selection: stratified, not {self.selection}; "
                 "set granularity: 1 or selection: stratified"
             )
+        if self.columns != 1 and self.selection != "stratified":
+            raise ValueError(
+                f"columns: {self.columns} requires selection: stratified, not {self.selection}; "
+                "set columns: 1 or selection: stratified"
+            )
+        if self.columns != 1 and self.granularity > 1:
+            raise ValueError(
+                f"columns: {self.columns} excludes granularity: {self.granularity}; set columns: 1 or granularity: 1"
+            )
         return self
 
     @property
@@ -87,6 +104,11 @@ class SparseConfig(BaseModel):
             if getattr(self, name) is not None:
                 return f"{name}: {getattr(self, name):g}"
         return f"density: {DEFAULT_DENSITY:g}"
+
+    @property
+    def drawn(self) -> str:
+        """The settings that say how many scalars are drawn from what, for people."""
+        return self.budget if self.columns == 1 else f"{self.budget}, columns: {self.columns}"
 
     @property
     def model_density(self) -> float | None:

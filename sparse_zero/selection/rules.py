@@ -13,13 +13,14 @@ stratified-v1: the weight is divided into n blocks whose sizes differ by at most
     a granularity above 1, strips are selected in the same way.
 bernoulli-v1: each scalar is selected with probability p, independently (SpaRTA, arXiv 2502.15975). The count is
     random, and a slice requires all positions before it.
+columns-v1: as stratified-v1, from some columns of the weight only (see `columns`). Strips are indices into the inner
+    weight, which consists of these columns.
 stored: positions that cannot be drawn again (the largest scalars of a pretrained weight, or positions given by the
     caller). Adapters store them.
 """
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +28,8 @@ import torch
 import xxhash
 
 from sparse_zero.errors import UserError
+from sparse_zero.selection.columns import COLUMNS, Columns
+from sparse_zero.selection.hashes import block_start, hashed, in_block, stratified_draw, stream_key
 
 STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
 
@@ -40,11 +43,6 @@ SHARED_CHUNK = 1 << 16
 """Number of positions in a chunk that torch's threads compute together, small enough for the CPU's cache."""
 ACCELERATOR_CHUNK = 1 << 20
 """Number of positions in a chunk on an accelerator."""
-
-# Constants of SplitMix64's finalizer (Steele, Lea and Flood, 2014), as signed 64-bit integers.
-_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ class Selection:
     """stratified-v1: the number of rows of a strip."""
     whole_rows: tuple[int, ...] = ()
     """Rows of a matrix that are selected in full (new tokens), sorted. The rule selects from the other rows."""
+    columns: Columns | None = None
+    """columns-v1: the columns that the scalars are drawn from."""
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -73,7 +73,7 @@ class Selection:
 
     def _problem(self) -> str | None:
         shape, rows, g = self.shape, self.whole_rows, self.granularity
-        if self.rule not in (STRATIFIED, BERNOULLI, STORED):
+        if self.rule not in (STRATIFIED, BERNOULLI, COLUMNS, STORED):
             return f"no rule '{self.rule}'"
         if any(extent < 0 for extent in shape) or self.numel > MAX_SCALARS:
             return f"a weight has 0 to 2**{MAX_SCALARS.bit_length() - 1} scalars"
@@ -88,8 +88,22 @@ class Selection:
         by_rule = self.count - self.whole_row_scalars
         if self.rule == STRATIFIED and (by_rule >= 2**31 or (self.numel // g + 1) * (by_rule // g) >= 2**63):
             return f"{by_rule} scalars are more than the rule {self.rule} can draw from {self.numel}"
+        if (self.rule == COLUMNS) != (self.columns is not None):
+            return f"columns are given for the rule {COLUMNS}, and for no other"
+        if self.columns is not None:
+            return self._problem_of_columns(self.columns)
         if self.rule == BERNOULLI and not (self.probability is not None and 0 <= self.probability <= 1):
             return f"probability {self.probability}"
+        return None
+
+    def _problem_of_columns(self, columns: Columns) -> str | None:
+        if len(self.shape) < 2 or self.whole_rows or not 0 < columns.count <= self.shape[columns.axis]:
+            return f"{columns.count} columns of it"
+        inner = math.prod(self.inner_shape)
+        if self.count > inner:
+            return f"{self.count} scalars in columns that have {inner}"
+        if self.count >= 2**31 or (inner + 1) * self.count >= 2**63:
+            return f"{self.count} scalars are more than the rule {self.rule} can draw from {inner}"
         return None
 
     @classmethod
@@ -106,6 +120,16 @@ class Selection:
     def numel(self) -> int:
         """The number of scalars of the weight."""
         return math.prod(self.shape)
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """The shape of the inner weight: of the drawn columns, or of the whole weight."""
+        return self.columns.inner_shape(self.shape) if self.columns else self.shape
+
+    @property
+    def fills_columns(self) -> bool:
+        """Whether every scalar of the drawn columns is selected."""
+        return self.columns is not None and self.count == torch.Size(self.inner_shape).numel()
 
     @property
     def strip_count(self) -> int:
@@ -125,7 +149,7 @@ class Selection:
     @property
     def is_sliceable(self) -> bool:
         """Whether a slice of the positions can be drawn without the positions before it."""
-        return self.rule == STRATIFIED and not self.whole_rows
+        return self.rule in (STRATIFIED, COLUMNS) and not self.whole_rows
 
     @property
     def whole_row_scalars(self) -> int:
@@ -167,6 +191,9 @@ class Selection:
         stop = self.strip_count if stop is None else stop
         if self.is_sliceable:
             for first, last in _ranges(start, stop, _chunk_size(device)):
+                if self.columns:
+                    yield self._inner(first, last, device)
+                    continue
                 grid = self.numel // self.granularity
                 yield stratified_positions(self.seed, self.name, grid, self.strip_count, first, last, device)
             return
@@ -206,11 +233,35 @@ class Selection:
     def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Positions [start, stop): int64 (stop - start,). The selection must be sliceable."""
         assert self.is_sliceable, self
+        if self.columns:
+            return self.positions_of(self._inner(start, stop, device), self.drawn_columns(device))
         if self.granularity > 1:
             return stratified_strips(
                 self.seed, self.name, self.shape, self.count, self.granularity, start, stop, device
             )
         return stratified_positions(self.seed, self.name, self.numel, self.count, start, stop, device)
+
+    def _inner(self, start: int, stop: int, device: torch.device | str) -> torch.Tensor:
+        size = torch.Size(self.inner_shape).numel()
+        return self.columns.inner_positions(self.seed, self.name, size, self.count, start, stop, device)
+
+    def drawn_columns(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """columns-v1: the columns, int64 (K,)."""
+        return self.columns.drawn(self.seed, self.shape[self.columns.axis], device)
+
+    def positions_of(self, indices: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
+        """The positions of strips of single scalars, int64.
+
+        Args:
+            indices: strip indices.
+            drawn: `drawn_columns` if the rule is columns-v1, else None.
+        """
+        return self.columns.positions(indices, drawn, self.shape) if self.columns else indices.long()
+
+    @property
+    def columns_key(self) -> Hashable:
+        """What the drawn columns are a function of: layers of an equal key that have the same input keep it once."""
+        return self.seed, self.columns.group, self.shape[self.columns.axis], self.columns.count, self.fills_columns
 
     def _with_whole_rows(self, device: torch.device | str) -> torch.Tensor:
         """The positions in the whole rows, and those that the rule selects from the weight without these rows."""
@@ -293,12 +344,7 @@ def stratified_positions(
         int64 (stop - start,).
     """
     stop = count if stop is None else stop
-    assert 0 < count <= numel < 2**62, (name, count, numel)
-    assert count < 2**31, f"{name}: {count} positions: i * (numel % count) would overflow"
-    assert 0 <= start <= stop <= count, (start, stop, count)
-    i = torch.arange(start, stop + 1, dtype=torch.int64, device=device)
-    edges = _block_start(i, numel, count)
-    return _in_block(i[:-1], edges[:-1], edges.diff(), stream_key(seed, name))
+    return stratified_draw(stream_key(seed, name, STRATIFIED), numel, count, start, stop, device)
 
 
 def stratified_strips(
@@ -332,12 +378,12 @@ def stratified_strips(
     assert count == drawn * granularity, (name, count, granularity)
     assert (grid + 1) * drawn < 2**63, f"{name}: (grid + 1) * strips would overflow"
 
-    key = stream_key(seed, name)
+    key = stream_key(seed, name, STRATIFIED)
 
     def strip(i: torch.Tensor) -> torch.Tensor:
         i = i.clamp(max=drawn - 1)
-        first = _block_start(i, grid, drawn)
-        return _in_block(i, first, _block_start(i + 1, grid, drawn) - first, key)
+        first = block_start(i, grid, drawn)
+        return in_block(i, first, block_start(i + 1, grid, drawn) - first, key)
 
     def strips_before(x: torch.Tensor) -> torch.Tensor:
         """The number of selected strips before index x of the grid: those of earlier blocks, and perhaps one more."""
@@ -367,7 +413,7 @@ def bernoulli_chunks(
     size = 8 * _chunk_size(device)
     for start in range(0, numel, size):
         i = torch.arange(start, min(start + size, numel), dtype=torch.int64, device=device)
-        yield i[_hash(i, key) < below]
+        yield i[hashed(i, key) < below]
 
 
 def by_magnitude(weight: torch.Tensor, count: int, smallest: bool = False, rows: tuple[int, ...] = ()) -> torch.Tensor:
@@ -402,12 +448,6 @@ def _chunk_size(device: torch.device | str) -> int:
     return CPU_CHUNK if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
 
 
-def stream_key(seed: int, name: str, rule: str = STRATIFIED) -> int:
-    """A signed 64-bit hash key for the random numbers of one parameter."""
-    digest = hashlib.sha256(f"{rule}/{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
-
-
 class Checksum:
     """A checksum (XXH3) of the bytes of tensors, one after the other.
 
@@ -432,30 +472,3 @@ def checksum(tensor: torch.Tensor) -> str:
     for chunk in tensor.flatten().split(1 << 18):
         whole.update(chunk)
     return whole.hexdigest()
-
-
-def _block_start(i: torch.Tensor, numel: int, count: int) -> torch.Tensor:
-    """floor(i * numel / count), computed without a 64-bit overflow of i * numel."""
-    size, remainder = divmod(numel, count)
-    # Truncation is several times faster than `//`, and equal to it for positive numbers
-    return torch.div(i * remainder, count, rounding_mode="trunc").add_(i, alpha=size)
-
-
-def _in_block(i: torch.Tensor, first: torch.Tensor, size: torch.Tensor, key: int) -> torch.Tensor:
-    """A random position in each block i, given the first position and the size of each block."""
-    return _hash(i, key).remainder_(size).add_(first)
-
-
-def _hash(counter: torch.Tensor, key: int) -> torch.Tensor:
-    """Output number `counter` of SplitMix64 with seed `key`, as a non-negative 63-bit integer."""
-    x = (counter + 1).mul_(_GAMMA).add_(key)
-    scratch = torch.empty_like(x)
-    x.bitwise_xor_(_shift_right(x, 30, scratch)).mul_(_MIX_1)
-    x.bitwise_xor_(_shift_right(x, 27, scratch)).mul_(_MIX_2)
-    x.bitwise_xor_(_shift_right(x, 31, scratch))
-    return _shift_right(x, 1, x)
-
-
-def _shift_right(x: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
-    """Logical right shift. torch has no uint64 arithmetic, and >> on int64 copies the sign bit."""
-    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)

@@ -8,7 +8,9 @@ from torch import nn
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.selection import rules
 from sparse_zero.selection.budget import counts_for_density, counts_for_rank
+from sparse_zero.selection.columns import COLUMNS, Columns
 from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.input_columns import choose_columns
 from sparse_zero.selection.rules import STORED, STRATIFIED, Selection
 from sparse_zero.selection.targets import Target, all_targets, find_targets, parameter_names, untargeted
 from sparse_zero.selection.unsupported import only_supported
@@ -48,7 +50,7 @@ def select_scalars(
         ]
         return selections, stored
     targets = only_supported(find_targets(model, config, whole_modules), leave_out=config.targets == "all")
-    counts = _counts(config, parameters, targets, whole, rows)
+    columns, counts = choose_columns(config, targets, _counts(config, parameters, targets, whole, rows), rows)
     selections, stored = [], {}
     for name, count in counts.items():
         target, own_rows = targets[name], rows.get(name, ())
@@ -56,7 +58,7 @@ def select_scalars(
             stored[name] = _by_magnitude(target, config, count, own_rows)
             selections.append(Selection(STORED, name, tuple(target.shape), count, whole_rows=own_rows))
         else:
-            selections.append(_by_rule(target, config, count, own_rows))
+            selections.append(_by_rule(target, config, count, own_rows, columns.get(name)))
     for name in [name for name in rows if name not in counts]:
         shape = tuple(parameters[name].shape)
         count = len(rows[name]) * shape[1]
@@ -108,8 +110,12 @@ def _granularity(target: Target, config: SparseConfig, has_rows: bool) -> int:
     return config.granularity
 
 
-def _by_rule(target: Target, config: SparseConfig, count: int, rows: tuple[int, ...]) -> Selection:
+def _by_rule(
+    target: Target, config: SparseConfig, count: int, rows: tuple[int, ...], columns: Columns | None
+) -> Selection:
     name, shape = target.name, tuple(target.shape)
+    if columns is not None:
+        return Selection(COLUMNS, name, shape, count, config.seed, columns=columns)
     granularity = _granularity(target, config, bool(rows))
     if config.selection == "stratified":
         return Selection(STRATIFIED, name, shape, count, config.seed, granularity=granularity, whole_rows=rows)

@@ -153,10 +153,11 @@ def _configured(
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, or contains the expert weights of a mixture of experts in 3-D tensors."""
-    return isinstance(module, nn.Linear | Conv1D) or _is_experts(module)
+    return isinstance(module, nn.Linear | Conv1D) or is_experts(module)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module contains the weights of experts in 3-D tensors."""
     return "Experts" in type(module).__name__ and any(len(full_shape(p)) == 3 for p in _own_parameters(module))
 
 
@@ -167,7 +168,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 def _main_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that a module's name refers to: its weight, the matrices of its experts, what a
     parametrization (torch.nn.utils.parametrize) computes its weight from, or else all its own."""
-    if _is_experts(module):
+    if is_experts(module):
         return [p for p in _own_parameters(module) if len(full_shape(p)) == 3]
     weight = dict(module._parameters.items()).get("weight")  # a torch.jit script's have no `get`
     if weight is None and is_parametrized(module, "weight"):

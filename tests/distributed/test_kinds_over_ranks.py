@@ -25,7 +25,7 @@ AT_ONCE = dict.fromkeys(
     ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"], 0
 )
 STAGES = {"zero2": zero_config(2), "zero3": zero_config(3, **AT_ONCE)}
-TIED = ["embedding", "tokens"]
+TIED = ["embedding", "tokens", "columns-tied"]
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def read(directory: Path, base: str | None) -> Contents:
         revision=config.revision,
         task=config.task,
         dtype=config.dtype,
-        rule=f"{', '.join(rules)}; {config.sparse.budget}; seed {config.sparse.seed}",
+        rule=f"{', '.join(rules)}; {config.sparse.drawn}; seed {config.sparse.seed}",
         settings=config.model_settings,
         new_tokens=config.new_tokens,
         results=config.results,

@@ -54,7 +54,7 @@ def test_the_config_tells_what_was_trained(bases, adapter):
     assert config["task"] == "sequence-classification"
     assert {key: value for key, value in config["sparse"].items() if value is not None} == {
         **{"density": 0.04, "seed": 11, "selection": "stratified", "granularity": 1, "dropout": 0.0},
-        **{"indices": "stored", "transient_mib": 64},
+        **{"indices": "stored", "transient_mib": 64, "columns": 1},
     }
     drawn = config["tensors"][A_DELTA]
     assert (drawn["rule"], drawn["seed"], drawn["granularity"]) == ("stratified-v1", 11, 1)
@@ -122,7 +122,7 @@ def test_describe(bases, adapter):
         ),
         (
             lambda d: edit_config(d, lambda c: c["tensors"][A_DELTA].update(rule="shuffled-v9")),
-            f"tensors.{A_DELTA}.rule: Input should be 'stratified-v1', 'bernoulli-v1' or 'stored'",
+            f"tensors.{A_DELTA}.rule: Input should be 'stratified-v1', 'bernoulli-v1', 'columns-v1' or 'stored'",
         ),
         (lambda d: flip(d / "adapter_model.safetensors", -3), "adapter_model.safetensors: damaged"),
         (lambda d: flip(d / "adapter_model.safetensors", 12), "adapter_model.safetensors: damaged"),

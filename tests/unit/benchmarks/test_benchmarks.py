@@ -58,6 +58,8 @@ def test_a_method_trains_the_budget_and_leaves_the_shared_weights_alone(method, 
         slack = max(map(sum, budget.shapes.values()))
     elif method in ("sparse-16", "supertuning"):
         slack = 16 * len(budget.shapes)
+    elif method == "whole":  # half a column of gate and up
+        slack = max(rows for rows, _ in budget.shapes.values())
     assert abs(trainable - wanted) <= slack
     step = methods.training_step(model, ids)
     losses = [step().item() for _ in range(4)]

@@ -22,6 +22,9 @@ KINDS = {
     "regenerated strips": {"granularity": 8, "indices": "regenerated"},
     "embeddings": {"targets": "all"},
     "dropout": {"dropout": 0.5},
+    "columns": {"columns": 0.5},
+    "regenerated columns": {"columns": 0.5, "indices": "regenerated"},
+    "whole columns": {"columns": "whole"},
 }
 
 
@@ -76,9 +79,10 @@ def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dt
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found, expected * (1 if factor is None else factor), rtol=0, atol=tolerance * scale)
     kernel = "strips" if "granularity" in settings else "sampled"
-    assert (kernel in chosen) == (way == "kernel")
+    is_whole = settings.get("columns") == "whole"
+    assert (kernel in chosen) == (way == "kernel" and not is_whole)
     assert ("gather" in chosen) == (way == "dense" and "granularity" in settings)
-    assert "write_deltas" in chosen
+    assert ("write_deltas" in chosen) != is_whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

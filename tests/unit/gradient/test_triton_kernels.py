@@ -281,11 +281,11 @@ def test_deltas_are_written_with_torchs_bits(dtype, index_dtype, granularity):
 
 
 @pytest.mark.parametrize("indices", ["stored", "regenerated"])
-@pytest.mark.parametrize("granularity", [1, 8])
-def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monkeypatch, granularity, indices):
+@pytest.mark.parametrize("settings", [{}, {"granularity": 8}, {"columns": 0.5}], ids=["single", "strips", "columns"])
+def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monkeypatch, settings, indices):
     monkeypatch.setattr(weight_values, "has_kernels", lambda tensor: True)
     monkeypatch.setattr(weight_values.cpu, "loaded_operators", lambda tensor: None)
-    config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity, indices=indices)
+    config = SparseConfig(density=0.2, targets="all-linear", indices=indices, **settings)
     model = sparsify(torch.nn.Sequential(torch.nn.Linear(20, 16)).to(DEVICE), config)
     (weight,) = model.sparsity.weights.values()
     weight.delta.data.normal_()
@@ -298,7 +298,7 @@ def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monk
     assert torch.equal(weight.weight.detach().view(-1), expected)
     assert len(written) == 1
     # Regenerated single positions are drawn in chunks
-    assert len(drawn) == (indices == "regenerated" and granularity > 1)
+    assert len(drawn) == (indices == "regenerated" and "granularity" in settings)
 
 
 def test_a_strip_index_above_32_bits_is_read():

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from families import tiny
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from sparse_cases import Batch, batch_of, dense_copy, nudge, output_of, trainable
 from state_cases import X
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from sparse_zero import SparseConfig, UserError, disable_adapter, refresh, set_scale, sparsify
 
@@ -189,6 +191,30 @@ def test_autocast():
     for name, weight in model.sparsity.weights.items():
         right = eager.sparsity.weights[name].delta.grad
         assert (weight.delta.grad - right).norm() < 0.03 * right.norm(), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("columns", [0.25, "whole"])
+def test_drawn_columns(family, columns):
+    settings = {"columns": columns, "targets": "all-linear", "density": 0.1}
+    model, eager = sparse(family, **settings), sparse(family, **settings)
+    batch = batch_of(family)
+    expected = steps(eager, eager, batch)
+    torch.testing.assert_close(steps(model, compiled(model), batch), expected, rtol=0, atol=1e-6)
+
+
+def test_an_input_that_layers_share_is_kept_once():
+    gathers = []
+
+    def count(graph: torch.fx.GraphModule, _: list) -> Callable:
+        gathers.append(sum("index_select" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    model = sparse("llama", columns="whole", targets="all-linear")
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    torch.compile(model, backend=backend, fullgraph=True)(**batch_of("llama")).loss.backward()
+    # Inputs of attention, its output, of gate and up, and of down; backward may gather them again
+    assert max(gathers) == 4 * model.config.num_hidden_layers
 
 
 def test_granularity_and_regenerated_indices():

@@ -80,6 +80,19 @@ class Padded(nn.Module):
         return self.head(self.embedding(tokens))
 
 
+class TransposedExperts(nn.Module):
+    """Experts whose inputs are in the rows, as in Llama 4 and GPT-OSS: read one by one, and all together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 6, 8))
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.stack([x[i] @ self.gate_up_proj[i] for i in range(3)]).chunk(2, dim=-1)
+        return torch.bmm(gate.tanh() * up, self.down_proj) + torch.bmm(up, self.down_proj)
+
+
 def of_model(**inputs: torch.Tensor) -> Callable[[nn.Module], torch.Tensor]:
     return lambda model: model(**inputs).loss
 
@@ -125,6 +138,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.Tens
     "experts-eager": (experts("eager"), language, ["experts"]),
     "experts-grouped": (experts("grouped_mm"), language, ["experts", "mlp.gate"]),
     "experts-batched": (experts("batched_mm"), language, ["experts.down_proj"]),
+    "experts-transposed": (TransposedExperts, squared(3, 5, 6), ["gate_up_proj", "down_proj"]),
     "convolutions": (Convolutions, squared(2, 4, 9), ["sequence", "image", "back", "*.bias"]),
     "own-module": (OwnModule, squared(5, 6), ["gain", "mix", "inner", "unread", "unread.bias"]),
     "shared-layer": (SharedLayer, squared(5, 8), ["layer", "layer.bias"]),
@@ -136,6 +150,17 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.Tens
     ),
 }
 DENSITY = 0.2
+WITH_COLUMNS = [
+    *("embedding-padding", "positions", "weight-and-bias", "tied", "tied-conv1d", "experts-eager", "experts-grouped"),
+    *("experts-batched", "experts-transposed", "own-module", "shared-layer", "attention", "everything"),
+]
+"""Kinds some of whose scalars are drawn within columns."""
+CASES = [(kind, {}) for kind in KINDS]
+CASES += [(kind, {"columns": columns}) for kind in WITH_COLUMNS for columns in (0.5, "whole")]
+CASES += [(kind, {"columns": 0.5, "indices": "regenerated"}) for kind in ("tied", "experts-transposed", "positions")]
+EVERY_CASE = pytest.mark.parametrize(
+    ("kind", "settings"), CASES, ids=["-".join([kind, *map(str, settings.values())]) for kind, settings in CASES]
+)
 
 
 def build(kind: str, **settings: object) -> tuple[nn.Module, nn.Module, Callable[[nn.Module], torch.Tensor]]:
@@ -175,9 +200,9 @@ def dense_twin(base: nn.Module, model: nn.Module) -> nn.Module:
     return dense
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_dense_model_at_the_selected_positions(kind):
-    base, model, loss = build(kind)
+@EVERY_CASE
+def test_gradients_are_those_of_the_dense_model_at_the_selected_positions(kind, settings):
+    base, model, loss = build(kind, **settings)
     nudge(model)
     dense = dense_twin(base, model)
     ours, theirs = loss(model), loss(dense)
@@ -193,9 +218,9 @@ def test_gradients_are_those_of_the_dense_model_at_the_selected_positions(kind):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_equals_masked_dense_training(kind):
-    base, model, loss = build(kind)
+@EVERY_CASE
+def test_training_equals_masked_dense_training(kind, settings):
+    base, model, loss = build(kind, **settings)
     selected = positions(model)
     optimizer, losses = adamw(trainable(model)), []
     for _ in range(5):
@@ -229,9 +254,9 @@ def masked_training(
     return losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_merging_disabling_and_unloading(kind):
-    base, model, loss = build(kind)
+@EVERY_CASE
+def test_merging_disabling_and_unloading(kind, settings):
+    base, model, loss = build(kind, **settings)
     nudge(model)
     before, adapted, plain = plain_state(base), loss(model).item(), loss(base).item()
     assert adapted != pytest.approx(plain, rel=5e-6)
@@ -262,8 +287,9 @@ def test_tied_weights_stay_tied(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["norms", "experts-grouped", "tied", "weight-and-bias", "embedding"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(kind, reentrant):
-    base, model, loss = build(kind)
+@pytest.mark.parametrize("columns", [1, 0.5, "whole"])
+def test_gradient_checkpointing(kind, reentrant, columns):
+    base, model, loss = build(kind, columns=columns)
     nudge(model)
     dense = dense_twin(base, model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -279,8 +305,9 @@ def test_gradient_checkpointing(kind, reentrant):
 
 @pytest.mark.parametrize("kind", ["weight-and-bias", "own-module", "tied", "experts-eager"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_train_on_their_own(kind, how):
-    _, model, loss = build(kind)
+@pytest.mark.parametrize("columns", [1, 0.5, "whole"])
+def test_copies_train_on_their_own(kind, how, columns):
+    _, model, loss = build(kind, columns=columns)
     nudge(model)
     if how == "deepcopy":
         twin = copy.deepcopy(model)

@@ -13,6 +13,7 @@ from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, tr
 from sparse_zero.planning.plan import device_bytes, least_ranks, plan
 from sparse_zero.planning.planned_run import describe_run
 from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.selection import columns
 from sparse_zero.selection import rules as positions
 
 SHAPES = Path(__file__).parents[3] / "benchmarks" / "shapes"
@@ -41,22 +42,32 @@ def recipe(base: Path, tmp_path: Path) -> Path:
     return file
 
 
-def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path) -> None:
+@pytest.mark.parametrize("columns", [1, 0.2, "whole"])
+def test_counts_are_those_of_the_sparse_model(base: Path, recipe: Path, columns: float | str) -> None:
     model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base)
-    sparsify(model, SparseConfig(density=0.05, targets="all-linear"))
-    sizes = describe_run(load_recipe(recipe)).sizes
+    sparsify(model, SparseConfig(density=0.05, targets="all-linear", columns=columns))
+    sizes = describe_run(load_recipe(recipe, [f"sparse.columns={columns}"])).sizes
     weights = model.sparsity.weights.values()
     assert sorted(sizes.selected) == sorted(weight.selection.count for weight in weights)
     assert sum(sizes.base) == model.sparsity.total_parameters
-    assert sizes.index_bytes == sum(weight.strips().nbytes for weight in weights)
+    for weight in weights:
+        weight.pattern  # noqa: B018 - stores the positions if they need to be
+    buffers = dict(model.named_buffers())
+    stored = [name for name in buffers if name.endswith(("weight_strips", "weight_columns"))]
+    assert len(stored) == (0 if columns == "whole" else len(weights)) + (0 if columns == 1 else 2 * 3)
+    assert sizes.index_bytes == sum(buffers[name].nbytes for name in stored)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[v_proj, o_proj]"])
-def test_activations_are_those_that_autograd_saves(base: Path, recipe: Path, targets: str) -> None:
-    run = describe_run(load_recipe(recipe, [f"sparse.targets={targets}"]))
+@pytest.mark.parametrize("columns", [1, 0.5, "whole"])
+def test_activations_are_those_that_autograd_saves(
+    base: Path, recipe: Path, targets: str, columns: float | str
+) -> None:
+    settings = [f"sparse.targets={targets}", f"sparse.columns={columns}"]
+    run = describe_run(load_recipe(recipe, settings))
     counted = run.activations.peak(checkpointed=False) - run.activations.loss
     model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base, attn_implementation="eager").train()
-    sparsify(model, load_recipe(recipe, [f"sparse.targets={targets}"]).sparse)
+    sparsify(model, load_recipe(recipe, settings).sparse)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -140,8 +151,9 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
 
     for name in ("stratified_positions", "stratified_strips", "bernoulli_chunks", "by_magnitude"):
         monkeypatch.setattr(positions, name, draws)
-    for selection in ("bernoulli", "magnitude"):
-        overrides = [f"model.name={SHAPES / 'llama-3.1-405b'}", f"sparse.selection={selection}"]
+    monkeypatch.setattr(columns, "stratified_draw", draws)
+    for setting in ("columns=0.1", "selection=bernoulli", "selection=magnitude"):
+        overrides = [f"model.name={SHAPES / 'llama-3.1-405b'}", f"sparse.{setting}"]
         run = describe_run(load_recipe(SHAPES / "plan.yaml", overrides))
         assert sum(run.sizes.base) == 405_853_388_800
         assert sum(run.sizes.selected) == round(0.01 * 405_853_388_800)

@@ -1,10 +1,10 @@
 """The selection rules: compared with slow references, golden positions, and their statistics."""
 
-import hashlib
 import itertools
 
 import pytest
 import torch
+from rule_cases import blockwise, hashes, sha256
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_zero.selection.rules import (
@@ -20,23 +20,8 @@ from sparse_zero.selection.rules import (
 V_PROJ = "model.layers.0.self_attn.v_proj.weight"
 
 
-def hashes(rule: str, seed: int, name: str, count: int) -> list[int]:
-    """SplitMix64 in Python's unbounded integers: 63 bits each."""
-    key = int.from_bytes(hashlib.sha256(f"{rule}/{seed}/{name}".encode()).digest()[:8], "little")
-    found = []
-    for i in range(count):
-        x = (key + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-        found.append((x ^ (x >> 31)) >> 1)
-    return found
-
-
 def reference(seed: int, name: str, numel: int, count: int) -> list[int]:
-    """stratified-v1"""
-    edges = [i * numel // count for i in range(count + 1)]
-    drawn = hashes("stratified-v1", seed, name, count)
-    return [start + h % (stop - start) for h, (start, stop) in zip(drawn, itertools.pairwise(edges), strict=True)]
+    return blockwise("stratified-v1", seed, name, numel, count)
 
 
 def strips(seed: int, name: str, rows: int, columns: int, count: int, granularity: int) -> list[int]:
@@ -44,10 +29,6 @@ def strips(seed: int, name: str, rows: int, columns: int, count: int, granularit
     cells = reference(seed, name, rows * columns // granularity, count // granularity)
     tops = [(cell // columns * granularity, cell % columns) for cell in cells]
     return sorted((top + k) * columns + column for top, column in tops for k in range(granularity))
-
-
-def sha256(drawn: torch.Tensor) -> str:
-    return hashlib.sha256(drawn.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
 # Adapters do not store these positions: every earlier adapter depends on these numbers. A new rule gets a new name.

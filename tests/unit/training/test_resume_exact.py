@@ -34,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "by-epoch": {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"}
     | {"lr_scheduler_kwargs": {"patience": 0, "threshold": 0.1}, "metric_for_best_model": "loss"},
     "cosine": {"lr_scheduler_type": "cosine", "optim": "adamw_torch_fused", "weight_decay": 0.1},
+    "columns": {"columns": 0.5},
+    "whole-columns": {"columns": "whole", "gradient_accumulation_steps": 2},
     "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"},
 }
 
@@ -73,12 +75,14 @@ def train(
     resume: Path | None = None,
     callbacks: list[TrainerCallback] | None = None,
     stop: StopRequest | None = None,
+    columns: float | str = 1,
     **settings: Any,
 ) -> Run:
     known = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "learning_rate": 3e-2, "max_steps": 8}
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
     arguments = TrainingArguments(str(out), **quiet | known | settings)
     config = SparseConfig(density=0.25, targets=["v_proj", "o_proj"], modules_to_save=["lm_head"], dropout=0.2)
+    config = config.model_copy(update={"columns": columns})
     sparse = sparsify(model(), config)
     objective = noisy_objective(sparse, rpn.RPNConfig(probability=0.2, passes=1), arguments)
     data = examples(EXAMPLES)
