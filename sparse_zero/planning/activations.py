@@ -80,8 +80,8 @@ def activations(
         tokens: tokens of each sequence.
         chunked: whether the loss is computed in chunks of the logits.
     """
-    targets, whole = list(targets), set(whole)
-    loss, loss_formula = _loss(model, targets, whole, rows * tokens, chunked)
+    whole = set(whole)
+    loss, loss_formula = _loss(model, targets.values(), whole, rows * tokens, chunked)
     hooks = _train_only(model, targets, whole)
     counter = _Counter(model)
     try:
@@ -98,7 +98,7 @@ def activations(
 
 
 def _loss(
-    model: PreTrainedModel, targets: list[Target], whole: set[str], tokens: int, chunked: bool
+    model: PreTrainedModel, targets: Iterable[Target], whole: set[str], tokens: int, chunked: bool
 ) -> tuple[int, str]:
     """The bytes of the loss, and how they were obtained.
 

@@ -5,6 +5,7 @@ The difference of the columns is paca_alpha / r times what was trained.
 adapter_model.safetensors: `paca_delta` (out, r) and `paca_indices`, int64 (r,), the columns.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def matches(directory: Path) -> bool:
 def read(directory: Path, base: str | None) -> Contents:
     config, layers, whole = peft_files.read_parts(directory, _PARTS)
     r, alpha = config.get("r"), config.get("paca_alpha")
-    if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float)):
+    if not (type(r) is int and r > 0 and type(alpha) in (int, float) and math.isfinite(alpha)):
         raise UserError(f"{directory / CONFIG_NAME}: damaged: r is {r!r} and paca_alpha {alpha!r}, not numbers")
     selected = {}
     for name, parts in layers.items():
@@ -35,6 +36,8 @@ def read(directory: Path, base: str | None) -> Contents:
                 f"{directory / WEIGHTS_NAME}: damaged: '{name}' has columns {list(columns.shape)} and differences "
                 f"{list(differences.shape)}, but r is {r}"
             )
+        if columns.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"{directory / WEIGHTS_NAME}: damaged: '{name}' has columns in {columns.dtype}")
         rows = torch.arange(differences.shape[0])
         indices = torch.cartesian_prod(rows, columns.to(torch.int64))
         selected[name] = SelectedScalars(indices, (differences * (alpha / r)).flatten())
@@ -44,5 +47,5 @@ def read(directory: Path, base: str | None) -> Contents:
         selected=selected,
         whole=whole,
         rule=f"{r} columns, seed {config.get('random_seed')}",
-        **peft_files.facts(config, base),
+        **peft_files.facts(config, base, directory),
     )

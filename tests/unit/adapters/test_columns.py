@@ -58,11 +58,11 @@ def test_the_positions_are_drawn_from_the_file_alone(bases, tmp_path, columns):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"columns": None}, "columns are given for columns-v1"),
-        ({"rule": "stratified-v1"}, "columns are given for columns-v1"),
-        ({"columns": {"group": "a", "count": 0, "axis": -1}}, "are not possible for the shape"),
-        ({"columns": {"group": "a", "count": 999, "axis": -1}}, "are not possible for the shape"),
-        ({"columns": {"group": "a", "count": 1, "axis": -1}}, "have fewer scalars than the count"),
+        ({"columns": None}, "columns are given for the rule columns-v1"),
+        ({"rule": "stratified-v1"}, "columns are given for the rule columns-v1"),
+        ({"columns": {"group": "a", "count": 0, "axis": -1}}, "greater than or equal to 1"),
+        ({"columns": {"group": "a", "count": 999, "axis": -1}}, "999 columns of it"),
+        ({"columns": {"group": "a", "count": 1, "axis": -1}}, "scalars in columns that have"),
         ({"columns": {"group": "a", "count": 8, "axis": 0}}, "axis"),
         ({"columns": {"count": 8}}, "group"),
     ],
