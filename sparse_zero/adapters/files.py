@@ -25,7 +25,7 @@ from sparse_zero.adapters.reading import VALUE_DTYPES, read_json, read_safetenso
 from sparse_zero.adapters.schema import ROWS_SUFFIX, AdapterConfig, checked_config
 from sparse_zero.errors import UserError, disk_problem
 from sparse_zero.model.finite import count_not_finite, describe
-from sparse_zero.selection import rules
+from sparse_zero.selection import checks, rules
 from sparse_zero.selection.rules import BERNOULLI, STORED, Selection
 
 CONFIG_NAME = "adapter_config.json"
@@ -226,7 +226,7 @@ def checked_position_chunks(
     adapter: Adapter, name: str, directory: str | Path, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """`checked_positions` in chunks. If the checksum is wrong, UserError is raised after the last chunk."""
-    digest, stored, selection = rules.Checksum(), adapter.stored_positions.get(name), adapter.selection(name)
+    digest, stored, selection = checks.Checksum(), adapter.stored_positions.get(name), adapter.selection(name)
     try:
         for chunk in selection.chunks(device) if stored is None else rules.in_chunks(stored.to(device)):
             digest.update(chunk)

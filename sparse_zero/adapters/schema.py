@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from typing_extensions import TypedDict
 
 from sparse_zero.errors import UserError
-from sparse_zero.selection import rules
+from sparse_zero.selection import checks
 from sparse_zero.selection.columns import Columns
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import BERNOULLI, STRATIFIED, Selection
@@ -88,7 +88,7 @@ class SelectedTensor(BaseModel):
         fields = dataclasses.asdict(selection)
         del fields["name"]
         fields |= {"shape": list(selection.shape), "whole_rows": list(selection.whole_rows)}
-        return cls(**fields, positions=rules.checksum(positions))
+        return cls(**fields, positions=checks.checksum(positions))
 
     def selection(self, name: str) -> Selection:
         """The selection for the parameter `name`."""

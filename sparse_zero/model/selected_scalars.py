@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from sparse_zero.gradient.pattern import AllScalars, Pattern
+from sparse_zero.selection.checks import checksum
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, checksum, in_chunks
+from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, is_partitioned
 
@@ -151,7 +152,7 @@ class SelectedScalars:
 
     @property
     def checksum(self) -> str:
-        """The checksum of the positions, see `rules.checksum`."""
+        """The checksum of the positions, see `checks.checksum`."""
         if self._checksum is None:
             self._checksum = checksum(self.flat_positions())
         return self._checksum

@@ -23,8 +23,9 @@ from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight_tensor import as_weight_tensor
 from sparse_zero.model.weight_values import BASE, Setting, WeightValues, add_delta
+from sparse_zero.selection.checks import checked_chunks
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, checked_chunks
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, gathered, is_partitioned, is_whole
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sparse_zero.adapters.files import CONFIG_NAME, POSITIONS_NAME
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.save_and_load import write_merged
-from sparse_zero.selection import rules
+from sparse_zero.selection import checks, rules
 
 NATIVE = list(make.ADAPTERS)
 FOREIGN = ["shira", "sparta", "sparta-pickled", "sparta-classifier", "supertuning", "fine-tuned"]
@@ -106,11 +106,11 @@ def _checksums_of_positions(damaged: Path, content: bytes, seed: dict[str, dict]
     with contextlib.suppress(Exception):
         path = damaged / POSITIONS_NAME
         for name, flat in load_file(path).items() if path.is_file() else ():
-            yield seed[name]["positions"], rules.checksum(flat.to(torch.int64))
+            yield seed[name]["positions"], checks.checksum(flat.to(torch.int64))
     with contextlib.suppress(Exception):
         for name, entry in json.loads(content)["tensors"].items():
             if entry["rule"] != rules.STORED and math.prod(entry["shape"]) < 10**6:
                 shape, rows = tuple(entry.pop("shape")), tuple(entry.pop("whole_rows"))
                 old = entry.pop("positions")
                 drawn = [*rules.Selection(name=name, shape=shape, whole_rows=rows, **entry).chunks()]
-                yield str(old), rules.checksum(torch.cat(drawn))
+                yield str(old), checks.checksum(torch.cat(drawn))

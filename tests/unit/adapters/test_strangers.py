@@ -24,7 +24,7 @@ from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write
 from sparse_zero.data.models import load_config, load_model, load_tokenizer
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
-from sparse_zero.selection import rules
+from sparse_zero.selection import checks, rules
 from sparse_zero.selection.config import SparseConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -271,7 +271,7 @@ def test_positions_of_a_huge_weight_take_no_more_time_than_there_are_values(adap
     claim(adapter, shape=HUGE)
     if kind == "stratified":
         count = read_adapter(adapter).config.tensors[NAME].count
-        claim(adapter, positions=rules.checksum(rules.stratified_positions(11, NAME, 10**14, count)))
+        claim(adapter, positions=checks.checksum(rules.stratified_positions(11, NAME, 10**14, count)))
     message = refused_everywhere(adapter, bases["llama"], tmp_path / "out", but=("inspect", "combine"))
     assert "has shape [8, 16] in the model" in message
 
@@ -438,7 +438,7 @@ def test_stored_positions_that_are_not_positions(adapters, bases, tmp_path, chan
     save_file(positions, adapter / name)
     reseal(adapter, name)
     if not positions[NAME].is_complex():
-        claim(adapter, positions=rules.checksum(positions[NAME].to(torch.int64)))
+        claim(adapter, positions=checks.checksum(positions[NAME].to(torch.int64)))
     message = refused_everywhere(adapter, bases["llama"], tmp_path / "out")
     assert f"{name}: damaged: the positions of '{NAME}' are not valid for its shape [8, 16]" in message
 

@@ -15,7 +15,8 @@ from sparse_zero.errors import UserError
 from sparse_zero.gradient import cpu
 from sparse_zero.model.sparsify import apply_selection
 from sparse_zero.model.weight import SparseWeight
-from sparse_zero.selection.rules import BERNOULLI, STORED, STRATIFIED, Selection, checked_chunks
+from sparse_zero.selection.checks import checked_chunks
+from sparse_zero.selection.rules import BERNOULLI, STORED, STRATIFIED, Selection
 
 CONFIG = SparseConfig(density=0.1, targets="all-linear")
 FRESH = textwrap.dedent("""
