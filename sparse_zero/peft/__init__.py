@@ -20,7 +20,7 @@ except PackageNotFoundError:
 if Version(found) < Version("0.21"):
     raise ImportError(f'sparse_zero.peft needs PEFT 0.21 or newer, not {found}: pip install "sparse-zero[peft]"')
 
-from sparse_zero.peft.registration import register  # noqa: E402
+from sparse_zero.peft.registration import register
 
 register()
 

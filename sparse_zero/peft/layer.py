@@ -1,7 +1,7 @@
 """The part of a sparse model that PEFT and transformers look for: a tuner layer.
 
-PEFT switches, disables, merges and deletes adapters layer by layer, in all `BaseTunerLayer`s of a model. A sparse model
-keeps its own layers; it gets one tuner layer without parameters, which does these things for the whole model.
+PEFT switches, disables, merges and deletes adapters layer by layer, in all `BaseTunerLayer`s of a model. A sparse
+model keeps its own layers; it gets one tuner layer without parameters, which does these things for the whole model.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from sparse_zero.model.sparsity import Sparsity, state_of
 from sparse_zero.model.wrappers import tensors_by_name, unwrap
 
 NAME = "sparse_adapter"
-"""The attribute of a model with its layer. PEFT skips modules whose names contain a method's prefix, `sparse_zero_`."""
+"""The attribute of a model with its layer. PEFT skips modules whose names contain the prefix of a method."""
 
 
 class SparseZeroLayer(nn.Module, BaseTunerLayer):

@@ -1,8 +1,8 @@
 """Make the method known to PEFT, and to the calls of transformers that load adapters.
 
-PEFT finds a method by a member of its enumeration `PeftType`, which has no function to add one. Three functions of PEFT
-and transformers read files themselves before they ask the method; they are wrapped, and do what they did for
-directories and configurations of other methods.
+PEFT finds a method by a member of its enumeration `PeftType`, which has no function to add one. Three functions of
+PEFT and transformers read files themselves before they ask the method; they are wrapped, and do what they did for
+adapters of other methods.
 """
 
 import functools
