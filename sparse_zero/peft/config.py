@@ -1,6 +1,5 @@
 """SparseZeroConfig: a SparseConfig as a configuration of PEFT."""
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ DIRECTORY = "_directory"
 
 _SETTINGS = SparseConfig.model_fields
 _OF_PEFT = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """By task, the modules that PEFT's classes add to `modules_to_save`, if there is one, and replace by copies."""
 _OTHER_NAMES = {"target_modules": "targets", "r": "rank_equivalent", "random_seed": "seed"}
@@ -35,7 +35,8 @@ class SparseZeroConfig(PeftConfig):
 
         SparseZeroConfig(density=0.01, targets="all-linear", task_type="CAUSAL_LM")
 
-    Each setting is an attribute. `modules_to_save` is none for task_type SEQ_CLS, TOKEN_CLS and QUESTION_ANS: PEFT
+    A configuration that was read from an adapter's directory stands for the adapter: a model gets its positions and
+    values. Each setting is an attribute, but `modules_to_save` for task_type SEQ_CLS, TOKEN_CLS and QUESTION_ANS: PEFT
     would add its own copies of the head. Use `config.sparse.modules_to_save`.
 
     Args:
@@ -116,7 +117,7 @@ class SparseZeroConfig(PeftConfig):
         Args:
             pretrained_model_name_or_path: a directory or hub id.
             subfolder: the adapter's directory within it.
-            **kwargs: revision, cache_dir, token and others of huggingface_hub.snapshot_download.
+            **kwargs: revision, cache_dir, token, local_files_only and force_download, of the hub.
 
         Raises:
             UserError: the file is damaged, or of another kind of adapter.
@@ -129,9 +130,8 @@ def _local(name: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> Path:
     directory = Path(name) / (subfolder or "")
     if (directory / CONFIG_NAME).is_file() or Path(name).exists():
         return directory
-    known = inspect.signature(snapshot_download).parameters
     files = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG_NAME, WEIGHTS_NAME, POSITIONS_NAME)]
-    options = {key: value for key, value in kwargs.items() if key in known and value is not None}
+    options = {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key) is not None}
     options = {"user_agent": http_user_agent()} | options | {"allow_patterns": [*files, CARD_NAME]}
     return Path(snapshot_download(name, **options)) / (subfolder or "")
 
