@@ -58,10 +58,10 @@ def test_sparsify_of_a_model_with_another_adapter(tmp_path, bases, method):
     expected, before = logits(model.eval()), snapshot(model)
     with pytest.raises(UserError, match="the model is a PeftModel, whose save_pretrained would leave out the deltas"):
         sparsify(model, SparseConfig(density=0.05))
-    with pytest.raises(UserError, match="has an adapter of PEFT .*, which would be frozen"):
+    with pytest.raises(UserError, match=r"has an adapter of PEFT .*, which would be frozen"):
         sparsify(model.get_base_model(), SparseConfig(density=0.05))
     save_adapter(reference(bases["llama"]), tmp_path)
-    with pytest.raises(UserError, match="has an adapter of PEFT .*, which would be frozen"):
+    with pytest.raises(UserError, match=r"has an adapter of PEFT .*, which would be frozen"):
         load_adapter(model, tmp_path)
     assert snapshot(model) == before
     assert_same(model, expected)
