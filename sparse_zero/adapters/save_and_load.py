@@ -23,7 +23,7 @@ from sparse_zero.adapters.files import (
 from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
 from sparse_zero.adapters.formats.base_model import check_base_model, check_no_adapter
 from sparse_zero.adapters.model_card import model_card
-from sparse_zero.adapters.schema import AdapterConfig, SelectedTensor, writable
+from sparse_zero.adapters.schema import PEFT_TASKS, AdapterConfig, SelectedTensor, writable
 from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
@@ -76,7 +76,10 @@ def save_adapter(
 
 
 def extract_adapter(
-    model: nn.Module, keep: bool = True, state_dict: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module,
+    keep: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    sparsity: Sparsity | None = None,
 ) -> Adapter:
     """Copy the active adapter of a sparse model to the CPU. Under ZeRO stage 3, all ranks must call it.
 
@@ -84,8 +87,9 @@ def extract_adapter(
         model: a sparse model, which may be wrapped.
         keep: whether to return the values on this rank. Otherwise only the config is filled.
         state_dict: see `save_adapter`.
+        sparsity: the state of an inactive or merged adapter of the model instead of the active one's.
     """
-    sparsity, inner = sparsity_of(model), unwrap(model)
+    sparsity, inner = sparsity or sparsity_of(model), unwrap(model)
     wait_for_prefetch(inner)
     positions = {name: weight.flat_positions() for name, weight in sparsity.weights.items()} if keep else {}
     adapter = Adapter(adapter_config(inner, sparsity, positions), deltas={}, whole={})
@@ -156,13 +160,15 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     tensors = {
         name: SelectedTensor.from_selection(sparsity.weights[name].selection, flat) for name, flat in positions.items()
     }
+    task = task_of(type(model).__name__)
     return AdapterConfig(
         base_model_name_or_path=sparsity.base_model,
         revision=sparsity.revision,
         base_fingerprint=base_fingerprint(model, sparsity),
         tokenizer=sparsity.tokenizer,
         new_tokens=sparsity.new_tokens,
-        task=task_of(type(model).__name__),
+        task=task,
+        task_type=PEFT_TASKS.get(task),
         dtype=str(dtype).removeprefix("torch."),
         model_settings=model_settings,
         sparse=sparsity.config,
@@ -220,7 +226,7 @@ def load_adapter(
     if sparsity is not None and adapter_name in (None, sparsity.name):
         check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
         check_sparsified_alike(sparsity, adapter, directory)
-        _set_values(inner, adapter, sparsity.weights)
+        set_values(inner, adapter, sparsity.weights)
     elif sparsity is not None:
         check_base(inner, adapter, directory, base_fingerprint(inner, sparsity))
         for name in adapter.config.tensors:
@@ -265,11 +271,11 @@ def apply_adapter(inner: nn.Module, adapter: Adapter, origin: str | Path, adapte
     sparsity.base_model, sparsity.revision = config.base_model_name_or_path, config.revision
     sparsity.tokenizer, sparsity.new_tokens = config.tokenizer, list(config.new_tokens)
     sparsity.results = dict(config.results)
-    _set_values(inner, adapter, list(adapter.rows))
+    set_values(inner, adapter, list(adapter.rows))
 
 
 @torch.no_grad()
-def _set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -> None:
+def set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) -> None:
     """Set the deltas of the weights `selected`, and all fully trained parameters."""
     wait_for_prefetch(inner)
     sparsity = sparsity_of(inner)

@@ -19,6 +19,11 @@ FORMAT_VERSION = 1
 ROWS_SUFFIX = ".rows"
 """The end of the name of the rows trained in full."""
 
+PEFT_TYPE = "SPARSE_ZERO"
+PeftTask = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+PEFT_TASKS: dict[str | None, PeftTask] = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+"""PEFT's names of our tasks."""
+
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Hash64 = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 Scalar = str | bool | int | Annotated[float, Field(allow_inf_nan=True)] | None
@@ -104,6 +109,10 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     adapter_type: Literal["sparse-zero"] = "sparse-zero"
+    peft_type: Literal["SPARSE_ZERO"] = PEFT_TYPE
+    """PEFT finds the method by it, after `import sparse_zero.peft`."""
+    task_type: PeftTask | None = None
+    """PEFT's name of the task, by which it chooses the class of its model."""
     format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     base_model_name_or_path: str | None
     revision: str | None

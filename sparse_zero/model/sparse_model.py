@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import compiled, layers, writes
+from sparse_zero.model import compiled, layers, peft, writes
 from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.sparsity import sparsity_of, state_of
 from sparse_zero.model.state_dict import refusals
@@ -100,6 +100,20 @@ class SparseModel:
                 "before sparsify, or call merge_and_unload(model) or unload(model) first"
             )
         return super().resize_token_embeddings(new_num_tokens)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config" and (kinds := peft.other_methods(value)):
+            peft.remove_adapter(self)
+            sparsity = state_of(self)
+            for weight in sparsity.weights.values():
+                weight.delta.requires_grad_(True)
+            for whole in sparsity.whole:
+                self.get_parameter(whole).requires_grad_(not sparsity.disabled)
+            raise UserError(
+                f"{', '.join(kinds)} of PEFT on a sparse model would freeze its deltas, and not save them: call "
+                "merge_and_unload(model) or unload(model) before get_peft_model or add_adapter"
+            )
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         if isinstance(self, layers.SparseModule):

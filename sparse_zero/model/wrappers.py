@@ -69,8 +69,14 @@ def tensors_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_wrappers(model: nn.Module) -> None:
-    """Raise UserError if a wrapper has collected the parameters that it trains: it would not see the deltas."""
+    """Raise UserError if a wrapper has collected the parameters that it trains, or saves only its own: it would not
+    see the deltas."""
     for layer in _layers(model):
+        if {"PeftModel", "PeftMixedModel"} & {*_class_names(layer)}:
+            raise UserError(
+                f"the model is a {type(layer).__name__}, whose save_pretrained would leave out the deltas: call "
+                "merge_and_unload() of it first, or get_peft_model(base_model, sparse_zero.peft.SparseZeroConfig(...))"
+            )
         if found := next((name for name in _class_names(layer) if name in _SYNCHRONIZES), None):
             raise UserError(
                 f"the model is wrapped in {found}, which does not see parameters that are added now: call sparsify "

@@ -69,6 +69,12 @@ def check_model(model: nn.Module) -> None:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             raise UserError(f"{name or type(module).__name__} is sharded by FSDP: {_UNSHARDED}")
+        # The only tuner layer without parameters is that of sparse_zero.peft
+        if "BaseTunerLayer" in kinds and next(module.parameters(), None) is not None:
+            raise UserError(
+                f"{name} has an adapter of PEFT ({type(module).__name__}), which would be frozen: first call "
+                "merge_and_unload() or unload() of the PEFT model, and use the model that it returns"
+            )
     for name, target in all_targets(model).items():
         if isinstance(target.parameter, nn.parameter.UninitializedParameter):
             raise UserError(f"{name} has no shape yet (a lazy module): run one forward before sparsify")

@@ -19,7 +19,7 @@ ORDER = (
     *("sparse_zero.gradient", "sparse_zero.recipe"),
     *("sparse_zero.model", "sparse_zero.data"),
     *("sparse_zero.adapters", "sparse_zero.planning"),
-    "sparse_zero.checkpoint",
+    *("sparse_zero.checkpoint", "sparse_zero.peft"),
     "sparse_zero.training",
     "sparse_zero.train",
     *("launcher.report", "launcher.ways", "launcher.processes", "launcher.jobs", "launcher.doctor"),

@@ -72,10 +72,10 @@ def convert(
         "weights": len(adapter.config.tensors),
         "selected_scalars": sum(values.numel() for values in adapter.deltas.values()),
         "whole_scalars": sum(values.numel() for values in (adapter.whole | adapter.rows).values()),
-        **written,
+        **{key: value for key, value in written.items() if key != "notes"},
         "bytes": size,
         "bytes_per_scalar": size / max(1, contents.trained),
-        "notes": contents.notes,
+        "notes": [*contents.notes, *written.get("notes", ())],
         "seconds": time.perf_counter() - started,
     }
 

@@ -29,7 +29,8 @@ _TASKS = {"SEQ_CLS": "sequence-classification", "CAUSAL_LM": "causal-lm"}
 def is_peft(directory: Path, *types: str) -> bool:
     """Whether a directory is a PEFT adapter of one of these types, or of any type if none is given."""
     path = directory / CONFIG_NAME
-    found = read_json(path).get("peft_type") if path.is_file() else None
+    content = read_json(path) if path.is_file() else {}
+    found = None if "adapter_type" in content else content.get("peft_type")  # the former is in our own adapters
     return isinstance(found, str) and (not types or found in types)
 
 

@@ -9,13 +9,19 @@ from typing import Any
 
 import torch
 
-from sparse_zero.adapters.files import Adapter
+from sparse_zero.adapters.files import CARD_NAME, Adapter
 from sparse_zero.adapters.formats import peft_files
 from sparse_zero.adapters.formats.contents import Contents, SelectedScalars
 from sparse_zero.adapters.formats.deltas import padded
 from sparse_zero.errors import UserError
 
 TITLE = "PEFT SHiRA"
+ONLY_PEFT_MODEL = (
+    "read it with PeftModel.from_pretrained or AutoPeftModel: load_adapter and from_pretrained of transformers leave "
+    "out shira_indices, and the forward then raises KeyError"
+)
+"""transformers (5.23) loads parameters only, and would draw other indices: for mask_type "random" it does so in
+silence. For any other type PEFT draws none."""
 _PARTS = {"shira_indices": "indices", "shira_weight": "values"}
 
 
@@ -65,10 +71,11 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
         "peft_type": "SHIRA",
         "init_weights": True,
         "r": r,
-        "mask_type": "random",
-        # PEFT draws indices in loading, and then replaces them by those of the file
-        "random_seed": 0,
+        "mask_type": "stored",
+        "random_seed": None,
         "fan_in_fan_out": False,
     }
     peft_files.write(adapter, directory, tensors, method)
-    return {"r": r, "padding_scalars": added}
+    card = f"---\nlibrary_name: peft\n---\n\n# {TITLE} adapter\n\nThe positions are those of shira_indices: "
+    (directory / CARD_NAME).write_text(f"{card}{ONLY_PEFT_MODEL}.\n")
+    return {"r": r, "padding_scalars": added, "notes": [ONLY_PEFT_MODEL]}

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -53,8 +52,8 @@ def in_fabric(module: nn.Module) -> nn.Module:
     return wrapped
 
 
-def with_lora(model: nn.Module) -> nn.Module:
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["2"], r=2))
+def in_peft(model: nn.Module) -> nn.Module:
+    return wrapper("PeftModel", "base_model")(wrapper("BaseTuner", "model")(model))
 
 
 DDP = wrapper("DistributedDataParallel", "module")
@@ -67,11 +66,11 @@ WRAPPERS = {
     "averaged": AveragedModel,
     "compiled": torch.compile,
     "Fabric": in_fabric,
-    "PEFT": with_lora,
+    "PEFT": in_peft,
     "DDP, compiled": lambda model: torch.compile(DDP(model)),
     "compiled, DDP": lambda model: DDP(torch.compile(model)),
     "Fabric, DDP, compiled": lambda model: in_fabric(DDP(torch.compile(model))),
-    "compiled, PEFT": lambda model: torch.compile(with_lora(model)),
+    "compiled, PEFT": lambda model: torch.compile(in_peft(model)),
     "unknown": wrapper("Unknown", "module"),
     "unknown, DDP": lambda model: wrapper("Unknown", "module")(DDP(model)),
     "Accelerate": lambda model: Accelerator(cpu=True).prepare(model),

@@ -288,3 +288,24 @@ def test_heads_of_several_layers(tmp_path, family):
     convert(tmp_path / "peft", tmp_path / "back")
     opened = load_adapter(open_base(base, CLASSIFIER), tmp_path / "back")
     torch.testing.assert_close(logits(opened), logits(model), rtol=0, atol=1e-6)
+
+
+def test_converted_shira_is_never_read_wrongly(bases, tmp_path):
+    """transformers leaves out the indices of SHiRA. With a mask of type "random", PEFT would draw others."""
+    model = ours(bases["llama"], tmp_path / "ours", "llama")
+    facts = convert(tmp_path / "ours", tmp_path / "shira", to="shira")
+    torch.testing.assert_close(logits(opened_by_peft(bases["llama"], tmp_path / "shira", "llama")), logits(model))
+    plain = open_base(bases["llama"], CAUSAL)
+    plain.load_adapter(str(tmp_path / "shira"))
+    with pytest.raises(KeyError):
+        logits(plain)
+    assert any("PeftModel.from_pretrained" in note for note in facts["notes"])
+    assert "PeftModel.from_pretrained" in (tmp_path / "shira" / "README.md").read_text()
+
+
+def test_converted_supertuning_is_read_right_by_transformers(bases, tmp_path):
+    model = ours(bases["llama"], tmp_path / "ours", "llama")
+    convert(tmp_path / "ours", tmp_path / "supertuning", to="supertuning")
+    plain = open_base(bases["llama"], CAUSAL)
+    plain.load_adapter(str(tmp_path / "supertuning"))
+    torch.testing.assert_close(logits(plain.eval()), logits(model), rtol=0, atol=1e-6)
