@@ -117,7 +117,7 @@ def _train(
     tokenizer, prepared, model, new_tokens = build(recipe, arguments)
     sparsify(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer))
     sparsity = model.sparsity
-    sparsity.base_model, sparsity.revision = recipe.model.name, recipe.model.revision
+    sparsity.base_model, sparsity.revision = recipe.model.source, recipe.model.revision
     sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, new_tokens
     trainer = SparseTrainer(
         model,
