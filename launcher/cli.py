@@ -10,11 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from launcher import report
+from launcher.answering_options import add_chat, add_generate
 from launcher.jobs.sbatch_options import split_words
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError, did_you_mean
 
 _JSON = "print one JSON value on stdout, and nothing else"
+_ADAPTER = "the adapter's directory or hub id"
+_IN = "the directory or hub id of an adapter or of a fine-tuned model"
 _NEW_DIRECTORY = "the directory to write; must be empty or not exist"
 
 
@@ -23,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
         # After the parsing: a wrong argument must not wait for these imports.
-        from launcher import commands
+        from launcher import answering, commands
 
-        status = getattr(commands, arguments.command)(arguments)
+        home = answering if arguments.command in ("chat", "generate") else commands
+        status = getattr(home, arguments.command)(arguments)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -72,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_data,
         _add_check,
         _add_evaluate,
+        add_chat,
+        add_generate,
         _add_merge,
         _add_combine,
         _add_convert,
@@ -192,7 +198,8 @@ def _add_evaluate(commands) -> argparse.ArgumentParser:
         epilog="example:\n  sparse-zero evaluate demo.yaml --adapter runs/demo/adapter data.eval_size=500",
     )
     _add_recipe(evaluate)
-    evaluate.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's directory")
+    evaluate.add_argument("--adapter", required=True, metavar="DIR", help=_ADAPTER)
+    _add_revision(evaluate)
     return evaluate
 
 
@@ -204,8 +211,9 @@ def _add_merge(commands) -> argparse.ArgumentParser:
         "loads without this package.",
         epilog="example:\n  sparse-zero merge runs/demo/adapter merged-model",
     )
-    merge.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
+    merge.add_argument("adapter", metavar="ADAPTER", help=_ADAPTER)
     merge.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
+    _add_revision(merge)
     merge.add_argument("--scale", type=float, default=1.0, help="factor of the adapter's deltas (default: 1)")
     merge.add_argument("--force", action="store_true", help="merge values that are NaN or infinite, too")
     merge.add_argument(
@@ -230,10 +238,11 @@ def _add_convert(commands) -> argparse.ArgumentParser:
         "  sparse-zero convert runs/demo/adapter for-peft --to shira\n"
         "  sparse-zero convert fine-tuned-model adapter --base original-model",
     )
-    convert.add_argument("adapter", metavar="IN", help="the directory of an adapter or of a fine-tuned model")
+    convert.add_argument("adapter", metavar="IN", help=_IN)
     convert.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
     convert.add_argument("--to", choices=["sparse-zero", "sparta", "shira", "supertuning"], default="sparse-zero")
     _add_base(convert)
+    _add_revision(convert)
     convert.add_argument(
         "--max-density",
         type=_share,
@@ -242,6 +251,10 @@ def _add_convert(commands) -> argparse.ArgumentParser:
         help="fail if a larger share of a fine-tuned model's scalars was changed (default: %(default)s)",
     )
     return convert
+
+
+def _add_revision(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", metavar="REV", help="a branch, tag or commit of an adapter on the hub")
 
 
 def _add_base(command: argparse.ArgumentParser) -> None:
@@ -295,8 +308,9 @@ def _add_inspect(commands) -> argparse.ArgumentParser:
         "  sparse-zero inspect runs/demo/adapter --json\n"
         "  sparse-zero inspect fine-tuned-model --base original-model",
     )
-    inspect.add_argument("adapter", metavar="IN", help="the directory of an adapter or of a fine-tuned model")
+    inspect.add_argument("adapter", metavar="IN", help=_IN)
     _add_base(inspect)
+    _add_revision(inspect)
     return inspect
 
 

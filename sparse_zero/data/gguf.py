@@ -130,7 +130,7 @@ def _hash_of(path: str, size: int, modified: int) -> str:
 
 
 def _dequantise(name: str, file: Path, directory: Path) -> None:
-    """Write the model, tokenizer, chat template and generation config of a GGUF file to a directory, all or nothing."""
+    """Write a GGUF file's model, tokenizer, chat template and generation config to a directory, all or nothing."""
     logger.warning("%s is read and dequantised, once; the result is kept in %s", name, directory)
     started, temporary = time.perf_counter(), directory.with_name(f"{directory.name}.tmp")
     with _reading(name), _not_partitioned():

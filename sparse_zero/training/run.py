@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 import rpn
 from rpn.user_noise import NoiseNotFound, load_noise
 from sparse_zero.adapters.files import adapter_bytes
+from sparse_zero.adapters.hub import is_hub_id
 from sparse_zero.adapters.save_and_load import write_merged
 from sparse_zero.checkpoint.directory import checkpoint_path
 from sparse_zero.checkpoint.output_lock import locked
@@ -135,6 +136,8 @@ def _train(
     output = Path(arguments.output_dir)
     results = _results(trainer, metrics)
     sparsity.results = {key: value for key, value in results.items() if not isinstance(value, list)}
+    if is_hub_id(recipe.data.path):
+        sparsity.results["dataset"] = recipe.data.path
     trainer.save_model(str(output / "adapter"))
     if trainer.is_world_process_zero():
         results["adapter_bytes"] = adapter_bytes(output / "adapter")

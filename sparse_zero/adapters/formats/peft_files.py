@@ -16,8 +16,8 @@ from sparse_zero.adapters.formats.architecture import Architecture, architecture
 from sparse_zero.adapters.formats.files import write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.adapters.reading import optional, read_json, read_safetensors
-from sparse_zero.data.models import task_of
 from sparse_zero.data.gguf import model_path
+from sparse_zero.data.models import task_of
 from sparse_zero.errors import UserError
 
 PREFIX = "base_model.model."

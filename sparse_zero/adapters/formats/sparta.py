@@ -22,8 +22,8 @@ from sparse_zero.adapters.formats.files import write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.adapters.reading import class_name_of, optional, read_json, read_pickled, read_safetensors
 from sparse_zero.adapters.schema import checked_settings
-from sparse_zero.data.models import add_tokens, load_tokenizer, task_of
 from sparse_zero.data.gguf import model_path
+from sparse_zero.data.models import add_tokens, load_tokenizer, task_of
 from sparse_zero.errors import UserError
 
 TITLE = "peft-sparta"
