@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from sparse_zero.data.gguf import SUFFIX
 from sparse_zero.data.package import package_path
@@ -27,8 +26,8 @@ def copy_companions(base: str, revision: str | None, out: Path) -> None:
         patterns = [*LICENCES, *PROCESSORS, _CARD]
         try:
             directory = Path(snapshot_download(_repository(base), revision=revision, allow_patterns=patterns))
-        except (OSError, HfHubHTTPError, HFValidationError):
-            return  # the model was in the cache, and the hub cannot be reached
+        except Exception:  # the model was in the cache, and the hub cannot be reached
+            return
     for file in sorted(directory.iterdir()):
         wanted = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in (*LICENCES, *PROCESSORS))
         if wanted and file.is_file() and not (out / file.name).exists():

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from sparse_zero.errors import UserError, first_line
@@ -17,8 +17,6 @@ OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_positi
 
 _DOWNLOADED = (*OWN_FILES, "adapter_*", "sparse_deltas.*", "*_init.*", "config.json", "model*.safetensors*")
 """Those of an adapter of any format, and of a model that was fine-tuned."""
-
-_FAILURES = (OSError, HfHubHTTPError, HFValidationError)
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -49,7 +47,7 @@ def adapter_directory(name: str | Path, revision: str | None = None) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(_DOWNLOADED)))
-    except _FAILURES as error:
+    except Exception as error:  # also those of the HTTP library, which differs with the version
         raise UserError(
             f"{name}: no such adapter directory, and it cannot be downloaded from the hub ({first_line(error)})"
         ) from error
@@ -78,6 +76,6 @@ def push(directory: str | Path, repository: str) -> str:
             delete_patterns=["adapter_positions.safetensors"],
             commit_message="Upload the adapter",
         )
-    except _FAILURES as error:
+    except Exception as error:  # also those of the HTTP library, which differs with the version
         raise UserError(f"push_to_hub: {repository}: cannot be written ({first_line(error)})") from error
     return str(commit.commit_url)

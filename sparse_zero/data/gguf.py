@@ -21,7 +21,6 @@ import torch
 import xxhash
 from filelock import FileLock
 from huggingface_hub import cached_assets_path, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.integrations import deepspeed as deepspeed_integration
 
@@ -100,7 +99,7 @@ def _find(name: str, path: str, revision: str | None) -> Path:
         raise UserError(f"model.name: no such file '{name}'; on the hub, write ORGANISATION/REPOSITORY/FILE.gguf")
     try:
         return Path(hf_hub_download(f"{organisation}/{repository}", file, revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # also those of the HTTP library, which differs with the version
         raise UserError(
             f"model.name: {name} is no file here and cannot be downloaded ({first_line(error)})"
         ) from error

@@ -14,7 +14,6 @@ from typing import Any
 import jinja2
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -92,6 +91,11 @@ class LanguageModel:
         longest = max(map(len, prompts))
         if not all(prompts):
             raise UserError("a prompt has no token")
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(map(max, prompts)) >= rows:
+            raise UserError(
+                f"{self.name}: a prompt has tokens beyond the {rows:,} of the model: it is another tokenizer's"
+            )
         if self.max_tokens is not None:
             if longest >= self.max_tokens:
                 raise UserError(f"a prompt has {longest:,} tokens, but {self.name} takes at most {self.max_tokens:,}")
@@ -159,8 +163,8 @@ def _is_adapter(name: str, revision: str | None) -> bool:
     if is_hub_id(name):
         try:
             hf_hub_download(name, CONFIG_NAME, revision=revision)
-        except (EntryNotFoundError, OSError, HfHubHTTPError):
-            return False  # a model, or what cannot be reached: loading it will say why
+        except Exception:  # a model, or what cannot be reached: loading it will say why
+            return False
         return True
     if os.path.isfile(os.path.join(name, "adapter", CONFIG_NAME)) and not os.path.exists(
         os.path.join(name, CONFIG_NAME)

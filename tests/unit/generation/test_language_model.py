@@ -79,6 +79,8 @@ def test_there_must_be_room_for_an_answer(base):
     assert len(opened.tokenizer(opened.answer([ids], 50)[0]).input_ids) <= 4
     with pytest.raises(UserError, match=r"a prompt has 96 tokens, but .* takes at most 96"):
         opened.answer([[*ids, 5, 6]], 5)
+    with pytest.raises(UserError, match="a prompt has tokens beyond the 2,000 of the model"):
+        opened.answer([[1, 2000]], 5)
     with pytest.raises(UserError, match="a prompt has no token"):
         opened.answer([[]], 5)
 
