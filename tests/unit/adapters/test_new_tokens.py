@@ -14,7 +14,7 @@ from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.save_and_load import write_merged
 from sparse_zero.data.models import add_tokens, load_tokenizer, resize_embeddings
 from sparse_zero.recipe.recipe import Recipe
-from sparse_zero.training.run import _with_tokens
+from sparse_zero.training.run import config_with_tokens
 
 NEW = ["<question>", "<answer>"]
 
@@ -41,7 +41,7 @@ def test_from_a_recipe_to_a_merged_model(base: Path, tmp_path: Path) -> None:
     before = len(tokenizer)
     add_tokens(tokenizer, recipe.model.new_tokens)
     resize_embeddings(model, tokenizer)
-    config = _with_tokens(recipe, tokenizer)
+    config = config_with_tokens(recipe.sparse, recipe.model.new_tokens, tokenizer)
     assert config.trainable_token_indices == [7, before, before + 1]
     sparsify(model, config)
     model.sparsity.base_model, model.sparsity.new_tokens = str(base), NEW

@@ -108,6 +108,17 @@ def test_processes_at_once_read_it_once(model, file, tmp_path, cache):
     assert close(AutoModelForCausalLM.from_pretrained(paths.pop()).lm_head.weight, model.lm_head.weight)
 
 
+def test_zero_3_does_not_partition_what_is_kept(model, file, cache):
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    settings = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    path = Path(reading.model_path(str(file)))
+    assert is_deepspeed_zero3_enabled()
+    del settings
+    assert not is_deepspeed_zero3_enabled()
+    assert close(AutoModelForCausalLM.from_pretrained(path).lm_head.weight, model.lm_head.weight)
+
+
 def test_what_a_killed_process_left_is_not_used(model, file, cache):
     path = Path(reading.model_path(str(file)))
     shutil.move(path, path.with_name(path.name + ".tmp"))
