@@ -28,6 +28,7 @@ ORDER = (
         "launcher.accelerator",
         "launcher.answering",
         "launcher.answering_options",
+        "launcher.parser",
         "launcher.supervise",
         "launcher.plan_report",
         "launcher.data_report",
