@@ -11,9 +11,12 @@ import pytest
 import torch
 from gguf_cases import write_gguf
 from huggingface_hub import constants
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sparse_zero.adapters.files import read_config
+from sparse_zero.adapters.formats.convert import convert
+from sparse_zero.adapters.inspection import describe
 from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
 from sparse_zero.data import gguf as reading
 from sparse_zero.data.models import load_config, load_model, load_tokenizer
@@ -145,6 +148,25 @@ def test_an_adapter_names_the_file_and_merges(model, file, tmp_path):
     own = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     load_adapter(own, tmp_path / "adapter")
     assert torch.equal(own.eval()(TOKENS).logits, merged(TOKENS).logits)
+
+
+def test_its_adapters_are_inspected_and_converted(model, file, tmp_path):
+    sparse = sparsify(load_model(str(file), "causal-lm"), SparseConfig(density=0.01))
+    sparse.sparsity.base_model = str(file)
+    with torch.no_grad():
+        for weight in sparse.sparsity.weights.values():
+            weight.delta.normal_()
+    save_adapter(sparse, tmp_path / "adapter")
+    facts = describe(tmp_path / "adapter")
+    assert (facts["base_model"], facts["notes"]) == (str(file), [])
+    convert(tmp_path / "adapter", tmp_path / "shira", "shira")
+    # What other programs open is a directory that transformers loads
+    base = json.loads((tmp_path / "shira" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "shira")
+    assert torch.allclose(opened(TOKENS).logits, sparse.eval()(TOKENS).logits, atol=1e-5)
+    convert(tmp_path / "shira", tmp_path / "back", "sparse-zero", str(file))
+    again = load_adapter(load_model(str(file), "causal-lm"), tmp_path / "back")
+    assert torch.allclose(again.eval()(TOKENS).logits, sparse(TOKENS).logits, atol=1e-5)
 
 
 def test_a_model_that_transformers_opened_names_its_file(model, file, tmp_path):
