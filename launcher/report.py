@@ -63,7 +63,7 @@ def print_beside(columns: Mapping[str, str]) -> None:
     table = Table(header_style="bold", expand=True)
     for title in columns:
         table.add_column(title, ratio=1, overflow="fold")
-    table.add_row(*(Text(printable(text.strip())) for text in columns.values()))
+    table.add_row(*(Text(printable(text.strip()) or "(nothing)") for text in columns.values()))
     Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 

@@ -38,13 +38,26 @@ def test_it_answers_a_question(run):
     assert "Paris" in json.loads(out)["answer"]
 
 
-@pytest.mark.parametrize("recipe", ["smollm2-gsm8k", "smollm2-chat"])
-def test_the_recipes_lower_its_loss_and_its_adapter_names_the_file(run, recipe):
-    small = ["data.train_size=8", "data.eval_size=4", "data.max_length=128", "training.max_steps=4"]
-    words = [f"{recipe}.yaml", *small, "launch.processes_per_node=1", "training.report_to=none"]
+def test_conversations_of_the_recipe_fit_into_its_template(run):
+    _, out = run("data", "smollm2-chat.yaml", "--examples", "1", "--json")
+    train = json.loads(out)["train"]
+    assert (train["given"], train["used"], train["cut"]) == (200, 200, 0)
+    assert "You are a helpful AI assistant named SmolLM" in out
+
+
+def test_a_recipe_lowers_its_loss_and_its_adapter_names_the_file(run):
+    recipe = "smollm2-gsm8k"
+    small = ["data.train_size=6", "data.eval_size=2", "data.max_length=128", "training.max_steps=3"]
+    words = [
+        f"{recipe}.yaml",
+        *small,
+        "launch.processes_per_node=1",
+        "training.report_to=none",
+        "training.warmup_steps=0",
+    ]
     home, _ = run("train", *words)
     results = json.loads((home / "runs" / recipe / "results.json").read_text())
-    assert results["loss"] < results["loss_before"] - 0.05
+    assert results["loss"] < results["loss_before"]
     config = json.loads((home / "runs" / recipe / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == MODEL
     run("merge", f"runs/{recipe}/adapter", f"{recipe}-merged")
