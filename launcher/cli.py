@@ -10,11 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from launcher import report
+from launcher.answering_options import add_chat, add_generate
 from launcher.jobs.sbatch_options import split_words
+from launcher.parser import Parser, Version, share
 from sparse_zero.checkpoint.resume import RESETS, complete_resume_option, split_resets
-from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.errors import UserError
 
 _JSON = "print one JSON value on stdout, and nothing else"
+_ADAPTER = "the adapter's directory or hub id"
+_IN = "the directory or hub id of an adapter or of a fine-tuned model"
 _NEW_DIRECTORY = "the directory to write; must be empty or not exist"
 
 
@@ -23,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
         # After the parsing: a wrong argument must not wait for these imports.
-        from launcher import commands
+        from launcher import answering, commands
 
-        status = getattr(commands, arguments.command)(arguments)
+        home = answering if arguments.command in ("chat", "generate") else commands
+        status = getattr(home, arguments.command)(arguments)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -57,14 +62,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands. A parsed namespace has `command` and `parser`, the subcommand's own parser."""
-    parser = _Parser(
+    parser = Parser(
         prog=report.PROGRAM,
         description="Fine-tune a large model by training a small random subset of its weights, "
         "partitioned over the ranks by DeepSpeed ZeRO.",
         epilog="example:\n  sparse-zero train demo.yaml launch.processes_per_node=2",
     )
-    parser.add_argument("--version", action=_Version)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser.add_argument("--version", action=Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for add in (
         _add_train,
         _add_submit,
@@ -72,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_data,
         _add_check,
         _add_evaluate,
+        add_chat,
+        add_generate,
         _add_merge,
         _add_combine,
         _add_convert,
@@ -199,7 +206,8 @@ def _add_evaluate(commands) -> argparse.ArgumentParser:
         epilog="example:\n  sparse-zero evaluate demo.yaml --adapter runs/demo/adapter data.eval_size=500",
     )
     _add_recipe(evaluate)
-    evaluate.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's directory")
+    evaluate.add_argument("--adapter", required=True, metavar="DIR", help=_ADAPTER)
+    _add_revision(evaluate)
     return evaluate
 
 
@@ -211,8 +219,9 @@ def _add_merge(commands) -> argparse.ArgumentParser:
         "loads without this package.",
         epilog="example:\n  sparse-zero merge runs/demo/adapter merged-model",
     )
-    merge.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
+    merge.add_argument("adapter", metavar="ADAPTER", help=_ADAPTER)
     merge.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
+    _add_revision(merge)
     merge.add_argument("--scale", type=float, default=1.0, help="factor of the adapter's deltas (default: 1)")
     merge.add_argument("--force", action="store_true", help="merge values that are NaN or infinite, too")
     merge.add_argument(
@@ -240,20 +249,25 @@ def _add_convert(commands) -> argparse.ArgumentParser:
         "  sparse-zero convert runs/columns/adapter for-vllm --to lora\n"
         "  sparse-zero convert fine-tuned-model adapter --base original-model",
     )
-    convert.add_argument("adapter", metavar="IN", help="the directory of an adapter or of a fine-tuned model")
+    convert.add_argument("adapter", metavar="IN", help=_IN)
     convert.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
     convert.add_argument(
         "--to", choices=["sparse-zero", "sparta", "shira", "supertuning", "lora"], default="sparse-zero"
     )
     _add_base(convert)
+    _add_revision(convert)
     convert.add_argument(
         "--max-density",
-        type=_share,
+        type=share,
         default=0.5,
         metavar="SHARE",
         help="fail if a larger share of a fine-tuned model's scalars was changed (default: %(default)s)",
     )
     return convert
+
+
+def _add_revision(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", metavar="REV", help="a branch, tag or commit of an adapter on the hub")
 
 
 def _add_base(command: argparse.ArgumentParser) -> None:
@@ -262,15 +276,6 @@ def _add_base(command: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_ID",
         help="the base model, if IN does not name it or it has moved; the original of a fine-tuned model",
     )
-
-
-def _share(word: str) -> float:
-    try:
-        if 0 < float(word) <= 1:
-            return float(word)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"a share must be above 0 and at most 1, not {word!r}")
 
 
 def _add_combine(commands) -> argparse.ArgumentParser:
@@ -307,8 +312,9 @@ def _add_inspect(commands) -> argparse.ArgumentParser:
         "  sparse-zero inspect runs/demo/adapter --json\n"
         "  sparse-zero inspect fine-tuned-model --base original-model",
     )
-    inspect.add_argument("adapter", metavar="IN", help="the directory of an adapter or of a fine-tuned model")
+    inspect.add_argument("adapter", metavar="IN", help=_IN)
     _add_base(inspect)
+    _add_revision(inspect)
     return inspect
 
 
@@ -368,7 +374,7 @@ def _add_recipes(commands) -> argparse.ArgumentParser:
         epilog="examples:\n  sparse-zero recipes\n  sparse-zero recipes copy demo.yaml my-run.yaml",
     )
     recipes.set_defaults(action="list")
-    actions = recipes.add_subparsers(title="subcommand", metavar="copy NAME [TO]", parser_class=_Parser)
+    actions = recipes.add_subparsers(title="subcommand", metavar="copy NAME [TO]", parser_class=Parser)
     copy = actions.add_parser("copy", help="copy a file", description="Copy a shipped file, to change it.")
     copy.set_defaults(action="copy")
     copy.add_argument("name", metavar="NAME", help="a name that `sparse-zero recipes` lists")
@@ -399,31 +405,3 @@ def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> N
         metavar="key=value",
         help="override a key of the recipe, as in training.learning_rate=1e-3; values are YAML",
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse's parser, which keeps line breaks in descriptions and does not accept abbreviated options."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def _check_value(self, action, value):
-        """Names the command that was probably meant, which argparse does from Python 3.14 on."""
-        choices = list(action.choices or ())
-        if isinstance(value, str) and choices and value not in choices:
-            known = f"; known: {', '.join(map(str, choices))}"
-            raise argparse.ArgumentError(action, f"unknown: '{value}'{did_you_mean(value, choices) or known}")
-        super()._check_value(action, value)
-
-
-class _Version(argparse.Action):
-    """Looks up the version only if asked; argparse's own action would delay every command."""
-
-    def __init__(self, option_strings, dest):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        from importlib.metadata import version
-
-        print(f"{report.PROGRAM} {version('sparse-zero')}")
-        parser.exit()

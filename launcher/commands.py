@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import report
+from launcher.accelerator import set_accelerator
 from launcher.ways.command import Command
 from sparse_zero.errors import UserError, refuse_to_overwrite
 
@@ -118,7 +118,7 @@ def init(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out or f"{name}.yaml")
     if out.exists():
         raise UserError(f"{out}: already exists; name another file with --out")
-    _set_accelerator()
+    set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.planning.proposal import propose
 
@@ -141,7 +141,7 @@ def data(arguments: argparse.Namespace) -> int:
     if arguments.examples < 0:
         raise UserError(f"--examples {arguments.examples}: must be at least 0")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    _set_accelerator()
+    set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.data.preview import describe_data
 
@@ -178,7 +178,7 @@ def _check_settings(recipe: "Recipe", as_json: bool, everything: bool) -> None:
 
     Raises UserError: a setting is refused.
     """
-    _set_accelerator()
+    set_accelerator()
     with report.only_json_on_stdout(as_json):
         from sparse_zero.data.files import check_path
         from sparse_zero.training import recipe_check
@@ -202,8 +202,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from sparse_zero.recipe.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    adapter = _adapter_directory(arguments.adapter)
-    _set_accelerator()
+    adapter = _adapter_directory(arguments.adapter, arguments.revision)
+    set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.training.evaluate import evaluate
 
@@ -217,9 +217,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def merge(arguments: argparse.Namespace) -> int:
     """Write base model + adapter as a plain model directory."""
-    adapter = _adapter_directory(arguments.adapter)
+    adapter = _adapter_directory(arguments.adapter, arguments.revision)
     refuse_to_overwrite(Path(arguments.out))
-    _set_accelerator()
+    set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapters.save_and_load import write_merged
 
@@ -240,7 +240,7 @@ def export(arguments: argparse.Namespace) -> int:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint")
     refuse_to_overwrite(Path(arguments.out))
-    _set_accelerator()
+    set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.checkpoint.export import export
 
@@ -254,7 +254,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def convert(arguments: argparse.Namespace) -> int:
     """Write an adapter, or the changes of a fine-tuned model, in another format."""
-    source = _adapter_directory(arguments.adapter)
+    source = _adapter_directory(arguments.adapter, arguments.revision)
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapters.formats.convert import convert
 
@@ -297,7 +297,7 @@ def combine(arguments: argparse.Namespace) -> int:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Describe an adapter."""
-    adapter = _adapter_directory(arguments.adapter)
+    adapter = _adapter_directory(arguments.adapter, arguments.revision)
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.adapters.inspection import describe
 
@@ -333,7 +333,7 @@ def plan(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     memory = None if arguments.gpu_memory is None else gpu_memory_bytes(arguments.gpu_memory)
     bandwidth = None if arguments.bandwidth is None else arguments.bandwidth * 1e9
-    _set_accelerator()
+    set_accelerator()
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.planning.plan import check_ranks, plan
         from sparse_zero.planning.planned_run import describe_run
@@ -347,25 +347,14 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _adapter_directory(name: str) -> Path:
-    """Checks the path before torch is imported."""
+def _adapter_directory(name: str, revision: str | None = None) -> Path:
+    """Checks the path before torch is imported; downloads what is on the hub."""
+    from sparse_zero.adapters.hub import adapter_directory
+
     path = Path(name)
     if (path / "adapter" / "adapter_config.json").is_file() and not (path / "adapter_config.json").exists():
         raise UserError(f"{name}: is the directory of a run; its adapter is {path / 'adapter'}")
-    if not path.is_dir():
-        raise UserError(f"{name}: no such adapter directory")
-    return path
-
-
-def _set_accelerator() -> None:
-    """Prevents DeepSpeed's warning that there is no GPU, and errors of caches below a home that cannot be written."""
-    from sparse_zero.ranks.caches import use_writable_caches
-
-    use_writable_caches()
-    from launcher.ways.devices import count_accelerators
-
-    if count_accelerators() == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return adapter_directory(name, revision)
 
 
 def _loader(task: str | None) -> str:

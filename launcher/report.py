@@ -59,6 +59,26 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     _print(table)
 
 
+def print_beside(columns: Mapping[str, str]) -> None:
+    """Print texts beside each other, each under its title."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(header_style="bold", expand=True)
+    for title in columns:
+        table.add_column(title, ratio=1, overflow="fold")
+    table.add_row(*(Text(printable(text.strip()) or "(nothing)") for text in columns.values()))
+    Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def hide_progress() -> None:
+    """No bars of libraries while a model is loaded."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 MAX_ROWS = 30
 """Longer tables are cut here; --json prints all rows."""
 

@@ -193,7 +193,7 @@ def report_request(
         "port": None if recipe.launch.master_port == "auto" else recipe.launch.master_port,
         "files": [*([str(find_recipe(path))] if path else []), *recipe.files.values()],
         "sources": input_sources.sources_request(
-            model.name, model.tokenizer, data.path, data.data_files, model.revision
+            model.source, model.tokenizer, data.path, data.data_files, model.revision
         ),
         "output": str(training["output_dir"]),
         "marker": str(marker) if marker else None,

@@ -57,8 +57,17 @@ def _inspect(kind: str, name: str, revision: str | None = None, files: Any = Non
         source = {"place": "directory", "path": str(path), "problem": problem, "content": listing_checksum(path)}
         return {**source, "scalars": count_scalars(path)} if kind == "model" else source
     if path.is_file():
-        problem = "it is a file, not a model directory" if kind == "model" else None
+        problem = "it is a file, not a model directory" if kind == "model" and path.suffix != ".gguf" else None
         return {"place": "file", "path": str(path), "problem": problem, "content": checksum(path)}
+    if (
+        kind == "model"
+        and path.suffix == ".gguf"
+        and name.count("/") > 1
+        and not path.is_absolute()
+        and name[0] != "."
+    ):
+        organisation, repository, file = name.split("/", 2)
+        return _hub(kind, f"{organisation}/{repository}", revision, file)
     if path.is_absolute() or name.startswith(("./", "../")) or path.suffix in FILE_SUFFIXES or name.count("/") > 1:
         return {"place": "directory", "path": name, "problem": "no such file or directory"}
     return _hub(kind, name, revision)
@@ -77,8 +86,8 @@ def _matches(pattern: str) -> bool:
     return path.exists() or any(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
 
 
-def _hub(kind: str, name: str, revision: str | None) -> Source:
-    """Whether this host's cache has a model or dataset of the hub."""
+def _hub(kind: str, name: str, revision: str | None, gguf: str | None = None) -> Source:
+    """Whether this host's cache has a model or dataset of the hub. Args: gguf: the model's GGUF file."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     source = {"place": "hub", "path": name, "problem": None, "offline": offline, "cached": False}
     try:
@@ -90,9 +99,9 @@ def _hub(kind: str, name: str, revision: str | None) -> Source:
         prepared = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME, "datasets")))
         places = (prepared / name.replace("/", "___"), Path(constants.HF_HUB_CACHE, folder))
         return {**source, "cached": any(place.is_dir() for place in places)}
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    if not isinstance(found, str):
-        return source
+    found = try_to_load_from_cache(name, gguf or "config.json", revision=revision)
+    if gguf or not isinstance(found, str):
+        return {**source, "cached": isinstance(found, str)}
     snapshot = Path(found).parent
     weights = [file for pattern in ("*.safetensors", "*.bin") for file in snapshot.glob(pattern)]
     return {**source, "cached": any(file.exists() for file in weights), "scalars": count_scalars(snapshot)}

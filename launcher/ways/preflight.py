@@ -13,7 +13,7 @@ def check(recipe: Recipe) -> None:
     """Raises UserError: a package of a `package://` address or a launcher is not installed, a host cannot be reached,
     the port is in use, the output directory is a file, or the DeepSpeed file is not JSON.
     """
-    for address in (recipe.model.name, recipe.model.tokenizer, recipe.data.path):
+    for address in (recipe.model.source, recipe.model.tokenizer, recipe.data.path):
         package_path(address or "")
     launchers.check_programs(recipe.launch)
     if recipe.launch.hostfile:

@@ -11,7 +11,7 @@ import torch
 from sparse_zero.adapters.files import adapter_bytes, check_drawing
 from sparse_zero.adapters.formats import format_module, read
 from sparse_zero.adapters.formats.contents import Contents
-from sparse_zero.data.package import package_path
+from sparse_zero.data.gguf import is_on_this_machine
 from sparse_zero.errors import UserError
 from sparse_zero.model.finite import describe as describe_counts
 
@@ -76,7 +76,7 @@ def _add_shapes(contents: Contents) -> None:
     if contents.total is not None:
         return
     try:
-        if contents.config is None and not (contents.base and Path(package_path(contents.base)).is_dir()):
+        if contents.config is None and not (contents.base and is_on_this_machine(contents.base)):
             return
         architecture = contents.architecture()
     except UserError as error:

@@ -1,10 +1,12 @@
-"""The model card of an adapter: README.md with the metadata that the Hugging Face hub reads."""
+"""The model cards of adapters and merged models: README.md with the metadata that the Hugging Face hub reads."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
+from sparse_zero.adapters.companions import hub_id, licence_of
 from sparse_zero.adapters.schema import AdapterConfig
 
 _METRICS = {
@@ -17,23 +19,62 @@ _METRICS = {
 
 
 def model_card(config: AdapterConfig) -> str:
-    """The text of README.md: what was trained, the results, how to load it, and versions."""
-    base = config.base_model_name_or_path
-    local = base is None or "://" in base or base.startswith(("/", "."))
-    front: dict[str, Any] = {"library_name": "sparse-zero", "tags": ["sparse-zero", "sparta", "adapter"]}
-    if not local:
-        front["base_model"] = base
-    if config.task:
-        front["pipeline_tag"] = "text-classification" if "classification" in config.task else "text-generation"
-    sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# Sparse adapter of {base or 'a custom model'}",
+    """The text of README.md: what was trained, the results, how to load it, and versions. Without local paths."""
+    return _card(
+        _metadata(config, "adapter", "sparse-zero", ["sparse-zero", "sparta", "adapter"]),
+        f"# Sparse adapter of {_shown(config)}",
         _training(config),
         _results(config.results),
         _usage(config),
         "## Versions\n\n" + ", ".join(f"{name} {number}" for name, number in config.library_versions.items()),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    )
+
+
+def merged_card(config: AdapterConfig, scale: float) -> str:
+    """The text of README.md of a base model with an adapter merged into it.
+
+    Args: config: the adapter's; scale: the factor of its deltas.
+    """
+    auto_class, _ = _loader(config)
+    return _card(
+        _metadata(config, "finetune", "transformers", ["sparse-zero", "sparta"]),
+        f"# {_shown(config)}, fine-tuned",
+        f"A sparse adapter was merged into the weights{'' if scale == 1 else f', with its deltas times {scale:g}'}.",
+        _training(config),
+        _results(config.results) if scale == 1 else "",
+        "## Use\n\n```python\n"
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained("path/to/this/directory")\n```',
+    )
+
+
+def _card(metadata: ModelCardData, *sections: str) -> str:
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metadata(config: AdapterConfig, relation: str, library: str, tags: list[str]) -> ModelCardData:
+    """Args: relation: of the model to its base, in the hub's words."""
+    base, dataset = hub_id(config.base_model_name_or_path), config.results.get("dataset")
+    metrics = [name for name in _METRICS if name in config.results and name != "loss"]
+    tag = config.task and ("text-classification" if "classification" in config.task else "text-generation")
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=relation if base else None,
+        library_name=library,
+        pipeline_tag=tag or None,
+        datasets=[dataset] if isinstance(dataset, str) else None,
+        metrics=metrics or None,
+        tags=tags,
+        **licence_of(config.base_model_name_or_path, config.revision),
+    )
+
+
+def _shown(config: AdapterConfig) -> str:
+    """The base model, without the directories of a local one."""
+    base = config.base_model_name_or_path
+    if base is None:
+        return "a custom model"
+    return base if hub_id(base) or "://" in base else base.rstrip("/").rpartition("/")[2]
 
 
 def _training(config: AdapterConfig) -> str:
@@ -50,7 +91,7 @@ def _training(config: AdapterConfig) -> str:
     return "\n".join(lines)
 
 
-def _results(results: dict[str, Any]) -> str:
+def _results(results: Mapping[str, Any]) -> str:
     rows = [
         f"| {shown} | {_number(results.get(f'{name}_before'))} | {_number(results[name])} |"
         for name, shown in _METRICS.items()
@@ -67,20 +108,27 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else ""
 
 
+def _loader(config: AdapterConfig) -> tuple[str, str]:
+    """The auto class of a task, and its further arguments for the base model."""
+    if config.task == "sequence-classification":
+        return "AutoModelForSequenceClassification", f", num_labels={len(config.model_settings.get('id2label', ()))}"
+    return "AutoModelForCausalLM" if config.task == "causal-lm" else "AutoModel", ""
+
+
 def _usage(config: AdapterConfig) -> str:
     if config.task is None:
         return ""
-    auto_class, labels = "AutoModelForCausalLM", ""
-    if config.task == "sequence-classification":
-        auto_class = "AutoModelForSequenceClassification"
-        labels = f", num_labels={len(config.model_settings.get('id2label', ()))}"
+    auto_class, more = _loader(config)
+    name, imports = config.base_model_name_or_path or "", ["from sparse_zero import load_adapter"]
     # A string of Python, whatever the name contains
-    base, names = json.dumps(config.base_model_name_or_path), "load_adapter"
-    if "://" in base:
-        base, names = f"package_path({base})", "load_adapter, package_path"
+    base = json.dumps(name if hub_id(name) or "://" in name else "path/to/the/base/model")
+    if name.endswith(".gguf"):
+        base, imports = f"model_path({base})", [*imports, "from sparse_zero.data.gguf import model_path"]
+    elif "://" in name:
+        base, imports = f"package_path({base})", ["from sparse_zero import load_adapter, package_path"]
+    imports.append(f"from transformers import {auto_class}")
     return (
-        "## Use\n\n```python\n"
-        f"from sparse_zero import {names}\nfrom transformers import {auto_class}\n\n"
-        f"model = {auto_class}.from_pretrained({base}{labels})\n"
+        "## Use\n\n```python\n" + "\n".join(imports) + "\n\n"
+        f"model = {auto_class}.from_pretrained({base}{more})\n"
         'load_adapter(model, "path/to/this/directory")\n```'
     )

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from sparse_zero.adapters.base_and_adapter import load_base
+from sparse_zero.adapters.companions import copy_companions
 from sparse_zero.adapters.files import (
+    CARD_NAME,
     Adapter,
     check_finite,
     checked_position_chunks,
@@ -21,10 +23,10 @@ from sparse_zero.adapters.files import (
     write_adapter,
 )
 from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
-from sparse_zero.adapters.formats.base_model import check_base_model, check_no_adapter
-from sparse_zero.adapters.model_card import model_card
+from sparse_zero.adapters.hub import adapter_directory, push
+from sparse_zero.adapters.model_card import merged_card, model_card
 from sparse_zero.adapters.schema import PEFT_TASKS, AdapterConfig, SelectedTensor, writable
-from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings, task_of
+from sparse_zero.data.models import task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import fingerprint
@@ -47,6 +49,7 @@ def save_adapter(
     is_main_process: bool = True,
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    push_to_hub: str | None = None,
 ) -> None:
     """Write the active adapter of a sparse model to a directory.
 
@@ -63,9 +66,11 @@ def save_adapter(
         is_main_process: whether this rank writes. Under ZeRO stage 3, all ranks must call the function.
         state_dict: the complete state dict of the model, as `accelerator.get_state_dict` returns it. Under ZeRO stage
             3 one rank alone can then write.
+        push_to_hub: a repository of the hub, `user/name`, to upload the directory to; created if necessary.
 
     Raises:
-        UserError: the model is not sparse, the directory cannot be written, or values are missing in the state dict.
+        UserError: the model is not sparse, the directory or the repository cannot be written, or values are missing
+            in the state dict.
     """
     adapter = extract_adapter(model, is_main_process, state_dict)
     if is_main_process:
@@ -73,6 +78,8 @@ def save_adapter(
         if counts := count_not_finite(item for part in parts for item in part.items()):
             logger.warning("%s: saved values that are NaN or infinite: %s", directory, describe(counts))
         write_adapter(adapter, directory, model_card(adapter.config))
+        if push_to_hub is not None:
+            push(directory, push_to_hub)
 
 
 def extract_adapter(
@@ -194,7 +201,12 @@ def base_fingerprint(model: nn.Module, sparsity: Sparsity) -> dict[str, str]:
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, adapter_name: str | None = None, *, force: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    adapter_name: str | None = None,
+    *,
+    force: bool = False,
+    revision: str | None = None,
 ) -> nn.Module:
     """Load an adapter on a model, in place. Under ZeRO stage 3, all ranks must call it.
 
@@ -207,9 +219,10 @@ def load_adapter(
 
     Args:
         model: the base model or a sparse model, which may be wrapped.
-        directory: an adapter directory.
+        directory: an adapter directory, or a hub id.
         adapter_name: the name of the adapter. None for the active adapter of a sparse model, or "default".
         force: load values that are NaN or infinite, too.
+        revision: a branch, tag or commit of the hub's repository.
 
     Returns: the same model.
 
@@ -217,7 +230,7 @@ def load_adapter(
         UserError: the files are damaged, values are NaN or infinite, or the adapter was trained on a different base
             model or has a different selection than the sparse model. The model is then unchanged.
     """
-    inner = unwrap(model)
+    inner, directory = unwrap(model), adapter_directory(directory, revision)
     adapter, sparsity = read_adapter(directory), state_of(inner)
     if not force:
         check_finite(adapter, directory, "; load them as they are with force=True")
@@ -301,15 +314,18 @@ def write_merged(
     scale: float = 1.0,
     force: bool = False,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> dict[str, Any]:
-    """Merge an adapter into its base model and write the result as a Hugging Face model directory.
+    """Merge an adapter into its base model and write the result as a Hugging Face model directory, with tokenizer,
+    chat template, generation config, processor, the base model's licence and a model card.
 
     Args:
-        directory: an adapter directory.
+        directory: an adapter directory, or a hub id.
         out: the directory to write.
         scale: the factor of the deltas; see `set_scale`.
         force: merge values that are NaN or infinite, too.
         trust_remote_code: run Python code that the base model's repository contains, as in from_pretrained.
+        revision: a branch, tag or commit of the adapter's repository on the hub.
 
     Returns: facts for the user.
 
@@ -317,7 +333,7 @@ def write_merged(
         UserError: see `load_adapter`, `load_model` and `merge_and_unload`; also `out` is a file or the base model's
             directory, or the adapter does not name a base model and task.
     """
-    started = time.perf_counter()
+    started, directory = time.perf_counter(), adapter_directory(directory, revision)
     adapter = read_adapter(directory)
     config = adapter.config
     if config.task is None or config.base_model_name_or_path is None:
@@ -331,28 +347,15 @@ def write_merged(
         raise UserError(f"{out}: is the base model, which would be overwritten; choose another directory")
     if not force:
         check_finite(adapter, directory, "; merge them as they are with force=True (sparse-zero merge --force)")
-    check_base_model(adapter, directory, trust_remote_code)
-    check_no_adapter(config.base_model_name_or_path, config.revision, directory)
-    model = load_model(
-        config.base_model_name_or_path,
-        config.task,
-        revision=config.revision,
-        dtype=getattr(torch, config.dtype),
-        settings=config.model_settings,
-        trust_remote_code=trust_remote_code,
-    )
-    tokenizer = _tokenizer_of(config, trust_remote_code)
-    if config.new_tokens:
-        # The base model's own tokenizer may have more tokens than its embedding has rows
-        known = tokenizer.get_vocab()
-        add_tokens(tokenizer, [token for token in config.new_tokens if token not in known])
-        resize_embeddings(model, tokenizer)
+    model, tokenizer = load_base(adapter, directory, trust_remote_code)
     load_adapter(model, directory, force=force)
     set_scale(model, scale)
     merge_and_unload(model, force)
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
+    copy_companions(config.base_model_name_or_path, config.revision, Path(out))
+    (Path(out) / CARD_NAME).write_text(merged_card(config, scale), encoding="utf-8")
     return {
         "out": str(out),
         **({} if tokenizer else {"tokenizer": "none, because the base model has none"}),
@@ -362,15 +365,3 @@ def write_merged(
         "merged_parameters": config.trainable_parameters,
         "seconds": time.perf_counter() - started,
     }
-
-
-def _tokenizer_of(config: AdapterConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the training run, else the base model's; None if the base model has none."""
-    if config.tokenizer:
-        return load_tokenizer(config.tokenizer, None, trust_remote_code)
-    try:
-        return load_tokenizer(config.base_model_name_or_path, config.revision, trust_remote_code)
-    except UserError:
-        if config.new_tokens:
-            raise
-        return None

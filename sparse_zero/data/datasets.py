@@ -168,7 +168,7 @@ def prepare_data(
     max_length = _max_length(data, tokenizer, model_limit)
     splits, dropped = {"training": train, "evaluation": evaluation}, Dropped(is_reported)
     for name, split in splits.items():
-        _check_columns(split, data.columns, name)
+        check_columns(split, data.columns, name)
         splits[name] = dropped.incomplete(split, _required(data.columns), name, _filter)
     tokenizer = _padding_right(tokenizer)
     if task == "sequence-classification":
@@ -203,7 +203,8 @@ def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_lim
     return min(limits, default=None)
 
 
-def _check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
+def check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
+    """Raise UserError if a column is missing or has the wrong type. Args: name: of the split, for errors."""
     named = [
         (role, column)
         for role, given in columns.model_dump(exclude_none=True).items()

@@ -1,4 +1,4 @@
-"""Base models and tokenizers from the hub, a local directory or an installed package."""
+"""Base models and tokenizers from the hub, a local directory, an installed package or a GGUF file."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sparse_zero.data.package import package_path
+from sparse_zero.data.gguf import gguf_config, model_path
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.recipe.recipe import Task
 from sparse_zero.zero.parameters import full_shape
@@ -54,7 +54,7 @@ def load_model(
     a classifier's head.
 
     Args:
-        name: a hub id, a directory, or package://PACKAGE/PATH.
+        name: a hub id, a directory, package://PACKAGE/PATH, or a GGUF file; see `model_path`.
         task: "causal-lm" or "sequence-classification".
         revision: of the hub's repository.
         dtype: "auto" for the dtype of the saved weights.
@@ -81,7 +81,7 @@ def load_model(
             # An added token: `resize_embeddings` makes the row. Without it an embedding refuses its index.
             del settings["pad_token_id"]
         model, report = AUTO_CLASS[task].from_pretrained(
-            _checked_path(name),
+            _checked_path(name, revision),
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
@@ -158,7 +158,7 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            _checked_path(name), revision=revision, trust_remote_code=trust_remote_code, **kwargs
+            _checked_path(name, revision), revision=revision, trust_remote_code=trust_remote_code, **kwargs
         )
     except UserError:
         raise
@@ -214,7 +214,11 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
 
 def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     """Raises UserError if the config names a kernel that is not trusted, and what from_pretrained raises."""
-    config = AutoConfig.from_pretrained(_checked_path(name), revision=revision, trust_remote_code=trust_remote_code)
+    config = gguf_config(name, revision)
+    if config is not None:
+        return config
+    path = _checked_path(name, revision)
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     kernels = [] if trust_remote_code else _kernels(config)
     if kernels:
         raise UserError(
@@ -224,9 +228,9 @@ def _read_config(name: str, revision: str | None, trust_remote_code: bool) -> Pr
     return config
 
 
-def _checked_path(name: str) -> str:
+def _checked_path(name: str, revision: str | None) -> str:
     """The path of a model. Raises UserError if its directory has a pipe or device: transformers would wait for it."""
-    path = package_path(name)
+    path = model_path(name, revision)
     for entry in os.scandir(path) if os.path.isdir(path) else ():
         if entry.is_symlink() and not os.path.exists(entry.path):
             continue

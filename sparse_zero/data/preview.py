@@ -41,10 +41,10 @@ def describe_data(recipe: Recipe, examples: int = 2) -> dict[str, Any]:
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     tokenizer = load_tokenizer(
-        section.tokenizer or section.name, **origin | ({"revision": None} if section.tokenizer else {})
+        section.tokenizer or section.source, **origin | ({"revision": None} if section.tokenizer else {})
     )
     add_tokens(tokenizer, section.new_tokens)
-    config = load_config(section.name, **origin)
+    config = load_config(section.source, **origin)
     raw = load_splits(recipe.data)
     limit, head = max_positions(config), head_labels(config)
     prepared = prepare_data(recipe.data, section.task, tokenizer, *raw, limit, section.problem_type, head)

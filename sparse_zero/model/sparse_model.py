@@ -60,6 +60,7 @@ class SparseModel:
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapter, as `save_adapter` and as PEFT's `save_pretrained`.
@@ -71,19 +72,21 @@ class SparseModel:
             is_main_process: whether this rank writes.
             state_dict: the complete state dict, from which one rank alone can write under ZeRO stage 3. Otherwise
                 all ranks must call it.
-            push_to_hub: not supported.
+            push_to_hub: whether to upload the directory to the hub.
+            repo_id: the repository, `user/name`.
             **kwargs: arguments of PreTrainedModel.save_pretrained that only concern a base model's files; ignored.
 
         Raises:
             UserError: the directory cannot be written, or an argument is not supported.
         """
-        if push_to_hub:
+        if push_to_hub and repo_id is None:
             raise UserError(
-                f"push_to_hub: save the adapter, then upload its directory: hf upload REPO {save_directory}"
+                "push_to_hub: name the repository: save_pretrained(..., push_to_hub=True, repo_id='user/name')"
             )
         # The package that knows the files builds on this one, and is loaded when it is needed
         save_adapter = importlib.import_module("sparse_zero").save_adapter
-        save_adapter(self, save_directory, is_main_process, state_dict=state_dict)
+        repository = repo_id if push_to_hub else None
+        save_adapter(self, save_directory, is_main_process, state_dict=state_dict, push_to_hub=repository)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
         # Without a gradient, reads return the parameters themselves

@@ -144,7 +144,7 @@ def apply_selection(
         fingerprint=fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint,
         dtype=next((parameters[name].parameter.dtype for name in (*weights, *whole)), torch.float32),
         required_grad={name: target.parameter.requires_grad for name, target in parameters.items()},
-        base_model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        base_model=_name_of(model),
     )
     for weight in weights.values():
         layers.attach(weight)
@@ -161,6 +161,14 @@ def apply_selection(
     counter.watch = FirstBackward(tensors | {name: parameters[name].parameter for name in state.whole})
     state.hooks.append(counter.watch)
     return model
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """The name or path that a model was loaded from, None for a model that transformers did not load."""
+    config = getattr(model, "config", None)
+    name, file = getattr(config, "name_or_path", None), getattr(config, "quantization_config", None)
+    file = getattr(file, "gguf_file", None)
+    return f"{name}/{file}" if name and file else name or None
 
 
 def _initialize(

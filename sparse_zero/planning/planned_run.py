@@ -111,7 +111,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     half, dtype = _dtypes(recipe, deepspeed)
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    config = load_config(section.name, **origin)
+    config = load_config(section.source, **origin)
     dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     if section.attn_implementation == "eager":
         config._attn_implementation = "eager"
@@ -126,7 +126,9 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     limit = max_positions(config)
     tokens = recipe.data.max_length or limit
     if tokens is None:
-        raise UserError(f"data.max_length: set it, because the configuration of {section.name} has no maximum length")
+        raise UserError(
+            f"data.max_length: set it, because the configuration of {section.source} has no maximum length"
+        )
     check_max_length(tokens, limit)
     if section.task == "sequence-classification" and getattr(model.config, "pad_token_id", None) is None:
         # The model needs it to find the last token; a run uses the tokenizer's

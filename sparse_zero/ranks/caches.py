@@ -33,6 +33,7 @@ def _defaults(environment: Mapping[str, str]) -> dict[str, Path]:
     caches = Path(environment.get("XDG_CACHE_HOME", home / ".cache"))
     hugging_face = Path(environment.get("HF_HOME", caches / "huggingface"))
     return {
+        "HF_ASSETS_CACHE": hugging_face / "assets",
         "HF_DATASETS_CACHE": hugging_face / "datasets",
         "HF_MODULES_CACHE": hugging_face / "modules",
         "TORCH_EXTENSIONS_DIR": caches / "torch_extensions",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rpn.config import RPNConfig, file_of
 from sparse_zero.errors import UserError, did_you_mean
@@ -31,7 +31,10 @@ class ModelSection(Section):
     """The base model, and the task to train it for."""
 
     name: str
-    """A hub id, a local directory, or package://PACKAGE/PATH, a directory in an installed package."""
+    """A hub id, a local directory, or package://PACKAGE/PATH, a directory in an installed package. It may be a GGUF
+    file: a path, package://PACKAGE/FILE.gguf, or ORGANISATION/REPOSITORY/FILE.gguf on the hub."""
+    gguf_file: str | None = None
+    """A GGUF file in the repository or directory `name`."""
     task: Task = "sequence-classification"
     """The head and the loss of the model."""
     problem_type: ProblemType | None = None
@@ -50,6 +53,18 @@ class ModelSection(Section):
     """Tokens to add to the tokenizer. Their embeddings are trained in full."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the model, as in transformers' from_pretrained."""
+
+    @field_validator("gguf_file")
+    @classmethod
+    def _is_gguf(cls, file: str | None) -> str | None:
+        if file is not None and not file.endswith(".gguf"):
+            raise ValueError("a GGUF file's name ends in .gguf")
+        return file
+
+    @property
+    def source(self) -> str:
+        """`name`, with the GGUF file if it is another key."""
+        return f"{self.name.rstrip('/')}/{self.gguf_file}" if self.gguf_file else self.name
 
 
 class Columns(Section):

@@ -92,10 +92,10 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     # The model's revision does not apply to a tokenizer from another repository
     tokenizer = load_tokenizer(
-        section.tokenizer or section.name, **origin | ({"revision": None} if section.tokenizer else {})
+        section.tokenizer or section.source, **origin | ({"revision": None} if section.tokenizer else {})
     )
     add_tokens(tokenizer, section.new_tokens)
-    config = load_config(section.name, **origin)
+    config = load_config(section.source, **origin)
     with arguments.main_process_first(desc="data"):
         prepared = prepare_data(
             recipe.data,
@@ -115,7 +115,7 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
         settings["problem_type"] = labels.problem_type
         settings["pad_token_id"] = tokenizer.pad_token_id
     model = load_model(
-        section.name,
+        section.source,
         section.task,
         dtype=section.dtype or ("bfloat16" if arguments.bf16 and arguments.deepspeed else "float32"),
         settings=settings,
@@ -128,7 +128,7 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
         logger.warning(
             "the tokenizer has %d tokens, the embedding of %s has %d rows: rows are added for %s and trained in full",
             len(tokenizer),
-            section.name,
+            section.source,
             len(tokenizer) - len(without_rows),
             reprlib.repr(without_rows),
         )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sparse_zero.adapters.files import read_config
+from sparse_zero.adapters.hub import adapter_directory
 from sparse_zero.adapters.save_and_load import load_adapter
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
@@ -15,12 +16,13 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
 
     Args:
         recipe: defines the base model, the data and the batch size.
-        adapter: the adapter's directory.
+        adapter: the adapter's directory, or a hub id.
 
     Returns: the metrics of the recipe's task: loss; accuracy, F1 and Matthews correlation, or perplexity.
 
     Raises UserError: see `build` and `load_adapter`.
     """
+    adapter = adapter_directory(adapter)
     # The settings of the loss only matter in training
     loss = {"chunked_loss": False, "use_liger_kernel": False}
     training = recipe.training | loss | {"deepspeed": None, "report_to": "none"}

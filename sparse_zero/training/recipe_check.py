@@ -77,14 +77,14 @@ def check_settings(recipe: Recipe, arguments: TrainingArguments) -> None:
 def load_model_config(recipe: Recipe) -> PreTrainedConfig:
     """The configuration of a recipe's base model. Raises UserError: see `load_config`."""
     section = recipe.model
-    return load_config(section.name, section.revision, trust_remote_code=section.trust_remote_code)
+    return load_config(section.source, section.revision, trust_remote_code=section.trust_remote_code)
 
 
 def check_model(recipe: Recipe, config: PreTrainedConfig, arguments: TrainingArguments) -> None:
     """Raise UserError if the base model cannot be loaded with these settings, or has no such targets."""
     section = recipe.model
     with _without_partitioning(arguments):
-        _check_quantization(section.name, config)
+        _check_quantization(section.source, config)
         model = meta_model(config, section.task, torch.float32, section.trust_remote_code)
         if section.attn_implementation is not None:
             _check_attention(model, section.attn_implementation)

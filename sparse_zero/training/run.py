@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 import rpn
 from rpn.user_noise import NoiseNotFound, load_noise
 from sparse_zero.adapters.files import adapter_bytes
+from sparse_zero.adapters.hub import is_hub_id
 from sparse_zero.adapters.save_and_load import write_merged
 from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.output_lock import locked
@@ -132,7 +133,7 @@ def _train(
     tokenizer, prepared, model, new_tokens = build(recipe, arguments)
     sparsify(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer))
     sparsity = model.sparsity
-    sparsity.base_model, sparsity.revision = recipe.model.name, recipe.model.revision
+    sparsity.base_model, sparsity.revision = recipe.model.source, recipe.model.revision
     sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, new_tokens
     trainer = SparseTrainer(
         model,
@@ -147,16 +148,16 @@ def _train(
         trainer.add_callback(PackingCheck(trainer))
     # Until the adapter and the results are written. A stop request after the training does not lose them.
     with stop.deferred() if stop else contextlib.nullcontext():
-        return _run(trainer, path, merge, checkpoint, reset, recipe.model.trust_remote_code)
+        return _run(trainer, recipe, path, merge, checkpoint, reset)
 
 
 def _run(
     trainer: SparseTrainer,
+    recipe: Recipe,
     path: str,
     merge: bool,
     checkpoint: Checkpoint | None,
     reset: Collection[str],
-    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Train, evaluate and write the adapter and the results."""
     trainer.train(resume_from_checkpoint=checkpoint.directory if checkpoint else None, reset=reset)
@@ -164,6 +165,8 @@ def _run(
     output, sparsity = Path(trainer.args.output_dir), trainer.model.sparsity
     results = _results(trainer, metrics)
     sparsity.results = {key: value for key, value in results.items() if not isinstance(value, list)}
+    if is_hub_id(recipe.data.path):
+        sparsity.results["dataset"] = recipe.data.path
     with _one_sentence_if_not_written(output):
         trainer.save_model(str(output / "adapter"))
         if trainer.is_world_process_zero():
@@ -173,7 +176,8 @@ def _run(
                 if merge:
                     # At stage 3 from_pretrained would still partition the model, but only this rank loads it
                     unset_hf_deepspeed_config()
-                    write_merged(output / "adapter", output / "merged", trust_remote_code=trust_remote_code)
+                    trusted = recipe.model.trust_remote_code
+                    write_merged(output / "adapter", output / "merged", trust_remote_code=trusted)
                     results["paths"]["merged"] = str(output / "merged")
             finally:
                 # Also if the merge fails: the training is done

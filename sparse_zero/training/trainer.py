@@ -141,3 +141,6 @@ class SparseTrainer(PreemptibleTrainer):
         save_adapter(self.model, output_dir, is_main_process=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the adapter's card, which was written with it. transformers would write another over it."""

@@ -6,7 +6,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from sparse_zero.adapters.files import Adapter
 from sparse_zero.adapters.formats.architecture import Architecture, architecture_for
-from sparse_zero.data.package import package_path
+from sparse_zero.data.gguf import model_path
 from sparse_zero.errors import UserError
 
 SCALARS_PER_BYTE = 8
@@ -31,7 +31,8 @@ def check_base_model(adapter: Adapter, origin: str | Path, trust_remote_code: bo
         architecture = architecture_for(adapter, trust_remote_code)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
-    check_size(Path(package_path(adapter.config.base_model_name_or_path)), architecture)
+    config = adapter.config
+    check_size(Path(model_path(config.base_model_name_or_path, config.revision)), architecture)
     return architecture
 
 
@@ -42,7 +43,7 @@ def check_no_adapter(base: str, revision: str | None, origin: str | Path) -> Non
     Args: base, revision: as of `load_model`; origin: the adapter's directory, for errors.
     """
     try:
-        found = find_adapter_config_file(package_path(base), revision=revision)
+        found = find_adapter_config_file(model_path(base, revision), revision=revision)
     except (OSError, ValueError):
         return
     if found is not None:

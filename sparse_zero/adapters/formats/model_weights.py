@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from sparse_zero.adapters.formats.architecture import Architecture, configuration
 from sparse_zero.adapters.formats.base_model import check_size
 from sparse_zero.adapters.reading import check_regular, optional, read_json
-from sparse_zero.data.package import package_path
+from sparse_zero.data.gguf import model_path
 from sparse_zero.errors import UserError, first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,7 +51,7 @@ class ModelWeights:
         Raises:
             UserError: the model cannot be downloaded, or has no safetensors files.
         """
-        directory = Path(package_path(name))
+        directory = Path(model_path(name, revision))
         if not directory.is_dir():
             try:
                 directory = Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
@@ -74,7 +74,7 @@ class ModelWeights:
         """`open` without a download. None if the weights are not available locally."""
         if name is None:
             return None
-        directory = Path(package_path(name))
+        directory = Path(model_path(name, revision))
         if not directory.is_dir():
             try:
                 found = snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED, local_files_only=True)

@@ -16,8 +16,8 @@ from sparse_zero.adapters.formats.architecture import Architecture, architecture
 from sparse_zero.adapters.formats.files import write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.adapters.reading import optional, read_json, read_safetensors
+from sparse_zero.data.gguf import model_path
 from sparse_zero.data.models import task_of
-from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 PREFIX = "base_model.model."
@@ -143,7 +143,7 @@ def write(adapter: Adapter, directory: Path, tensors: Mapping[str, torch.Tensor]
     kind = type(architecture.model)
     common = {
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        "base_model_name_or_path": package_path(config.base_model_name_or_path),
+        "base_model_name_or_path": model_path(config.base_model_name_or_path, config.revision),
         "inference_mode": True,
         "modules_to_save": modules or None,
         "revision": config.revision,

@@ -22,8 +22,8 @@ from sparse_zero.adapters.formats.files import write_json, write_safetensors
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.adapters.reading import class_name_of, optional, read_json, read_pickled, read_safetensors
 from sparse_zero.adapters.schema import checked_settings
+from sparse_zero.data.gguf import model_path
 from sparse_zero.data.models import add_tokens, load_tokenizer, task_of
-from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 
 TITLE = "peft-sparta"
@@ -191,7 +191,7 @@ def write(adapter: Adapter, directory: Path) -> dict[str, Any]:
     architecture.config.save_pretrained(directory)
     # The loader needs entries that transformers does not save because they have their default values
     settings = read_json(directory / "config.json") | architecture.labels
-    settings |= {BASE_KEY: package_path(base), "architectures": [architecture.class_name]}
+    settings |= {BASE_KEY: model_path(base, config.revision), "architectures": [architecture.class_name]}
     if classifier:
         settings["problem_type"] = SINGLE_LABEL
     write_json(directory / "config.json", settings)

@@ -103,8 +103,8 @@ def test_describe(bases, adapter):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda d: shutil.rmtree(d), "not an adapter directory (it has no adapter_config.json)"),
-        (lambda d: (d / "adapter_config.json").unlink(), "not an adapter directory"),
+        (lambda d: shutil.rmtree(d), "no such adapter directory"),
+        (lambda d: (d / "adapter_config.json").unlink(), "not an adapter directory (it has no adapter_config.json)"),
         (lambda d: (d / "adapter_config.json").write_text('{"adapter_type": '), "adapter_config.json: damaged"),
         (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\x00"), "adapter_config.json: damaged"),
         (lambda d: (d / "adapter_config.json").write_text("[]"), "not a JSON object"),

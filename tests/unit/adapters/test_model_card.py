@@ -18,6 +18,8 @@ def test_the_model_card_tells_the_figures(bases, tmp_path):
         "library_name": "sparse-zero",
         "tags": ["sparse-zero", "sparta", "adapter"],
         "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "metrics": ["accuracy"],
         "pipeline_tag": "text-classification",
     }
     assert f"{model.sparsity.trainable_parameters:,} of {model.sparsity.total_parameters:,} scalars" in card

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sparse_zero import (
     SparseConfig,
+    SparseTrainer,
     UserError,
     disable_adapter,
     load_adapter,
@@ -65,6 +66,17 @@ def test_the_trainer_of_transformers(tmp_path):
     assert not torch.equal(expected, logits(tiny("llama")))
     assert torch.equal(opened(tmp_path / "saved"), expected)
     assert torch.equal(opened(tmp_path / "checkpoint-2"), expected)
+
+
+def test_the_card_of_an_adapter_survives_a_push(tmp_path):
+    """Trainer.push_to_hub saves the adapter, then writes its card, and uploads the directory."""
+    model = sparsify(tiny("llama"), CONFIG)
+    run = SparseTrainer(model, TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
+    run.save_model(_internal_call=True)
+    card = (tmp_path / "README.md").read_text()
+    run.create_model_card(model_name="user/name")
+    assert "# Sparse adapter of" in card
+    assert (tmp_path / "README.md").read_text() == card
 
 
 def test_save_pretrained_in_each_state(tmp_path):

@@ -82,8 +82,8 @@ def test_the_examples_of_the_help_are_of_shipped_recipes():
     commands = next(action for action in parser._actions if action.dest == "command").choices
     helps = "\n".join([parser.format_help(), *(command.format_help() for command in commands.values())])
     words = {word for line in helps.splitlines() if line.startswith("  sparse-zero ") for word in line.split()}
-    recipes = {word for word in words if word.endswith(".yaml")} - {"my-run.yaml"}
-    assert recipes == {"demo.yaml", "causal-lm-chat.yaml"}
+    recipes = {word for word in words if word.endswith(".yaml")} - {"my-run.yaml", "chats.yaml"}
+    assert recipes == {"demo.yaml", "causal-lm-chat.yaml", "smollm2-gsm8k.yaml"}
     assert recipes <= set(shipped.names())
 
 

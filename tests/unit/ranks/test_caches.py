@@ -12,7 +12,7 @@ import pytest
 from sparse_zero.ranks import caches
 from sparse_zero.ranks.compilations import _announced
 
-VARIABLES = ["HF_DATASETS_CACHE", "HF_MODULES_CACHE", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"]
+VARIABLES = ["HF_ASSETS_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"]
 
 
 @pytest.fixture

@@ -32,6 +32,17 @@ def test_sources_of_a_recipe(tmp_path, monkeypatch):
     assert input_sources.inspect_sources(models)["model"]["content"] != before
 
 
+def test_gguf_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    names = ("model.gguf", "./no.gguf", "org/repo/model.gguf")
+    seen = input_sources.inspect_sources({name: {"kind": "model", "name": name} for name in names})
+    assert [source["place"] for source in seen.values()] == ["file", "directory", "hub"]
+    assert [source["problem"] for source in seen.values()] == [None, "no such file or directory", None]
+    assert (seen["org/repo/model.gguf"]["path"], seen["org/repo/model.gguf"]["cached"]) == ("org/repo", False)
+
+
 def test_scalars_are_counted_from_headers(tmp_path):
     import torch
     from safetensors.torch import save_file

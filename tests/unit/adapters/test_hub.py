@@ -1,0 +1,199 @@
+"""Adapters and base models on the hub: a stand-in of its HTTP interface serves them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from adapter_cases import fresh, logits, trained
+from families import tiny
+from hub_server import Hub, hub
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sparse_zero.adapters.files import read_config
+from sparse_zero.adapters.hub import adapter_directory, is_hub_id
+from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.errors import UserError
+from sparse_zero.model.sparsify import sparsify
+from sparse_zero.selection.config import SparseConfig
+
+BASE_CARD = "---\nlicense: other\nlicense_name: strange\nlicense_link: https://example.org/licence\n---\n# Base\n"
+
+
+@pytest.fixture
+def server():
+    with hub() as running:
+        yield running
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Runs Python code, or words of the command line, in a process that takes the stand-in for the hub."""
+
+    def go(*words: str, code: str | None = None, status: int = 0) -> tuple[str, str]:
+        command = ["-c", code, *words] if code else ["-m", "launcher", *words]
+        environment = os.environ | server.environment(tmp_path / "cache")
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300
+        )
+        assert done.returncode == status, done.stderr
+        return done.stdout, done.stderr
+
+    return go
+
+
+@pytest.fixture
+def adapters(server: Hub, tokenizer_dir, tmp_path):
+    """The base model org/base, and two revisions of user/adapter on the stand-in. Returns: the models by revision."""
+    base = tmp_path / "llama-with-licence"
+    shutil.copytree(tokenizer_dir, base)
+    tiny("llama", vocab_size=2000).save_pretrained(base)
+    (base / "LICENSE").write_text("you may")
+    (base / "preprocessor_config.json").write_text("{}")
+    (base / "README.md").write_text(BASE_CARD)
+    server.add("org/base", base)
+    models = {}
+    for revision, seed in (("v1", 3), ("main", 4)):
+        models[revision] = sparsify(fresh(base), SparseConfig(density=0.01))
+        with torch.no_grad():
+            for weight in models[revision].sparsity.weights.values():
+                weight.delta.normal_(0, seed)
+        models[revision].sparsity.base_model = "org/base"
+        save_adapter(models[revision], tmp_path / revision)
+        (tmp_path / revision / "optimizer.bin").write_text("large")
+        server.add("user/adapter", tmp_path / revision, revision)
+    return models
+
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from sparse_zero import load_adapter
+model = AutoModelForCausalLM.from_pretrained("org/base")
+for number, revision in enumerate((None, "v1")):
+    load_adapter(model, "user/adapter", f"adapter-{number}" if number == 0 else None, revision=revision)
+    ids = torch.arange(3, 31).view(4, 7) % 96
+    torch.save(model.eval()(ids).logits.detach(), f"{number}.pt")
+"""
+
+
+def test_adapters_are_loaded_by_their_id_and_revision(run, server, adapters, tmp_path):
+    run(code=LOAD)
+    for number, revision in enumerate(("main", "v1")):
+        assert torch.allclose(torch.load(tmp_path / f"{number}.pt"), logits(adapters[revision]), atol=1e-5)
+    assert not [request for request in server.requests if "optimizer.bin" in request and "resolve" in request]
+
+
+def test_merge_writes_what_belongs_to_the_model(run, adapters, tmp_path):
+    run("merge", "user/adapter", "merged", "--revision", "v1")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(adapters["v1"]), atol=1e-6)
+    assert (tmp_path / "merged" / "LICENSE").read_text() == "you may"
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    assert (tmp_path / "merged" / "generation_config.json").is_file()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]) == {
+        "base_model": "org/base",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "license": "other",
+        "license_link": "https://example.org/licence",
+        "license_name": "strange",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparse-zero", "sparta"],
+    }
+
+
+def test_other_commands_take_an_id(run, adapters, tmp_path):
+    facts = json.loads(run("inspect", "user/adapter", "--revision", "v1", "--json")[0])
+    assert facts["base_model"] == "org/base"
+    out, _ = run("chat", "user/adapter", "--prompt", "a", "--max-new-tokens", "2", "--compare", "--json")
+    assert set(json.loads(out)) == {"model", "prompt", "answer", "base_answer", "seconds"}
+    out, _ = run("chat", "org/base", "--prompt", "a", "--max-new-tokens", "2", "--json")
+    assert json.loads(out)["model"] == "org/base"
+
+
+def test_what_the_hub_does_not_have(run, adapters):
+    for words, expected in (
+        (
+            ["merge", "user/none", "out"],
+            "user/none: no such adapter directory, and it cannot be downloaded from the hub",
+        ),
+        (["inspect", "user/adapter", "--revision", "v9"], "cannot be downloaded from the hub"),
+        (["merge", "org/base", "out"], "not an adapter directory (it has no adapter_config.json)"),
+        (["chat", "user/none", "--prompt", "a"], "user/none cannot be loaded"),
+    ):
+        _, err = run(*words, status=2)
+        assert expected in err
+        assert err.strip().splitlines()[-1].startswith("sparse-zero: error: ")
+
+
+PUSH = """
+import sys
+from transformers import AutoModelForCausalLM
+from sparse_zero import load_adapter, save_adapter
+model = load_adapter(AutoModelForCausalLM.from_pretrained("org/base"), "user/adapter")
+save_adapter(model, "again", push_to_hub="user/pushed")
+model.save_pretrained("again", push_to_hub=True, repo_id="user/other")
+save_adapter(model, "again", push_to_hub="forbidden/pushed")
+"""
+
+
+def test_an_adapter_is_pushed_with_its_card(run, server, adapters, tmp_path):
+    server.add("user/other", {"adapter_positions.safetensors": b"old", "notes.txt": b"mine"})
+    _, err = run(code=PUSH, status=1)
+    assert "sparse_zero.errors.UserError: push_to_hub: forbidden/pushed: cannot be written (" in err
+    for repository, others in (("user/pushed", {}), ("user/other", {"notes.txt": b"mine"})):
+        files = server.commits[server.branches[repository, "main"]]
+        written = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+        assert files == written | others
+    card = yaml.safe_load((tmp_path / "again" / "README.md").read_text().split("---")[1])
+    assert (card["base_model"], card["base_model_relation"]) == ("org/base", "adapter")
+    assert read_config(tmp_path / "again").base_model_name_or_path == "org/base"
+
+
+def test_a_local_directory_wins(server, adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("v1", "user/adapter")
+    assert not is_hub_id("user/adapter")
+    model = load_adapter(fresh(tmp_path / "llama-with-licence"), "user/adapter")
+    assert torch.equal(logits(model), logits(adapters["v1"]))
+    assert not server.requests
+
+
+@pytest.mark.parametrize("name", ["one", "./a/b", "../a", "a/b/c", "/a/b", "a/b c", "~/a", "a/.."])
+def test_names_that_are_no_ids(name):
+    assert not is_hub_id(name)
+    with pytest.raises(UserError, match=r"no such adapter directory$"):
+        adapter_directory(name)
+
+
+def test_a_merged_model_of_a_directory_has_its_licence(bases, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    (base / "LICENSE.txt").write_text("you may")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    model = trained(base)
+    save_adapter(model, tmp_path / "adapter")
+    write_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert (tmp_path / "merged" / "LICENSE.txt").read_text() == "you may"
+    for directory in ("adapter", "merged"):
+        card = (tmp_path / directory / "README.md").read_text()
+        assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+        assert str(tmp_path) not in card
+        assert "base_model" not in card
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_a_card_that_cannot_be_read_says_nothing(bases, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    for content in (b"\xff\xfe", b"---\nlicense: [1\n---\n", b"---\nlicense: {a: b}\n---\n"):
+        (base / "README.md").write_bytes(content)
+        save_adapter(trained(base), tmp_path / "adapter")
+        assert "license" not in yaml.safe_load((tmp_path / "adapter" / "README.md").read_text().split("---")[1])
