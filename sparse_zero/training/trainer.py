@@ -70,13 +70,12 @@ class SparseTrainer(PreemptibleTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        self._progress_shown.count(inputs)
+        self._count(inputs)
         if self.objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
-        normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        scale = 1 if normalised else self.current_gradient_accumulation_steps
+        scale = 1 if self._scales_loss(num_items_in_batch) else self.current_gradient_accumulation_steps
         synchronise = self.accelerator.sync_gradients
 
         def forward() -> torch.Tensor:
@@ -93,6 +92,16 @@ class SparseTrainer(PreemptibleTrainer):
         loss = self.objective(forward, backward, self.state.global_step, self._micro_step)
         self._micro_step = 0 if synchronise else self._micro_step + 1
         return loss.detach()
+
+    def _count(self, inputs: Any) -> None:
+        """Count a batch for the progress."""
+        self._progress_shown.count(inputs)
+
+    def _scales_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether `compute_loss` divides by the accumulated batches, as in Trainer.training_step."""
+        if (scales := getattr(self, "loss_is_scaled_for_ga", None)) is not None:
+            return scales
+        return self.model_accepts_loss_kwargs and num_items_in_batch is not None
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer.get_train_dataloader. Raises UserError if it has no batch, so that no step could be taken."""
