@@ -1,8 +1,11 @@
 """The smallest runs of TRL's four trainers: data, settings and trainers by objective."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import tiny
 import torch
 from datasets import Dataset
@@ -44,14 +47,23 @@ def reward(completions: list[str], wanted: list[str], **_: Any) -> list[float]:
     ]
 
 
+def rollout(prompts: list[str], trainer: Any) -> dict[str, list]:
+    """Completions that depend on the prompt and on the place in its group only, in place of sampled ones."""
+    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    words = [[4 + (sum(prompt) * (1 + n % 2) + step * 11) % 60 for step in range(5)] for n, prompt in enumerate(ids)]
+    return {"prompt_ids": ids, "completion_ids": words, "logprobs": None}
+
+
 def save_base(directory: Path) -> None:
+    """A language model, and in `reward` a model with one label."""
     tiny.save_llama(directory)
+    torch.manual_seed(5)
+    AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1).save_pretrained(directory / "reward")
 
 
 def base_model(base: Path, objective: str) -> PreTrainedModel:
-    torch.manual_seed(5)
     if objective == "reward":
-        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_pretrained(base / "reward", dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
 
@@ -81,13 +93,20 @@ def arguments(objective: str, out: Path, **settings: Any) -> Any:
 
 
 def trainer(
-    objective: str, base: Path, out: Path, model: PreTrainedModel | None = None, options: Any = None, **settings: Any
+    objective: str,
+    base: Path,
+    out: Path,
+    model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
+    options: Any = None,
+    **settings: Any,
 ) -> Any:
     options = dict(options or {})
     if objective == "grpo":
         options.setdefault("reward_funcs", reward)
     given = arguments(objective, out, **settings)  # before the model: under ZeRO stage 3 it is partitioned as it loads
-    model = sparse_model(base, objective) if model is None else model
+    if given.deepspeed:
+        deepspeed.init_distributed(verbose=False)  # on CPU Accelerate starts torch's group only
+    model = sparse_model(base, objective) if model is None else model() if inspect.isfunction(model) else model
     data = {"train_dataset": rows(objective), "processing_class": AutoTokenizer.from_pretrained(base)}
     return TRAINERS[objective][0](model, args=given, **data | options)
 
