@@ -168,7 +168,7 @@ def prepare_data(
     max_length = _max_length(data, tokenizer, model_limit)
     splits, dropped = {"training": train, "evaluation": evaluation}, Dropped(is_reported)
     for name, split in splits.items():
-        _check_columns(split, data.columns, name)
+        check_columns(split, data.columns, name)
         splits[name] = dropped.incomplete(split, _required(data.columns), name, _filter)
     tokenizer = _padding_right(tokenizer)
     if task == "sequence-classification":
@@ -203,7 +203,13 @@ def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_lim
     return min(limits, default=None)
 
 
-def _check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
+def without_incomplete(dataset: Dataset, columns: Columns, name: str) -> Dataset:
+    """Leave out the examples that lack a value. Raises UserError: none is left. Args: name: of the split."""
+    return Dropped().incomplete(dataset, _required(columns), name, _filter)
+
+
+def check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
+    """Raise UserError if a split has no column of this name, or one of another type. Args: name: of the split."""
     named = [
         (role, column)
         for role, given in columns.model_dump(exclude_none=True).items()
@@ -216,6 +222,10 @@ def _check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
         dtype = getattr(feature, "dtype", None)
         if role in ("text", "text_pair", "prompt", "completion") and dtype not in ("string", "large_string"):
             raise UserError(f"{where} has the type {_type_name(feature)} in column '{column}', not text")
+        if role in ("chosen", "rejected") and isinstance(feature, Value) and dtype not in ("string", "large_string"):
+            raise UserError(
+                f"{where} has the type {_type_name(feature)} in column '{column}', neither text nor lists of messages"
+            )
         if role == "messages" and isinstance(feature, Value | ClassLabel):
             raise UserError(f"{where} has the type {_type_name(feature)} in column '{column}', not lists of messages")
 

@@ -344,7 +344,7 @@ class SparseWeight(WeightValues):
         return None if self.is_partitioned or not self._has(self.at_rest) else _version(self.weight)
 
     def set_version_at_rest(self, version: int) -> None:
-        """Give the parameter, which has the values of that version again, the version: what autograd saved is valid."""
+        """Let autograd take what it saved of the parameter at a version, whose values are in it again."""
         torch._C._autograd._unsafe_set_version_counter((self.weight,), (version,))
         self._note_written(self.at_rest)
 

@@ -1,6 +1,6 @@
 """The Trainer for sparse models. It saves adapters, and its objective may make several passes over a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsity import sparsity_of
+from sparse_zero.training.build import evaluation_results
 from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
 from sparse_zero.training.progress import JobProgress
 from sparse_zero.training.tensorboard import ResumableTensorBoardCallback
@@ -122,6 +123,10 @@ class SparseTrainer(PreemptibleTrainer):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def evaluation_results(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What a run's results contain of what `evaluate` returned."""
+        return evaluation_results(metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter. A collective call.

@@ -2,7 +2,7 @@
 
     from sparse_zero.trl import SparseDPOTrainer
 
-Needs the extra `trl`. Nothing else of the package imports TRL. Others import from `trainers`.
+Needs the extra `trl`. It is imported only by who names it. Others import from `build`.
 """
 
 import importlib

@@ -9,6 +9,7 @@ trainer.save_model("runs/dpo/adapter")
 import inspect
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
-from sparse_zero.errors import UserError
+from sparse_zero.errors import UserError, first_line
 from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.training.trainer import SparseTrainer
 from sparse_zero.trl.reference_policy import ReferencePolicy, without_second_base
@@ -47,6 +48,24 @@ class _TRLTrainer(SparseTrainer):
         super().__init__(model, *args, **kwargs)
         self._check_head()
         self.add_callback(TRLState(self))
+
+    def evaluation_results(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The loss, and TRL's metrics: rewards, margins, accuracies, the KL divergence."""
+        figures = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+        return {
+            key: value
+            for key, value in figures.items()
+            if isinstance(value, int | float) and not key.endswith(("runtime", "_per_second", "_time"))
+        }
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's. Raises UserError: TRL does not know a name among its settings, which it notices only here."""
+        try:
+            return super().compute_loss(*args, **kwargs)
+        except ValueError as error:
+            if not str(error).startswith("Unknown"):
+                raise
+            raise UserError(f"training.trl: {first_line(error)}") from error
 
     def _check_head(self) -> None:
         """Raise UserError if TRL's head, which reads the output embedding itself, would not see its deltas."""

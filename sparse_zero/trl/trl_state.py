@@ -22,7 +22,7 @@ class _Saved(BaseModel):
 
 
 class TRLState(TrainerCallback, ExportableState):
-    """Saves and restores the metrics since the last line of the log, and the counts. They are the same on all ranks."""
+    """Saves and restores the metrics since the last line of the log, and the counts. All ranks have the same."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

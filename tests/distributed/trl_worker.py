@@ -1,4 +1,4 @@
-"""One rank of TRL's trainers. Each case is trained, and resumed in its middle; what was seen goes to OUT/rankN.json."""
+"""One rank of TRL's trainers. Each case is trained, and resumed in its middle; OUT/rankN.json gets what was seen."""
 
 import os
 from pathlib import Path

@@ -21,6 +21,7 @@ ORDER = (
     *("sparse_zero.adapters", "sparse_zero.planning"),
     "sparse_zero.checkpoint",
     "sparse_zero.training",
+    "sparse_zero.trl",
     "sparse_zero.train",
     *("launcher.report", "launcher.ways", "launcher.processes", "launcher.jobs", "launcher.doctor"),
     *(

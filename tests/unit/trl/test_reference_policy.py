@@ -24,13 +24,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    trl_cases.save_base(directory)
-    return directory
-
-
 def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """As after a training."""
     generator = torch.Generator().manual_seed(seed)

@@ -24,13 +24,6 @@ ROWS = {"second-epoch": {"grpo": 4}}
 """Few enough that the resumed step is in the second or third epoch."""
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    trl_cases.save_base(directory)
-    return directory
-
-
 def adapter(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
