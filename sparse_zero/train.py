@@ -114,7 +114,7 @@ class Rank:
 
         run.limit_output(is_first_of_host=self._is_first_of_host)
         if options.find_rate:
-            refuse_objective(recipe, "--find-rate")
+            refuse_objective(recipe.training, "--find-rate")
             from sparse_zero.training.rate_search import find_rate
 
             find_rate(recipe, options.recipe)

@@ -1,4 +1,5 @@
 """Base models, tokenizers and data: loading, tokenisation, packing, samplers and metrics.
 
-Others import from `datasets`, `files`, `forms`, `metrics`, `models`, `package`, `packing`, `preview`, `sampling`.
+Others import from `datasets`, `files`, `forms`, `metrics`, `models`, `package`, `packing`, `preview`, `sampling`,
+`trl_columns`.
 """

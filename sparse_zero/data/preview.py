@@ -39,7 +39,7 @@ def describe_data(recipe: Recipe, examples: int = 2) -> dict[str, Any]:
 
     Raises UserError: see `load_splits` and `prepare_data`.
     """
-    refuse_objective(recipe, "data")
+    refuse_objective(recipe.training, "data")
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     tokenizer = load_tokenizer(

@@ -4,13 +4,10 @@ Its keys stand in the `training` section. Imports neither torch nor TRL.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rpn.config import file_of
 from sparse_zero.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from sparse_zero.recipe.recipe import Recipe
 
 TASKS = {"sft": "causal-lm", "dpo": "causal-lm", "reward": "sequence-classification", "grpo": "causal-lm"}
 """The task of the model for each objective."""
@@ -60,8 +57,8 @@ def task_of_objective(recipe: Any) -> str | None:
     return TASKS.get(objective) if isinstance(objective, str) else None
 
 
-def check_objective(recipe: "Recipe") -> None:
-    """Raises ValueError: the recipe's other settings do not fit its objective."""
+def check_objective(recipe: Any) -> None:
+    """Raises ValueError: the other settings of a recipe, a `Recipe`, do not fit its objective."""
     training = recipe.training
     objective, columns = training.get("objective"), recipe.data.columns
     if objective is None:
@@ -102,7 +99,7 @@ def _check_rewards(objective: str, training: Mapping[str, Any]) -> None:
             raise ValueError(f"training.reward_funcs: write MODULE:FUNCTION or FILE.py:FUNCTION, not {name!r}")
 
 
-def refuse_objective(recipe: "Recipe", what: str) -> None:
-    """Raise UserError if the recipe has an objective, for which a command has no use."""
-    if (objective := recipe.training.get("objective")) is not None:
+def refuse_objective(training: Mapping[str, Any], what: str) -> None:
+    """Raise UserError if a recipe's `training` section has an objective. Args: what: a command that knows none."""
+    if (objective := training.get("objective")) is not None:
         raise UserError(f"{what}: not for training.objective: {objective}")

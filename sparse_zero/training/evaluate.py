@@ -22,7 +22,7 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
 
     Raises UserError: see `build` and `load_adapter`.
     """
-    refuse_objective(recipe, "evaluate")
+    refuse_objective(recipe.training, "evaluate")
     training = recipe.training | {"deepspeed": None, "report_to": "none"}
     model_section = recipe.model
     if recipe.training.get("deepspeed"):
