@@ -188,6 +188,7 @@ def _check_settings(recipe: "Recipe", as_json: bool, everything: bool) -> None:
         recipe_check.check_settings(recipe, arguments)
         try:
             check_path(recipe.data)
+            recipe_check.load_rewards(recipe)
             config = recipe_check.load_model_config(recipe)
         except UserError as error:
             if everything:

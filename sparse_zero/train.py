@@ -36,6 +36,7 @@ from sparse_zero.ranks.placement import Placement
 from sparse_zero.ranks.rank_log import ignore_lost_console, open_rank_log
 from sparse_zero.ranks.stop_signals import STOPPED, Stopped, StopRequest
 from sparse_zero.ranks.watchdog_client import WatchdogClient, join_launcher_watchdog, print_outcome
+from sparse_zero.recipe.objective import refuse_objective
 from sparse_zero.recipe.recipe import Recipe, load_recipe
 
 
@@ -113,6 +114,7 @@ class Rank:
 
         run.limit_output(is_first_of_host=self._is_first_of_host)
         if options.find_rate:
+            refuse_objective(recipe.training, "--find-rate")
             from sparse_zero.training.rate_search import find_rate
 
             find_rate(recipe, options.recipe)
@@ -124,6 +126,7 @@ class Rank:
                 resume=options.resume,
                 stop=self._stop,
                 reset=options.reset,
+                make=_trainer_of(recipe),
             )
         self._leave(0)
         return 0
@@ -225,6 +228,18 @@ class Rank:
         if self._client is not None:
             self._client.leave(status)
         run.destroy_process_group()
+
+
+def _trainer_of(recipe: Recipe) -> Any:
+    """What makes the trainer of a recipe with an objective; None if it has none."""
+    if recipe.training.get("objective") is None:
+        return None
+    from sparse_zero.training.trl_arguments import config_class
+
+    config_class(recipe.training["objective"])  # says if TRL is not installed
+    from sparse_zero.trl.build import build_trl_trainer
+
+    return build_trl_trainer
 
 
 def facts_that_must_match(recipe: Recipe) -> dict[str, str]:

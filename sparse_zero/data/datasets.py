@@ -203,8 +203,13 @@ def _max_length(data: DataSection, tokenizer: PreTrainedTokenizerBase, model_lim
     return min(limits, default=None)
 
 
+def without_incomplete(dataset: Dataset, columns: Columns, name: str) -> Dataset:
+    """Leave out the examples that lack a value. Raises UserError: none is left. Args: name: of the split."""
+    return Dropped().incomplete(dataset, _required(columns), name, _filter)
+
+
 def check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
-    """Raise UserError if a column is missing or has the wrong type. Args: name: of the split, for errors."""
+    """Raise UserError if a split has no column of this name, or one of another type. Args: name: of the split."""
     named = [
         (role, column)
         for role, given in columns.model_dump(exclude_none=True).items()
@@ -217,6 +222,10 @@ def check_columns(dataset: Dataset, columns: Columns, name: str) -> None:
         dtype = getattr(feature, "dtype", None)
         if role in ("text", "text_pair", "prompt", "completion") and dtype not in ("string", "large_string"):
             raise UserError(f"{where} has the type {_type_name(feature)} in column '{column}', not text")
+        if role in ("chosen", "rejected") and isinstance(feature, Value) and dtype not in ("string", "large_string"):
+            raise UserError(
+                f"{where} has the type {_type_name(feature)} in column '{column}', neither text nor lists of messages"
+            )
         if role == "messages" and isinstance(feature, Value | ClassLabel):
             raise UserError(f"{where} has the type {_type_name(feature)} in column '{column}', not lists of messages")
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from sparse_zero.data.datasets import PreparedData, load_splits, prepare_data
 from sparse_zero.data.models import add_tokens, head_labels, load_config, load_tokenizer, max_positions
 from sparse_zero.data.tokenization import IGNORED
+from sparse_zero.recipe.objective import refuse_objective
 from sparse_zero.recipe.recipe import Recipe
 
 BINS = 12
@@ -38,6 +39,7 @@ def describe_data(recipe: Recipe, examples: int = 2) -> dict[str, Any]:
 
     Raises UserError: see `load_splits` and `prepare_data`.
     """
+    refuse_objective(recipe.training, "data")
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     tokenizer = load_tokenizer(

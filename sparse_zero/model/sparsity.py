@@ -72,6 +72,9 @@ class Sparsity:
     """Autograd's version counters of these tensors when they had the trained values."""
     frozen: list[str] = field(default_factory=list, repr=False)
     """The fully trained parameters that are frozen while their trained values are not in the model."""
+    reference: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+    """The values of the fully trained parameters and their buffers in the reference, on the CPU; None if the reference
+    is the base model. See `model.reference`."""
 
     @property
     def trainable_parameters(self) -> int:

@@ -56,6 +56,8 @@ class SparseWeight(WeightValues):
         super().__init__(target, selection, config)
         self.counter, self.contents = counter, contents
         self.enabled, self.scale = True, 1.0
+        self.shows_reference = False
+        """Whether the weight has the values of its reference while it is disabled."""
         self.number = number_of(self)
         self.base_has_changed = False
         """Whether other original values were loaded, so that the fingerprint of the base model is no longer right."""
@@ -206,12 +208,12 @@ class SparseWeight(WeightValues):
     @property
     def at_rest(self) -> Setting:
         """The setting outside of forwards."""
-        return Setting(self.enabled, self.scale, None)
+        return Setting(self.enabled, self.scale, None, self.shows_reference and not self.enabled)
 
     @property
     def setting(self) -> Setting:
         """The setting of a forward."""
-        return Setting(self.enabled, self.scale, self.dropout_step)
+        return Setting(self.enabled, self.scale, self.dropout_step, self.shows_reference and not self.enabled)
 
     @property
     def seen(self) -> Seen:
@@ -347,6 +349,15 @@ class SparseWeight(WeightValues):
         self.contents[self.selection.name] = self
         self._written = setting, self._state()
         self._delta_hash = _hash(self.delta) if self.delta.device.type == "cpu" else None
+
+    def version_at_rest(self) -> int | None:
+        """Autograd's version of the parameter if it has the values at rest; None under ZeRO stage 3."""
+        return None if self.is_partitioned or not self._has(self.at_rest) else _version(self.weight)
+
+    def set_version_at_rest(self, version: int) -> None:
+        """Let autograd take what it saved of the parameter at a version, whose values are in it again."""
+        torch._C._autograd._unsafe_set_version_counter((self.weight,), (version,))
+        self._note_written(self.at_rest)
 
     def _state(self) -> tuple:
         """A value that changes when w0 + delta may no longer be in the weight: after a step, a load, an assignment."""

@@ -26,6 +26,8 @@ class Setting(NamedTuple):
     scale: float
     dropout_step: int | None
     """The number of the training forward whose dropout mask applies; None for no dropout."""
+    is_reference: bool = False
+    """Whether the values are those of the reference in place of the original ones; see `model.reference`."""
 
 
 class Operands(NamedTuple):
@@ -56,6 +58,8 @@ class WeightValues(SelectedScalars):
     def __init__(self, target: Target, selection: Selection, config: SparseConfig) -> None:
         super().__init__(target, selection, config)
         self.dropout = config.dropout
+        self.reference: torch.Tensor | None = None
+        """The values at the positions in the reference, in the weight's dtype (n,); see `model.reference`."""
         weight = self.weight
         # Under ZeRO stage 3 the delta has the weight's dtype; the optimizer's partition has its float32 values
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
@@ -107,10 +111,14 @@ class WeightValues(SelectedScalars):
         whole = FlatView(values)
         write_strips = self._strip_writer(whole.flat) if self._kernels_support(factor) else None
         scalars_per_index = self.selection.granularity if write_strips else 1
+        base_values = self.base
+        if setting.is_reference:
+            # A plain tensor: it does not move with the model
+            base_values = self.reference = self.reference.to(self.base.device)
         start = 0
         for indices in self._weight_strip_chunks() if write_strips else self._flat_chunks():
             chunk = slice(start, start + indices.numel() * scalars_per_index)
-            base, delta = self.base[chunk], None
+            base, delta = base_values[chunk], None
             if setting.enabled:
                 delta = self.delta.detach()[chunk]
                 if factor is not None:

@@ -16,6 +16,7 @@ from rpn.config import RPNConfig, file_of
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.recipe.launch import LaunchSection
 from sparse_zero.recipe.lookup import find_named_file, find_recipe
+from sparse_zero.recipe.objective import check_objective, reward_files, task_of_objective, with_reward_files
 from sparse_zero.selection.config import SparseConfig
 
 Task = Literal["sequence-classification", "causal-lm"]
@@ -83,6 +84,10 @@ class Columns(Section):
     """What the model is to write after the prompt."""
     messages: str | None = None
     """A conversation: a list of {role, content} or {from, value}. The loss is on the assistant's turns."""
+    chosen: str | None = None
+    """The better of two answers, for `training.objective: dpo` and `reward`: a text or a conversation."""
+    rejected: str | None = None
+    """The worse answer."""
     tools: str | None = None
     """The tools of a conversation for the chat template: a list of JSON schemas, or a JSON string of it."""
 
@@ -134,19 +139,21 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     """The arguments of transformers.TrainingArguments, under the same names, `async_save`: whether to write
     checkpoints in the background, and `chunked_loss`: whether to compute the loss of a causal language model without
-    its logits."""
+    its logits. `objective`: sft, dpo, reward or grpo trains with TRL; `trl` has the settings of TRL's configuration,
+    and `reward_funcs` the reward functions of grpo."""
     launch: LaunchSection = LaunchSection()
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that the recipe names, by key: a DeepSpeed configuration, and the noise function's file."""
+        """The files that the recipe names, by key: a DeepSpeed configuration, and those of functions."""
         deepspeed, noise = self.training.get("deepspeed"), file_of(self.rpn.noise) if self.rpn else None
         named = {"training.deepspeed": deepspeed, "rpn.noise": noise}
-        return {key: name for key, name in named.items() if isinstance(name, str)}
+        named = {key: name for key, name in named.items() if isinstance(name, str)}
+        return named | reward_files(self.training)
 
     def with_files(self, paths: Mapping[str, str]) -> "Recipe":
         """A copy that names other files. Args: paths: by the keys of `files`."""
-        training, rpn = self.training, self.rpn
+        training, rpn = with_reward_files(self.training, paths), self.rpn
         if "training.deepspeed" in paths:
             training = training | {"deepspeed": paths["training.deepspeed"]}
         if rpn is not None and "rpn.noise" in paths:
@@ -154,10 +161,21 @@ class Recipe(Section):
             rpn = rpn.model_copy(update={"noise": f"{paths['rpn.noise']}:{function}"})
         return self.model_copy(update={"training": training, "rpn": rpn})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_sets_the_task(cls, recipe: Any) -> Any:
+        task, model = task_of_objective(recipe), recipe.get("model") if isinstance(recipe, dict) else None
+        if task is not None and isinstance(model, dict) and "task" not in model:
+            return recipe | {"model": model | {"task": task}}
+        return recipe
+
     @model_validator(mode="after")
     def _columns_fit_the_task(self) -> "Recipe":
         columns = self.data.columns
-        if self.model.task == "sequence-classification":
+        check_objective(self)
+        if self.training.get("objective") is not None:
+            pass
+        elif self.model.task == "sequence-classification":
             if not (columns.text and columns.label):
                 raise ValueError("data.columns: sequence classification needs the columns `text` and `label`")
         elif bool(columns.prompt) != bool(columns.completion):
@@ -175,15 +193,16 @@ class Recipe(Section):
         return self
 
 
-_FILE_SUFFIXES = {"training.deepspeed": ".json", "rpn.noise": ".py"}
-"""The suffixes of the files that a recipe names, by key."""
+def _suffix(key: str) -> str:
+    """The suffix of a file that a recipe names."""
+    return ".json" if key == "training.deepspeed" else ".py"
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply overrides.
 
     `training.output_dir` defaults to runs/NAME, where NAME is the recipe's file name or `training.run_name`. The files
-    of `training.deepspeed` and `rpn.noise` are looked up next to the recipe, then in the working directory, and a
+    that it names are looked up next to the recipe, then in the working directory, and a
     DeepSpeed file then among the shipped ones.
 
     Args:
@@ -208,7 +227,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     training["output_dir"] = os.path.expanduser(str(training.get("output_dir") or Path("runs", str(name))))
     recipe = recipe.model_copy(update={"training": training})
     try:
-        found = {key: str(find_named_file(key, name, file, _FILE_SUFFIXES[key])) for key, name in recipe.files.items()}
+        found = {key: str(find_named_file(key, name, file, _suffix(key))) for key, name in recipe.files.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return recipe.with_files(found)

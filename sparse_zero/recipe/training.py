@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import transformers
 from pydantic import TypeAdapter, ValidationError
 
 from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.recipe.objective import KEYS
 
 
 @dataclass
@@ -65,18 +66,28 @@ def check_training(training: Mapping[str, Any]) -> None:
     known = {each.name for each in fields(TrainingArguments) if each.init}
     kinds = get_type_hints(TrainingArguments)
     for key, value in training.items():
+        if key in KEYS:
+            continue
         if key not in known:
-            meant = f"; did you mean '{OTHER_NAMES[key]}'?" if key in OTHER_NAMES else did_you_mean(key, known)
+            meant = (
+                f"; did you mean '{OTHER_NAMES[key]}'?" if key in OTHER_NAMES else did_you_mean(key, known | {*KEYS})
+            )
             raise UserError(
                 f"unknown key '{key}' in section 'training'{meant} "
                 "(the keys are the fields of transformers.TrainingArguments)"
             )
-        if kinds[key] in (bool, int, float):
-            try:
-                TypeAdapter(kinds[key]).validate_python(value, strict=True)
-            except ValidationError as error:
-                problem = error.errors()[0]["msg"]
-                raise UserError(f"training.{key}: {problem[0].lower()}{problem[1:]}, not {value!r}") from None
+        check_type(f"training.{key}", kinds[key], value)
+
+
+def check_type(key: str, kind: Any, value: Any) -> None:
+    """Raise UserError if a boolean or number has another type. Args: kind: a type, or a union of such and None."""
+    if not {*(get_args(kind) or [kind])} - {type(None)} <= {bool, int, float}:
+        return
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise UserError(f"{key}: {problem[0].lower()}{problem[1:]}, not {value!r}") from None
 
 
 def default_of(key: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_zero.data.datasets import PreparedData, load_splits, prepare_data
@@ -23,8 +24,10 @@ from sparse_zero.data.models import (
 from sparse_zero.data.packing import check_packing
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.recipe.learning_rate import default_learning_rate
+from sparse_zero.recipe.objective import KEYS
 from sparse_zero.recipe.recipe import ProblemType, Recipe
 from sparse_zero.recipe.training import TrainingArguments, check_training
+from sparse_zero.training.trl_arguments import trl_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         # Every rank draws the same positions, so there is nothing to broadcast
         "ddp_broadcast_buffers": False,
     }
-    settings |= recipe.training
+    settings |= {key: value for key, value in recipe.training.items() if key not in KEYS}
     if "learning_rate" not in settings:
+        if (objective := recipe.training.get("objective")) in ("dpo", "grpo"):
+            raise UserError(f"training.learning_rate is missing: there is no measured default for {objective}; set it")
         settings["learning_rate"] = default_learning_rate(recipe.model.task, recipe.sparse.model_density)
         logger.warning(
             "training.learning_rate is not set: %g, the default for %s and %s (docs/choosing)",
@@ -59,8 +64,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     for key in ("eval_strategy", "logging_strategy", "save_strategy"):
         if settings.get(key) is False:
             settings[key] = "no"  # YAML 1.1 reads no as false
+    kind = TrainingArguments
+    if recipe.training.get("objective") is not None:
+        kind, settings = trl_arguments(recipe, settings)
     try:
-        arguments = TrainingArguments(**settings)
+        arguments = kind(**settings)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"training: {first_line(error)}") from error
     if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
@@ -90,11 +98,7 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
     """
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    # The model's revision does not apply to a tokenizer from another repository
-    tokenizer = load_tokenizer(
-        section.tokenizer or section.source, **origin | ({"revision": None} if section.tokenizer else {})
-    )
-    add_tokens(tokenizer, section.new_tokens)
+    tokenizer = build_tokenizer(recipe)
     config = load_config(section.source, **origin)
     with arguments.main_process_first(desc="data"):
         prepared = prepare_data(
@@ -114,14 +118,52 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
         settings["label2id"] = {label: index for index, label in labels.id2label.items()}
         settings["problem_type"] = labels.problem_type
         settings["pad_token_id"] = tokenizer.pad_token_id
+    model, new_tokens = build_model(recipe, arguments, tokenizer, settings, labels is not None and labels.starts_anew)
+    if recipe.data.packing:
+        rows = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
+        check_packing(model.config._attn_implementation, rows)
+        # With a cache, transformers does not look for packed examples
+        model.config.use_cache = False
+        if arguments.use_cache:
+            raise UserError("training.use_cache: packed examples see each other with a cache; leave it out")
+    return Built(tokenizer, prepared, model, new_tokens)
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load a recipe's tokenizer, with its new tokens."""
+    section = recipe.model
+    # The model's revision does not apply to a tokenizer from another repository
+    origin = {"revision": None if section.tokenizer else section.revision}
+    tokenizer = load_tokenizer(
+        section.tokenizer or section.source, **origin, trust_remote_code=section.trust_remote_code
+    )
+    add_tokens(tokenizer, section.new_tokens)
+    return tokenizer
+
+
+def build_model(
+    recipe: Recipe,
+    arguments: transformers.TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    new_head: bool,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a recipe's base model, with embeddings for all of the tokenizer's tokens.
+
+    Args: settings, new_head: see `load_model`.
+
+    Returns: the model, and the tokens with new rows: those of the recipe, and those that it had no rows for.
+    """
+    section = recipe.model
     model = load_model(
         section.source,
         section.task,
         dtype=section.dtype or ("bfloat16" if arguments.bf16 and arguments.deepspeed else "float32"),
         settings=settings,
-        new_head=labels is not None and labels.starts_anew,
+        new_head=new_head,
         attn_implementation=section.attn_implementation,
-        **origin,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
     )
     without_rows = tokens_without_rows(model, tokenizer)
     if without_rows and without_rows != section.new_tokens:
@@ -133,14 +175,7 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
             reprlib.repr(without_rows),
         )
     resize_embeddings(model, tokenizer)
-    if recipe.data.packing:
-        rows = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
-        check_packing(model.config._attn_implementation, rows)
-        # With a cache, transformers does not look for packed examples
-        model.config.use_cache = False
-        if arguments.use_cache:
-            raise UserError("training.use_cache: packed examples see each other with a cache; leave it out")
-    return Built(tokenizer, prepared, model, list(dict.fromkeys([*without_rows, *section.new_tokens])))
+    return model, list(dict.fromkeys([*without_rows, *section.new_tokens]))
 
 
 def check_classifier_training(problem_type: ProblemType, arguments: TrainingArguments) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.hub import adapter_directory
 from sparse_zero.adapters.save_and_load import load_adapter
+from sparse_zero.recipe.objective import refuse_objective
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.packing_check import check_packed_examples
@@ -22,6 +23,7 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
 
     Raises UserError: see `build` and `load_adapter`.
     """
+    refuse_objective(recipe.training, "evaluate")
     adapter = adapter_directory(adapter)
     # The settings of the loss only matter in training
     loss = {"chunked_loss": False, "use_liger_kernel": False}

@@ -26,7 +26,8 @@ def count_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
     """Count the samples and tokens of one rank's batch from shapes alone, so that no device is synchronised.
 
     Samples are the rows of the batch (with packing, sequences of several examples). Tokens are all positions of
-    `input_ids` or `inputs_embeds`, including padding; 0 if the batch has neither (images, audio).
+    `input_ids` or `inputs_embeds`, or of `prompt_ids` and `completion_ids`, including padding; 0 if the batch has none
+    (images, audio).
 
     Returns: (samples, tokens).
     """
@@ -34,6 +35,8 @@ def count_batch(inputs: Mapping[str, Any]) -> tuple[int, int]:
         return ids.shape[0], ids.numel()
     if torch.is_tensor(embeddings := inputs.get("inputs_embeds")):
         return embeddings.shape[0], embeddings.shape[:-1].numel()
+    if torch.is_tensor(prompts := inputs.get("prompt_ids")):
+        return prompts.shape[0], prompts.numel() + inputs["completion_ids"].numel()
     rows = next((value.shape[0] for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0), 0)
     return rows, 0
 

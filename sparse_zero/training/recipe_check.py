@@ -29,6 +29,7 @@ from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import find_modules_to_save
+from sparse_zero.training.rewards import load_rewards
 
 _SEEDS = range(2**32)
 """The seeds that NumPy takes."""
@@ -61,6 +62,7 @@ def check_recipe(recipe: Recipe, arguments: TrainingArguments) -> None:
     """
     check_settings(recipe, arguments)
     check_path(recipe.data)
+    load_rewards(recipe)
     check_model(recipe, load_model_config(recipe), arguments)
 
 
@@ -69,7 +71,8 @@ def check_settings(recipe: Recipe, arguments: TrainingArguments) -> None:
     _check_numbers(arguments)
     _check_other_settings(arguments)
     _check_trackers(arguments)
-    _check_metric(arguments, recipe.model.task)
+    if recipe.training.get("objective") is None:
+        _check_metric(arguments, recipe.model.task)
     _check_deepspeed(arguments)
     _check_optimizer(arguments)
 

@@ -11,6 +11,9 @@ from rich.table import Table
 
 from sparse_zero.data.metrics import METRICS
 
+PREFERENCES = ("reward", "kl", "margin", "rewards/margins", "rewards/accuracies", "mean_token_accuracy")
+"""Metrics of TRL's trainers."""
+
 
 def print_results(results: dict[str, Any], recipe: str) -> None:
     """Print the results of a run.
@@ -20,7 +23,7 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
         recipe: the path of the recipe, for the suggested next command.
     """
     table = Table(title=None, show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for key in (*METRICS, "loss"):
+    for key in (*METRICS, "loss", *PREFERENCES):
         if key in results:
             before, digits = results.get(f"{key}_before"), 2 if key == "perplexity" else 4
             shown = f"{results[key]:.{digits}f}"

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
+from sparse_zero.training.build import build, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name, peak_memory_bytes
 from sparse_zero.training.packing_check import PackingCheck
 from sparse_zero.training.recipe_check import check_recipe
@@ -40,6 +40,9 @@ from sparse_zero.training.results_table import print_results
 from sparse_zero.training.run_settings import describe_examples, sections_of
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
 from sparse_zero.zero.parameters import optimizer_bytes, zero_stage
+
+MakeTrainer = Callable[[Recipe, TrainingArguments, StopRequest | None], SparseTrainer]
+"""Makes the trainer of a recipe."""
 
 
 def limit_output(is_first_of_host: bool) -> None:
@@ -68,6 +71,7 @@ def train(
     resume: str | None = None,
     stop: StopRequest | None = None,
     reset: Collection[str] = (),
+    make: MakeTrainer | None = None,
 ) -> dict[str, Any]:
     """Run a recipe on this rank. A collective call.
 
@@ -78,6 +82,7 @@ def train(
         resume: see `find_resume_checkpoint`.
         stop: set by signals.
         reset: what a resumed run takes from the recipe, see `checkpoint.resume.RESETS`.
+        make: makes the trainer; None: `build_trainer`, which is for recipes without an objective.
 
     Returns: the content of OUTPUT_DIR/results.json.
 
@@ -94,7 +99,7 @@ def train(
         check_recipe(recipe, arguments)
         _check_noise(recipe.rpn)
         _say_if_noise_changes(recipe.rpn, checkpoint, ranks.world_size)
-        return _train(recipe, path, merge, arguments, checkpoint, stop, reset)
+        return _train(recipe, path, merge, arguments, checkpoint, stop, reset, make or build_trainer)
 
 
 def _check_noise(config: rpn.RPNConfig | None) -> None:
@@ -128,13 +133,27 @@ def _train(
     checkpoint: Checkpoint | None,
     stop: StopRequest | None,
     reset: Collection[str],
+    make: MakeTrainer,
 ) -> dict[str, Any]:
     set_seed(arguments.seed)
+    trainer = make(recipe, arguments, stop)
+    # Until the adapter and the results are written. A stop request after the training does not lose them.
+    with stop.deferred() if stop else contextlib.nullcontext():
+        return _run(trainer, recipe, path, merge, checkpoint, reset)
+
+
+def build_trainer(recipe: Recipe, arguments: TrainingArguments, stop: StopRequest | None) -> SparseTrainer:
+    """The trainer of a recipe without an objective. A collective call.
+
+    Args:
+        recipe: the recipe.
+        arguments: made of its `training` section.
+        stop: set by signals.
+
+    Raises UserError: see `build`.
+    """
     tokenizer, prepared, model, new_tokens = build(recipe, arguments)
-    sparsify(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer))
-    sparsity = model.sparsity
-    sparsity.base_model, sparsity.revision = recipe.model.source, recipe.model.revision
-    sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, new_tokens
+    make_sparse(model, recipe, tokenizer, new_tokens)
     trainer = SparseTrainer(
         model,
         arguments,
@@ -146,9 +165,15 @@ def _train(
     )
     if recipe.data.packing:
         trainer.add_callback(PackingCheck(trainer))
-    # Until the adapter and the results are written. A stop request after the training does not lose them.
-    with stop.deferred() if stop else contextlib.nullcontext():
-        return _run(trainer, recipe, path, merge, checkpoint, reset)
+    return trainer
+
+
+def make_sparse(model: nn.Module, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> None:
+    """Make a recipe's model sparse, in place, and note where it comes from."""
+    sparsify(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer))
+    sparsity = model.sparsity
+    sparsity.base_model, sparsity.revision = recipe.model.source, recipe.model.revision
+    sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, new_tokens
 
 
 def _run(
@@ -255,8 +280,8 @@ def noisy_objective(
 def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
     """The results of the run. A collective call, because the results contain the memory of every rank."""
     history, now = trainer.state.log_history, trainer.state.log_history[trainer.log_entries_before :]
-    before = evaluation_results(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
-    after = evaluation_results(metrics)
+    before = trainer.evaluation_results(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
+    after = trainer.evaluation_results(metrics)
     runtime = next(entry["train_runtime"] for entry in reversed(now) if "train_runtime" in entry)
     # The Trainer's runtime includes evaluations during training, but not the last one, which followed it.
     evaluating = sum(entry["eval_runtime"] for entry in now if "eval_runtime" in entry) - metrics["eval_runtime"]

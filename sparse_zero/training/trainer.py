@@ -1,6 +1,6 @@
 """The Trainer for sparse models. It saves adapters, and its objective may make several passes over a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsity import sparsity_of
+from sparse_zero.training.build import evaluation_results
 from sparse_zero.training.loss_options import chunked_loss
 from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
 from sparse_zero.training.progress import JobProgress
@@ -72,13 +73,12 @@ class SparseTrainer(PreemptibleTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        self._progress_shown.count(inputs)
+        self._count(inputs)
         if self.objective is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
-        normalised = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        scale = 1 if normalised else self.current_gradient_accumulation_steps
+        scale = 1 if self._scales_loss(num_items_in_batch) else self.current_gradient_accumulation_steps
         synchronise = self.accelerator.sync_gradients
 
         def forward() -> torch.Tensor:
@@ -95,6 +95,16 @@ class SparseTrainer(PreemptibleTrainer):
         loss = self.objective(forward, backward, self.state.global_step, self._micro_step)
         self._micro_step = 0 if synchronise else self._micro_step + 1
         return loss.detach()
+
+    def _count(self, inputs: Any) -> None:
+        """Count a batch for the progress."""
+        self._progress_shown.count(inputs)
+
+    def _scales_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether `compute_loss` divides by the accumulated batches, as in Trainer.training_step."""
+        if (scales := getattr(self, "loss_is_scaled_for_ga", None)) is not None:
+            return scales
+        return self.model_accepts_loss_kwargs and num_items_in_batch is not None
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer.get_train_dataloader. Raises UserError if it has no batch, so that no step could be taken."""
@@ -131,6 +141,10 @@ class SparseTrainer(PreemptibleTrainer):
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         with self._chunked_loss.computing(inputs, items):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def evaluation_results(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What a run's results contain of what `evaluate` returned."""
+        return evaluation_results(metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter. A collective call.

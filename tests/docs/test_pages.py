@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import rpn
 from launcher import cli
 from sparse_zero.recipe import shipped
+from sparse_zero.recipe.objective import KEYS
 from sparse_zero.recipe.recipe import Recipe, _Loader
 from sparse_zero.recipe.training import TrainingArguments, check_training
 
@@ -99,7 +100,7 @@ def parsed(words: list[str]) -> argparse.Namespace | None:
 def is_key(dotted: str) -> bool:
     section, _, key = dotted.partition(".")
     if section == "training":
-        return key in TrainingArguments.__dataclass_fields__
+        return key in TrainingArguments.__dataclass_fields__ or key.split(".")[0] in KEYS
     schema = Recipe
     for part in dotted.split("."):
         field = getattr(schema, "model_fields", {}).get(part)
@@ -128,6 +129,8 @@ def test_yaml_blocks_are_recipes_or_sections_of_one(block: Block) -> None:
 def completed(raw: dict) -> dict:
     """With the required sections, of which a page may show a part or nothing, and as `submit` completes it."""
     columns = raw.get("data", {}).get("columns", {})
+    if raw.get("training", {}).get("objective") == "grpo":
+        raw = raw | {"data": {"columns": {"prompt": "prompt"}} | raw.get("data", {})}
     classifies = "label" in columns or (not columns and raw.get("model", {}).get("task") == "sequence-classification")
     model = {"name": "model", "task": "sequence-classification" if classifies else "causal-lm"} | raw.get("model", {})
     data = {"path": "data", "columns": {"text": "text"} | ({"label": "label"} if classifies else {})}

@@ -22,6 +22,7 @@ ORDER = (
     *("sparse_zero.checkpoint", "sparse_zero.peft"),
     "sparse_zero.generation",
     "sparse_zero.training",
+    "sparse_zero.trl",
     "sparse_zero.train",
     *("launcher.report", "launcher.ways", "launcher.processes", "launcher.jobs", "launcher.doctor"),
     *(
