@@ -24,6 +24,7 @@ ADDED = {"train": ("launch.launcher=local", "launch.processes_per_node=1")}
 
 NOT_RUN = {
     "make demo": "trains for two minutes; the test of the wheel runs its recipe on fewer sentences",
+    "make demo-llm": "trains for ten minutes; a test of its model runs its recipe on fewer problems",
     "make test": "runs these tests",
     "pip install --constraint constraints.txt .": "needs a package index; the tests of the wheel install it",
 }
