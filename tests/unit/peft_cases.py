@@ -13,7 +13,7 @@ from sparse_zero.peft import SparseZeroConfig
 
 TOKENS = torch.tensor([[3, 4, 5, 9, 8], [7, 3, 95, 94, 11]])
 CAUSAL = {"density": 0.06, "targets": "all-linear", "seed": 3}
-TASK_OF = {"llama": "causal-lm", "gpt2": "causal-lm", "qwen2": "causal-lm", "bert": "sequence-classification"}
+TASK_OF = dict.fromkeys(["llama", "gpt2", "qwen2", "qwen2_moe"], "causal-lm") | {"bert": "sequence-classification"}
 PEFT_TASK = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
@@ -76,4 +76,4 @@ def assert_differs(model: nn.Module, other: torch.Tensor) -> None:
     assert (logits(model) - other).abs().max() > 1e-3
 
 
-families = pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+families = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe", "bert"])
