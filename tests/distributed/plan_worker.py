@@ -38,7 +38,7 @@ class Watch(TrainerCallback):
 def measure(path: str, out: str) -> None:
     recipe = load_recipe(path)
     arguments = training_arguments(recipe)
-    tokenizer, prepared, model = build(recipe, arguments)
+    tokenizer, prepared, model, _ = build(recipe, arguments)
     sparsify(model, recipe.sparse)
     watch = Watch()
     trainer = SparseTrainer(
@@ -47,7 +47,7 @@ def measure(path: str, out: str) -> None:
         train_dataset=prepared.train,
         objective=noisy_objective(model, recipe.rpn, arguments),
         callbacks=[watch],
-        **evaluation_settings(recipe, prepared, tokenizer),
+        **evaluation_settings(prepared, tokenizer),
     )
     trainer.train()
     seen = {"held": held(model, trainer.optimizer), "sent": watch.last_step}

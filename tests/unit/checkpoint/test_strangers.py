@@ -62,7 +62,7 @@ MANIFESTS = {
     "ranks 3": (put("world_size", 3), "2 shards of 3 ranks"),
     "no shards": (put("shards", []), "0 shards of 2 ranks"),
     "steps 10^18": (put("parameters", 0, "steps", 10**18), "parameters.0.steps: "),
-    "steps after the last": (put("parameters", 0, "steps", 4), "more optimizer steps than the 3 of the run"),
+    "steps after the last": (put("parameters", 0, "steps", 5), "more optimizer steps than the 3 of the run"),
     "step NaN": (put("step", float("nan")), "step: "),
     "dtype": (put("parameters", 0, "dtype", "nn"), "parameters.0.dtype: "),
     "negative shape": (put("parameters", 0, "shape", [-43]), "parameters.0.shape.0: "),
