@@ -357,7 +357,7 @@ class SparseWeight(WeightValues):
     def set_version_at_rest(self, version: int) -> None:
         """Let autograd take what it saved of the parameter at a version, whose values are in it again."""
         torch._C._autograd._unsafe_set_version_counter((self.weight,), (version,))
-        self._note_written(self.at_rest)
+        self.note_written(self.at_rest)
 
     def _state(self) -> tuple:
         """A value that changes when w0 + delta may no longer be in the weight: after a step, a load, an assignment."""
