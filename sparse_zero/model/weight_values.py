@@ -97,7 +97,8 @@ class WeightValues(SelectedScalars):
         if not cpu.loaded_operators(values) and (not has_kernels(values) or values.element_size() > 4):
             return None
         change = self.delta.detach() if setting.enabled else None
-        return Operands(values, self.base, change, self.strips(), self.shape[-1], self.selection.granularity)
+        base = self._originals(setting)
+        return Operands(values, base, change, self.strips(), self.shape[-1], self.selection.granularity)
 
     @torch.no_grad()
     def write_values(self, values: torch.Tensor, setting: Setting) -> None:
@@ -111,11 +112,7 @@ class WeightValues(SelectedScalars):
         whole = FlatView(values)
         write_strips = self._strip_writer(whole.flat) if self._kernels_support(factor) else None
         scalars_per_index = self.selection.granularity if write_strips else 1
-        base_values = self.base
-        if setting.is_reference:
-            # A plain tensor: it does not move with the model
-            base_values = self.reference = self.reference.to(self.base.device)
-        start = 0
+        base_values, start = self._originals(setting), 0
         for indices in self._weight_strip_chunks() if write_strips else self._flat_chunks():
             chunk = slice(start, start + indices.numel() * scalars_per_index)
             base, delta = base_values[chunk], None
@@ -129,9 +126,17 @@ class WeightValues(SelectedScalars):
                 whole.write(indices, base if delta is None else add_delta(base, delta).to(base.dtype))
             start = chunk.stop
 
+    def _originals(self, setting: Setting) -> torch.Tensor:
+        """The values under the deltas, (n,): the original ones, or those of the reference policy."""
+        if setting.is_reference:
+            # A plain tensor: it does not move with the model
+            self.reference = self.reference.to(self.base.device)
+            return self.reference
+        return self.base
+
     def _write_columns(self, values: torch.Tensor, setting: Setting, factor: torch.Tensor | float | None) -> None:
         """`write_values` of columns that are trained whole."""
-        columns, inner = self.selection.columns, self.base
+        columns, inner = self.selection.columns, self._originals(setting)
         if setting.enabled:
             delta = self.delta.detach()
             inner = add_delta(inner, delta if factor is None else delta * factor).to(inner.dtype)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,17 @@ from sparse_zero.model.weight import SparseWeight
 @pytest.fixture
 def writes(monkeypatch) -> list[SparseWeight]:
     """Gets an entry each time that deltas are written into a weight."""
-    calls, write = [], SparseWeight.write
-    monkeypatch.setattr(SparseWeight, "write", lambda weight, *args: (calls.append(weight), write(weight, *args))[1])
+    calls, alone, together = [], SparseWeight.write_values, SparseWeight.operands
+
+    def counted_together(weight: SparseWeight, *args: Any) -> Any:
+        operands = together(weight, *args)
+        calls.extend([weight] if operands is not None else [])
+        return operands
+
+    monkeypatch.setattr(
+        SparseWeight, "write_values", lambda weight, *args: (calls.append(weight), alone(weight, *args))[1]
+    )
+    monkeypatch.setattr(SparseWeight, "operands", counted_together)
     return calls
 
 
