@@ -18,6 +18,8 @@ from sparse_zero.model.reference import keep_reference, reference_values
 KINDS: dict[str, dict[str, Any]] = {
     "single": {},
     "strips": {"granularity": 8},
+    "columns": {"columns": 0.5, "targets": "all-linear"},
+    "whole columns": {"columns": "whole", "targets": "all-linear"},
     "norm in full": {"modules_to_save": ["norm"]},
     "dropout": {"dropout": 0.3},
     "head": {"targets": ["v_proj", "lm_head"], "density": 0.1},
