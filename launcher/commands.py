@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,6 +179,12 @@ def _check_settings(recipe: "Recipe", as_json: bool, everything: bool) -> None:
 
     Raises UserError: a setting is refused.
     """
+    missing = [name for name in ("torch", "transformers", "datasets", "deepspeed") if find_spec(name) is None]
+    if missing:
+        if everything:
+            raise UserError(f"{missing[0]} is not installed, and `sparse-zero check` asks it")
+        print(f"{report.PROGRAM}: not checked on this machine: {missing[0]} is not installed", file=sys.stderr)
+        return
     set_accelerator()
     with report.only_json_on_stdout(as_json):
         from sparse_zero.data.files import check_path
