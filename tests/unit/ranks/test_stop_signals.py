@@ -15,7 +15,8 @@ from sparse_zero.ranks.stop_signals import StopRequest
 stop = StopRequest().install_handlers()
 if sys.argv[1] == "loading":
     print("ready", flush=True)
-    time.sleep(30)
+    for _ in range(3000):  # a signal just before one long sleep would wait for its end
+        time.sleep(0.01)
 with stop.deferred():
     print("ready", flush=True)
     while not stop.is_raised:
