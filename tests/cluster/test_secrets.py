@@ -130,7 +130,7 @@ class Observation:
         self.looks += 1
         secrets = [*SECRETS, *([self.watchdog[2]] if self.watchdog else [])]
         for host, line in command_lines(self.hosts):
-            self.programs.add(Path(line.split()[0]).name)
+            self.programs |= {Path(word).name for word in line.split()[:1]}
             shown = [secret for secret in secrets if secret in line]
             assert not shown, f"{host}: {shown} in {line}"
         for file in files_with_secrets(self.directory, secrets):
