@@ -4,7 +4,6 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import shutil
 
 import pandas as pd
@@ -43,11 +42,11 @@ def test_a_compressed_file_is_read(name, compress, tmp_path):
     assert read(tmp_path / name) == expected()
 
 
-def test_a_zip_and_a_parquet_file_are_read(tmp_path):
+def test_a_zip_and_a_parquet_file_are_read(tmp_path, monkeypatch):
     pd.DataFrame(ROWS).to_parquet(tmp_path / "d.parquet")
     assert read(tmp_path / "d.parquet") == expected()
     (tmp_path / "d.jsonl").write_text(LINES)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     shutil.make_archive("d.jsonl", "zip", tmp_path, "d.jsonl")
     assert read(tmp_path / "d.jsonl.zip") == expected()
 
