@@ -1,5 +1,5 @@
-"""Secrets of a run: no command line on any host and no file that others can read has them. Strangers on the network
-learn nothing and end nothing.
+"""Runs of every launcher, watched: the losses are those of one host. No command line on any host and no file that
+others can read has a secret. Strangers on the network learn nothing and end nothing.
 """
 
 import contextlib
@@ -11,13 +11,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import own_files
 import psutil
 import pytest
 import yaml
 from lab import Hosts, need
 from lab_slurm import Slurm
 from on_host import Command, wait_until
-from workload import Workload, losses
+from workload import RANKS, Workload, losses
 
 pytestmark = pytest.mark.cluster
 
@@ -38,6 +39,8 @@ WAYS = {
     "local": ("hosts", ["launcher=local", "processes_per_node=2"]),
 }
 """By way: the part of the lab that it needs, and keys of `launch`."""
+NO_SPACES = ("deepspeed with pdsh",)
+"""Ways that refuse a working directory with a space in its name."""
 
 STRANGER = """
 import contextlib, json, socket, sys
@@ -146,18 +149,30 @@ def has_saved(run: Command, output: Path) -> bool:
     return any(output.glob("checkpoint-*/manifest.json"))
 
 
+def same_losses(output: Path, one_host: dict[int, float]) -> None:
+    """All steps were made on two ranks, and the first ones have the losses of the run on one host."""
+    found = losses(output)
+    assert max(found) == STEPS
+    assert {step: found[step] for step in one_host} == pytest.approx(one_host, abs=1e-5)
+    assert json.loads((output / "results.json").read_text())["world_size"] == RANKS
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_nobody_sees_a_secret_and_strangers_end_nothing(
     way: str, request: pytest.FixtureRequest, hosts: Hosts, recipe: Path, tmp_path: Path, one_host_losses: dict
 ) -> None:
+    """In a working directory with a space in its name, and with files that are called like modules."""
     part, keys = WAYS[way]
     need(part)
     if part == "slurm":
         request.getfixturevalue("slurm")
-    output = tmp_path / "out"
-    words = [recipe, f"training.output_dir={output}", f"training.max_steps={STEPS}", "training.save_steps=20"]
+    directory = tmp_path / ("no_space" if way in NO_SPACES else "my project; id")
+    directory.mkdir()
+    own_files.write(directory)
+    output = directory / "my out"
+    words = [recipe, "training.output_dir=my out", f"training.max_steps={STEPS}", "training.save_steps=20"]
     words += [f"launch.{key.replace('HOSTFILE', str(tmp_path / 'hosts'))}" for key in keys]
-    run = hosts["n1"].start("sparse-zero", "train", *words, cwd=tmp_path, env={"HF_TOKEN": INHERITED})
+    run = hosts["n1"].start("sparse-zero", "train", *words, cwd=directory, env={"HF_TOKEN": INHERITED})
     seen = Observation(hosts, tmp_path)
 
     def look_until_saved() -> bool:
@@ -182,7 +197,7 @@ def test_nobody_sees_a_secret_and_strangers_end_nothing(
     assert [name.partition(".")[0] for name in seen.files] == (["environment"] if expects_a_file else [])
     assert files_with_secrets(tmp_path, [*SECRETS, secret]) == []
     assert not list((output / "launch").glob("*")), "left of the run"
-    assert max(losses(output)) == STEPS
+    same_losses(output, one_host_losses)
     assert not any(secret in run.output for secret in (*SECRETS, secret))
     assert "\x1b" not in run.output
     if "pdsh" in WAYS[way][0]:
@@ -235,7 +250,7 @@ def test_ranks_that_were_started_by_hand(
     (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
     train = ["-m", "sparse_zero.train", workload.recipe, f"training.output_dir={output}"]
     train += [f"training.max_steps={STEPS}", "training.save_steps=20"]
-    meeting = {"MASTER_ADDR": "n1", "MASTER_PORT": "29611"}
+    meeting, also = {"MASTER_ADDR": "n1", "MASTER_PORT": "29611"}, []
     if way == "srun":
         request.getfixturevalue("slurm")
         run = hosts["n1"].start("srun", "-N2", "--ntasks-per-node=1", "python", *train, cwd=tmp_path, env=meeting)
@@ -251,6 +266,7 @@ def test_ranks_that_were_started_by_hand(
             for rank, name in enumerate(["n1", "n2"])
         ]
         run = agents[0]
+        also = agents[1:]
     reader = hosts["n3"].start("python", "-c", STORE_READER, *meeting.values())
     modes: dict[str, int] = {}
 
@@ -266,8 +282,9 @@ def test_ranks_that_were_started_by_hand(
     host, port, name = stored
     assert re.fullmatch(r"watchdog\.n1\.\d+", name), stored
     assert "said all" in hosts["n3"].run("python", "-c", STRANGER, host, port).output
-    run.wait(SECONDS)
-    assert max(losses(output)) == STEPS
+    for command in (run, *also):
+        command.wait(SECONDS)
+    same_losses(output, one_host_losses)
     assert set(modes.values()) <= {0o600}, modes
     assert not (output / "launch").exists(), "removed when all had joined"
 

@@ -37,6 +37,7 @@ class Workload:
         training: dict[str, Any] = {
             "deepspeed": "zero2.json",
             "max_steps": STEPS,
+            "lr_scheduler_type": "constant",  # a longer run begins with the same losses
             "logging_steps": 1,
             "save_strategy": "steps",
             "save_steps": STEPS,

@@ -17,7 +17,6 @@ from sparse_zero import SparseConfig, UserError, disable_adapter, refresh, set_s
 
 FAMILIES = {
     "llama": {},
-    "qwen3": {},
     "gpt2": {},
     "bert": {},
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
@@ -193,8 +192,7 @@ def test_autocast():
         assert (weight.delta.grad - right).norm() < 0.03 * right.norm(), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("columns", [0.25, "whole"])
+@pytest.mark.parametrize(("family", "columns"), [("llama", "whole"), ("gpt2", 0.25), ("mixtral", 0.25)])
 def test_drawn_columns(family, columns):
     settings = {"columns": columns, "targets": "all-linear", "density": 0.1}
     model, eager = sparse(family, **settings), sparse(family, **settings)
