@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from sparse_zero.gradient.pattern import AllScalars, Pattern
+from sparse_zero.gradient.pattern import AllScalars, InnerScalars, Pattern
 from sparse_zero.selection.checks import checksum
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
@@ -164,6 +164,12 @@ class SelectedScalars:
             return AllScalars(math.prod(self._inner_shape[:-1]), self._inner_shape[-1])
         rows, columns = math.prod(self._inner_shape[:-1]), self._inner_shape[-1]
         return Pattern(self.strips(), rows, columns, self.selection.granularity)
+
+    def inner_scalars(self) -> InnerScalars:
+        """The selected scalars of a weight with drawn columns."""
+        drawn, width = self.selection.columns, self.shape[self.selection.columns.axis]
+        indices = None if self.selection.fills_columns else self.strips()
+        return InnerScalars(indices, self.columns, drawn.count, width, 1 if drawn.axis == -1 else self.shape[-1])
 
     @property
     def _inner_shape(self) -> tuple[int, ...]:
