@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
-from sparse_zero.selection.rules import ACCELERATOR_CHUNK, SHARED_CHUNK
+from sparse_zero.selection.draws import ACCELERATOR_CHUNK, SHARED_CHUNK
 
 BYTES_PER_POSITION = 64
 """Upper limit for the temporary memory of `flat_positions`, plus a few bytes for each block of rows."""

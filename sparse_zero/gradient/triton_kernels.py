@@ -13,7 +13,7 @@ tokens last, which moves 2 N (R + C) elements. Then each position reads contiguo
               column is used for g positions, which makes n N b / g bytes. The tensor cores compute the 2 n N FLOPs.
 
 No kernel reads or writes outside of its tensors, whatever the strip indices are: those outside of the matrix, or not
-sorted, are left out. They are checked before they come here (rules.checked_chunks); a check here would wait for the
+sorted, are left out. They are checked before they come here (checks.checked_chunks); a check here would wait for the
 device.
 
 cost.py chooses between these kernels and the dense product. Chunks are added in order and no addition is atomic: the

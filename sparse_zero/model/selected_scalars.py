@@ -21,7 +21,8 @@ from torch import nn
 from sparse_zero.gradient.pattern import AllScalars, InnerScalars, Pattern
 from sparse_zero.selection.checks import checksum
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, in_chunks
+from sparse_zero.selection.draws import in_chunks
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, is_partitioned
 

@@ -24,7 +24,7 @@ from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write
 from sparse_zero.data.models import load_config, load_model, load_tokenizer
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
-from sparse_zero.selection import checks, rules
+from sparse_zero.selection import checks, draws
 from sparse_zero.selection.config import SparseConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -271,7 +271,7 @@ def test_positions_of_a_huge_weight_take_no_more_time_than_there_are_values(adap
     claim(adapter, shape=HUGE)
     if kind == "stratified":
         count = read_adapter(adapter).config.tensors[NAME].count
-        claim(adapter, positions=checks.checksum(rules.stratified_positions(11, NAME, 10**14, count)))
+        claim(adapter, positions=checks.checksum(draws.stratified_positions(11, NAME, 10**14, count)))
     message = refused_everywhere(adapter, bases["llama"], tmp_path / "out", but=("inspect", "combine"))
     assert "has shape [8, 16] in the model" in message
 
@@ -392,7 +392,7 @@ def test_a_probability_that_draws_another_number_of_positions(adapters, bases, t
     """The checksum is that of what is drawn, as whoever writes the file can compute it."""
     adapter = Path(shutil.copytree(adapters["bernoulli"], tmp_path / "adapter"))
     entry = read_adapter(adapter).config.tensors[NAME]
-    drawn = torch.cat([*rules.bernoulli_chunks(11, NAME, 128, entry.probability)])
+    drawn = torch.cat([*draws.bernoulli_chunks(11, NAME, 128, entry.probability)])
     assert len(drawn) == entry.count
     tensors = load_file(adapter / WEIGHTS)
     tensors[NAME] = torch.ones(entry.count + change["count"])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient import sampled as sampled_gradient
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -48,7 +48,7 @@ def draw(R: int, C: int, density: float) -> torch.Tensor:
 
 def draw_strips(R: int, C: int, granularity: int, count: int) -> tuple[torch.Tensor, Pattern]:
     """Positions of stratified-v1 and their pattern."""
-    flat = rules.stratified_strips(3, "weight", (R, C), count * granularity, granularity)
+    flat = draws.stratified_strips(3, "weight", (R, C), count * granularity, granularity)
     return flat.to(DEVICE), strip_pattern(flat, R, C, granularity)
 
 
@@ -278,7 +278,7 @@ def test_arguments_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("name", BAD_STRIPS)
 def test_no_kernel_leaves_its_tensors(monkeypatch, name, granularity):
-    """Strip indices that do not fit are left out. They are refused before, by rules.checked_chunks."""
+    """Strip indices that do not fit are left out. They are refused before, by checks.checked_chunks."""
     monkeypatch.setattr(cpu, "loaded_operators", lambda tensor: None)
     R, C, g = 64, 20, granularity
     pattern = Pattern(bad_strips(name, R // g * C), R, C, g)

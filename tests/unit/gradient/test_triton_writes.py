@@ -90,7 +90,7 @@ def test_arguments_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("name", BAD_STRIPS)
 def test_no_kernel_leaves_its_tensors(monkeypatch, name, granularity):
-    """Strip indices that do not fit are left out. They are refused before, by rules.checked_chunks."""
+    """Strip indices that do not fit are left out. They are refused before, by checks.checked_chunks."""
     monkeypatch.setattr(cpu, "loaded_operators", lambda tensor: None)
     R, C, g = 64, 20, granularity
     end = R // g * C
