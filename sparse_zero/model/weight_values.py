@@ -79,6 +79,11 @@ class WeightValues(SelectedScalars):
         kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
         return kept * (setting.scale / (1 - self.dropout))
 
+    @torch.no_grad()
+    def values_at_positions(self) -> torch.Tensor:
+        """(n,): what the parameter contains at the positions now."""
+        return FlatView(self.weight.detach()).read(self.flat_positions())
+
     def scaled(self, gradient: torch.Tensor, setting: Setting) -> torch.Tensor:
         """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
         factor = self.factor(setting)
