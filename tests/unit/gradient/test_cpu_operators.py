@@ -195,7 +195,7 @@ def test_scalars_in_drawn_columns_are_written_with_torchs_bits(dtype, index_dtyp
         places = inner[indices[-1].long()]
         bases.append(torch.randn(places.numel()).to(dtype))
         deltas.append(torch.randn(places.numel()))
-        expected.append([weights[-1].flatten() for _ in range(2)])
+        expected.append([weights[-1].flatten().clone() for _ in range(2)])
         expected[-1][0][places] = bases[-1]
         expected[-1][1][places] = (bases[-1].to(wide) + deltas[-1]).to(dtype)
     sizes = [shape[axis] for shape, axis in LAYOUTS], [1 if axis == -1 else shape[-1] for shape, axis in LAYOUTS]

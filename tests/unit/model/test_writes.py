@@ -163,20 +163,19 @@ def test_adapters_in_columns_that_replace_each_other(tmp_path):
     torch.manual_seed(0)
     base, alone = tiny("gpt2"), {}
     for seed, columns in ((1, "whole"), (2, 0.25), (3, 1)):
-        model = sparsify(
-            copy.deepcopy(base), SparseConfig(density=0.1, targets="all-linear", columns=columns, seed=seed)
-        )
+        config = SparseConfig(density=0.1, targets="all-linear", columns=columns, seed=seed)
+        model = sparsify(copy.deepcopy(base), config)
         for weight in model.sparsity.weights.values():
             weight.delta.data.normal_()
+        refresh(model)
         save_adapter(model, tmp_path / str(seed))
         alone[str(seed)] = {name: weight.weight.detach().clone() for name, weight in model.sparsity.weights.items()}
     model = copy.deepcopy(base)
     for name in alone:
         load_adapter(model, tmp_path / name, adapter_name=name)
     for name in ("1", "2", "3", "1", "3", "2"):
-        found = calls(lambda name=name: set_adapter(model, name))
+        set_adapter(model, name)
         assert all(torch.equal(model.get_parameter(n), values) for n, values in alone[name].items()), name
-        assert not any(call == "sparse_zero::write_deltas" for call, _ in found)
 
 
 def test_a_weight_without_values_is_named():
