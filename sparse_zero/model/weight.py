@@ -236,8 +236,8 @@ class SparseWeight(WeightValues):
         if self.is_partitioned:
             return None
         setting = self.setting if in_forward else self.at_rest
-        has, on_cpu = self._has(setting), self.delta.device.type == "cpu"
-        if not has or (checks_data and on_cpu and self._delta_hash != _hash(self.delta)):
+        on_cpu = self.delta.device.type == "cpu"
+        if not (self._has_by_hash(setting) if checks_data and on_cpu else self._has(setting)):
             self._remove_other()
             return writes.Due(self, self.weight.detach(), setting, is_new=True)
         if checks_data and not on_cpu and torch.is_grad_enabled():
@@ -311,6 +311,20 @@ class SparseWeight(WeightValues):
     def _has(self, setting: Setting) -> bool:
         """Whether the parameter contains the current deltas under this setting."""
         return self._written == (setting, self._state()) and self.contents.get(self.selection.name) is self
+
+    def _has_by_hash(self, setting: Setting) -> bool:
+        """`_has` on a CPU, which also finds changes that autograd does not count, and finds none in steps of an
+        optimizer of another model."""
+        if self._written is None:
+            return False
+        written, (_, *before) = self._written
+        count, *now = self._state()
+        if self.contents.get(self.selection.name) is not self or (written, before) != (setting, now):
+            return False
+        if self._delta_hash != _hash(self.delta):
+            return False
+        self._written = setting, (count, *now)
+        return True
 
     def note_written(self, setting: Setting) -> None:
         """Note that the weight contains the current deltas under this setting."""

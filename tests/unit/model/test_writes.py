@@ -83,6 +83,24 @@ def test_a_step_writes_all_weights_of_a_dtype_in_one_call_and_a_forward_none():
     assert calls(lambda: model(batch)) == []
 
 
+def test_the_step_of_another_models_optimizer_writes_nothing_unless_the_deltas_have_changed():
+    """DeepSpeed's optimizers have flat buffers: that one of them has changed the deltas can only be seen in these."""
+    model = sparsify(layers((torch.float32,) * 2), SparseConfig(density=0.2, targets="all-linear"))
+    other = torch.nn.Parameter(torch.ones(3))
+    optimizer, batch = torch.optim.SGD([other], lr=0.1), torch.randn(3, 16)
+    other.sum().backward()
+    model(batch)
+    optimizer.step()
+    assert calls(lambda: model(batch)) == []
+    first, second = model.sparsity.weights.values()
+    optimizer.step()
+    second.delta.data.normal_()
+    assert calls(lambda: model(batch)) == [("sparse_zero::write_all_deltas", 1)]
+    expected = second.base + second.delta.detach()
+    assert torch.equal(second.values_at_positions(), expected)
+    assert torch.equal(first.values_at_positions(), first.base)
+
+
 def test_weights_of_several_dtypes_and_settings_are_written_right():
     plain = layers()
     model = sparsify(copy.deepcopy(plain), SparseConfig(density=0.2, targets="all-linear"))
