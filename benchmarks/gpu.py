@@ -92,9 +92,7 @@ def command(figure: Figure, machine: Machine, arguments: argparse.Namespace, out
             given = [word for option in _options(given) if option[0] != name for word in option]
             given += [name, *values]
     if figure.methods:
-        from methods import METHODS
-
-        given += ["--methods", *(name for name in figure.methods if name in METHODS)]
+        given += ["--methods", *figure.methods]
     if figure.sources:
         given += ["--model", str(arguments.model), "--gsm8k", str(arguments.gsm8k)]
     if not figure.only_cuda:

@@ -7,14 +7,12 @@ from typing import Any
 
 from gsm8k import METHODS as QUALITY_METHODS
 from gsm8k import RATES, SEEDS
+from methods import OURS, PEERS
 
 Row = dict[str, Any]
 
 SPARSE = ("transformers", "pydantic", "xxhash", "triton")
 """What importing sparse_zero's model and kernels needs, besides torch."""
-OURS = ("sparse", "sparse-16", "columns", "whole", "columns-0.1", "columns-whole")
-"""Names of our methods; those that methods.py does not have are left out."""
-PEERS = ("lora", "lora-bf16", "dora", "shira", "supertuning", "peft-sparta", "full")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Figure:
     """Memory of the GPU."""
     only_cuda: bool = False
     methods: tuple[str, ...] = ()
-    """Passed as --methods, those that this version has."""
+    """Passed as --methods."""
     sources: bool = False
     """Whether it needs --model and --gsm8k."""
 
@@ -66,18 +64,18 @@ def _steps() -> Iterator[Figure]:
     everything, values = ("--targets", "all-linear"), ("--targets", "value-output")
     yield step("step, 1B, all linear: ours and LoRA", 100, 90, (*OURS, "lora", "lora-bf16"), *of["1B"], *everything,
                gibibytes=70)  # fmt: skip
-    yield step("step, 7B, all linear: ours and LoRA", 95, 150, ("columns", "whole", "columns-0.1", "columns-whole",
-               "lora", "lora-bf16"), *of["7B"], *everything, "--together", "1", gibibytes=110)  # fmt: skip
+    yield step("step, 7B, all linear: ours and LoRA", 95, 150, ("columns", "whole", "lora", "lora-bf16"), *of["7B"],
+               *everything, "--together", "1", gibibytes=110)  # fmt: skip
     yield step("step, 7B, all linear: single scalars and strips", 60, 120, ("sparse", "sparse-16"), *of["7B"],
                *everything, gibibytes=90)  # fmt: skip
     yield step("step, 1B, all linear, compiled", 85, 240, OURS, *of["1B"], *everything, "--compile", gibibytes=70)
-    yield step("step, 7B, all linear, compiled", 55, 300, ("columns", "whole", "columns-0.1", "columns-whole"),
-               *of["7B"], *everything, "--compile", gibibytes=110)  # fmt: skip
+    yield step("step, 7B, all linear, compiled", 55, 300, ("columns", "whole"), *of["7B"], *everything, "--compile",
+               gibibytes=110)  # fmt: skip
     yield step("step, 1B, all linear: other peers", 50, 180, ("dora", "shira", "supertuning", "peft-sparta", "full"),
                *of["1B"], *everything, "--together", "2", gibibytes=70)  # fmt: skip
     yield step("step, 1B, value and output", 45, 90, (*OURS, "lora", "lora-bf16"), *of["1B"], *values, gibibytes=70)
-    yield step("step, 7B, value and output", 30, 150, ("sparse", "columns", "whole", "columns-0.1", "columns-whole",
-               "lora"), *of["7B"], *values, "--together", "1", gibibytes=130)  # fmt: skip
+    yield step("step, 7B, value and output", 30, 150, ("sparse", "columns", "whole", "lora"), *of["7B"], *values,
+               "--together", "1", gibibytes=130)  # fmt: skip
 
 
 def _others() -> Iterator[Figure]:

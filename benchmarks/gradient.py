@@ -19,7 +19,8 @@ from turns import in_turns, ratio
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.gradient.sampled import _METHODS, TRANSIENT_BYTES, cheaper_method
-from sparse_zero.selection.rules import STRATIFIED, Selection
+from sparse_zero.selection.draws import STRATIFIED
+from sparse_zero.selection.rules import Selection
 from sparse_zero.training.device import device_name
 
 

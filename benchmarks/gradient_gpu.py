@@ -29,7 +29,7 @@ from sparse_zero.gradient import cost
 from sparse_zero.gradient.cost import Speeds, TokenChunks, is_cheaper, strips_per_tile
 from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.gradient.sampled import _METHODS, TRANSIENT_BYTES
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 
 TAKEN = ("sampled", "strips", "dense", "cusparse")
 DENSITIES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
@@ -62,7 +62,7 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def drawn(R: int, C: int, n: int, device: torch.device, granularity: int = 1) -> Pattern:
     """A pattern as a model stores it."""
-    indices = rules.stratified_positions(0, "weight", R * C // granularity, n // granularity, device=device)
+    indices = draws.stratified_positions(0, "weight", R * C // granularity, n // granularity, device=device)
     return Pattern(indices.int(), R, C, granularity)
 
 

@@ -64,7 +64,7 @@ def steps(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str, 
     budget = Budget.of(base, TARGETS["all-linear"], arguments.density)
     ids = torch.randint(base.config.vocab_size, (1, arguments.tokens), generator=torch.Generator().manual_seed(1))
     models = {"frozen": prepare("frozen", base, budget)}
-    models |= {str(g): sparse(copy.deepcopy(base), budget, g) for g in GRANULARITIES}
+    models |= {str(g): sparse(copy.deepcopy(base), budget, granularity=g) for g in GRANULARITIES}
     ways = {name: training_step(model, ids.to(arguments.device)) for name, model in models.items()}
     trainable = {name: sum(p.numel() for p in trained_parameters(model)) for name, model in models.items()}
     return in_turns(ways, arguments.rounds, arguments.device), trainable

@@ -13,7 +13,7 @@ On a GPU: each kernel, copy and fill that torch.profiler finds. Phases of a step
     step             AdamW and writing the deltas, minus AdamW on as many parameters of the same sizes
 
 The time of the host is measured apart: microseconds per weight, the least of --rounds, of writing
-the deltas after a step and of the check in a forward that finds them written.
+the deltas after a step and of the check in a forward that finds them written. --rounds 0 only counts.
 """
 
 import argparse
@@ -117,7 +117,6 @@ def host_microseconds(model: nn.Module, ids: torch.Tensor, device: str, rounds: 
     weights = list(model.sparsity.weights.values())
 
     def write() -> None:
-        model.sparsity.counter.steps += 1  # as after a step of DeepSpeed
         refresh(model)
 
     def check() -> None:
@@ -128,6 +127,9 @@ def host_microseconds(model: nn.Module, ids: torch.Tensor, device: str, rounds: 
     for name, function in (("write", write), ("check", check)):
         times = []
         for _ in range(rounds):
+            if function is write:
+                for weight in weights:
+                    weight.invalidate()  # as a step does
             synchronize(device)
             started = time.perf_counter()
             function()
@@ -153,7 +155,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         found["step"] -= of_optimizer(sizes, device)
         row: Row = {"method": method, "weights": len(sizes)}
         row |= {phase: dict(found[phase].most_common()) for phase in PHASES}
-        if method in OURS:
+        if method in OURS and arguments.rounds:
             row["microseconds"] = host_microseconds(model, ids, device, arguments.rounds)
         rows.append(row)
         del model

@@ -31,7 +31,7 @@ from torch import nn
 
 from sparse_zero import SparseConfig, load_adapter, save_adapter, sparsify, unload
 from sparse_zero.adapters.files import read_config
-from sparse_zero.selection.rules import in_chunks
+from sparse_zero.selection.draws import in_chunks
 from sparse_zero.selection.threads import map_in_threads
 
 TARGETS = {

@@ -5,6 +5,8 @@ import argparse
 from launcher import report
 from sparse_zero.errors import did_you_mean
 
+JSON = "print one JSON value on stdout, and nothing else"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser, which keeps line breaks in descriptions and does not accept abbreviated options."""
@@ -42,3 +44,15 @@ def share(word: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"a share must be above 0 and at most 1, not {word!r}")
+
+
+def add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    command.add_argument(
+        "recipe", metavar="RECIPE", nargs=nargs, help="a YAML file, or a shipped recipe (`sparse-zero recipes`)"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key of the recipe, as in training.learning_rate=1e-3; values are YAML",
+    )

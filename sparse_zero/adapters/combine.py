@@ -26,8 +26,9 @@ from sparse_zero.adapters.schema import SelectedTensor
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.draws import row_positions
 from sparse_zero.selection.hashes import stream_key
-from sparse_zero.selection.rules import STORED, Selection, row_positions
+from sparse_zero.selection.rules import STORED, Selection
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 """linear: the weighted sum.

@@ -25,8 +25,9 @@ from sparse_zero.adapters.reading import VALUE_DTYPES, read_json, read_safetenso
 from sparse_zero.adapters.schema import ROWS_SUFFIX, AdapterConfig, checked_config
 from sparse_zero.errors import UserError, disk_problem
 from sparse_zero.model.finite import count_not_finite, describe
-from sparse_zero.selection import checks, rules
-from sparse_zero.selection.rules import BERNOULLI, STORED, Selection
+from sparse_zero.selection import checks, draws
+from sparse_zero.selection.draws import BERNOULLI
+from sparse_zero.selection.rules import STORED, Selection
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -228,7 +229,7 @@ def checked_position_chunks(
     """`checked_positions` in chunks. If the checksum is wrong, UserError is raised after the last chunk."""
     digest, stored, selection = checks.Checksum(), adapter.stored_positions.get(name), adapter.selection(name)
     try:
-        for chunk in selection.chunks(device) if stored is None else rules.in_chunks(stored.to(device)):
+        for chunk in selection.chunks(device) if stored is None else draws.in_chunks(stored.to(device)):
             digest.update(chunk)
             yield chunk
     except UserError as error:

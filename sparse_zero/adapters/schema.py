@@ -13,7 +13,8 @@ from sparse_zero.errors import UserError
 from sparse_zero.selection import checks
 from sparse_zero.selection.columns import Columns
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import BERNOULLI, STRATIFIED, Selection
+from sparse_zero.selection.draws import BERNOULLI, STRATIFIED
+from sparse_zero.selection.rules import Selection
 
 FORMAT_VERSION = 1
 ROWS_SUFFIX = ".rows"

@@ -37,7 +37,8 @@ from sparse_zero.model.sparsity import read_values, sparsity_of
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import unwrap
 from sparse_zero.selection.checks import checked_chunks, checksum
-from sparse_zero.selection.rules import STORED, Selection, in_chunks
+from sparse_zero.selection.draws import in_chunks
+from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.zero.partitions import VALUE
 from sparse_zero.zero.resharding import parameter_offsets, plan_reads
 

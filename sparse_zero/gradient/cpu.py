@@ -145,11 +145,12 @@ def _load() -> None:
 
 
 def build_name(flags: list[str]) -> str:
-    """A name that depends on the source, torch's version, the CPU's architecture and the compiler flags.
+    """A name that depends on the sources, torch's version, the CPU's architecture and the compiler flags.
 
     Builds of other versions are kept.
     """
-    parts = [SOURCE.read_text(), torch.__version__, str(torch.version.git_version), platform.machine(), *flags]
+    sources = [file.read_text() for file in sorted(SOURCE.parent.glob("*.[ch]*"))]
+    parts = [*sources, torch.__version__, str(torch.version.git_version), platform.machine(), *flags]
     return f"sparse_zero_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 

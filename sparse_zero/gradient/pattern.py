@@ -8,13 +8,14 @@ flattened grid is stored. The selected scalars of a block are ordered row by row
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
-from sparse_zero.selection.rules import ACCELERATOR_CHUNK, SHARED_CHUNK
+from sparse_zero.selection.draws import ACCELERATOR_CHUNK, SHARED_CHUNK
 
 BYTES_PER_POSITION = 64
 """Upper limit for the temporary memory of `flat_positions`, plus a few bytes for each block of rows."""
@@ -36,6 +37,32 @@ class AllScalars:
     def count(self) -> int:
         """The number of selected scalars, n."""
         return self.rows * self.columns
+
+
+class InnerScalars(NamedTuple):
+    """The selected scalars of a weight with drawn columns (see selection/columns.py), to write them.
+
+    The weight consists of matrices of D columns, each of s scalars: s is 1 where the columns are the last dimension.
+    Its inner weight has the K drawn columns of each matrix. Position i in the inner weight belongs to the column
+    q = i // s, and is (q // K * D + columns[q % K]) * s + i % s in the weight.
+    """
+
+    indices: torch.Tensor | None
+    """int32 or int64 (n,), sorted positions in the inner weight; None if all of its scalars are selected."""
+    columns: torch.Tensor
+    """int64, the drawn columns, sorted. Those from K on do not count."""
+    count: int
+    """K"""
+    width: int
+    """D"""
+    below: int
+    """s"""
+
+    def size_in(self, weight: torch.Tensor) -> int:
+        """The number of scalars of the inner weight of a weight."""
+        assert weight.numel() % (self.width * self.below) == 0, (weight.shape, self.width, self.below)
+        assert 0 < self.count <= min(self.width, self.columns.numel()), (self.count, self.width, self.columns.shape)
+        return weight.numel() // self.width * self.count
 
 
 @dataclass(eq=False)

@@ -151,8 +151,7 @@ def _make_gather(
 ) -> Callable[[int, torch.Tensor, torch.Tensor], None]:
     """A function (chunk number, dense product of this chunk of rows, result) that copies the selected scalars."""
     if len(chunks) == pattern.granularity == 1:
-        # The temporary result is at most as large as the product
-        return lambda number, product, result: result.copy_(product.view(-1).index_select(0, pattern.strip_indices))
+        return lambda number, product, result: _read(product.view(-1), pattern.strip_indices, result)
     if has_kernels(pattern.strip_indices):
         from sparse_zero.gradient import triton_kernels
 
@@ -171,6 +170,14 @@ def _make_gather(
             result[scalars] = product.view(-1).index_select(0, positions)
 
     return gather
+
+
+def _read(scalars: torch.Tensor, indices: torch.Tensor, result: torch.Tensor) -> None:
+    """Set `result` to scalars[indices]."""
+    if scalars.dtype == result.dtype:
+        torch.index_select(scalars, 0, indices, out=result)
+    else:  # the temporary tensor is at most as large as `scalars`
+        result.copy_(scalars.index_select(0, indices))
 
 
 _METHODS = {"sampled": _sampled, "dense": _dense}

@@ -13,16 +13,14 @@ tokens last, which moves 2 N (R + C) elements. Then each position reads contiguo
               column is used for g positions, which makes n N b / g bytes. The tensor cores compute the 2 n N FLOPs.
 
 No kernel reads or writes outside of its tensors, whatever the strip indices are: those outside of the matrix, or not
-sorted, are left out. They are checked before they come here (rules.checked_chunks); a check here would wait for the
+sorted, are left out. They are checked before they come here (checks.checked_chunks); a check here would wait for the
 device.
 
 cost.py chooses between these kernels and the dense product. Chunks are added in order and no addition is atomic: the
 same inputs on the same type of device give the same bits.
 """
 
-import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -126,88 +124,13 @@ def gather(some_rows: torch.Tensor, first_row: int, pattern: Pattern, result: to
         with torch.cuda.device_of(result):
             count = pattern.strip_indices.numel()
             _gather_kernel[(triton.cdiv(count, TILE_STRIPS),)](
-                some_rows, result, pattern.strip_indices, _block_starts(pattern), count, C, *some, g,
+                some_rows, result, pattern.strip_indices, starts_of(pattern), count, C, *some, g,
                 STRIPS=TILE_STRIPS,
             )  # fmt: skip
 
 
-def write_deltas(matrix: torch.Tensor, base: torch.Tensor, change: torch.Tensor | None, pattern: Pattern) -> None:
-    """Set a matrix to base + change at its selected positions, with the same bits as torch.
-
-    Args:
-        matrix: contiguous, of a dtype of at most 32 bits.
-        base: (n,), in the matrix's dtype.
-        change: (n,), in the matrix's dtype or float32; None stands for zeros.
-        pattern: the selected positions in the matrix.
-    """
-    assert matrix.numel() == pattern.rows * pattern.columns, (matrix.numel(), pattern.rows, pattern.columns)
-    assert base.numel() == pattern.count, (base.shape, pattern.count)
-    assert change is None or change.numel() == pattern.count, (change.shape, pattern.count)
-    if count := pattern.strip_indices.numel():
-        with torch.cuda.device_of(matrix):
-            _write_kernel[(triton.cdiv(count, TILE_STRIPS),)](
-                matrix, base, change, pattern.strip_indices, _block_starts(pattern), count,
-                pattern.blocks * pattern.columns, pattern.columns, pattern.granularity, STRIPS=TILE_STRIPS,
-            )  # fmt: skip
-        # Lets autograd detect the change in graphs that have saved the matrix
-        torch.autograd.graph.increment_version(matrix)
-
-
-def write_all_deltas(
-    matrices: Sequence[torch.Tensor],
-    bases: Sequence[torch.Tensor],
-    changes: Sequence[torch.Tensor],
-    patterns: Sequence[Pattern],
-) -> None:
-    """`write_deltas` for many matrices in one launch.
-
-    Args:
-        matrices, bases: as for `write_deltas`, all on one device and of one dtype.
-        changes: empty for zeros, otherwise all of one dtype.
-        patterns: with strip indices of one dtype, and all with granularity 1 or none.
-    """
-    starts = [_block_starts(pattern) for pattern in patterns]
-    rows = []
-    for matrix, base, change, pattern, block_starts in zip(
-        matrices, bases, changes or [None] * len(matrices), patterns, starts, strict=True
-    ):
-        g, count, indices = pattern.granularity, pattern.count, pattern.strip_indices
-        assert matrix.numel() == pattern.rows * pattern.columns, (matrix.numel(), pattern.rows, pattern.columns)
-        assert base.numel() == count, (base.shape, count)
-        assert change is None or change.numel() == count, (change.shape, count)
-        tensors = (matrix, base, indices, change, block_starts)
-        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors), "a tensor is not contiguous"
-        pointers = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        rows.append((*pointers, indices.numel(), pattern.blocks * pattern.columns, pattern.columns, g))
-    typed = (matrices[0], bases[0], patterns[0].strip_indices, changes[0] if changes else None, starts[0])
-    with torch.cuda.device_of(matrices[0]):
-        table, owners = _table(tuple(rows), matrices[0].device)
-        if owners.numel():
-            _write_all_kernel[(owners.numel(),)](table, owners, *typed, STRIPS=TILE_STRIPS, COLUMNS=TABLE_COLUMNS)
-    # Lets autograd detect the change in graphs that have saved the matrices
-    torch.autograd.graph.increment_version(matrices)
-
-
-TABLE_COLUMNS = 10
-"""Of `_table`."""
-
-
-@functools.lru_cache(maxsize=16)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_write_all_kernel` reads. Pointers stay the same from step to step, so it is copied to the device once.
-
-    Returns:
-        table: int64 (matrices, TABLE_COLUMNS), the rows and the number of the first program of each.
-        owners: int32 (programs,), the matrix of each program.
-    """
-    programs = [-(-row[5] // TILE_STRIPS) for row in rows]
-    table = [(*row, first) for row, first in zip(rows, itertools.accumulate(programs, initial=0), strict=False)]
-    owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
-    return torch.tensor(table, dtype=torch.int64).to(device), owners.to(device)
-
-
-def _block_starts(pattern: Pattern) -> torch.Tensor | None:
-    """None with granularity 1, where scalar i belongs to strip i."""
+def starts_of(pattern: Pattern) -> torch.Tensor | None:
+    """The `block_starts` of a pattern for a kernel: None with granularity 1, where scalar i belongs to strip i."""
     return None if pattern.granularity == 1 else pattern.block_starts
 
 
@@ -317,7 +240,7 @@ def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin,
     inside = (index >= begin) & (index < end)
     block = (index - begin) // C
     column = index - begin - block * C
-    first, width, inside = _block_of(block_starts, index // C, strip, inside)
+    first, width, inside = block_of(block_starts, index // C, strip, inside)
     for member in range(ROWS):
         value = tl.load(matrix + (block * ROWS + member) * C + column, mask=inside)
         place = result + first * ROWS + member * width + strip - first
@@ -325,50 +248,7 @@ def _gather_kernel(matrix, result, strip_indices, block_starts, count, C, begin,
 
 
 @triton.jit
-def _write_kernel(matrix, base, change, strip_indices, block_starts, count, end, C, ROWS, STRIPS: tl.constexpr):
-    """Args: end: the number of strips in the grid."""
-    tile = tl.program_id(0).to(tl.int64)
-    _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, end, C, ROWS, STRIPS)
-
-
-@triton.jit
-def _write_all_kernel(
-    table, owners, matrix, base, strip_indices, change, block_starts, STRIPS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """`_write_kernel` for the matrices of a table of pointers. The other arguments only have the pointers' types."""
-    row = table + tl.load(owners + tl.program_id(0)).to(tl.int64) * COLUMNS
-    matrix_at = tl.load(row).to(matrix.dtype)
-    base_at = tl.load(row + 1).to(base.dtype)
-    strips_at = tl.load(row + 2).to(strip_indices.dtype)
-    tile = tl.program_id(0) - tl.load(row + 9)
-    count, end, C, ROWS = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
-    change_at, starts_at = change, block_starts
-    if change is not None:
-        change_at = tl.load(row + 3).to(change.dtype)
-    if block_starts is not None:
-        starts_at = tl.load(row + 4).to(block_starts.dtype)
-    _write_tile(matrix_at, base_at, change_at, strips_at, starts_at, tile, count, end, C, ROWS, STRIPS)
-
-
-@triton.jit
-def _write_tile(matrix, base, change, strip_indices, block_starts, tile, count, end, C, ROWS, STRIPS: tl.constexpr):
-    strip = tile * STRIPS + tl.arange(0, STRIPS)
-    index = tl.load(strip_indices + strip, mask=strip < count, other=-1).to(tl.int64)
-    inside = (index >= 0) & (index < end)
-    block = index // C
-    first, width, inside = _block_of(block_starts, block, strip, inside)
-    for member in range(ROWS):
-        place = first * ROWS + member * width + strip - first
-        value = tl.load(base + place, mask=inside)
-        if change is not None:
-            value = value.to(tl.float32) + tl.load(change + place, mask=inside).to(tl.float32)
-        tl.store(
-            matrix + (block * ROWS + member) * C + index - block * C, value.to(matrix.dtype.element_ty), mask=inside
-        )
-
-
-@triton.jit
-def _block_of(block_starts, block, strip, inside):
+def block_of(block_starts, block, strip, inside):
     """The number of the first strip in each strip's block, the number of strips in the block, and whether the strip is
     one of them.
 

@@ -8,7 +8,7 @@ import xxhash
 from torch import nn
 
 from sparse_zero.model.flat_view import FlatView
-from sparse_zero.selection.rules import stratified_positions
+from sparse_zero.selection.draws import stratified_positions
 from sparse_zero.selection.unsupported import has_plain_values
 from sparse_zero.zero.parameters import gathered
 

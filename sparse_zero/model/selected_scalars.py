@@ -13,15 +13,17 @@ A module that has such a name already gets `weight_sparse_delta` and so on.
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from sparse_zero.gradient.pattern import AllScalars, Pattern
-from sparse_zero.selection.checks import checksum
+from sparse_zero.errors import UserError
+from sparse_zero.gradient.pattern import AllScalars, InnerScalars, Pattern
+from sparse_zero.selection.checks import checked_chunks, checksum
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, in_chunks
+from sparse_zero.selection.draws import in_chunks
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_shape, is_partitioned
 
@@ -150,6 +152,31 @@ class SelectedScalars:
 
     # The positions
 
+    def take_positions(self, position_chunks: Iterable[torch.Tensor]) -> None:
+        """Check the positions, and keep them unless they are drawn again whenever they are needed.
+
+        Args:
+            position_chunks: the positions in the flattened parameter in chunks, int64, sorted.
+
+        Raises:
+            UserError: the positions do not fit the parameter, or `position_chunks` raises it. Then the weight has no
+                positions and must not be used.
+        """
+        selection = self.selection
+        if self.shape != (selection.shape or (1,)):
+            raise UserError(
+                f"{selection.name}: the model has shape {list(self.shape)}, the selection {list(selection.shape)}"
+            )
+        skips_strips = self.regenerates or selection.granularity > 1 or selection.columns is not None
+        strips = None if skips_strips else self._empty_strips(selection.strip_count)
+        start = 0
+        for flat in checked_chunks(selection, position_chunks):
+            if strips is not None:
+                strips[start : start + flat.numel()] = flat
+            start += flat.numel()
+        if strips is not None:
+            self._set_tensor("strips", strips)
+
     @property
     def checksum(self) -> str:
         """The checksum of the positions, see `checks.checksum`."""
@@ -164,6 +191,12 @@ class SelectedScalars:
             return AllScalars(math.prod(self._inner_shape[:-1]), self._inner_shape[-1])
         rows, columns = math.prod(self._inner_shape[:-1]), self._inner_shape[-1]
         return Pattern(self.strips(), rows, columns, self.selection.granularity)
+
+    def inner_scalars(self) -> InnerScalars:
+        """The selected scalars of a weight with drawn columns."""
+        drawn, width = self.selection.columns, self.shape[self.selection.columns.axis]
+        indices = None if self.selection.fills_columns else self.strips()
+        return InnerScalars(indices, self.columns, drawn.count, width, 1 if drawn.axis == -1 else self.shape[-1])
 
     @property
     def _inner_shape(self) -> tuple[int, ...]:

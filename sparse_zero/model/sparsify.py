@@ -20,7 +20,8 @@ from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import BASE, SparseWeight
 from sparse_zero.model.wrappers import check_wrappers, unwrap
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import Selection, in_chunks
+from sparse_zero.selection.draws import in_chunks
+from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
 from sparse_zero.selection.threads import map_in_threads

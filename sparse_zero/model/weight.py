@@ -7,7 +7,6 @@ keeps its name and its entry in the state dict. This module decides what the par
 - `restore` puts back, for a backward, what its forward has seen.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight_tensor import as_weight_tensor
 from sparse_zero.model.weight_values import BASE, Setting, WeightValues, add_delta
-from sparse_zero.selection.checks import checked_chunks
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
@@ -73,31 +71,6 @@ class SparseWeight(WeightValues):
         self._copy_written: tuple | None = None
         """The state that was last written into the copy that ZeRO stage 3 gathered."""
         counter.add(self)
-
-    def take_positions(self, position_chunks: Iterable[torch.Tensor]) -> None:
-        """Check the positions, and keep them unless they are drawn again whenever they are needed.
-
-        Args:
-            position_chunks: the positions in the flattened parameter in chunks, int64, sorted.
-
-        Raises:
-            UserError: the positions do not fit the parameter, or `position_chunks` raises it. Then the weight has no
-                positions and must not be used.
-        """
-        selection = self.selection
-        if self.shape != (selection.shape or (1,)):
-            raise UserError(
-                f"{selection.name}: the model has shape {list(self.shape)}, the selection {list(selection.shape)}"
-            )
-        skips_strips = self.regenerates or selection.granularity > 1 or selection.columns is not None
-        strips = None if skips_strips else self._empty_strips(selection.strip_count)
-        start = 0
-        for flat in checked_chunks(selection, position_chunks):
-            if strips is not None:
-                strips[start : start + flat.numel()] = flat
-            start += flat.numel()
-        if strips is not None:
-            self._set_tensor("strips", strips)
 
     @torch.no_grad()
     def initialize(self, deltas: torch.Tensor | None = None) -> None:
@@ -149,11 +122,6 @@ class SparseWeight(WeightValues):
         self.base_has_changed = True
         self.contents.pop(self.selection.name, None)
         self.invalidate()
-
-    @torch.no_grad()
-    def values_at_positions(self) -> torch.Tensor:
-        """(n,): what the parameter contains at the positions now."""
-        return FlatView(self.weight.detach()).read(self.flat_positions())
 
     def replace(self, parameter: nn.Parameter) -> None:
         """Take another parameter in place of the weight, in all modules that own it: the new original values.
@@ -268,8 +236,8 @@ class SparseWeight(WeightValues):
         if self.is_partitioned:
             return None
         setting = self.setting if in_forward else self.at_rest
-        has, on_cpu = self._has(setting), self.delta.device.type == "cpu"
-        if not has or (checks_data and on_cpu and self._delta_hash != _hash(self.delta)):
+        on_cpu = self.delta.device.type == "cpu"
+        if not (self._has_by_hash(setting) if checks_data and on_cpu else self._has(setting)):
             self._remove_other()
             return writes.Due(self, self.weight.detach(), setting, is_new=True)
         if checks_data and not on_cpu and torch.is_grad_enabled():
@@ -343,6 +311,20 @@ class SparseWeight(WeightValues):
     def _has(self, setting: Setting) -> bool:
         """Whether the parameter contains the current deltas under this setting."""
         return self._written == (setting, self._state()) and self.contents.get(self.selection.name) is self
+
+    def _has_by_hash(self, setting: Setting) -> bool:
+        """`_has` on a CPU, which also finds changes that autograd does not count, and finds none in steps of an
+        optimizer of another model."""
+        if self._written is None:
+            return False
+        written, (_, *before) = self._written
+        count, *now = self._state()
+        if self.contents.get(self.selection.name) is not self or (written, before) != (setting, now):
+            return False
+        if self._delta_hash != _hash(self.delta):
+            return False
+        self._written = setting, (count, *now)
+        return True
 
     def note_written(self, setting: Setting) -> None:
         """Note that the weight contains the current deltas under this setting."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
-from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.pattern import InnerScalars, Pattern
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.selected_scalars import SelectedScalars
 from sparse_zero.selection.config import SparseConfig
@@ -31,21 +31,23 @@ class Setting(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The arguments of an operator or kernel that writes base + change into a weight at its strips."""
+    """The arguments of an operator or kernel that writes base + change into a weight at its selected scalars."""
 
     matrix: torch.Tensor
     """The complete weight, contiguous."""
     base: torch.Tensor
     change: torch.Tensor | None
-    strip_indices: torch.Tensor
-    columns: int
-    granularity: int
+    scalars: Pattern | InnerScalars
 
     @property
     def kind(self) -> tuple:
         """Operands of the same kind can be written in one call."""
         change = None if self.change is None else self.change.dtype
-        return self.matrix.device, self.matrix.dtype, change, self.strip_indices.dtype, self.granularity > 1
+        if isinstance(self.scalars, Pattern):
+            scalars = self.scalars.strip_indices.dtype, self.scalars.granularity > 1
+        else:
+            scalars = (None if self.scalars.indices is None else self.scalars.indices.dtype, "columns")
+        return self.matrix.device, self.matrix.dtype, change, scalars
 
 
 BASE = Setting(enabled=False, scale=1.0, dropout_step=None)
@@ -77,6 +79,11 @@ class WeightValues(SelectedScalars):
         kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
         return kept * (setting.scale / (1 - self.dropout))
 
+    @torch.no_grad()
+    def values_at_positions(self) -> torch.Tensor:
+        """(n,): what the parameter contains at the positions now."""
+        return FlatView(self.weight.detach()).read(self.flat_positions())
+
     def scaled(self, gradient: torch.Tensor, setting: Setting) -> torch.Tensor:
         """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
         factor = self.factor(setting)
@@ -90,15 +97,14 @@ class WeightValues(SelectedScalars):
         Returns: None if only `write_values` can write it.
         """
         is_plain_sum = not setting.enabled or (setting.scale == 1 and setting.dropout_step is None)
-        if not is_plain_sum or self.regenerates or not values.is_contiguous() or not self._kernels_support(None):
-            return None
-        if self.selection.columns is not None:  # its strips are indices into drawn columns, not into the weight
+        is_stored = self.selection.fills_columns or not self.regenerates
+        if not is_plain_sum or not is_stored or not values.is_contiguous() or not self._kernels_support(None):
             return None
         if not cpu.loaded_operators(values) and (not has_kernels(values) or values.element_size() > 4):
             return None
         change = self.delta.detach() if setting.enabled else None
-        base = self._originals(setting)
-        return Operands(values, base, change, self.strips(), self.shape[-1], self.selection.granularity)
+        scalars = self.inner_scalars() if self.selection.columns else self.pattern
+        return Operands(values, self._originals(setting), change, scalars)
 
     @torch.no_grad()
     def write_values(self, values: torch.Tensor, setting: Setting) -> None:
@@ -153,7 +159,7 @@ class WeightValues(SelectedScalars):
             return lambda *tensors: operators.write_deltas.default(*tensors, columns, g)
         if not has_kernels(whole) or whole.element_size() > 4:
             return None
-        from sparse_zero.gradient.triton_kernels import write_deltas
+        from sparse_zero.gradient.triton_writes import write_deltas
 
         rows = self.shape[:-1].numel()
         return lambda matrix, base, delta, strips: write_deltas(matrix, base, delta, Pattern(strips, rows, columns, g))

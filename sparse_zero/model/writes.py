@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparse_zero.gradient import cpu
-from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.pattern import InnerScalars
 from sparse_zero.model.weight_values import Operands, Setting
 
 
@@ -64,15 +64,18 @@ def _write_all(writes: list[Due]) -> None:
 
 def _write(group: list[Operands]) -> None:
     """Args: group: operands of one kind."""
-    matrices, bases, changes, strips, columns, granularities = map(list, zip(*group, strict=True))
+    matrices, bases, changes, scalars = map(list, zip(*group, strict=True))
     changes = [] if changes[0] is None else changes
-    if operators := cpu.loaded_operators(matrices[0]):
-        operators.write_all_deltas.default(matrices, bases, changes, strips, columns, granularities)
-        return
-    from sparse_zero.gradient.triton_kernels import write_all_deltas
+    in_columns = isinstance(scalars[0], InnerScalars)
+    if not (operators := cpu.loaded_operators(matrices[0])):
+        from sparse_zero.gradient import triton_writes
 
-    patterns = [
-        Pattern(indices, matrix.numel() // width, width, g)
-        for matrix, indices, width, g in zip(matrices, strips, columns, granularities, strict=True)
-    ]
-    write_all_deltas(matrices, bases, changes, patterns)
+        write = triton_writes.write_all_columns if in_columns else triton_writes.write_all_deltas
+        write(matrices, bases, changes, scalars)
+    elif in_columns:
+        indices, columns, counts, widths, below = map(list, zip(*scalars, strict=True))
+        indices = [] if indices[0] is None else indices
+        operators.write_all_columns.default(matrices, bases, changes, indices, columns, counts, widths, below)
+    else:
+        given = ([p.strip_indices for p in scalars], [p.columns for p in scalars], [p.granularity for p in scalars])
+        operators.write_all_deltas.default(matrices, bases, changes, *given)

@@ -1,5 +1,5 @@
 """Selection of the trained scalars: configuration, target parameters, budget, and the rules that draw positions.
 
-Others import from `checks`, `columns`, `config`, `hashes`, `input_columns`, `rules`, `selector`, `targets`, `threads`,
-`unsupported`.
+Others import from `checks`, `columns`, `config`, `draws`, `hashes`, `input_columns`, `rules`, `selector`, `targets`,
+`threads`, `unsupported`.
 """

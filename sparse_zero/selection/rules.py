@@ -1,4 +1,4 @@
-"""The rules that select scalars of a weight. Pure functions of (seed, parameter name, shape, count).
+"""The rules that select scalars of a weight, and a selection by one of them. `draws` has the functions that draw.
 
 Positions are int64 indices into the flattened (row-major) weight, strictly increasing. The rules draw the same
 positions on every rank, on every device and in every later version, so positions are neither communicated nor stored.
@@ -27,21 +27,14 @@ from itertools import pairwise
 import torch
 
 from sparse_zero.errors import UserError
+from sparse_zero.selection import draws
 from sparse_zero.selection.columns import COLUMNS, Columns
-from sparse_zero.selection.hashes import block_start, hashed, in_block, stratified_draw, stream_key
+from sparse_zero.selection.draws import BERNOULLI, SHARED_CHUNK, STRATIFIED
 
-STRATIFIED, BERNOULLI, STORED = "stratified-v1", "bernoulli-v1", "stored"
+STORED = "stored"
 
 MAX_SCALARS = 2**62
 """Limit for the number of scalars of a weight, so that no sum of two positions overflows."""
-
-CPU_CHUNK = 32_000
-"""Number of positions in a chunk on a CPU: torch divides operations on more than 32,768 among its threads."""
-
-SHARED_CHUNK = 1 << 16
-"""Number of positions in a chunk that torch's threads compute together, small enough for the CPU's cache."""
-ACCELERATOR_CHUNK = 1 << 20
-"""Number of positions in a chunk on an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ class Selection:
         """A bernoulli-v1 selection. Its count is found by drawing all positions once."""
         columns = shape[-1]
         numel = torch.Size(shape).numel() - len(whole_rows) * columns
-        drawn = sum(chunk.numel() for chunk in bernoulli_chunks(seed, name, numel, probability))
+        drawn = sum(chunk.numel() for chunk in draws.bernoulli_chunks(seed, name, numel, probability))
         return cls(BERNOULLI, name, shape, drawn + len(whole_rows) * columns, seed, probability, whole_rows=whole_rows)
 
     @property
@@ -189,12 +182,12 @@ class Selection:
         """
         stop = self.strip_count if stop is None else stop
         if self.is_sliceable:
-            for first, last in _ranges(start, stop, _chunk_size(device)):
+            for first, last in draws.ranges(start, stop, draws.chunk_size(device)):
                 if self.columns:
                     yield self._inner(first, last, device)
                     continue
                 grid = self.numel // self.granularity
-                yield stratified_positions(self.seed, self.name, grid, self.strip_count, first, last, device)
+                yield draws.stratified_positions(self.seed, self.name, grid, self.strip_count, first, last, device)
             return
         first = 0
         for chunk in self.chunks(device):
@@ -212,10 +205,10 @@ class Selection:
                 after the last chunk.
         """
         if self.whole_rows or self.rule == STORED:
-            yield from in_chunks(self.positions(device))
+            yield from draws.in_chunks(self.positions(device))
         elif self.rule == BERNOULLI:
             drawn = 0
-            for chunk in bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device):
+            for chunk in draws.bernoulli_chunks(self.seed, self.name, self.numel, self.probability, device):
                 drawn += chunk.numel()
                 if drawn > self.count:
                     break
@@ -226,7 +219,7 @@ class Selection:
                     f"{self.name}: its probability {self.probability} selects {more_or_less} than {self.count} scalars"
                 )
         else:
-            for start, stop in _ranges(0, self.count, _chunk_size(device)):
+            for start, stop in draws.ranges(0, self.count, draws.chunk_size(device)):
                 yield self.slice(start, stop, device)
 
     def slice(self, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -235,10 +228,10 @@ class Selection:
         if self.columns:
             return self.positions_of(self._inner(start, stop, device), self.drawn_columns(device))
         if self.granularity > 1:
-            return stratified_strips(
+            return draws.stratified_strips(
                 self.seed, self.name, self.shape, self.count, self.granularity, start, stop, device
             )
-        return stratified_positions(self.seed, self.name, self.numel, self.count, start, stop, device)
+        return draws.stratified_positions(self.seed, self.name, self.numel, self.count, start, stop, device)
 
     def _inner(self, start: int, stop: int, device: torch.device | str) -> torch.Tensor:
         size = torch.Size(self.inner_shape).numel()
@@ -267,146 +260,10 @@ class Selection:
         columns = self.shape[-1]
         rows = torch.tensor(self.whole_rows, device=device)
         if self.count == self.whole_row_scalars:
-            return row_positions(rows, columns)
+            return draws.row_positions(rows, columns)
         shape, count = (self.shape[0] - len(self.whole_rows), columns), self.count - self.whole_row_scalars
         flat = Selection(self.rule, self.name, shape, count, self.seed, self.probability).positions(device)
         # Row k of the smaller weight is the k-th row that is not a whole row.
         row = torch.div(flat, columns, rounding_mode="trunc")
         skipped = torch.searchsorted(rows - torch.arange(rows.numel(), device=device), row, right=True)
-        return torch.cat([flat + skipped * columns, row_positions(rows, columns)]).sort().values
-
-
-def in_chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Split available positions into chunks, like those of `Selection.chunks`."""
-    return iter(flat.split(_chunk_size(flat.device)))
-
-
-def row_positions(rows: torch.Tensor, columns: int) -> torch.Tensor:
-    """All positions in some rows of a matrix: int64 (rows * columns,)."""
-    return (rows[:, None] * columns + torch.arange(columns, device=rows.device)).flatten()
-
-
-def stratified_positions(
-    seed: int,
-    name: str,
-    numel: int,
-    count: int,
-    start: int = 0,
-    stop: int | None = None,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """stratified-v1 with granularity 1: positions [start, stop) of the selected scalars of a weight.
-
-    Args:
-        seed: the seed of the selection.
-        name: the name of the parameter.
-        numel: number of scalars of the weight.
-        count: number of selected scalars.
-        start, stop: the slice to draw; by default all positions.
-
-    Returns:
-        int64 (stop - start,).
-    """
-    stop = count if stop is None else stop
-    return stratified_draw(stream_key(seed, name, STRATIFIED), numel, count, start, stop, device)
-
-
-def stratified_strips(
-    seed: int,
-    name: str,
-    shape: tuple[int, ...],
-    count: int,
-    granularity: int,
-    start: int = 0,
-    stop: int | None = None,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """stratified-v1 with strips: positions [start, stop) of the selected scalars of a weight.
-
-    Args:
-        seed: the seed of the selection.
-        name: the name of the parameter.
-        shape: (..., rows, columns) of the weight; `granularity` divides the number of rows.
-        count: number of selected scalars, a multiple of `granularity`.
-        granularity: number of rows of a strip.
-        start, stop: the slice to draw; by default all positions.
-
-    Returns:
-        int64 (stop - start,), sorted. The positions in a block of `granularity` rows form a (granularity, strips)
-        matrix, row by row.
-    """
-    stop = count if stop is None else stop
-    columns = shape[-1]
-    grid, drawn = torch.Size(shape).numel() // granularity, count // granularity
-    assert shape[-2] % granularity == 0, (name, shape, granularity)
-    assert count == drawn * granularity, (name, count, granularity)
-    assert (grid + 1) * drawn < 2**63, f"{name}: (grid + 1) * strips would overflow"
-
-    key = stream_key(seed, name, STRATIFIED)
-
-    def strip(i: torch.Tensor) -> torch.Tensor:
-        i = i.clamp(max=drawn - 1)
-        first = block_start(i, grid, drawn)
-        return in_block(i, first, block_start(i + 1, grid, drawn) - first, key)
-
-    def strips_before(x: torch.Tensor) -> torch.Tensor:
-        """The number of selected strips before index x of the grid: those of earlier blocks, and perhaps one more."""
-        i = ((x + 1) * drawn - 1) // grid
-        return torch.where(x >= grid, drawn, i + (strip(i) < x))
-
-    index = torch.arange(start, stop, dtype=torch.int64, device=device)
-    block = strip(index // granularity) // columns
-    first = strips_before(block * columns)
-    width = strips_before((block + 1) * columns) - first
-    local = index - first * granularity
-    row = block * granularity + local // width
-    return row * columns + strip(first + local % width) % columns
-
-
-def bernoulli_chunks(
-    seed: int, name: str, numel: int, probability: float, device: torch.device | str = "cpu"
-) -> Iterator[torch.Tensor]:
-    """bernoulli-v1: the positions whose hash is below the probability, in order, in chunks.
-
-    Yields:
-        int64 tensors. At most a few MiB are allocated at a time.
-    """
-    key = stream_key(seed, name, BERNOULLI)
-    # The comparison below is signed, so 2**63 is out of range.
-    below = min(round(probability * 2**63), 2**63 - 1)
-    size = 8 * _chunk_size(device)
-    for start in range(0, numel, size):
-        i = torch.arange(start, min(start + size, numel), dtype=torch.int64, device=device)
-        yield i[hashed(i, key) < below]
-
-
-def by_magnitude(weight: torch.Tensor, count: int, smallest: bool = False, rows: tuple[int, ...] = ()) -> torch.Tensor:
-    """The positions of the scalars with the largest (or smallest) absolute values; of equal ones the first.
-
-    Args:
-        weight: the pretrained weight.
-        count: number of positions, including those in `rows`.
-        smallest: select the smallest absolute values.
-        rows: rows of a matrix that are selected in full.
-
-    Returns:
-        int64 (count,), sorted, the same on every device.
-    """
-    magnitude = weight.detach().abs().float()
-    if smallest:
-        magnitude = -magnitude
-    if rows:
-        magnitude[list(rows)] = torch.inf
-    magnitude = magnitude.flatten()
-    edge = magnitude.topk(count, sorted=False).values.min()
-    above = (magnitude > edge).nonzero().squeeze(1)
-    ties = (magnitude == edge).nonzero().squeeze(1)[: count - above.numel()]
-    return torch.cat([above, ties]).sort().values
-
-
-def _ranges(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + size, stop)) for first in range(start, stop, size))
-
-
-def _chunk_size(device: torch.device | str) -> int:
-    return CPU_CHUNK if torch.device(device).type == "cpu" else ACCELERATOR_CHUNK
+        return torch.cat([flat + skipped * columns, draws.row_positions(rows, columns)]).sort().values

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 from sparse_zero.selection.budget import counts_for_density, counts_for_rank
 from sparse_zero.selection.columns import COLUMNS, Columns
 from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.draws import STRATIFIED
 from sparse_zero.selection.input_columns import choose_columns
-from sparse_zero.selection.rules import STORED, STRATIFIED, Selection
+from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.selection.targets import Target, all_targets, find_targets, parameter_names, untargeted
 from sparse_zero.selection.unsupported import only_supported
 from sparse_zero.zero.parameters import gathered
@@ -129,7 +130,7 @@ def _by_magnitude(target: Target, config: SparseConfig, count: int, rows: tuple[
     """Collective under ZeRO stage 3."""
     with gathered([target.parameter]):
         weight = target.parameter.detach()
-        return rules.by_magnitude(weight, count, config.selection == "magnitude-smallest", rows)
+        return draws.by_magnitude(weight, count, config.selection == "magnitude-smallest", rows)
 
 
 def _token_rows(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import get_linear_schedule_with_warmup
 
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 
 
 @dataclass
@@ -53,7 +53,7 @@ def train(
     parameters = dict(model.named_parameters())
     original = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     selected = {
-        name: rules.stratified_positions(seed, name, original[name].numel(), count)
+        name: draws.stratified_positions(seed, name, original[name].numel(), count)
         for name, count in tiny.selected_counts(task).items()
     }
     trained = {name: torch.zeros(len(positions)) for name, positions in selected.items()}

@@ -10,7 +10,7 @@ from ranks import ForkServer
 from safetensors.torch import load_file
 from trainer_cases import case, run_cases, zero_config
 
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +71,7 @@ def test_merging_writes_the_values_and_nothing_else(bases: dict, ranks: list, ou
         if name in tiny.head_of(TASK):
             expected[name] = values
         else:
-            expected[name].view(-1)[rules.stratified_positions(0, name, expected[name].numel(), len(values))] += values
+            expected[name].view(-1)[draws.stratified_positions(0, name, expected[name].numel(), len(values))] += values
     torch.testing.assert_close(torch.load(out / way / f"merged{rank}.pt"), expected, rtol=0, atol=0)
 
 

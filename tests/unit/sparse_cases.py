@@ -8,7 +8,7 @@ from families import VOCABULARY, tiny
 from torch import nn
 
 from sparse_zero.model.sparsify import sparsify
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 from sparse_zero.selection.config import SparseConfig
 
 Batch = dict[str, torch.Tensor]
@@ -84,7 +84,7 @@ def drawn(model: nn.Module) -> Positions:
     """The positions of each selected weight, by name."""
     seed = model.sparsity.config.seed
     return {
-        name: rules.stratified_positions(seed, name, weight.weight.numel(), weight.delta.numel())
+        name: draws.stratified_positions(seed, name, weight.weight.numel(), weight.delta.numel())
         for name, weight in model.sparsity.weights.items()
     }
 

@@ -112,7 +112,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
 def test_the_wheel_contains_the_packages_and_nothing_else(wheel: Path) -> None:
     files = [file for package in PACKAGES for file in (REPOSITORY / package).rglob("*") if file.is_file()]
     wanted = {str(file.relative_to(REPOSITORY)) for file in files if "__pycache__" not in file.parts}
-    assert {"sparse_zero/gradient/csrc/sampled.cpp", "sparse_zero/py.typed"} <= wanted
+    assert {f"sparse_zero/gradient/csrc/{name}" for name in ("sampled.cpp", "positions.h")} <= wanted
+    assert "sparse_zero/py.typed" in wanted
     assert {f"sparse_zero/recipe/configs/{name}" for name in ("demo.yaml", "zero2.json", "array.sbatch")} <= wanted
     information = f"sparse_zero-{PROJECT['version']}.dist-info"
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -14,7 +14,8 @@ from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.finite import count_not_finite
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.rules import STORED, STRATIFIED, Selection, row_positions
+from sparse_zero.selection.draws import STRATIFIED, row_positions
+from sparse_zero.selection.rules import STORED, Selection
 
 if TYPE_CHECKING:
     from sparse_zero.adapters.formats.architecture import Architecture

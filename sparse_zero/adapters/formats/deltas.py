@@ -2,7 +2,7 @@
 
 import torch
 
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 
 
 def difference(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def padded(
     if missing == 0:
         return flat, values
     # At most n of these `count` distinct positions are among the given ones, so at least `missing` are left
-    others = rules.stratified_positions(0, name, numel, count)
+    others = draws.stratified_positions(0, name, numel, count)
     others = others[~torch.isin(others, flat, assume_unique=True)]
     others = others[torch.arange(missing) * others.numel() // missing]
     every, order = torch.cat([flat, others]).sort()

@@ -1,5 +1,5 @@
-// CPU operators for the selected positions of a weight: the sampled gradient, the update of the weight, and the
-// Pattern that both use. Names and shapes as in sampled.py and pattern.py.
+// CPU operators for the selected positions of a weight. This file has the sampled gradient, with names and shapes as in
+// sampled.py; positions.h has the others.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -9,13 +9,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
-#include <optional>
-#include <tuple>
 #include <type_traits>
 #include <utility>
+
+#include "positions.h"
 
 namespace {
 
@@ -31,7 +30,6 @@ constexpr int64_t TILE = 16;  // tokens are transposed in tiles of this size, a 
 constexpr int64_t CHUNK_ROWS = 256;  // rows that are transposed at a time
 constexpr int64_t MAX_TOKENS = 1 << 30;
 constexpr int64_t MAX_PARTS = 1 << 16;  // groups of tokens, or threads
-constexpr int64_t STRIPS_PER_THREAD = 8192;  // at least, in loops with little work for each strip
 
 template <typename scalar_t, int64_t lanes>
 struct Vector {
@@ -262,132 +260,6 @@ at::Tensor sampled_product(const at::Tensor& rows_NR, const at::Tensor& columns_
   return result;
 }
 
-// The first and the last of strictly increasing indices bound the others
-template <typename index_t>
-void check_indices(const at::Tensor& strip_indices, int64_t limit) {
-  const int64_t count = strip_indices.numel();
-  if (count == 0) return;
-  const index_t* const all = strip_indices.const_data_ptr<index_t>();
-  TORCH_CHECK(all[0] >= 0 && all[count - 1] < limit, "strip indices outside of the weight");
-  std::atomic<bool> rise = true;
-  at::parallel_for(0, count - 1, 8 * STRIPS_PER_THREAD, [&](int64_t first, int64_t last) {
-    index_t falls = 0;  // as wide as the indices, so that the loop uses vectors
-    for (int64_t i = first; i < last; ++i) falls |= static_cast<index_t>(all[i] >= all[i + 1]);
-    if (falls) rise = false;
-  });
-  TORCH_CHECK(rise, "strip indices must be strictly increasing");
-}
-
-// Calls use(block, first, last) for each block of rows, whose strips are strip_indices[first:last]
-template <typename index_t, typename Use>
-void for_blocks(const at::Tensor& strip_indices, int64_t blocks, int64_t columns, const Use& use) {
-  const index_t* const begin = strip_indices.const_data_ptr<index_t>();
-  const index_t* const end = begin + strip_indices.numel();
-  check_indices<index_t>(strip_indices, blocks * columns);
-  const int64_t strips_per_block = std::max<int64_t>(1, strip_indices.numel() / std::max<int64_t>(1, blocks));
-  const int64_t grain = std::max<int64_t>(1, STRIPS_PER_THREAD / strips_per_block);
-  at::parallel_for(0, blocks, grain, [&](int64_t first_block, int64_t last_block) {
-    const index_t* index = std::lower_bound(begin, end, first_block * columns);
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const index_t* const first = index;
-      while (index != end && *index < (block + 1) * columns) ++index;
-      use(block, first - begin, index - begin);
-    }
-  });
-}
-
-void check_strip_indices(const at::Tensor& strip_indices) {
-  TORCH_CHECK(strip_indices.dim() == 1 && strip_indices.is_contiguous(),
-              "strip indices must be contiguous and have one dimension");
-}
-
-// Returns the block_starts and strip_columns of a Pattern, int32 (blocks + 1,) and (n / g,), from sorted strip indices
-// in a grid of blocks x columns.
-std::tuple<at::Tensor, at::Tensor> pattern(const at::Tensor& strip_indices, int64_t blocks, int64_t columns) {
-  check_strip_indices(strip_indices);
-  TORCH_CHECK(blocks >= 0 && columns > 0 && columns <= INT32_MAX && blocks <= INT64_MAX / columns,
-              "no such grid: ", blocks, " x ", columns);
-  TORCH_CHECK(strip_indices.numel() <= INT32_MAX, "too many strips");
-  const at::Tensor block_starts = at::empty({blocks + 1}, strip_indices.options().dtype(at::kInt));
-  const at::Tensor strip_columns = at::empty({strip_indices.numel()}, block_starts.options());
-  int32_t* const starts = block_starts.mutable_data_ptr<int32_t>();
-  int32_t* const strips = strip_columns.mutable_data_ptr<int32_t>();
-  AT_DISPATCH_INDEX_TYPES(strip_indices.scalar_type(), "pattern", [&] {
-    const index_t* const all = strip_indices.const_data_ptr<index_t>();
-    for_blocks<index_t>(strip_indices, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
-      starts[block] = static_cast<int32_t>(first);
-      for (int64_t strip = first; strip < last; ++strip)
-        strips[strip] = static_cast<int32_t>(all[strip] - block * columns);
-    });
-  });
-  starts[blocks] = static_cast<int32_t>(strip_indices.numel());
-  return {block_starts, strip_columns};
-}
-
-template <typename weight_t, typename change_t>
-void write(const at::Tensor& weight, const at::Tensor& base, const at::Tensor* change, const at::Tensor& strip_indices,
-           int64_t columns, int64_t g) {
-  using sum_t = std::conditional_t<std::is_same_v<weight_t, double>, double, float>;
-  weight_t* const values = weight.mutable_data_ptr<weight_t>();
-  const weight_t* const before = base.const_data_ptr<weight_t>();
-  const change_t* const added = change ? change->const_data_ptr<change_t>() : nullptr;
-  const auto value = [=](int64_t scalar) {
-    if (!added) return before[scalar];
-    return static_cast<weight_t>(static_cast<sum_t>(before[scalar]) + static_cast<sum_t>(added[scalar]));
-  };
-  AT_DISPATCH_INDEX_TYPES(strip_indices.scalar_type(), "write", [&] {
-    const index_t* const all = strip_indices.const_data_ptr<index_t>();
-    if (g == 1) {
-      check_indices<index_t>(strip_indices, weight.numel());
-      at::parallel_for(0, strip_indices.numel(), STRIPS_PER_THREAD, [=](int64_t first, int64_t last) {
-        for (int64_t scalar = first; scalar < last; ++scalar) values[all[scalar]] = value(scalar);
-      });
-      return;
-    }
-    const int64_t blocks = weight.numel() / (g * columns);
-    for_blocks<index_t>(strip_indices, blocks, columns, [=](int64_t block, int64_t first, int64_t last) {
-      int64_t scalar = first * g;
-      for (int64_t row = block * (g - 1); row < block * (g - 1) + g; ++row)
-        for (int64_t strip = first; strip < last; ++strip) values[row * columns + all[strip]] = value(scalar++);
-    });
-  });
-}
-
-// weight[selected] = base + change, summed in float or double; without `change`, weight[selected] = base. `base` (n,)
-// has the dtype of `weight`, `change` (n,) has the same dtype or float.
-void write_deltas(const at::Tensor& weight, const at::Tensor& base, const std::optional<at::Tensor>& change,
-                  const at::Tensor& strip_indices, int64_t columns, int64_t g) {
-  check_strip_indices(strip_indices);
-  TORCH_CHECK(weight.is_contiguous() && g > 0 && columns > 0 && columns <= weight.numel() &&
-                  g <= weight.numel() / columns && weight.numel() % (g * columns) == 0,
-              "the weight must be contiguous and consist of complete blocks");
-  TORCH_CHECK(strip_indices.numel() <= weight.numel() / g, "more strips than the weight has");
-  const int64_t n = strip_indices.numel() * g;
-  TORCH_CHECK(base.is_contiguous() && base.numel() == n && base.scalar_type() == weight.scalar_type(),
-              "base does not fit the weight and its strips");
-  const at::Tensor* const added = change ? &*change : nullptr;
-  TORCH_CHECK(!added || (added->is_contiguous() && added->numel() == base.numel()), "change does not fit base");
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "write_deltas", [&] {
-    if (!added || added->scalar_type() == weight.scalar_type())
-      write<scalar_t, scalar_t>(weight, base, added, strip_indices, columns, g);
-    else
-      write<scalar_t, float>(weight, base, added, strip_indices, columns, g);
-  });
-  weight.unsafeGetTensorImpl()->bump_version();
-}
-
-// write_deltas for many weights in one call; `changes` is empty to write the bases.
-void write_all_deltas(at::TensorList weights, at::TensorList bases, at::TensorList changes,
-                      at::TensorList strip_indices, at::IntArrayRef columns, at::IntArrayRef g) {
-  const size_t count = weights.size();
-  TORCH_CHECK(bases.size() == count && (changes.empty() || changes.size() == count) &&
-                  strip_indices.size() == count && columns.size() == count && g.size() == count,
-              "the lists must have one entry for each weight");
-  for (size_t i = 0; i < count; ++i)
-    write_deltas(weights[i], bases[i], changes.empty() ? std::optional<at::Tensor>() : changes[i], strip_indices[i],
-                 columns[i], g[i]);
-}
-
 }  // namespace
 
 TORCH_LIBRARY(sparse_zero, library) {
@@ -399,6 +271,9 @@ TORCH_LIBRARY(sparse_zero, library) {
       "write_all_deltas(Tensor(a!)[] weights, Tensor[] bases, Tensor[] changes, Tensor[] strip_indices, int[] columns, "
       "int[] granularities) -> ()");
   library.def(
+      "write_all_columns(Tensor(a!)[] weights, Tensor[] bases, Tensor[] changes, Tensor[] inner_indices, "
+      "Tensor[] columns, int[] counts, int[] widths, int[] below) -> ()");
+  library.def(
       "sampled_product(Tensor rows, Tensor columns, Tensor block_starts, Tensor strip_columns, int granularity, "
       "int tokens, int groups, int threads, ScalarType dtype) -> Tensor");
 }
@@ -407,5 +282,6 @@ TORCH_LIBRARY_IMPL(sparse_zero, CPU, library) {
   library.impl("pattern", &pattern);
   library.impl("write_deltas", &write_deltas);
   library.impl("write_all_deltas", &write_all_deltas);
+  library.impl("write_all_columns", &write_all_columns);
   library.impl("sampled_product", &sampled_product);
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from adapter_cases import FAMILIES, trained
 from families import tiny
+from stranger_cases import trained_adapter
 
 from sparse_zero.adapters.save_and_load import save_adapter
 
@@ -27,3 +28,16 @@ def adapter(bases, tmp_path) -> Path:
     """An adapter of the BERT classifier."""
     save_adapter(trained(bases["bert"]), tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.fixture(scope="session")
+def adapters(bases, tmp_path_factory) -> dict[str, Path]:
+    """An adapter of Llama by each rule."""
+    out = tmp_path_factory.mktemp("adapters")
+    kinds = ("stratified", "bernoulli", "magnitude")
+    return {kind: trained_adapter(bases["llama"], out / kind, selection=kind) for kind in kinds}
+
+
+@pytest.fixture
+def llama(adapters, tmp_path) -> Path:
+    return Path(shutil.copytree(adapters["stratified"], tmp_path / "adapter"))

@@ -16,7 +16,7 @@ from sparse_zero.adapters.inspection import describe
 from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 from sparse_zero.selection.config import SparseConfig
 
 
@@ -41,7 +41,7 @@ def test_the_files_hold_the_trained_values_and_nothing_else(bases, tmp_path, fam
     logits(model)
     for name in model.sparsity.weights:
         values, expected = tensors[name], base[name].detach().clone()
-        flat = rules.stratified_positions(SPARSE.seed, name, expected.numel(), values.numel())
+        flat = draws.stratified_positions(SPARSE.seed, name, expected.numel(), values.numel())
         expected.view(-1)[flat] += values
         assert torch.equal(model.get_parameter(name), expected)
     for name in model.sparsity.whole:

@@ -27,7 +27,7 @@ from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import apply_selection, sparsify
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 from sparse_zero.selection.config import SparseConfig
 
 # Save and load
@@ -154,7 +154,7 @@ def test_merging_changes_the_selected_scalars_only(bases, tmp_path, family, dtyp
     before = {prefix + name: tensor for name, tensor in before.items()}
     assert set(after) == set(before) | set(model.sparsity.whole)
     for name, weight in model.sparsity.weights.items():
-        flat = rules.stratified_positions(SPARSE.seed, name, before[name].numel(), weight.delta.numel())
+        flat = draws.stratified_positions(SPARSE.seed, name, before[name].numel(), weight.delta.numel())
         assert (before[name].view(-1)[flat] != after[name].view(-1)[flat]).float().mean() > 0.9
         before[name].view(-1)[flat] = after[name].view(-1)[flat] = 0
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)

@@ -1,339 +1,24 @@
-"""Adapters from anybody: no code of theirs runs, their claims are checked before any work, and what is wrong is
-refused with one sentence before a model is changed. `tests/fuzz` draws more of them.
+"""Adapters that no writer writes are refused with one sentence before a model is changed. `tests/fuzz` draws more of
+them.
 """
 
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import xxhash
-from adapter_cases import SPARSE, edit_config, fresh, refusal, train
+from adapter_cases import SPARSE, edit_config, fresh, refusal
 from safetensors.torch import load_file, save_file
-from transformers import dynamic_module_utils
+from stranger_cases import CONFIG, NAME, WEIGHTS, claim, refused_everywhere, reseal, trained_adapter
 
 from launcher.cli import main
-from sparse_zero.adapters.combine import combine_adapters
 from sparse_zero.adapters.files import read_adapter
-from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
-from sparse_zero.data.models import load_config, load_model, load_tokenizer
-from sparse_zero.errors import UserError
+from sparse_zero.adapters.save_and_load import load_adapter
 from sparse_zero.model.sparsify import sparsify
-from sparse_zero.selection import checks, rules
-from sparse_zero.selection.config import SparseConfig
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NAME = "model.layers.0.self_attn.v_proj.weight"
-AT_ONCE = 5.0
-"""Seconds."""
-
-
-def trained_adapter(base: Path, out: Path, **settings: object) -> Path:
-    model = sparsify(fresh(base), SparseConfig(**{"density": 0.04, "seed": 11} | settings))
-    train(model)
-    save_adapter(model, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def adapters(bases, tmp_path_factory) -> dict[str, Path]:
-    """An adapter of Llama by each rule."""
-    out = tmp_path_factory.mktemp("adapters")
-    kinds = ("stratified", "bernoulli", "magnitude")
-    return {kind: trained_adapter(bases["llama"], out / kind, selection=kind) for kind in kinds}
-
-
-@pytest.fixture
-def llama(adapters, tmp_path) -> Path:
-    return Path(shutil.copytree(adapters["stratified"], tmp_path / "adapter"))
-
-
-def reseal(adapter: Path, name: str = WEIGHTS) -> None:
-    """The checksum of a changed file, as whoever changes it can write it."""
-    checksum = xxhash.xxh3_128_hexdigest((adapter / name).read_bytes())
-    edit_config(adapter, lambda config: config["files"].update({name: checksum}))
-
-
-def set_in(path: Path, **entries: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-def refused_everywhere(adapter: Path, base: Path, out: Path, but: tuple[str, ...] = ()) -> str:
-    """The message of every command, which must be the same kind of error at once. Args: but: what may succeed."""
-    calls = {
-        "inspect": lambda: describe(adapter),
-        "convert": lambda: convert(adapter, out, "sparta"),
-        "merge": lambda: write_merged(adapter, out),
-        "combine": lambda: combine_adapters([adapter, adapter], out),
-        "load": lambda: load_adapter(fresh(base), adapter),
-    }
-    messages = []
-    for name, call in calls.items():
-        started = time.monotonic()
-        if name in but:
-            call()
-            shutil.rmtree(out, ignore_errors=True)
-        else:
-            with pytest.raises(UserError) as error:
-                call()
-            messages.append(str(error.value))
-            assert not out.exists(), name
-        assert time.monotonic() - started < AT_ONCE, name
-    return messages[-1]
-
-
-# 1. No code of a file runs
-
-
-CODE = """
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-Path({marker!r}).touch()
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-class OwnTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-@pytest.fixture
-def own_code(bases, tmp_path, monkeypatch):
-    """A base model with Python code of its own, and the file that exists once the code has run."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    # transformers asks on the terminal whether to run the code unless it is told
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    base, marker = Path(shutil.copytree(bases["llama"], tmp_path / "own")), tmp_path / "ran"
-    (base / "own_code.py").write_text(CODE.format(marker=str(marker)))
-    auto = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
-    set_in(base / "config.json", model_type="own", auto_map=auto, architectures=["OwnModel"])
-    return base, marker
-
-
-SETTINGS = {
-    "trust_remote_code": True,
-    "attn_implementation": "organisation/kernel",
-    "_attn_implementation": "organisation/kernel",
-    "experts_implementation": "organisation/kernel",
-    "code_revision": "main",
-    "quantization_config": {"load_in_4bit": True},
-    "auto_map": {"AutoModelForCausalLM": "own_code.OwnModel"},
-    "use_kernels": True,
-    "cache_dir": "/tmp",
-    "state_dict": {},
-    "device_map": "auto",
-}
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_only_the_entries_of_a_task_are_model_settings(llama, own_code, tmp_path, setting):
-    base, marker = own_code
-    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
-    edit_config(llama, lambda config: config["model_settings"].update({setting: SETTINGS[setting]}))
-    with pytest.raises(UserError, match=f"{CONFIG}: model_settings.{setting}: "):
-        write_merged(llama, tmp_path / "out", trust_remote_code=True)
-    assert not marker.exists()
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [
-        ("id2label", ["a", "b"]),
-        ("id2label", {"0": 1}),
-        ("id2label", {"zero": "a"}),
-        ("id2label", {"00": "a"}),
-        ("id2label", {"-1": "a"}),
-        ("label2id", {"a": "0"}),
-        ("label2id", {"a": True}),
-        ("problem_type", "org/kernel"),
-        ("pad_token_id", 1.0),
-        ("pad_token_id", True),
-        ("pad_token_id", [0]),
-        ("pad_token_id", 10**30),
-    ],
-)
-def test_model_settings_have_their_types(llama, bases, tmp_path, entry, value):
-    edit_config(llama, lambda config: config["model_settings"].update({entry: value}))
-    assert f"model_settings.{entry}" in refused_everywhere(llama, bases["llama"], tmp_path / "out")
-
-
-def test_code_of_the_base_model_runs_only_if_the_caller_says_so(llama, own_code, bases, tmp_path, capsys):
-    base, marker = own_code
-    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
-    expected = r"has Python code of its own, which is not run; .* --trust-remote-code"
-    for call in (
-        lambda: write_merged(llama, tmp_path / "out"),
-        lambda: convert(llama, tmp_path / "out", "sparta"),
-        lambda: convert(base, tmp_path / "out", base=str(bases["llama"])),
-        lambda: describe(base, str(bases["llama"])),
-        lambda: load_model(str(base), "causal-lm"),
-        lambda: load_config(str(base)),
-    ):
-        with pytest.raises(UserError, match=expected):
-            call()
-    assert main(["merge", str(llama), str(tmp_path / "out")]) == 2
-    assert not marker.exists()
-    assert "--trust-remote-code" in capsys.readouterr().err
-    assert main(["merge", str(llama), str(tmp_path / "out"), "--trust-remote-code"]) == 0
-    assert marker.exists()
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_code_of_a_tokenizer_is_not_run(llama, own_code, tmp_path):
-    base, marker = own_code
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    shutil.copy(base / "own_code.py", tokenizer)
-    auto = {"AutoTokenizer": [None, "own_code.OwnTokenizer"]}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "OwnTokenizer", "auto_map": auto}))
-    with pytest.raises(UserError, match="has Python code of its own"):
-        load_tokenizer(str(tokenizer))
-    edit_config(llama, lambda config: config.update(tokenizer=str(tokenizer)))
-    with pytest.raises(UserError, match="has Python code of its own"):
-        write_merged(llama, tmp_path / "out")
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_a_kernel_that_a_base_model_names_is_not_loaded(bases, llama, tmp_path, monkeypatch, key):
-    loaded = []
-    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **k: loaded.append(a))
-    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
-    set_in(base / "config.json", **{key: "organisation/kernel"})
-    with pytest.raises(UserError, match=r"asks for the kernel 'organisation/kernel', which .* would download and run"):
-        load_model(str(base), "causal-lm")
-    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
-    for call in (write_merged, lambda *paths: convert(*paths, "sparta")):
-        with pytest.raises(UserError, match="organisation/kernel"):
-            call(llama, tmp_path / "out")
-    assert loaded == []
-
-
-def test_a_peft_adapter_in_the_base_model_is_not_loaded(bases, llama, tmp_path):
-    """PEFT imports the module that `megatron_core` names."""
-    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
-    config = {"peft_type": "LORA", "target_modules": ["v_proj"], "megatron_core": "antigravity", "megatron_config": {}}
-    (base / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
-    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
-    with pytest.raises(UserError, match=r"its base model .*base has an adapter of its own \(.*adapter_config.json\)"):
-        write_merged(llama, tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "added_tokens.json", "other"])
-def test_a_pipe_in_a_base_model_is_not_opened(bases, llama, tmp_path, name):
-    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
-    (base / name).unlink(missing_ok=True)
-    os.mkfifo(base / name)
-    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
-    for call in (lambda: write_merged(llama, tmp_path / "out"), lambda: load_tokenizer(str(base))):
-        with pytest.raises(UserError, match=f"{name}: is not a file but a pipe or device"):
-            call()
-
-
-def test_a_pickle_in_an_adapter_is_not_opened(llama, bases, tmp_path):
-    torch.save({"x": torch.ones(1)}, llama / WEIGHTS)
-    reseal(llama)
-    assert "damaged" in refused_everywhere(llama, bases["llama"], tmp_path / "out")
-
-
-# 3. Claims
-
-
-def claim(adapter: Path, **entries: object) -> None:
-    edit_config(adapter, lambda config: config["tensors"][NAME].update(entries))
-
-
-HUGE = [10**7, 10**7]
-
-
-def test_a_small_file_that_claims_a_huge_weight(adapters, bases, tmp_path):
-    adapter = Path(shutil.copytree(adapters["bernoulli"], tmp_path / "adapter"))
-    # As plausible as it can be: about as many positions as the file has values
-    claim(adapter, shape=HUGE, probability=read_adapter(adapter).config.tensors[NAME].count / 10**14)
-    message = refused_everywhere(adapter, bases["llama"], tmp_path / "out", but=("inspect",))
-    assert "has shape [8, 16] in the model and [10000000, 10000000] in the adapter" in message
-    facts = describe(adapter)
-    assert "claims weights of 100,000,000,000" in facts["notes"][0]
-    assert {change["position"] for change in facts["largest"]} == {None}
-
-
-@pytest.mark.parametrize("kind", ["stratified", "magnitude"])
-def test_positions_of_a_huge_weight_take_no_more_time_than_there_are_values(adapters, bases, tmp_path, kind):
-    adapter = Path(shutil.copytree(adapters[kind], tmp_path / "adapter"))
-    claim(adapter, shape=HUGE)
-    if kind == "stratified":
-        count = read_adapter(adapter).config.tensors[NAME].count
-        claim(adapter, positions=checks.checksum(rules.stratified_positions(11, NAME, 10**14, count)))
-    message = refused_everywhere(adapter, bases["llama"], tmp_path / "out", but=("inspect", "combine"))
-    assert "has shape [8, 16] in the model" in message
-
-
-@pytest.mark.parametrize("count", [10**7, 10**12, 2**63, 10**400])
-def test_a_count_that_the_file_does_not_hold(llama, bases, tmp_path, count):
-    claim(llama, shape=HUGE, count=count)
-    refused_everywhere(llama, bases["llama"], tmp_path / "out")
-
-
-def test_whole_rows_that_the_file_does_not_hold(llama, bases, tmp_path):
-    claim(llama, shape=HUGE, whole_rows=[3, 10**7 - 1], count=2 * 10**7)
-    refused_everywhere(llama, bases["llama"], tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    "claims",
-    [
-        {"num_hidden_layers": 10**7},
-        {"num_hidden_layers": 10**30},
-        {"hidden_size": 10**7},
-        {"vocab_size": 10**9, "hidden_size": 10**6},
-        {"vocab_size": 10**15, "hidden_size": 10**15},
-        {"num_hidden_layers": -1},
-        {"num_hidden_layers": "2"},
-        {"num_attention_heads": 0},
-    ],
-)
-def test_a_base_model_that_claims_more_than_its_files_hold(adapters, bases, tmp_path, claims):
-    """In the base model, and in the copy of its config that peft-sparta's adapters have."""
-    base = Path(shutil.copytree(bases["llama"], tmp_path / "base"))
-    llama = Path(shutil.copytree(adapters["stratified"], tmp_path / "adapter"))
-    edit_config(llama, lambda config: config.update(base_model_name_or_path=str(base)))
-    convert(llama, tmp_path / "sparta", "sparta")
-    for config in (base / "config.json", tmp_path / "sparta" / "config.json"):
-        set_in(config, **claims)
-    for call in (
-        lambda: write_merged(llama, tmp_path / "out"),
-        lambda: convert(llama, tmp_path / "out", "shira"),
-        lambda: convert(tmp_path / "sparta", tmp_path / "out"),
-        lambda: convert(base, tmp_path / "out", base=str(bases["llama"])),
-    ):
-        started = time.monotonic()
-        with pytest.raises(UserError):
-            call()
-        assert time.monotonic() - started < AT_ONCE
-    assert not (tmp_path / "out").exists()
-
-
-def test_pickled_tensors_that_claim_more_than_their_file_holds(adapters, tmp_path):
-    convert(adapters["stratified"], tmp_path / "sparta", "sparta")
-    (tmp_path / "sparta" / "sparse_deltas.safetensors").unlink()
-    path = tmp_path / "sparta" / "sparse_deltas.pt"
-    huge = torch.zeros(1).expand(10**7, 10**7)
-    torch.save({"indices": {NAME: huge}, "deltas": {NAME: huge}}, path)
-    assert path.stat().st_size < 20_000
-    for call in (lambda: describe(tmp_path / "sparta"), lambda: convert(tmp_path / "sparta", tmp_path / "out")):
-        with pytest.raises(UserError, match=r"sparse_deltas.pt: damaged \(a tensor of shape \[10000000, 10000000\]"):
-            call()
-
-
-# 4. What no writer writes
+from sparse_zero.selection import checks, draws
 
 
 def deep(levels: int) -> str:
@@ -392,7 +77,7 @@ def test_a_probability_that_draws_another_number_of_positions(adapters, bases, t
     """The checksum is that of what is drawn, as whoever writes the file can compute it."""
     adapter = Path(shutil.copytree(adapters["bernoulli"], tmp_path / "adapter"))
     entry = read_adapter(adapter).config.tensors[NAME]
-    drawn = torch.cat([*rules.bernoulli_chunks(11, NAME, 128, entry.probability)])
+    drawn = torch.cat([*draws.bernoulli_chunks(11, NAME, 128, entry.probability)])
     assert len(drawn) == entry.count
     tensors = load_file(adapter / WEIGHTS)
     tensors[NAME] = torch.ones(entry.count + change["count"])
@@ -497,9 +182,6 @@ def test_a_message_is_not_as_long_as_a_name(llama, capsys):
     edit_config(llama, lambda config: config.update({"x" * 10**6: 1}))
     assert main(["inspect", str(llama)]) == 2
     assert len(capsys.readouterr().err) < 2500
-
-
-# 5. Values
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8])

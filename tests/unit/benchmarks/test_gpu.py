@@ -140,7 +140,7 @@ def test_tiny_arguments_replace_those_of_a_gpu():
 
 
 def test_every_figure_has_a_program_that_takes_its_arguments(monkeypatch):
-    """The arguments are parsed by the program's own parser; methods that this version lacks are not passed."""
+    """The arguments are parsed by the program's own parser."""
     names = [f.name for f in gpu_figures.figures()]
     assert len(names) == len(set(names))
     known = {**vars(ARGUMENTS), "model": Path("model"), "gsm8k": Path("data")}

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rpn import triton_kernels as noise_kernels
-from sparse_zero.gradient import triton_kernels
+from sparse_zero.gradient import triton_kernels, triton_writes
 from sparse_zero.gradient.cost import GATHER_TILE, LINE
 
 CAPABILITIES = (80, 90)
@@ -51,12 +51,16 @@ def variants() -> list[tuple]:
             constants = {"STRIPS": triton_kernels.TILE_STRIPS, "ROWS": rows}
             known = {"block_starts": "*i32"} if rows > 1 else {}
             constants |= {} if known else {"block_starts": None}
-            for name, kernel in (("gather", triton_kernels._gather_kernel), ("write", triton_kernels._write_kernel)):
+            for name, kernel in (("gather", triton_kernels._gather_kernel), ("write", triton_writes._write_kernel)):
                 add(f"{name} {dtype} {rows}", kernel, operands | known, constants)
             pointers = {"table": "*i64", "owners": "*i32"} | operands | known
-            constants = {"STRIPS": triton_kernels.TILE_STRIPS, "COLUMNS": triton_kernels.TABLE_COLUMNS}
+            constants = {"STRIPS": triton_kernels.TILE_STRIPS, "COLUMNS": 10}
             constants |= {} if known else {"block_starts": None}
-            add(f"write_all {dtype} {rows}", triton_kernels._write_all_kernel, pointers, constants)
+            add(f"write_all {dtype} {rows}", triton_writes._write_all_kernel, pointers, constants)
+        pointers |= {"columns": "*i64", "indices": "*i32"}
+        for name, known in (("some", {}), ("whole", {"indices": None})):
+            constants = {"STRIPS": triton_kernels.TILE_STRIPS, "COLUMNS": 11} | known
+            add(f"write_all_columns {dtype} {name}", triton_writes._write_all_columns_kernel, pointers, constants)
     for dtype, (granularity, tile) in itertools.product(("bf16", "fp16", "fp32"), STRIPS):
         operands = {"rows": f"*{dtype}", "last": f"*{dtype}", "result": "*fp32"}
         operands |= {"block_starts": "*i32", "strip_indices": "*i32"}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -140,11 +141,13 @@ def test_the_build_name_depends_on_source_torch_and_cpu(monkeypatch, tmp_path):
     names.add(cpu.build_name(["-O3"]))
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     names.add(cpu.build_name(["-O3"]))
-    changed = tmp_path / "sampled.cpp"
-    changed.write_text(cpu.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(cpu, "SOURCE", changed)
-    names.add(cpu.build_name(["-O3"]))
-    assert len(names) == 5
+    shutil.copytree(cpu.SOURCE.parent, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "sampled.cpp")
+    assert cpu.build_name(["-O3"]) in names
+    for name in ("sampled.cpp", "positions.h"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+        names.add(cpu.build_name(["-O3"]))
+    assert len(names) == 6
 
 
 BUILD = """
@@ -245,4 +248,4 @@ def test_finds_ninja_without_an_activated_environment(monkeypatch, unbuilt):
 def test_the_source_is_in_the_package():
     assert cpu.SOURCE.is_file()
     configuration = (Path(__file__).parents[3] / "pyproject.toml").read_text()
-    assert '"sparse_zero.gradient" = ["csrc/*.cpp"]' in configuration
+    assert '"sparse_zero.gradient" = ["csrc/*"]' in configuration

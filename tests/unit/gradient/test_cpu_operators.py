@@ -151,7 +151,7 @@ def test_nothing_is_written_if_the_arguments_do_not_fit(arguments, words):
     assert not WEIGHT.any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"granularity": 4}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"granularity": 4}, {"columns": 0.5}, {"columns": "whole"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_all_weights_of_a_dtype_are_written_in_one_call(path, dtype, settings):
     """Compared with an explicit sum, and with the calls that torch's profiler counts."""
@@ -164,7 +164,8 @@ def test_all_weights_of_a_dtype_are_written_in_one_call(path, dtype, settings):
     with torch.profiler.profile() as profiler:
         refresh(model)
     calls = [event.name for event in profiler.events() if event.name.startswith("sparse_zero::write")]
-    assert calls == (["sparse_zero::write_all_deltas"] if path == "operators" else [])
+    name = f"sparse_zero::write_all_{'columns' if 'columns' in settings else 'deltas'}"
+    assert calls == ([name] if path == "operators" else [])
     for (name, weight), version in zip(model.sparsity.weights.items(), versions, strict=True):
         flat, wide = weight.flat_positions(), torch.promote_types(dtype, torch.float32)
         expected = plain.get_parameter(name).detach().clone().view(-1)
@@ -173,12 +174,89 @@ def test_all_weights_of_a_dtype_are_written_in_one_call(path, dtype, settings):
         assert weight.weight._version > version
 
 
+LAYOUTS = [((300, 90), -1), ((90, 300), -2), ((4, 30, 60), -1), ((4, 60, 30), -2), ((1, 1), -1), ((7, 1), -2)]
+
+
+@pytest.mark.parametrize("share", [1, 0.6, 1e-9], ids=["all", "most", "one"])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_scalars_in_drawn_columns_are_written_with_torchs_bits(dtype, index_dtype, share):
+    """Of linear layers, of Conv1D and of experts in both layouts; the columns are followed by others."""
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    weights, bases, deltas, indices, columns, expected = [], [], [], [], [], []
+    counts = [-(-shape[axis] // 2) for shape, axis in LAYOUTS]
+    for (shape, axis), count in zip(LAYOUTS, counts, strict=True):
+        weights.append(torch.randn(shape).to(dtype))
+        drawn = draw(count, shape[axis])
+        columns.append(torch.cat([drawn, drawn[-1:].expand(3)]))
+        inner = torch.arange(weights[-1].numel()).view(shape).index_select(axis, drawn).flatten()
+        indices.append(draw(max(1, round(share * inner.numel())), inner.numel(), index_dtype))
+        places = inner[indices[-1].long()]
+        bases.append(torch.randn(places.numel()).to(dtype))
+        deltas.append(torch.randn(places.numel()))
+        expected.append([weights[-1].flatten().clone() for _ in range(2)])
+        expected[-1][0][places] = bases[-1]
+        expected[-1][1][places] = (bases[-1].to(wide) + deltas[-1]).to(dtype)
+    sizes = [shape[axis] for shape, axis in LAYOUTS], [1 if axis == -1 else shape[-1] for shape, axis in LAYOUTS]
+    for changes in ([], deltas):
+        for given in (indices, []) if share == 1 else (indices,):  # without indices: all
+            written = [weight.clone() for weight in weights]
+            operators().write_all_columns(written, bases, changes, given, columns, counts, *sizes)
+            for weight, values in zip(written, expected, strict=True):
+                assert torch.equal(weight.flatten(), values[bool(changes)])
+                assert weight._version > 0
+
+
+COLUMNS = torch.tensor([1, 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # weight (4, 6), base, change, inner indices, columns, how many of these, width, below
+        ((torch.zeros(8), None, None, torch.tensor([1, 6]), 2, 6, 1), "columns outside of the weight"),
+        ((torch.zeros(8), None, None, torch.tensor([-1, 5]), 2, 6, 1), "columns outside of the weight"),
+        ((torch.zeros(8), None, None, torch.tensor([4, 1]), 2, 6, 1), "strictly increasing"),
+        ((torch.zeros(8), None, None, COLUMNS, 3, 6, 1), "as many as are used"),
+        ((torch.zeros(8), None, None, COLUMNS, 0, 6, 1), "as many as are used"),
+        ((torch.zeros(8), None, None, COLUMNS[:, None], 2, 6, 1), "one dimension"),
+        ((torch.zeros(8), None, None, torch.arange(4)[::2], 2, 6, 1), "contiguous"),
+        ((torch.zeros(8), None, None, COLUMNS.int(), 2, 6, 1), "Int"),
+        ((torch.zeros(2), None, torch.tensor([0, 8]), COLUMNS, 2, 6, 1), "strip indices outside of the weight"),
+        ((torch.zeros(2), None, torch.tensor([-1, 3]), COLUMNS, 2, 6, 1), "strip indices outside of the weight"),
+        ((torch.zeros(3), None, torch.tensor([0, 99, 3]), COLUMNS, 2, 6, 1), "strictly increasing"),
+        ((torch.zeros(2), None, torch.tensor([3, 3]), COLUMNS, 2, 6, 1), "strictly increasing"),
+        ((torch.zeros(2), None, torch.tensor([[0, 1]]), COLUMNS, 2, 6, 1), "one dimension"),
+        ((torch.zeros(2), None, torch.tensor([0.0, 1.0]), COLUMNS, 2, 6, 1), "Float"),
+        ((torch.zeros(9), None, None, COLUMNS, 2, 6, 1), "base does not fit"),
+        ((torch.zeros(8).double(), None, None, COLUMNS, 2, 6, 1), "base does not fit"),
+        ((torch.zeros(8), torch.zeros(9), None, COLUMNS, 2, 6, 1), "change does not fit"),
+        ((torch.zeros(8), torch.zeros(8).double(), None, COLUMNS, 2, 6, 1), "Float"),
+        ((torch.zeros(8), None, None, COLUMNS, 2, 7, 1), "complete matrices"),
+        ((torch.zeros(8), None, None, COLUMNS, 2, 0, 1), "complete matrices"),
+        ((torch.zeros(8), None, None, COLUMNS, 2, 6, 0), "complete matrices"),
+        ((torch.zeros(8), None, None, COLUMNS, 2, 2**62, 4), "complete matrices"),
+        ((torch.zeros(8), None, None, COLUMNS, 2, 6, 2**62), "complete matrices"),
+        ((torch.zeros(8), None, None, COLUMNS, 2, -6, -1), "complete matrices"),
+    ],
+)
+def test_nothing_is_written_if_the_columns_do_not_fit(arguments, words):
+    base, change, indices, columns, *sizes = arguments
+    lists = [base], [] if change is None else [change], [] if indices is None else [indices], [columns]
+    with pytest.raises(RuntimeError, match=words):
+        operators().write_all_columns([WEIGHT], *lists, *([size] for size in sizes))
+    assert not WEIGHT.any()
+
+
 def test_lists_of_different_lengths_are_not_written():
     base = [torch.ones(2)]
     with pytest.raises(RuntimeError, match="one entry for each weight"):
         operators().write_all_deltas([WEIGHT, WEIGHT], base, [], [STRIP_INDICES], [6], [1])
     with pytest.raises(RuntimeError, match="base does not fit"):
         operators().write_all_deltas([WEIGHT], [torch.ones(3)], [], [STRIP_INDICES], [6], [1])
+    with pytest.raises(RuntimeError, match="one entry for each weight"):
+        operators().write_all_columns([WEIGHT], [torch.ones(8)], [], [], [COLUMNS] * 2, [2], [6], [1])
     assert not WEIGHT.any()
 
 

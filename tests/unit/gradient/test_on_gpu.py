@@ -9,9 +9,11 @@ from torch import nn
 
 from sparse_zero.gradient import cost, pattern, sampled
 from sparse_zero.model.sparsify import sparsify
+from sparse_zero.model.weight import SparseWeight
 from sparse_zero.selection.config import SparseConfig
 
 triton_kernels = pytest.importorskip("sparse_zero.gradient.triton_kernels", exc_type=ImportError)
+triton_writes = pytest.importorskip("sparse_zero.gradient.triton_writes", exc_type=ImportError)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -25,6 +27,11 @@ KINDS = {
     "columns": {"columns": 0.5},
     "regenerated columns": {"columns": 0.5, "indices": "regenerated"},
     "whole columns": {"columns": "whole"},
+    "regenerated whole columns": {"columns": "whole", "indices": "regenerated"},
+}
+KERNELS = {
+    triton_kernels: ("sampled", "strips", "gather"),
+    triton_writes: ("write_deltas", "write_all_deltas", "write_all_columns"),
 }
 
 
@@ -37,10 +44,19 @@ def batch() -> dict[str, torch.Tensor]:
 def chosen(monkeypatch) -> list[str]:
     """The names of the kernels that ran."""
     ran = []
-    for name in ("sampled", "strips", "gather", "write_deltas"):
-        kernel = getattr(triton_kernels, name)
-        monkeypatch.setattr(triton_kernels, name, lambda *a, name=name, kernel=kernel: ran.append(name) or kernel(*a))
+    for module, names in KERNELS.items():
+        for name in names:
+            kernel = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, name=name, kernel=kernel: ran.append(name) or kernel(*a))
     return ran
+
+
+def writer_of(weight: SparseWeight) -> str:
+    """The kernel that writes a weight before a forward: with others, unless the delta has a factor or the positions
+    are drawn again."""
+    if weight.dropout or (weight.regenerates and not weight.selection.fills_columns):
+        return "write_deltas"
+    return "write_all_columns" if weight.selection.columns else "write_all_deltas"
 
 
 @pytest.mark.parametrize("way", ["kernel", "dense"])
@@ -82,7 +98,8 @@ def test_a_step_is_that_of_the_dense_model(monkeypatch, chosen, family, kind, dt
     is_whole = settings.get("columns") == "whole"
     assert (kernel in chosen) == (way == "kernel" and not is_whole)
     assert ("gather" in chosen) == (way == "dense" and "granularity" in settings)
-    assert ("write_deltas" in chosen) != is_whole
+    assert {name for name in chosen if name.startswith("write")} == {*map(writer_of, weights.values())}
+    assert len([name for name in chosen if name.startswith("write_all")]) <= 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

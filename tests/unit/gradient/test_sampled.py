@@ -11,7 +11,7 @@ from sparse_zero.gradient import cpu, sampled
 from sparse_zero.gradient import pattern as pattern_module
 from sparse_zero.gradient.pattern import Pattern
 from sparse_zero.gradient.sampled import _METHODS, cheaper_method, embedding_product, sampled_product
-from sparse_zero.selection.rules import stratified_strips
+from sparse_zero.selection.draws import stratified_strips
 
 METHODS = [("sampled", 1), ("sampled", 4), ("sampled", 2), ("dense", 1), ("dense", 4)]
 """Each method with several granularities."""

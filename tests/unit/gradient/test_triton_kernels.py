@@ -7,20 +7,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_zero import SparseConfig, refresh, sparsify
+from sparse_zero.gradient import cpu
 from sparse_zero.gradient import sampled as sampled_gradient
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.model import weight_values, writes
-from sparse_zero.selection import rules
+from sparse_zero.selection import draws
 
 if importlib.util.find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from triton_cases import interpret
+from triton_cases import BAD_STRIPS, DEVICE, bad_strips, inside, interpret
 
 from sparse_zero.gradient import triton_kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = sampled_gradient.TRANSIENT_BYTES
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LAYOUTS = {
@@ -50,7 +48,7 @@ def draw(R: int, C: int, density: float) -> torch.Tensor:
 
 def draw_strips(R: int, C: int, granularity: int, count: int) -> tuple[torch.Tensor, Pattern]:
     """Positions of stratified-v1 and their pattern."""
-    flat = rules.stratified_strips(3, "weight", (R, C), count * granularity, granularity)
+    flat = draws.stratified_strips(3, "weight", (R, C), count * granularity, granularity)
     return flat.to(DEVICE), strip_pattern(flat, R, C, granularity)
 
 
@@ -150,7 +148,6 @@ def test_no_tokens_or_no_positions():
     assert assert_sampled(rows, columns, nowhere).shape == (0,)
     assert triton_kernels.strips(rows, columns, Pattern(nowhere, 16, 20, 8), BOUND).shape == (0,)
     triton_kernels.gather(columns, 0, Pattern(nowhere, 5, 20), nowhere.float())
-    triton_kernels.write_deltas(columns.view(-1), nowhere.float(), None, Pattern(nowhere, 5, 20))
 
 
 @pytest.mark.parametrize("used", [[0], [49], [7, 8, 31]])
@@ -259,48 +256,6 @@ def test_a_dense_product_is_read_chunk_by_chunk(monkeypatch, dtype, room, granul
     assert len(calls) == (-(-R // granularity // room) if room < 100 or granularity > 1 else 0)
 
 
-@pytest.mark.parametrize("granularity", [1, 3, 16])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_deltas_are_written_with_torchs_bits(dtype, index_dtype, granularity):
-    R, C = 96, 20
-    for count in (1, 90):
-        strip_indices = torch.randperm(R // granularity * C)[:count].sort().values.to(DEVICE, index_dtype)
-        flat = torch.cat([*Pattern(strip_indices, R, C, granularity).flat_chunks()])
-        matrix, base, delta = (torch.randn(x).to(DEVICE) for x in (R * C, flat.numel(), flat.numel()))
-        matrix, base = matrix.to(dtype), base.to(dtype)
-        for change in (delta, delta.to(dtype), None):
-            written, expected = matrix.clone(), matrix.clone()
-            expected[flat] = base if change is None else (base.float() + change).to(dtype)
-            version = written._version
-            triton_kernels.write_deltas(written, base, change, Pattern(strip_indices, R, C, granularity))
-            assert torch.equal(written, expected)
-            assert not torch.equal(written, matrix)
-            # Autograd detects the change in graphs that have saved the weight
-            assert written._version > version
-
-
-@pytest.mark.parametrize("indices", ["stored", "regenerated"])
-@pytest.mark.parametrize("settings", [{}, {"granularity": 8}, {"columns": 0.5}], ids=["single", "strips", "columns"])
-def test_a_weight_is_written_by_the_kernel_and_its_positions_are_drawn_once(monkeypatch, settings, indices):
-    monkeypatch.setattr(weight_values, "has_kernels", lambda tensor: True)
-    monkeypatch.setattr(weight_values.cpu, "loaded_operators", lambda tensor: None)
-    config = SparseConfig(density=0.2, targets="all-linear", indices=indices, **settings)
-    model = sparsify(torch.nn.Sequential(torch.nn.Linear(20, 16)).to(DEVICE), config)
-    (weight,) = model.sparsity.weights.values()
-    weight.delta.data.normal_()
-    expected = weight.weight.detach().clone().view(-1)
-    expected[weight.flat_positions()] += weight.delta.detach()
-    drawn, draw_strips, written, write = [], type(weight)._draw_strips, [], triton_kernels.write_deltas
-    monkeypatch.setattr(type(weight), "_draw_strips", lambda *a: drawn.append(a) or draw_strips(*a))
-    monkeypatch.setattr(triton_kernels, "write_deltas", lambda *a: written.append(a) or write(*a))
-    weight.write()
-    assert torch.equal(weight.weight.detach().view(-1), expected)
-    assert len(written) == 1
-    # Regenerated single positions are drawn in chunks
-    assert len(drawn) == (indices == "regenerated" and "granularity" in settings)
-
-
 def test_a_strip_index_above_32_bits_is_read():
     columns = 2**16
     strip_indices = torch.tensor([5, 2**31 - 1, 2**31 + 3, 2**31 + columns + 1], device=DEVICE)
@@ -318,64 +273,20 @@ def test_arguments_that_do_not_fit_are_refused():
             kernel(rows, columns, Pattern(strip_indices, 20, 16), BOUND)
     with pytest.raises(AssertionError):
         triton_kernels.gather(rows, 0, Pattern(strip_indices, 16, 16), torch.zeros(3, device=DEVICE))
-    for matrix, base, change in ((320, 1, 2), (320, 2, 1), (319, 2, 2)):
-        sizes = (torch.zeros(size, device=DEVICE) for size in (matrix, base, change))
-        with pytest.raises(AssertionError):
-            triton_kernels.write_deltas(*sizes, Pattern(strip_indices, 16, 20))
-
-
-BAD_STRIPS = {
-    "outside": [3, 7, 10**6],
-    "negative": [-(10**6), -1, 7],
-    "unsorted": [300, 3, 7],
-    "duplicates": [7, 7, 7],
-    "one past the end": [3, 7],
-}
-
-
-def inside(numel: int, margin: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tensor of zeros, and memory of -1 that it is in the middle of."""
-    memory = torch.full((numel + 2 * margin,), -1.0, device=DEVICE)
-    memory[margin : margin + numel] = 0
-    return memory[margin : margin + numel], memory
 
 
 @pytest.mark.parametrize("granularity", [1, 4])
 @pytest.mark.parametrize("name", BAD_STRIPS)
 def test_no_kernel_leaves_its_tensors(monkeypatch, name, granularity):
-    """Strip indices that do not fit are left out. They are refused before, by rules.checked_chunks."""
-    monkeypatch.setattr(weight_values.cpu, "loaded_operators", lambda tensor: None)
+    """Strip indices that do not fit are left out. They are refused before, by checks.checked_chunks."""
+    monkeypatch.setattr(cpu, "loaded_operators", lambda tensor: None)
     R, C, g = 64, 20, granularity
-    end = R // g * C
-    strips = [*BAD_STRIPS[name], *([end] if name == "one past the end" else [])]
-    indices = torch.tensor(strips, dtype=torch.int32, device=DEVICE)
-    pattern, count = Pattern(indices, R, C, g), len(strips) * g
-    (matrix, around), (result, beside) = inside(R * C), inside(count)
-    base = torch.ones(count, device=DEVICE)
-    triton_kernels.write_deltas(matrix, base, base, pattern)
-    triton_kernels.gather(matrix.view(R, C), 0, pattern, result)
+    pattern = Pattern(bad_strips(name, R // g * C), R, C, g)
+    result, beside = inside(pattern.count)
+    triton_kernels.gather(torch.ones(R, C, device=DEVICE), 0, pattern, result)
     rows, columns = torch.ones(5, R, device=DEVICE), torch.ones(5, C, device=DEVICE)
     (triton_kernels.sampled if g == 1 else triton_kernels.strips)(rows, columns, pattern, BOUND)
-    for memory, numel in ((around, R * C), (beside, count)):
-        assert (memory == -1).sum() == memory.numel() - numel
-    valid = {
-        row * C + strip % C
-        for strip in strips
-        if 0 <= strip < end
-        for row in range(strip // C * g, strip // C * g + g)
-    }
-    assert {*matrix.nonzero().flatten().tolist()} <= valid
-    if name != "unsorted" and g == 1:
-        assert {*matrix.nonzero().flatten().tolist()} == valid
-
-
-def test_a_strip_index_above_32_bits_is_written():
-    columns = 2**16
-    matrix = torch.empty(2**15 + 1, columns, dtype=torch.bfloat16, device=DEVICE).view(-1)
-    strip_indices = torch.tensor([2**31 - 1, 2**31, 2**31 + 5], device=DEVICE)
-    base, change = torch.ones(3, dtype=torch.bfloat16, device=DEVICE), torch.arange(3.0, device=DEVICE)
-    triton_kernels.write_deltas(matrix, base, change, Pattern(strip_indices, 2**15 + 1, columns))
-    assert matrix[strip_indices].tolist() == [1, 2, 3]
+    assert (beside == -1).sum() == beside.numel() - pattern.count
 
 
 class AllocatedBytes(TorchDispatchMode):
@@ -391,72 +302,3 @@ class AllocatedBytes(TorchDispatchMode):
         if isinstance(output, torch.Tensor) and output.untyped_storage().data_ptr() not in held:
             self.bytes += output.untyped_storage().nbytes()
         return output
-
-
-@pytest.mark.parametrize("granularity", [1, 8])
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_matrices_are_written_in_one_launch_with_the_bits_of_single_ones(dtype, index_dtype, granularity):
-    shapes = ((96, 20, 90), (16, 7, 1), (8, 64, 33), (160, 50, 800))
-    patterns = [
-        Pattern(torch.randperm(R // granularity * C)[:count].sort().values.to(DEVICE, index_dtype), R, C, granularity)
-        for R, C, count in shapes
-        if count <= R // granularity * C
-    ]
-    before = [torch.randn(pattern.rows, pattern.columns).to(DEVICE, dtype) for pattern in patterns]
-    bases = [torch.randn(pattern.count).to(DEVICE, dtype) for pattern in patterns]
-    deltas = [torch.randn(pattern.count).to(DEVICE) for pattern in patterns]
-    for changes in (deltas, [delta.to(dtype) for delta in deltas], []):
-        expected, written = [matrix.clone() for matrix in before], [matrix.clone() for matrix in before]
-        versions = [matrix._version for matrix in written]
-        for i, pattern in enumerate(patterns):
-            triton_kernels.write_deltas(expected[i].view(-1), bases[i], changes[i] if changes else None, pattern)
-        launched = []
-        with pytest.MonkeyPatch.context() as patch:
-            for name, kernel in vars(triton_kernels).copy().items():
-                if name.endswith("_kernel"):
-                    patch.setattr(triton_kernels, name, _Noting(kernel, launched))
-            triton_kernels.write_all_deltas(written, bases, changes, patterns)
-        assert len(launched) == 1
-        for i, matrix in enumerate(written):
-            assert torch.equal(matrix, expected[i])
-            assert not torch.equal(matrix, before[i])
-            assert matrix._version > versions[i]
-
-
-class _Noting:
-    """A kernel that notes its launches."""
-
-    def __init__(self, kernel, launched: list):
-        self.kernel, self.launched = kernel, launched
-
-    def __getitem__(self, grid):
-        self.launched.append(grid)
-        return self.kernel[grid]
-
-
-@pytest.mark.parametrize("granularity", [1, 8])
-def test_a_model_is_written_by_one_launch_for_each_dtype(monkeypatch, granularity):
-    for module in (weight_values, writes):
-        monkeypatch.setattr(module.cpu, "loaded_operators", lambda tensor: None)
-    monkeypatch.setattr(weight_values, "has_kernels", lambda tensor: True)
-    layers = [torch.nn.Linear(20, 16), torch.nn.Linear(16, 24), torch.nn.Linear(24, 8).double().bfloat16()]
-    config = SparseConfig(density=0.2, targets="all-linear", granularity=granularity)
-    model = sparsify(torch.nn.Sequential(*layers).to(DEVICE), config)
-    expected = {}
-    for name, weight in model.sparsity.weights.items():
-        weight.delta.data.normal_()
-        matrix = weight.weight.detach().clone().view(-1)
-        matrix[weight.flat_positions()] = (matrix[weight.flat_positions()].float() + weight.delta.detach()).to(
-            matrix.dtype
-        )
-        expected[name] = matrix.view_as(weight.weight)
-    calls, write_all = [], triton_kernels.write_all_deltas
-    monkeypatch.setattr(triton_kernels, "write_all_deltas", lambda *a: calls.append(len(a[0])) or write_all(*a))
-    refresh(model)
-    assert sorted(calls) == [1, 2]
-    for name, weight in model.sparsity.weights.items():
-        assert torch.equal(weight.weight, expected[name])
-    refresh(model)
-    if DEVICE == "cpu":  # on a GPU, deltas are written again rather than compared
-        assert sorted(calls) == [1, 2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli_cases import dry_run, one_error
 
-from launcher import commands, processes
+from launcher import adapter_commands, processes
 from launcher.cli import build_parser, main
 from sparse_zero.errors import UserError
 
@@ -138,18 +138,18 @@ def test_interrupt_and_lines_of_an_error(capsys, monkeypatch):
 
         return command
 
-    monkeypatch.setattr(commands, "inspect", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(adapter_commands, "inspect", raising(KeyboardInterrupt()))
     assert main(["inspect", "x"]) == 130
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(commands, "inspect", raising(UserError("first\n  second")))
+    monkeypatch.setattr(adapter_commands, "inspect", raising(UserError("first\n  second")))
     assert main(["inspect", "x"]) == 2
     assert one_error(capsys) == "sparse-zero: error: first second\n"
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     code = (
-        "import sys, time\nfrom launcher import commands\nfrom launcher.cli import main\n"
-        "commands.inspect = lambda arguments: (sys.stdin.read(), print('x' * 100000), 0)[2]\n"
+        "import sys, time\nfrom launcher import adapter_commands\nfrom launcher.cli import main\n"
+        "adapter_commands.inspect = lambda arguments: (sys.stdin.read(), print('x' * 100000), 0)[2]\n"
         "sys.exit(main(['inspect', 'x']))"
     )
     process = subprocess.Popen(

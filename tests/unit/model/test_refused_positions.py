@@ -16,7 +16,8 @@ from sparse_zero.gradient import cpu
 from sparse_zero.model.sparsify import apply_selection
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.selection.checks import checked_chunks
-from sparse_zero.selection.rules import BERNOULLI, STORED, STRATIFIED, Selection
+from sparse_zero.selection.draws import BERNOULLI, STRATIFIED
+from sparse_zero.selection.rules import STORED, Selection
 
 CONFIG = SparseConfig(density=0.1, targets="all-linear")
 FRESH = textwrap.dedent("""
@@ -26,7 +27,8 @@ FRESH = textwrap.dedent("""
     from sparse_zero.errors import UserError
     from sparse_zero.gradient import cpu
     from sparse_zero.model.sparsify import apply_selection
-    from sparse_zero.selection.rules import BERNOULLI, Selection
+    from sparse_zero.selection.draws import BERNOULLI
+    from sparse_zero.selection.rules import Selection
 
     if sys.argv[1] == "operators":
         assert cpu.load_operator() is not None

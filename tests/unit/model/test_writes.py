@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from families import tiny
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from sparse_zero import SparseConfig, UserError, refresh, sparsify
+from sparse_zero import SparseConfig, UserError, load_adapter, refresh, save_adapter, set_adapter, sparsify
 from sparse_zero.gradient import cpu
 from sparse_zero.model import writes
 
@@ -81,6 +83,24 @@ def test_a_step_writes_all_weights_of_a_dtype_in_one_call_and_a_forward_none():
     assert calls(lambda: model(batch)) == []
 
 
+def test_the_step_of_another_models_optimizer_writes_nothing_unless_the_deltas_have_changed():
+    """DeepSpeed's optimizers have flat buffers: that one of them has changed the deltas can only be seen in these."""
+    model = sparsify(layers((torch.float32,) * 2), SparseConfig(density=0.2, targets="all-linear"))
+    other = torch.nn.Parameter(torch.ones(3))
+    optimizer, batch = torch.optim.SGD([other], lr=0.1), torch.randn(3, 16)
+    other.sum().backward()
+    model(batch)
+    optimizer.step()
+    assert calls(lambda: model(batch)) == []
+    first, second = model.sparsity.weights.values()
+    optimizer.step()
+    second.delta.data.normal_()
+    assert calls(lambda: model(batch)) == [("sparse_zero::write_all_deltas", 1)]
+    expected = second.base + second.delta.detach()
+    assert torch.equal(second.values_at_positions(), expected)
+    assert torch.equal(first.values_at_positions(), first.base)
+
+
 def test_weights_of_several_dtypes_and_settings_are_written_right():
     plain = layers()
     model = sparsify(copy.deepcopy(plain), SparseConfig(density=0.2, targets="all-linear"))
@@ -106,6 +126,74 @@ def test_disabled_weights_are_restored_in_one_call():
     refresh(model)
     assert calls(lambda: model.sparsity.disable(model)) == [("sparse_zero::write_all_deltas", 3)]
     assert all(torch.equal(model.get_parameter(n), p) for n, p in plain.named_parameters())
+
+
+class Experts(nn.Module):
+    """Their inputs are in the rows."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(3, 16, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [0.5, "whole"])
+def test_weights_with_drawn_columns_are_written_in_one_call_with_the_bits_of_single_writes(columns, dtype):
+    torch.manual_seed(0)
+    plain = nn.ModuleList([nn.Linear(16, 8), Conv1D(12, 8), Experts()]).to(dtype)
+    config = SparseConfig(density=0.2, targets=["0", "1", "2.up_proj"], columns=columns, dropout=0.5)
+    model = sparsify(copy.deepcopy(plain), config)
+    weights = model.sparsity.weights.values()
+    for weight in weights:
+        weight.delta.data.normal_()
+
+    def is_written(together: bool) -> bool:
+        """Whether the weights are written, and each as by itself."""
+        expected = {weight: weight.weight.detach().clone() for weight in weights}
+        for weight, values in expected.items():
+            weight.write_values(values, weight.at_rest)
+        assert [call for call in calls(lambda: refresh(model)) if "all_columns" in call[0]] == [
+            ("sparse_zero::write_all_columns", 3)
+        ] * together
+        return all(torch.equal(weight.weight, values) for weight, values in expected.items())
+
+    assert is_written(together=True)
+    assert not any(torch.equal(model.get_parameter(n), p) for n, p in plain.named_parameters() if p.dim() > 1)
+    for weight in weights:
+        assert weight.operands(weight.weight.detach(), weight.at_rest._replace(dropout_step=3)) is None
+        weight.scale = 0.5
+    assert is_written(together=False)
+    for weight in weights:
+        weight.scale, weight.enabled = 1.0, False
+    assert is_written(together=True)
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in plain.named_parameters())
+    for weight in weights:
+        weight.reference, weight.shows_reference = torch.randn_like(weight.base), True
+    assert is_written(together=True)
+    for weight in weights:
+        assert torch.equal(weight.values_at_positions(), weight.reference)
+
+
+def test_adapters_in_columns_that_replace_each_other(tmp_path):
+    """Of each adapter the weights are those of the adapter alone."""
+    torch.manual_seed(0)
+    base, alone = tiny("gpt2"), {}
+    for seed, columns in ((1, "whole"), (2, 0.25), (3, 1)):
+        config = SparseConfig(density=0.1, targets="all-linear", columns=columns, seed=seed)
+        model = sparsify(copy.deepcopy(base), config)
+        for weight in model.sparsity.weights.values():
+            weight.delta.data.normal_()
+        refresh(model)
+        save_adapter(model, tmp_path / str(seed))
+        alone[str(seed)] = {name: weight.weight.detach().clone() for name, weight in model.sparsity.weights.items()}
+    model = copy.deepcopy(base)
+    for name in alone:
+        load_adapter(model, tmp_path / name, adapter_name=name)
+    for name in ("1", "2", "3", "1", "3", "2"):
+        set_adapter(model, name)
+        assert all(torch.equal(model.get_parameter(n), values) for n, values in alone[name].items()), name
 
 
 def test_a_weight_without_values_is_named():

@@ -14,7 +14,7 @@ from sparse_zero.planning.plan import device_bytes, least_ranks, plan
 from sparse_zero.planning.planned_run import describe_run
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.selection import columns
-from sparse_zero.selection import rules as positions
+from sparse_zero.selection import draws as positions
 
 SHAPES = Path(__file__).parents[3] / "benchmarks" / "shapes"
 TOKENS = 16

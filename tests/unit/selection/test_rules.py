@@ -8,7 +8,8 @@ from rule_cases import blockwise, hashes, sha256
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_zero.selection.checks import checksum
-from sparse_zero.selection.rules import BERNOULLI, STORED, STRATIFIED, Selection, by_magnitude, stratified_positions
+from sparse_zero.selection.draws import BERNOULLI, STRATIFIED, by_magnitude, stratified_positions
+from sparse_zero.selection.rules import STORED, Selection
 
 V_PROJ = "model.layers.0.self_attn.v_proj.weight"
 
