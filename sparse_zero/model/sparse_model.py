@@ -146,8 +146,11 @@ def before_forward(model: nn.Module, inputs: Any) -> None:
     """A forward pre-hook of the whole model."""
     sparsity = state_of(model)
     if torch.compiler.is_compiling() and not sparsity.is_partitioned:
-        compiled.refuse(type(model).__name__, sparsity.config.dropout)
+        packed = any(weight.is_packed for weight in sparsity.weights.values())
+        compiled.refuse(type(model).__name__, sparsity.config.dropout, packed)
         return
+    for layer in sparsity.packed_layers:
+        layer.check_forward()
     if torch.is_grad_enabled():
         refuse_transforms(type(model).__name__)
     sparsity.counter.before_forward(model, inputs)

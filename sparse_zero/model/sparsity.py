@@ -11,9 +11,10 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import writes
 from sparse_zero.model.compiled import sparse_weights
+from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.step_counter import StepCounter
-from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import STATE, tensors_by_name, unwrap
+from sparse_zero.quantized.layer import QuantizedLayer
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.zero.parameters import gathered
 
@@ -28,7 +29,7 @@ class Sparsity:
     """The state of a sparse model, `model.sparsity`."""
 
     config: SparseConfig
-    weights: dict[str, SparseWeight]
+    weights: dict[str, TrainedDelta]
     """The selected weights by parameter name, as in the base model's state dict."""
     whole: list[str]
     """Names of the fully trained parameters."""
@@ -47,6 +48,8 @@ class Sparsity:
     """The fingerprint of the base model; saved in adapters."""
     dtype: torch.dtype
     """The dtype of the base model, to which the fingerprint belongs."""
+    quantized: dict[str, str] = field(repr=False)
+    """What the weights of the base model were quantised to, by their names; saved in adapters."""
     required_grad: dict[str, bool] = field(repr=False)
     """Whether each parameter of the base model required a gradient before `sparsify`."""
     name: str = "default"
@@ -63,6 +66,8 @@ class Sparsity:
     hooks: list[Any] = field(default_factory=list, repr=False)
     """Handles of the hooks of the model and its parameters, removed by `unload`."""
     has_leaf_hooks: bool = False
+    packed_layers: list[QuantizedLayer] = field(default_factory=list, repr=False)
+    """The quantised layers of the model, also those without selected scalars."""
     disabled: int = 0
     """The number of `disable_adapter` blocks that the model is in."""
     trained: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -87,7 +92,7 @@ class Sparsity:
         return any(weight.is_partitioned for weight in self.weights.values())
 
     @property
-    def contents(self) -> dict[str, SparseWeight]:
+    def contents(self) -> dict[str, TrainedDelta]:
         """By parameter name, the weight whose values are in the parameter now; shared by all adapters of a model."""
         return next(iter(self.weights.values())).contents if self.weights else {}
 

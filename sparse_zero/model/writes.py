@@ -12,8 +12,28 @@ import torch
 from torch import nn
 
 from sparse_zero.gradient import cpu
-from sparse_zero.gradient.pattern import InnerScalars
-from sparse_zero.model.weight_values import Operands, Setting
+from sparse_zero.gradient.pattern import InnerScalars, Pattern
+from sparse_zero.model.setting import Setting
+
+
+class Operands(NamedTuple):
+    """The arguments of an operator or kernel that writes base + change into a weight at its selected scalars."""
+
+    matrix: torch.Tensor
+    """The complete weight, contiguous."""
+    base: torch.Tensor
+    change: torch.Tensor | None
+    scalars: Pattern | InnerScalars
+
+    @property
+    def kind(self) -> tuple:
+        """Operands of the same kind can be written in one call."""
+        change = None if self.change is None else self.change.dtype
+        if isinstance(self.scalars, Pattern):
+            scalars = self.scalars.strip_indices.dtype, self.scalars.granularity > 1
+        else:
+            scalars = (None if self.scalars.indices is None else self.scalars.indices.dtype, "columns")
+        return self.matrix.device, self.matrix.dtype, change, scalars
 
 
 class Due(NamedTuple):

@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 ORDER = (
     *("sparse_zero.errors", "rpn"),
     *("sparse_zero.zero", "sparse_zero.ranks"),
+    "sparse_zero.quantized",
     "sparse_zero.selection",
     *("sparse_zero.gradient", "sparse_zero.recipe"),
     *("sparse_zero.model", "sparse_zero.data"),
