@@ -40,7 +40,7 @@ WAYS = {
 }
 """By way: the part of the lab that it needs, and keys of `launch`."""
 NO_SPACES = ("deepspeed with pdsh",)
-"""Ways that refuse a working directory with a space in its name."""
+"""Ways that refuse spaces in the names of directories."""
 
 STRANGER = """
 import contextlib, json, socket, sys
@@ -166,11 +166,12 @@ def test_nobody_sees_a_secret_and_strangers_end_nothing(
     need(part)
     if part == "slurm":
         request.getfixturevalue("slurm")
-    directory = tmp_path / ("no_space" if way in NO_SPACES else "my project; id")
+    space = "_" if way in NO_SPACES else " "
+    directory = tmp_path / f"my{space}project" if way in NO_SPACES else tmp_path / "my project; id"
     directory.mkdir()
     own_files.write(directory)
-    output = directory / "my out"
-    words = [recipe, "training.output_dir=my out", f"training.max_steps={STEPS}", "training.save_steps=20"]
+    output = directory / f"my{space}out"
+    words = [recipe, f"training.output_dir={output.name}", f"training.max_steps={STEPS}", "training.save_steps=20"]
     words += [f"launch.{key.replace('HOSTFILE', str(tmp_path / 'hosts'))}" for key in keys]
     run = hosts["n1"].start("sparse-zero", "train", *words, cwd=directory, env={"HF_TOKEN": INHERITED})
     seen = Observation(hosts, tmp_path)
