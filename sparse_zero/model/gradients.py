@@ -6,8 +6,8 @@ gradient   the largest |g|, where g is the sum of the batches' gradients of the 
 snip       the largest |g * w|, the connection sensitivity of SNIP (arXiv 1810.02340)
 
 Every weight gets the number of scalars that the budget gives it. The gradients are dense for the time of the pass:
-each rank keeps 4 / ranks bytes for each scalar of the targets, and the whole gradient of one parameter at a time. Every
-rank computes all batches, so that the choice does not depend on the number of ranks. A model that ZeRO stage 3
+each rank keeps 4 / ranks bytes for each scalar of the targets, and the whole gradient of one parameter at a time.
+Every rank computes all batches, so that the choice does not depend on the number of ranks. A model that ZeRO stage 3
 partitions is gathered for the pass.
 """
 

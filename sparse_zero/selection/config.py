@@ -29,8 +29,8 @@ class SparseConfig(BaseModel):
     """How scalars are selected. stratified: exactly the number given by the budget, one at random from each of that
     many equal blocks of a weight. bernoulli: each scalar with the same probability, independently, so that the number
     varies (as in the SpaRTA paper). magnitude: the largest scalars of each pretrained weight (Super-Tuning,
-    arXiv 2607.09287); magnitude-smallest: the smallest. gradient: those of each weight whose gradient is largest, summed
-    over `selection_examples` training examples; snip: those whose gradient times weight is (SNIP, arXiv 1810.02340).
+    arXiv 2607.09287); magnitude-smallest: the smallest. gradient: those with the largest gradient, summed over
+    `selection_examples` training examples; snip: those whose gradient times weight is (SNIP, arXiv 1810.02340).
     With these four, adapters store the positions."""
 
     selection_examples: int = Field(64, ge=1)

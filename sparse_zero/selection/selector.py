@@ -20,7 +20,7 @@ Choose = Callable[
     [Mapping[str, Target], Mapping[str, int], Mapping[str, tuple[int, ...]]],
     dict[str, torch.Tensor],
 ]
-"""Selects scalars: (targets, number of scalars of each, the rows of some that are selected in full) -> positions in the
+"""Selects scalars: (targets, number of scalars of each, rows of some that are selected in full) -> positions in the
 flattened parameters, int64 (count,), sorted; all by parameter name. May be collective."""
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
