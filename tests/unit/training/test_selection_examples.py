@@ -54,7 +54,5 @@ def test_the_examples_select_and_a_resumed_run_takes_the_positions_of_its_checkp
 def test_an_objective_of_trl_has_no_examples_to_select_by(recipe):
     raw = load_recipe(recipe("plain", sparse=SPARSE)).model_dump()
     raw["training"]["objective"] = "sft"
-    with pytest.raises(
-        ValidationError, match=r"sparse\.selection: gradient computes the gradients of a recipe"
-    ):
+    with pytest.raises(ValidationError, match=r"sparse\.selection: gradient computes the gradients of a recipe"):
         Recipe.model_validate(raw)
