@@ -121,7 +121,8 @@ def wordnet_synonyms(word: str) -> list[str]:
         synsets = wordnet.synsets(word)
     except (ImportError, LookupError):
         raise SynonymsNotFound(
-            "eda takes its synonyms from WordNet: pip install 'sparse-zero[eda]', then python -m nltk.downloader wordnet"
+            "eda takes its synonyms from WordNet: pip install 'sparse-zero[eda]', then "
+            "python -m nltk.downloader wordnet"
         ) from None
     lemmas = {lemma.replace("_", " ") for synset in synsets for lemma in synset.lemma_names()}
     return sorted(lemma for lemma in lemmas if lemma.lower() != word.lower())
