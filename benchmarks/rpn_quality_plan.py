@@ -18,7 +18,7 @@ CORE = ("none", "rpn", "none, twice the epochs")
 RIVALS = ("gaussian", "salt-and-pepper", "neftune", "symnoise", "freelb", "eda", "aeda")
 FAULTS = ("rpn, mask per epoch", "rpn, padding moved", "rpn, one order")
 SELECTIONS = ("magnitude", "gradient", "snip")
-"""Instead of scalars drawn at random; of sparse runs without noise."""
+"""Instead of scalars drawn at random; of sparse runs without noise. Each has its own learning rate."""
 
 NAMES = (*CORE, *RIVALS, *FAULTS, *SELECTIONS)
 STRENGTHS = {
@@ -63,8 +63,8 @@ def key_of(row: Row) -> str:
     return json.dumps({name: row[name] for name in Run.__dataclass_fields__}, sort_keys=True)
 
 
-def rate_runs(task: str, method: str) -> list[Run]:
-    return [Run(task, method, "none", None, rate, TUNING_SEED, "validation") for rate in RATES[method]]
+def rate_runs(task: str, method: str, name: str = "none") -> list[Run]:
+    return [Run(task, method, name, None, rate, TUNING_SEED, "validation") for rate in RATES[method]]
 
 
 def strength_runs(method: str, name: str, rate: float) -> list[Run]:
@@ -105,6 +105,11 @@ def plan(
                 tuning += strength_runs(method, name, rate_of_tuned.learning_rate)
         for task in tasks:
             tuning += rate_runs(task, method)
+            if method == "sparse":
+                for name in [name for name in SELECTIONS if name in names]:
+                    tuning += rate_runs(task, method, name)
+                    if own := best(rate_runs(task, method, name), done):
+                        tests += [replace(own, seed=seed, split="test") for seed in SEEDS]
             if chosen := best(rate_runs(task, method), done):
                 tests += _tests(chosen, names, done, rate_of_tuned)
     order = {name: 0 if name in CORE else 1 if name in RIVALS else 2 for name in NAMES}
@@ -118,7 +123,7 @@ def plan(
 def _tests(chosen: Run, names: Collection[str], done: dict[str, Row], rate_of_tuned: Run | None) -> list[Run]:
     runs = []
     for name in [name for name in NAMES if name in names]:
-        if name in SELECTIONS and chosen.method == "full":
+        if name in SELECTIONS:
             continue
         strength, noise = None, noise_of(name)
         if noise in STRENGTHS:

@@ -81,6 +81,10 @@ def _tuning(done: dict[str, Row]) -> str:
             runs = quality.rate_runs(task, method)
             if any(run.key in done for run in runs):
                 rows.append([f"{method}, {task}: learning rate", _scores(runs, "learning_rate", done)])
+            for name in quality.SELECTIONS if method == "sparse" else ():
+                runs = quality.rate_runs(task, method, name)
+                if any(run.key in done for run in runs):
+                    rows.append([f"{method}, {task}, {name}: learning rate", _scores(runs, "learning_rate", done)])
         if chosen := quality.best(quality.rate_runs(quality.TUNED_ON, method), done):
             for name, (setting, _) in quality.STRENGTHS.items():
                 runs = quality.strength_runs(method, name, chosen.learning_rate)

@@ -28,8 +28,9 @@ def settled(rate: dict[str, float], strength_index: int = 1) -> dict[str, dict]:
     done: dict[str, dict] = {}
     for method in planning.METHODS:
         for task in planning.TASKS:
-            for run in planning.rate_runs(task, method):
-                done |= finished(run, 0.9 if run.learning_rate == rate[method] else 0.1)
+            for name in ("none", *(planning.SELECTIONS if method == "sparse" else ())):
+                for run in planning.rate_runs(task, method, name):
+                    done |= finished(run, 0.9 if run.learning_rate == rate[method] else 0.1)
         for name in planning.STRENGTHS:
             for index, run in enumerate(planning.strength_runs(method, name, rate[method])):
                 done |= finished(run, 0.9 if index == strength_index else 0.1)
@@ -41,7 +42,8 @@ RATE = {"full": 1e-4, "sparse": 3e-3}
 
 def test_first_the_rates_are_tuned_on_validation_tweets() -> None:
     runs = planning.plan({})
-    assert {(run.split, run.name) for run in runs} == {("validation", "none")}
+    assert {(run.split, run.name) for run in runs} == {("validation", n) for n in ("none", *planning.SELECTIONS)}
+    assert {run.name for run in runs[: 3 * 2 * len(planning.TASKS)]} == {"none"}
     assert {(r.task, r.method) for r in runs} == {(t, m) for t in planning.TASKS for m in planning.METHODS}
 
 
