@@ -259,6 +259,12 @@ def _notes(recipe: Recipe, deepspeed: Mapping[str, Any], model: PreTrainedModel)
             "sparse.selection: bernoulli: the plan uses the expected number of scalars; the actual number differs by "
             "about its square root"
         )
+    if recipe.sparse.uses_gradients:
+        targets = "4 bytes / ranks for each scalar of the targets"
+        notes.append(
+            f"sparse.selection: {recipe.sparse.selection}: the plan does not consider the pass that selects, before "
+            f"the training: the whole base model, {targets}, and the gradient of one parameter on each rank"
+        )
     if recipe.model.task == "sequence-classification":
         notes.append(
             f"the plan assumes a head with {model.config.num_labels} labels; a run uses the labels of the data"
