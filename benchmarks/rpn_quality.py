@@ -2,6 +2,7 @@
 
     python benchmarks/rpn_quality.py --data tweeteval --seconds 3600                 what is missing, by worth
     python benchmarks/rpn_quality.py --data tweeteval --tasks irony --methods full   a part of it
+    python benchmarks/rpn_quality.py --data tweeteval --size 500 --epochs 3          a smaller experiment
     python benchmarks/rpn_quality.py --list
     python benchmarks/rpn_quality.py --table                                         no runs: page and plot again
 
@@ -39,7 +40,7 @@ import transformers
 import tweeteval
 from noise_quality import batches_by_length, device_name
 from noise_quality_plan import BASE_MODEL
-from rpn_quality_plan import METHODS, NAMES, SELECTIONS, STRENGTHS, TASKS, Row, Run, key_of, noise_of, plan
+from rpn_quality_plan import METHODS, NAMES, SELECTIONS, STRENGTHS, TASKS, Row, Run, Scale, key_of, noise_of, plan
 from rpn_quality_table import write_page
 from tables import RESULTS
 from torch import Tensor
@@ -266,7 +267,9 @@ def make_runs(arguments: argparse.Namespace) -> None:
 
 
 def selected_plan(arguments: argparse.Namespace, done: dict[str, Row]) -> list[Run]:
-    return plan(done, arguments.tasks, arguments.methods, arguments.names)
+    scale = Scale(arguments.size, arguments.epochs)
+    planned = plan(scale.results(done), arguments.tasks, arguments.methods, arguments.names)
+    return [scale.run(run) for run in planned]
 
 
 def main() -> int:
@@ -277,6 +280,8 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--names", nargs="+", default=NAMES, choices=NAMES, help="variants")
+    parser.add_argument("--size", type=int, default=Run.size, help="training tweets")
+    parser.add_argument("--epochs", type=int, default=Run.epochs, help="of `none`")
     parser.add_argument("--list", action="store_true", help="no runs: which are known, and which of them are missing")
     parser.add_argument("--table", action="store_true", help="no runs: page and plot again")
     arguments = parser.parse_args()

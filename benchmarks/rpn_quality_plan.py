@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tweeteval import TASKS
 
@@ -61,6 +61,30 @@ class Run:
 
 def key_of(row: Row) -> str:
     return json.dumps({name: row[name] for name in Run.__dataclass_fields__}, sort_keys=True)
+
+
+class Scale(NamedTuple):
+    """A smaller experiment of the same plan, for a slow machine. It has its own learning rates and strengths."""
+
+    size: int = Run.size
+    epochs: int = Run.epochs
+    """Of `none`."""
+
+    def run(self, planned: Run) -> Run:
+        """The run of this scale for one of the plan."""
+        return replace(planned, size=self.size, epochs=planned.epochs // Run.epochs * self.epochs)
+
+    def results(self, done: dict[str, Row]) -> dict[str, Row]:
+        """The results of this scale, by the keys of the plan's runs."""
+        own = [row for row in done.values() if row["size"] == self.size and row["epochs"] % self.epochs == 0]
+        planned = [row | {"size": Run.size, "epochs": row["epochs"] // self.epochs * Run.epochs} for row in own]
+        return {key_of(row): row for row in planned}
+
+
+def scales(done: dict[str, Row]) -> list[Scale]:
+    """The scales that there are runs of, the largest first."""
+    sizes = sorted({row["size"] for row in done.values()}, reverse=True)
+    return [Scale(size, min(row["epochs"] for row in done.values() if row["size"] == size)) for size in sizes]
 
 
 def rate_runs(task: str, method: str, name: str = "none") -> list[Run]:

@@ -38,8 +38,16 @@ def difference(scores: Scores, baseline: Scores) -> str:
 
 
 def markdown(done: dict[str, Row]) -> str:
-    cells = scores_of_tests(done)
     parts = [_introduction(done)]
+    for scale in quality.scales(done):
+        parts += _sections(scale, scale.results(done))
+    return "\n\n".join([*parts, "## Tests without the last batch\n\n" + _last_batch(done)]) + "\n"
+
+
+def _sections(scale: quality.Scale, done: dict[str, Row]) -> list[str]:
+    """Args: done: the results of the scale, by the keys of the plan."""
+    cells, parts = scores_of_tests(done), []
+    title = f"{scale.size:,} training tweets, {scale.epochs} epochs"
     for method in quality.METHODS:
         tasks = [task for task in TASKS if any(key[:2] == (task, method) for key in cells)]
         if not tasks:
@@ -53,9 +61,8 @@ def markdown(done: dict[str, Row]) -> str:
                     row += [shown(scores), "" if name == "none" else difference(scores, none)]
                 rows.append(row)
         header = ["variant", *(column for task in tasks for column in (task, "- none"))]
-        parts.append(f"## {method.capitalize()} fine-tuning\n\n" + table(header, rows))
-    parts += ["## Tuning\n\n" + _tuning(done), "## Tests without the last batch\n\n" + _last_batch(done)]
-    return "\n\n".join([*parts, _missing(done)]) + "\n"
+        parts.append(f"## {method.capitalize()} fine-tuning, {title}\n\n" + table(header, rows))
+    return [*parts, f"## Tuning, {title}\n\n" + _tuning(done), _missing(done)]
 
 
 def _introduction(done: dict[str, Row]) -> str:
@@ -65,9 +72,8 @@ def _introduction(done: dict[str, Row]) -> str:
     when = f"{dates[0]} to {dates[-1]}" if dates else "no run yet"
     return (
         "# Random Position Noise on the tasks of its paper\n\n"
-        "MiniLM-L6, at most 2,000 training tweets and 2,000 of the test part, two epochs, batches of 16, bfloat16 "
-        f"autocast, AdamW; made by `python benchmarks/rpn_quality.py --data tweeteval` on {', '.join(devices)}, "
-        f"{when}.\n\n"
+        "MiniLM-L6, at most 2,000 tweets of the test part, batches of 16, bfloat16 autocast, AdamW; made by "
+        f"`python benchmarks/rpn_quality.py --data tweeteval` on {', '.join(devices)}, {when}.\n\n"
         f"Metrics, in percent: {metrics}. Each cell: mean ± standard deviation over five seeds, or as many as are in "
         "brackets. `- none`: mean of the differences to `none` by seed, in points, ± its standard error; with two "
         "seeds a 95% interval reaches 12.7 errors to each side, with three 4.3, with five 2.8."
@@ -125,13 +131,17 @@ def _missing(done: dict[str, Row]) -> str:
 
 
 def plot(done: dict[str, Row], path: Path) -> None:
-    """Differences to no noise with standard errors, a panel for each method. Raises ImportError without matplotlib."""
+    """Differences to no noise with standard errors, of the largest scale, a panel for each method.
+
+    Raises ImportError: there is no matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells = scores_of_tests(done)
+    largest = next(iter(quality.scales(done)), quality.Scale())
+    cells = scores_of_tests(largest.results(done))
     names = [name for name in quality.NAMES if name != "none" and any(key[2] == name for key in cells)]
     figure, panels = pyplot.subplots(1, len(quality.METHODS), figsize=(11, 4), sharey=True, layout="constrained")
     for panel, method in zip(panels, quality.METHODS, strict=True):

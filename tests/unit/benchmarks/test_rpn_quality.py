@@ -69,6 +69,20 @@ def test_a_part_of_the_plan() -> None:
     assert {r.name for r in runs} == {"none", "rpn"}
 
 
+def test_a_smaller_experiment_has_the_same_plan_and_its_own_tuning() -> None:
+    scale, done = planning.Scale(500, 3), settled(RATE)
+    small = {}
+    for row in done.values():
+        run = scale.run(planning.Run(**{name: row[name] for name in planning.Run.__dataclass_fields__}))
+        small |= finished(run, row["score"])
+    assert not small.keys() & done.keys()
+    assert scale.results(done | small).keys() == done.keys()
+    assert scale.results(done) == {}
+    assert planning.scales(done | small) == [(2000, 2), (500, 3)]
+    tests = [scale.run(run) for run in planning.plan(scale.results(small)) if run.split == "test"]
+    assert {(run.name.endswith("epochs"), run.epochs, run.size) for run in tests} == {(False, 3, 500), (True, 6, 500)}
+
+
 def test_results_are_added_to_a_file_that_can_be_read(tmp_path: Path) -> None:
     one, other = planning.rate_runs("irony", "full")[:2]
     for run in (one, other, one):
