@@ -158,3 +158,8 @@ def test_one_order_and_another_in_each_epoch() -> None:
     assert first != second
     same, again = quality.epochs_of(runs["rpn, one order"], list(range(40)))
     assert same == again == first
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    done, path = quality.read_results(), quality.CACHE.with_suffix(".md")
+    assert (path.read_text() if path.exists() else None) == (page.markdown(done) if done else None)
