@@ -51,7 +51,9 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
         if each["dropped"]:
             reasons = (f"{count:,} {reason}" for reason, count in each["dropped"].items())
             summary[f"{split}, dropped"] = "; ".join(reasons)
-        if each["sequences"] != each["used"]:
+        if each["sequences"] > each["used"]:
+            summary[f"{split}, with copies"] = f"{each['sequences']:,}"
+        if each["sequences"] < each["used"]:
             summary[f"{split}, packed"] = f"into {each['sequences']:,} sequences"
         summary[f"{split} tokens"] = (
             f"{tokens['minimum']:,} to {tokens['maximum']:,} an example, median {tokens['median']:,}, 95% at most "

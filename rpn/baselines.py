@@ -12,6 +12,7 @@ number of ranks.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,6 +56,22 @@ def neftune(embeddings: Tensor, keep: Tensor, stream: Stream, *, alpha: float) -
     """Add uniform noise in +-alpha / sqrt(L * hidden) for L tokens with noise in the example (arXiv 2310.05914)."""
     groups = stream.groups(keep, per_example=True)
     return _add(embeddings, groups, _scaled_uniform(groups, embeddings.shape[-1], alpha))
+
+
+def symnoise(embeddings: Tensor, keep: Tensor, stream: Stream, *, alpha: float) -> Tensor:
+    """Add +-alpha / sqrt(L * hidden) with random signs for L tokens with noise in the example (arXiv 2312.01523).
+
+    Passes 2k and 2k + 1 have opposite signs, so with two passes and no clean one the losses are those of the paper.
+    """
+    even = replace(stream, pass_index=stream.pass_index - stream.pass_index % 2)
+    groups = even.groups(keep, per_example=True)
+
+    def fill(part: Tensor, generator: torch.Generator):
+        bound = alpha / math.sqrt(part.numel())
+        part.bernoulli_(0.5, generator=generator).mul_(2 * bound).sub_(bound)
+
+    noise = _draw(groups, embeddings.shape[-1], fill)
+    return _add(embeddings, groups, -noise if stream.pass_index % 2 else noise)
 
 
 class FreeLB:

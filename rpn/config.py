@@ -24,7 +24,7 @@ UserNoise = Annotated[str, AfterValidator(_names_a_function), WithJsonSchema({"t
 _NOISES_OF_SETTING = {
     "probability": ("rpn", "salt-and-pepper"),
     "std": ("gaussian",),
-    "alpha": ("neftune",),
+    "alpha": ("neftune", "symnoise"),
     "ascent_step": ("freelb",),
     "ascent_radius": ("freelb",),
 }
@@ -35,9 +35,10 @@ class RPNConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb", "none"] | UserNoise = "rpn"
+    noise: Literal["rpn", "gaussian", "salt-and-pepper", "neftune", "symnoise", "freelb", "none"] | UserNoise = "rpn"
     """The noise. rpn: scalars move to random positions. gaussian, salt-and-pepper: the baselines of the RPN paper.
-    neftune: uniform noise (arXiv 2310.05914). freelb: adversarial perturbations (arXiv 1909.11764). none: no noise.
+    neftune: uniform noise (arXiv 2310.05914). symnoise: noise of one size and random signs, with the opposite signs in
+    every other pass (arXiv 2312.01523). freelb: adversarial perturbations (arXiv 1909.11764). none: no noise.
     Or your own function of (embeddings, keep, stream), as rpn.attach describes it: FILE.py:FUNCTION, a file in the
     recipe's directory or in the working directory, or MODULE:FUNCTION, a module that is installed or on
     PYTHONPATH. Python does not search the working directory for modules."""
@@ -69,7 +70,8 @@ class RPNConfig(BaseModel):
     """gaussian: standard deviation of the noise, in units of the embedding."""
 
     alpha: float = Field(5.0, gt=0)
-    """neftune: the noise is uniform in +-alpha / sqrt(length * hidden) (5 to 15 in the NEFTune paper)."""
+    """neftune: the noise is uniform in +-alpha / sqrt(length * hidden) (5 to 15 in the NEFTune paper). symnoise: it is
+    one of these two numbers."""
 
     ascent_step: float = Field(0.1, gt=0)
     """freelb: length of each gradient step on the perturbation of an example (alpha in the FreeLB paper). There is one

@@ -76,6 +76,8 @@ def _configured_noise(config: RPNConfig) -> Noise | None:
             return functools.partial(baselines.salt_and_pepper, probability=config.probability)
         case "neftune":
             return functools.partial(baselines.neftune, alpha=config.alpha)
+        case "symnoise":
+            return functools.partial(baselines.symnoise, alpha=config.alpha)
         case "freelb":
             return baselines.FreeLB(config.ascent_step, config.ascent_radius)
         case "none":

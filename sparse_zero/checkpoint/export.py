@@ -114,6 +114,15 @@ def read_buffers(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Te
         return {name: file.tensor(_BUFFER + name).view(buffer.shape) for name, buffer in saved.items()}
 
 
+def read_positions(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The positions that cannot be drawn again, int64 (n,), by parameter name.
+
+    Raises UserError: a file of the checkpoint is damaged.
+    """
+    with _AdapterTensors(checkpoint) as tensors:
+        return {entry.name: torch.cat([*entry.chunks]).long() for entry in tensors.positions()}
+
+
 def _index_dtype(selection: Selection) -> torch.dtype:
     return torch.int32 if selection.numel < 2**31 else torch.int64
 

@@ -25,7 +25,8 @@ import transformers
 from datasets import ClassLabel, Dataset, DatasetBuilder, Value
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from sparse_zero.data import conversations, packing, tokenization
+import rpn.text
+from sparse_zero.data import augmentation, conversations, packing, tokenization
 from sparse_zero.data import labels as label_kinds
 from sparse_zero.data.dropped import Dropped
 from sparse_zero.data.files import message_of, open_builder
@@ -170,6 +171,8 @@ def prepare_data(
     for name, split in splits.items():
         check_columns(split, data.columns, name)
         splits[name] = dropped.incomplete(split, _required(data.columns), name, _filter)
+    if data.augment is not None:
+        splits["training"] = _augmented(splits["training"], data)
     tokenizer = _padding_right(tokenizer)
     if task == "sequence-classification":
         labels = read_labels(data.columns.label, splits, problem_type, head)
@@ -181,6 +184,18 @@ def prepare_data(
         return PreparedData(*encoded, collator, None, max_length, dropped.counts)
     packed = [_map(split, packing.pack_batch, batch_size=10_000, max_length=max_length) for split in encoded]
     return PreparedData(*packed, packing.PackedCollator(tokenizer.pad_token_id), None, max_length, dropped.counts)
+
+
+def _augmented(dataset: Dataset, data: DataSection) -> Dataset:
+    """The examples, each followed by its changed copies. Raises UserError: there is no WordNet for eda."""
+    if data.augment == "eda":
+        try:
+            rpn.text.wordnet_synonyms("word")
+        except rpn.text.SynonymsNotFound as error:
+            raise UserError(f"data.augment: {error}") from None
+    settings = {"text": data.columns.text, "method": data.augment, "copies": data.augment_copies}
+    function = _versioned(augmentation.with_copies, settings | {"seed": data.split_seed})
+    return dataset.map(function, batched=True, with_indices=True)
 
 
 def _required(columns: Columns) -> list[str]:
@@ -361,7 +376,7 @@ def _apply(function: Callable, _: str, arguments: dict[str, Any], *batch: Any) -
 @cache
 def _version() -> str:
     """A hash of this code and the tokenizer libraries. `datasets` identifies imported functions only by name."""
-    modules = (conversations, label_kinds, packing, tokenization)
+    modules = (augmentation, conversations, label_kinds, packing, tokenization, rpn.text)
     sources = b"".join(Path(file).read_bytes() for file in (__file__, *(module.__file__ for module in modules)))
     releases = f"{transformers.__version__} {tokenizers.__version__}".encode()
     return hashlib.sha256(sources + releases).hexdigest()

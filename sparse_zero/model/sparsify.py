@@ -6,6 +6,7 @@ The method is SpaRTA (https://arxiv.org/abs/2502.15975).
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.dequantize import check_dequantizable, dequantize
 from sparse_zero.model.fingerprint import base_dtype, fingerprint
 from sparse_zero.model.first_backward import FirstBackward
+from sparse_zero.model.gradients import Loss, by_gradient
 from sparse_zero.model.quantized_weight import QuantizedWeight
 from sparse_zero.model.setting import BASE
 from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_values, sparsity_of, state_of
@@ -27,7 +29,7 @@ from sparse_zero.quantized.formats import kinds
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.draws import in_chunks
 from sparse_zero.selection.rules import Selection
-from sparse_zero.selection.selector import select_scalars
+from sparse_zero.selection.selector import Choose, select_scalars
 from sparse_zero.selection.targets import Target, all_targets, find_modules_to_save, parameter_names
 from sparse_zero.selection.threads import map_in_threads
 from sparse_zero.selection.unsupported import check_model, check_supported
@@ -39,7 +41,13 @@ PositionChunks = Callable[[Selection, torch.device], Iterable[torch.Tensor]]
 """Returns the positions of a selection in chunks: int64, sorted, on the device."""
 
 
-def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+def sparsify(
+    model: nn.Module,
+    config: SparseConfig,
+    positions: Mapping[str, torch.Tensor] | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> nn.Module:
     """Make a subset of a model's scalars trainable and freeze the others, in place.
 
     The outputs of the model do not change. Each selected weight W gets a trainable delta, a 1-D parameter with one
@@ -59,6 +67,9 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
         config: which scalars to train, and how many.
         positions: train these scalars instead of those that the config's targets, budget and selection give. By
             parameter name: int64 (n,), indices into the flattened parameter.
+        batches: for selection "gradient" and "snip": the batches whose gradients select, the same on every rank.
+            Without `loss`, mappings of the model's arguments, with labels.
+        loss: (model, batch) -> loss, for models or batches of another kind.
 
     Returns: the same model.
 
@@ -66,12 +77,27 @@ def sparsify(model: nn.Module, config: SparseConfig, positions: Mapping[str, tor
         UserError: no weight to select from, a budget that cannot be met, a model that is sparse or sharded already, a
             parameter that cannot be trained, or positions that do not fit the model. The model is then unchanged.
     """
+    choose = None
+    if batches is not None:
+        if not config.uses_gradients:
+            raise UserError(f"sparsify: batches are for selection: gradient and snip, not {config.selection}")
+        choose = by_gradient(unwrap(model), batches, config.selection == "snip", loss)
+    return sparsify_chosen(model, config, positions, choose)
+
+
+def sparsify_chosen(
+    model: nn.Module,
+    config: SparseConfig,
+    positions: Mapping[str, torch.Tensor] | None = None,
+    choose: Choose | None = None,
+) -> nn.Module:
+    """`sparsify` with a function that selects, for a rule that uses gradients."""
     check_wrappers(model)
     inner = unwrap(model)
     check_not_sparse(inner)
     check_model(inner)
     whole_modules = find_modules_to_save(inner, config)
-    selections, stored = select_scalars(inner, config, whole_modules, positions)
+    selections, stored = select_scalars(inner, config, whole_modules, positions, choose)
 
     def chunks(selection: Selection, device: torch.device) -> Iterator[torch.Tensor]:
         return in_chunks(stored[selection.name].to(device)) if selection.name in stored else selection.chunks(device)

@@ -166,7 +166,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
         micro_batches=micro_batches,
         backwards=micro_batches * passes,
         load_bytes=sum(sizes.base) * dtype.itemsize,
-        stored_positions=recipe.sparse.selection.startswith("magnitude"),
+        stored_positions=recipe.sparse.stores_positions,
         transient_bytes=recipe.sparse.transient_mib * 2**20 + WRITING_BYTES * max(counts.values(), default=0),
         notes=tuple(notes),
     )
@@ -174,7 +174,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
 
 def _index_bytes(selections: list[Selection], recipe: Recipe) -> int:
     """Bytes of the stored positions, and of the drawn columns, which layers of a group share."""
-    stores = recipe.sparse.indices == "stored" or recipe.sparse.selection.startswith("magnitude")
+    stores = recipe.sparse.indices == "stored" or recipe.sparse.stores_positions
     strips = [s.strip_count * s.strip_dtype.itemsize for s in selections if stores and not s.fills_columns]
     drawn = {s.columns_key: padded(s, torch.empty(s.columns.count, device="meta")) for s in selections if s.columns}
     return sum(strips) + sum(columns.numel() * torch.int64.itemsize for columns in drawn.values())
@@ -258,6 +258,12 @@ def _notes(recipe: Recipe, deepspeed: Mapping[str, Any], model: PreTrainedModel)
         notes.append(
             "sparse.selection: bernoulli: the plan uses the expected number of scalars; the actual number differs by "
             "about its square root"
+        )
+    if recipe.sparse.uses_gradients:
+        targets = "4 bytes / ranks for each scalar of the targets"
+        notes.append(
+            f"sparse.selection: {recipe.sparse.selection}: the plan does not consider the pass that selects, before "
+            f"the training: the whole base model, {targets}, and the gradient of one parameter on each rank"
         )
     if recipe.model.task == "sequence-classification":
         notes.append(

@@ -83,6 +83,11 @@ def check_objective(recipe: Any) -> None:
         raise ValueError(f"data.packing: {objective} does not pack examples; leave it out, or the objective")
     if recipe.data.max_length is not None and objective == "grpo":
         raise ValueError("data.max_length: grpo truncates no prompts; set training.trl.max_completion_length")
+    if recipe.sparse.uses_gradients:
+        raise ValueError(
+            f"sparse.selection: {recipe.sparse.selection} computes the gradients of a recipe without "
+            f"training.objective, not of {objective}; use another selection"
+        )
     if not isinstance(training.get("trl") or {}, dict):
         raise ValueError("training.trl: must be a mapping of TRL's settings")
     _check_rewards(objective, training)

@@ -112,12 +112,18 @@ class DataSection(Section):
     eval_size: int | float | None = Field(None, gt=0)
     """The number or fraction of evaluation examples. None: all; a tenth of the training split if held out."""
     split_seed: int = Field(0, ge=0)
-    """Seeds the choice of the examples."""
+    """Seeds the choice of the examples, and `augment`."""
     max_length: int | None = Field(None, gt=0)
     """The number of tokens after which an example is truncated. None: the model's limit."""
     packing: bool = False
     """Whether to pack several examples into a sequence of max_length. Each attends only to itself. Causal language
     models only."""
+    augment: Literal["eda", "aeda"] | None = None
+    """Train on changed copies of the texts too. eda: synonyms of WordNet replace or join words, or words change places
+    or are left out (arXiv 1901.11196; English). aeda: punctuation marks are inserted (arXiv 2108.13230). Sequence
+    classification of single texts only."""
+    augment_copies: int = Field(1, ge=1)
+    """The number of changed copies of each training example."""
 
     @property
     def example(self) -> Example:
@@ -184,6 +190,13 @@ class Recipe(Section):
             raise ValueError("data.columns: a causal LM needs one of `text`, `prompt` + `completion`, `messages`")
         if columns.tools and not columns.messages:
             raise ValueError("data.columns.tools: tools belong to conversations; set data.columns.messages")
+        if self.data.augment is not None and not (
+            self.model.task == "sequence-classification"
+            and columns.text
+            and not columns.text_pair
+            and self.training.get("objective") is None
+        ):
+            raise ValueError(f"data.augment: {self.data.augment} is for sequence classification of single texts only")
         if self.model.problem_type and self.model.task != "sequence-classification":
             raise ValueError("model.problem_type: only sequence classification has one")
         if self.data.packing and self.model.task != "causal-lm":

@@ -25,11 +25,17 @@ class SparseConfig(BaseModel):
     rank_equivalent: int | None = Field(None, ge=1)
     """Train as many scalars as a LoRA adapter of this rank: rank * (in + out) of each target matrix."""
 
-    selection: Literal["stratified", "bernoulli", "magnitude", "magnitude-smallest"] = "stratified"
+    selection: Literal["stratified", "bernoulli", "magnitude", "magnitude-smallest", "gradient", "snip"] = "stratified"
     """How scalars are selected. stratified: exactly the number given by the budget, one at random from each of that
     many equal blocks of a weight. bernoulli: each scalar with the same probability, independently, so that the number
     varies (as in the SpaRTA paper). magnitude: the largest scalars of each pretrained weight (Super-Tuning,
-    arXiv 2607.09287); magnitude-smallest: the smallest. With both, adapters store the positions."""
+    arXiv 2607.09287); magnitude-smallest: the smallest. gradient: those with the largest gradient, summed over
+    `selection_examples` training examples; snip: those whose gradient times weight is (SNIP, arXiv 1810.02340).
+    With these four, adapters store the positions."""
+
+    selection_examples: int = Field(64, ge=1)
+    """The number of training examples, drawn with `seed`, whose gradients select with selection: gradient or snip.
+    Their gradients are dense, so this pass needs more memory than the training: see Choosing."""
 
     granularity: int = Field(1, ge=1)
     """Number of scalars that are selected together, as a strip: this many consecutive rows of one column. The columns
@@ -64,7 +70,7 @@ class SparseConfig(BaseModel):
     indices: Literal["stored", "regenerated"] = "stored"
     """Whether the positions are kept in memory. stored: yes, with 4 bytes for each selected scalar or strip.
     regenerated: no; they are drawn again for each gradient and each update of the weights. Positions that cannot be
-    drawn again (magnitude, or given by the caller) are always stored."""
+    drawn again (magnitude, gradient, or given by the caller) are always stored."""
 
     transient_mib: int = Field(64, ge=1)
     """Limit for the temporary memory of a weight's gradient in MiB, in addition to its inputs, its result and the
@@ -96,6 +102,16 @@ class SparseConfig(BaseModel):
                 f"columns: {self.columns} excludes granularity: {self.granularity}; set columns: 1 or granularity: 1"
             )
         return self
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether examples are needed to select."""
+        return self.selection in ("gradient", "snip")
+
+    @property
+    def stores_positions(self) -> bool:
+        """Whether the positions cannot be drawn again, so that adapters and checkpoints contain them."""
+        return self.uses_gradients or self.selection.startswith("magnitude")
 
     @property
     def budget(self) -> str:

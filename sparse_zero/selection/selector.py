@@ -1,6 +1,6 @@
 """Selects the trained scalars of a model, by a config's targets and budget or at positions given by the caller."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -17,6 +17,13 @@ from sparse_zero.selection.targets import Target, all_targets, find_targets, par
 from sparse_zero.selection.unsupported import only_supported
 from sparse_zero.zero.parameters import gathered
 
+Choose = Callable[
+    [Mapping[str, Target], Mapping[str, int], Mapping[str, tuple[int, ...]]],
+    dict[str, torch.Tensor],
+]
+"""Selects scalars: (targets, number of scalars of each, rows of some that are selected in full) -> positions in the
+flattened parameters, int64 (count,), sorted; all by parameter name. May be collective."""
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -25,8 +32,10 @@ def select_scalars(
     config: SparseConfig,
     whole_modules: list[str],
     positions: Mapping[str, torch.Tensor] | None = None,
+    choose: Choose | None = None,
 ) -> tuple[list[Selection], dict[str, torch.Tensor]]:
-    """Select the trained scalars. Collective under ZeRO stage 3 if weights are selected by magnitude.
+    """Select the trained scalars. Collective under ZeRO stage 3 if weights are selected by magnitude, and always with
+    `choose`.
 
     Args:
         model: the base model.
@@ -34,13 +43,14 @@ def select_scalars(
         whole_modules: names of the modules that are trained in full.
         positions: positions in the flattened parameters, by parameter name. If given, they replace the targets, the
             budget and the rule of the config.
+        choose: for a rule that uses gradients.
 
     Returns:
         The selections, and the positions, int64 (n,) by parameter name, of those that cannot be drawn again.
 
     Raises:
-        UserError: a pattern matches nothing, a target cannot be trained, the budget is impossible, or the positions
-            are invalid.
+        UserError: a pattern matches nothing, a target cannot be trained, the budget is impossible, the positions are
+            invalid, or `choose` is missing.
     """
     parameters, whole = all_targets(model), parameter_names(model, whole_modules)
     rows = _token_rows(model, config, parameters, whole)
@@ -53,10 +63,17 @@ def select_scalars(
     targets = only_supported(find_targets(model, config, whole_modules), leave_out=config.targets == "all")
     columns, counts = choose_columns(config, targets, _counts(config, parameters, targets, whole, rows), rows)
     selections, stored = [], {}
+    if config.uses_gradients:
+        if choose is None:
+            raise UserError(
+                f"sparse.selection: {config.selection} needs examples: pass batches= to sparsify, or train a recipe"
+            )
+        stored = choose(targets, {name: count for name, count in counts.items() if count}, rows)
     for name, count in counts.items():
         target, own_rows = targets[name], rows.get(name, ())
-        if config.selection.startswith("magnitude"):
-            stored[name] = _by_magnitude(target, config, count, own_rows)
+        if config.stores_positions:
+            if not config.uses_gradients:
+                stored[name] = _by_magnitude(target, config, count, own_rows)
             selections.append(Selection(STORED, name, tuple(target.shape), count, whole_rows=own_rows))
         else:
             selections.append(_by_rule(target, config, count, own_rows, columns.get(name)))

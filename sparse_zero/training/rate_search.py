@@ -12,13 +12,14 @@ from transformers import set_seed
 
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparse_model import refresh
-from sparse_zero.model.sparsify import sparsify
+from sparse_zero.model.sparsify import sparsify_chosen
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.build import build, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name
 from sparse_zero.training.recipe_check import check_recipe
 from sparse_zero.training.results_table import print_rates
 from sparse_zero.training.run import config_with_tokens, noisy_objective
+from sparse_zero.training.selection_examples import choose_by_examples
 from sparse_zero.training.trainer import SparseTrainer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def find_rate(recipe: Recipe, path: str) -> dict[str, Any]:
     arguments = training_arguments(recipe)
     set_seed(arguments.seed)
     tokenizer, prepared, model, new_tokens = build(recipe, arguments)
-    sparsify(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer))
+    choose = choose_by_examples(model, recipe.sparse, prepared, arguments)
+    sparsify_chosen(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer), choose=choose)
     objective = noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids)
     settings = evaluation_settings(prepared, tokenizer)
     settings["eval_dataset"] = prepared.evaluation.select(range(min(EXAMPLES, len(prepared.evaluation))))

@@ -1,6 +1,7 @@
 """The training run that every rank executes: recipe, data, model, trainer, adapter and results."""
 
 import contextlib
+import functools
 import json
 import logging
 import warnings
@@ -25,19 +26,21 @@ from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.checkpoint.resume import DATA, find_resume_checkpoint, keep_batch_size, print_once
 from sparse_zero.errors import UserError, disk_problem
-from sparse_zero.model.sparsify import sparsify
+from sparse_zero.model.sparsify import sparsify_chosen
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.ranks.compilations import announce_compilations
 from sparse_zero.ranks.stop_signals import StopRequest
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training
 from sparse_zero.selection.config import SparseConfig
+from sparse_zero.selection.selector import Choose
 from sparse_zero.training.build import build, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name, peak_memory_bytes
 from sparse_zero.training.packing_check import PackingCheck
 from sparse_zero.training.recipe_check import check_recipe
 from sparse_zero.training.results_table import print_results
 from sparse_zero.training.run_settings import describe_examples, sections_of
+from sparse_zero.training.selection_examples import choose_by_examples
 from sparse_zero.training.trainer import Backward, Forward, Objective, SparseTrainer
 from sparse_zero.zero.parameters import optimizer_bytes, zero_stage
 
@@ -99,7 +102,8 @@ def train(
         check_recipe(recipe, arguments)
         _check_noise(recipe.rpn)
         _say_if_noise_changes(recipe.rpn, checkpoint, ranks.world_size)
-        return _train(recipe, path, merge, arguments, checkpoint, stop, reset, make or build_trainer)
+        make = make or functools.partial(build_trainer, checkpoint=checkpoint)
+        return _train(recipe, path, merge, arguments, checkpoint, stop, reset, make)
 
 
 def _check_noise(config: rpn.RPNConfig | None) -> None:
@@ -142,18 +146,22 @@ def _train(
         return _run(trainer, recipe, path, merge, checkpoint, reset)
 
 
-def build_trainer(recipe: Recipe, arguments: TrainingArguments, stop: StopRequest | None) -> SparseTrainer:
+def build_trainer(
+    recipe: Recipe, arguments: TrainingArguments, stop: StopRequest | None, checkpoint: Checkpoint | None = None
+) -> SparseTrainer:
     """The trainer of a recipe without an objective. A collective call.
 
     Args:
         recipe: the recipe.
         arguments: made of its `training` section.
         stop: set by signals.
+        checkpoint: from which the run resumes.
 
     Raises UserError: see `build`.
     """
     tokenizer, prepared, model, new_tokens = build(recipe, arguments)
-    make_sparse(model, recipe, tokenizer, new_tokens)
+    choose = choose_by_examples(model, recipe.sparse, prepared, arguments, checkpoint)
+    make_sparse(model, recipe, tokenizer, new_tokens, choose)
     trainer = SparseTrainer(
         model,
         arguments,
@@ -168,9 +176,15 @@ def build_trainer(recipe: Recipe, arguments: TrainingArguments, stop: StopReques
     return trainer
 
 
-def make_sparse(model: nn.Module, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> None:
+def make_sparse(
+    model: nn.Module,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: list[str],
+    choose: Choose | None = None,
+) -> None:
     """Make a recipe's model sparse, in place, and note where it comes from."""
-    sparsify(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer))
+    sparsify_chosen(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer), choose=choose)
     sparsity = model.sparsity
     sparsity.base_model, sparsity.revision = recipe.model.source, recipe.model.revision
     sparsity.tokenizer, sparsity.new_tokens = recipe.model.tokenizer, new_tokens

@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "columns-tied": {"targets": ["embed_tokens", "v_proj"], "density": 0.05, "columns": 0.5, "indices": "regenerated"},
     "bernoulli": {"targets": "all", "density": 0.05, "selection": "bernoulli"},
     "magnitude": {"targets": ["down_proj", "embed_tokens"], "density": 0.05, "selection": "magnitude"},
+    "snip": {"targets": ["down_proj", "embed_tokens"], "density": 0.05, "selection": "snip"},
     "tokens": {"targets": ["v_proj"], "density": 0.02, "trainable_token_indices": [5, 9], "modules_to_save": ["norm"]},
     "dropout": {"targets": "all-linear", "density": 0.1, "dropout": 0.3},
 }
@@ -33,6 +34,14 @@ TRAINING = {
     "lr_scheduler_type": "constant",
     "max_grad_norm": 0.0,
 }
+
+
+def batches_of(settings: dict[str, Any]) -> list[dict[str, torch.Tensor]] | None:
+    """The batches whose gradients select, for a kind that needs them."""
+    if settings.get("selection") != "snip":
+        return None
+    examples = tiny.examples("causal-lm", 3)
+    return [{key: torch.tensor([example[key]]) for key in ("input_ids", "labels")} for example in examples]
 
 
 def save_base(directory: Path, tied: bool) -> None:

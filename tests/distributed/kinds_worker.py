@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kinds
 import tiny
 import torch
 from partitioned_worker import whole_weights
@@ -33,7 +34,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     if "adapters" in case:
         return work_with(model, case["adapters"], out)
     model.set_experts_implementation(case["experts"])
-    sparsify(model, SparseConfig(**case["sparse"]))
+    sparsify(model, SparseConfig(**case["sparse"]), batches=kinds.batches_of(case["sparse"]))
     examples = tiny.examples(case["task"], case["examples"])
     trainer = SparseTrainer(model, arguments, train_dataset=examples, eval_dataset=examples[:8])
     with watched_copies(model) as kept:

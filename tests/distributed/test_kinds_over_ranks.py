@@ -67,7 +67,8 @@ def token_loss(model: nn.Module, examples: list[dict]) -> torch.Tensor:
 def masked_training(out: Path, kind: str) -> list[float]:
     """Dense gradients, AdamW on the selected scalars' changes and on what is trained in full."""
     model = plain(out, kind)
-    chosen = sparsify(plain(out, kind), SparseConfig(**kinds.KINDS[kind])).sparsity
+    settings = kinds.KINDS[kind]
+    chosen = sparsify(plain(out, kind), SparseConfig(**settings), batches=kinds.batches_of(settings)).sparsity
     positions = {name: weight.flat_positions() for name, weight in chosen.weights.items()}
     weights = dict(model.named_parameters())
     pretrained = {name: weights[name].detach().flatten()[flat].clone() for name, flat in positions.items()}

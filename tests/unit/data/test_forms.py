@@ -1,6 +1,7 @@
 """The form of a data set is recognised by its columns, and a right recipe is proposed for it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,20 @@ def test_packed_data_and_labels_are_described(folder, capsys):
     assert train["used"] == 40
     assert train["sequences"] < 10
     assert cli.main(["data", "r.yaml", "--examples", "-1"]) == 2
+
+
+def test_changed_copies_of_the_examples_are_shown(folder, capsys):
+    rows = [{"text": text, "label": "xy"[number % 2]} for number, text in enumerate(WORDS)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "r.yaml").write_text(
+        RECIPE.replace("causal-lm", "sequence-classification")
+        .replace("messages: messages", "text: text, label: label")
+        .replace("24", "24, augment: aeda, augment_copies: 2")
+    )
+    assert cli.main(["data", "r.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"train, with copies +120\b", printed)
+    assert "evaluation, with copies" not in printed
 
 
 def test_several_columns_of_a_prompt_are_joined(tokenizer):

@@ -31,7 +31,7 @@ def test_every_key_of_every_section_is_printed(capsys):
 
 def test_a_key_with_its_type_default_and_meaning(capsys):
     assert printed(capsys, "sparse.selection").splitlines()[0] == (
-        "sparse.selection: stratified | bernoulli | magnitude | magnitude-smallest = stratified"
+        "sparse.selection: stratified | bernoulli | magnitude | magnitude-smallest | gradient | snip = stratified"
     )
     assert "\n    How scalars are selected. stratified: exactly the" in printed(capsys, "sparse.selection")
     assert printed(capsys, "data.path").startswith("data.path: str, required\n")

@@ -152,11 +152,12 @@ def test_a_model_of_405_billion_scalars_is_planned_without_drawing(monkeypatch: 
     for name in ("stratified_positions", "stratified_strips", "bernoulli_chunks", "by_magnitude"):
         monkeypatch.setattr(positions, name, draws)
     monkeypatch.setattr(columns, "stratified_draw", draws)
-    for setting in ("columns=0.1", "selection=bernoulli", "selection=magnitude"):
+    for setting in ("columns=0.1", "selection=bernoulli", "selection=gradient", "selection=magnitude"):
         overrides = [f"model.name={SHAPES / 'llama-3.1-405b'}", f"sparse.{setting}"]
         run = describe_run(load_recipe(SHAPES / "plan.yaml", overrides))
         assert sum(run.sizes.base) == 405_853_388_800
         assert sum(run.sizes.selected) == round(0.01 * 405_853_388_800)
+        assert any("the pass that selects" in note for note in run.notes) == (setting == "selection=gradient")
     assert plan(run, 8)["adapter_bytes"] == 6 * sum(run.sizes.selected)  # with magnitude also positions
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rpn.baselines import FreeLB, gaussian, neftune, salt_and_pepper
+from rpn.baselines import FreeLB, gaussian, neftune, salt_and_pepper, symnoise
 from rpn.streams import Stream
 
 HIDDEN = 64
@@ -16,6 +16,7 @@ NOISES = {
     "gaussian": functools.partial(gaussian, std=0.1),
     "salt-and-pepper": functools.partial(salt_and_pepper, probability=0.3),
     "neftune": functools.partial(neftune, alpha=5.0),
+    "symnoise": functools.partial(symnoise, alpha=5.0),
     "freelb": FreeLB(step=0.1, radius=0.5),
 }
 
@@ -133,6 +134,23 @@ def test_freelb_stays_within_its_radius(embeddings: torch.Tensor) -> None:
     torch.testing.assert_close(norms[0, 0], torch.tensor(0.3 / 3**0.5), rtol=0.1, atol=0)
     real = torch.tensor(LENGTHS) > 0
     torch.testing.assert_close(norms[1:, real], torch.full_like(norms[1:, real], 0.3))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_symnoise_has_one_size_and_opposite_signs_in_pairs_of_passes(scope: str, embeddings: torch.Tensor) -> None:
+    noises = [
+        symnoise(embeddings, KEEP, Stream(scope=scope, pass_index=number), alpha=5.0) - embeddings
+        for number in range(4)
+    ]
+    for row, length in enumerate(LENGTHS):
+        if length:
+            size = 5.0 / math.sqrt(length * HIDDEN)
+            real = noises[0][row][KEEP[row]]
+            torch.testing.assert_close(real.abs(), torch.full_like(real, size), rtol=0, atol=1e-5)
+            assert abs((real > 0).float().mean() - 0.5) < 2.5 / math.sqrt(real.numel())
+    torch.testing.assert_close(noises[1], -noises[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(noises[3], -noises[2], rtol=0, atol=1e-5)
+    assert not torch.allclose(noises[2], noises[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("overflow", [torch.inf, torch.nan, 0.0])

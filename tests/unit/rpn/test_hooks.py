@@ -165,7 +165,7 @@ def test_a_custom_noise(ids: torch.Tensor, mask: torch.Tensor) -> None:
     assert torch.equal(embedded(model, ids, attention_mask=mask), weight[ids] * signs)
 
 
-@pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune"])
+@pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune", "symnoise"])
 def test_every_noise_by_its_name(noise: str, ids: torch.Tensor, mask: torch.Tensor) -> None:
     model = bert()
     handle = rpn.attach(model, RPNConfig(noise=noise))

@@ -16,6 +16,7 @@ OWN_SETTINGS = {
     "gaussian": {"std": 0.2},
     "salt-and-pepper": {"probability": 0.3},
     "neftune": {"alpha": 15.0},
+    "symnoise": {"alpha": 15.0},
     "freelb": {"ascent_step": 0.3, "ascent_radius": 1.0},
 }
 
@@ -60,7 +61,7 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune"])
+@pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune", "symnoise"])
 @pytest.mark.parametrize("clean", [True, False])
 def test_equals_the_summed_loss_in_one_graph(noise: str, clean: bool) -> None:
     config = RPNConfig(
@@ -153,7 +154,7 @@ def test_keeps_the_graph_of_one_pass_only() -> None:
     assert len(graphs) == 4
 
 
-@pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune", "freelb"])
+@pytest.mark.parametrize("noise", ["rpn", "gaussian", "salt-and-pepper", "neftune", "symnoise", "freelb"])
 @pytest.mark.parametrize(("ranks", "micro_steps"), [(2, 1), (4, 1), (2, 2), (1, 4)])
 def test_sequence_scope_gives_the_same_training_on_any_number_of_ranks(
     noise: str, ranks: int, micro_steps: int
@@ -269,7 +270,7 @@ def test_settings_out_of_range_are_errors_that_name_the_key(settings: dict) -> N
     [
         ("probability", 0.2, ("rpn", "salt-and-pepper")),
         ("std", 0.2, ("gaussian",)),
-        ("alpha", 15.0, ("neftune",)),
+        ("alpha", 15.0, ("neftune", "symnoise")),
         ("ascent_step", 0.3, ("freelb",)),
         ("ascent_radius", 1.0, ("freelb",)),
     ],

@@ -241,3 +241,10 @@ def test_rates_of_a_partitioned_base_model_are_refused(tmp_path, monkeypatch, sa
             find_rate(made, "r.yaml")
     finally:
         unset_hf_deepspeed_config()
+
+
+def test_a_run_on_changed_copies_of_the_texts(run, save):
+    save(bert())
+    rows = [{"text": text, "label": row % 2} for row, text in enumerate(TEXTS)]
+    results = run("sequence-classification", CLASSES, rows, data={"augment": "aeda", "augment_copies": 2})
+    assert (results["train_examples"], results["eval_examples"]) == (60, 20)

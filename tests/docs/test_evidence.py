@@ -1,0 +1,16 @@
+"""The measured tables of the page on evidence are those that the benchmarks wrote."""
+
+from docs_pages import ROOT
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def test_rows_with_deviations_are_in_the_results() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks" / "results").glob("*_quality.md")]
+    written = [cells(line) for page in pages for line in page.splitlines() if line.startswith("|")]
+    shown = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
+    measured = [cells(line) for line in shown if line.startswith("|") and " ± " in line]
+    assert len(measured) >= 3
+    assert [row for row in measured if row not in written] == []
