@@ -15,6 +15,7 @@ from sparse_zero.model import layers, sparse_model
 from sparse_zero.model.activation import CONTENTS, attach, deactivate, merge
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.first_backward import FirstBackward
+from sparse_zero.model.peft import warn_of_prompts
 from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_values, sparsity_of, state_of
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import BASE, SparseWeight
@@ -157,6 +158,8 @@ def apply_selection(
         raise
     vars(model)[CONTENTS] = contents
     attach(model, state)
+    if not any(state.required_grad.values()):
+        warn_of_prompts(model)
     tensors = {name: weight.delta for name, weight in weights.items()}
     counter.watch = FirstBackward(tensors | {name: parameters[name].parameter for name in state.whole})
     state.hooks.append(counter.watch)
