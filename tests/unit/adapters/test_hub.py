@@ -117,8 +117,8 @@ def test_other_commands_take_an_id(run, adapters, tmp_path):
     assert facts["base_model"] == "org/base"
     out, _ = run("chat", "user/adapter", "--prompt", "a", "--max-new-tokens", "2", "--compare", "--json")
     assert set(json.loads(out)) == {"model", "prompt", "answer", "base_answer", "seconds"}
-    run("convert", "user/adapter", "shira", "--to", "shira", "--revision", "v1")
-    model = PeftModel.from_pretrained(fresh(tmp_path / "llama-with-licence"), tmp_path / "shira")
+    run("convert", "user/adapter", "converted", "--to", "supertuning", "--revision", "v1")
+    model = PeftModel.from_pretrained(fresh(tmp_path / "llama-with-licence"), tmp_path / "converted")
     assert torch.allclose(logits(model), logits(adapters["v1"]), atol=1e-5)
     out, _ = run("chat", "org/base", "--prompt", "a", "--max-new-tokens", "2", "--json")
     assert json.loads(out)["model"] == "org/base"
@@ -131,7 +131,8 @@ def test_an_adapter_is_evaluated_by_its_id(run, adapters, tmp_path):
     recipe = {"model": {"name": "org/base", "task": "causal-lm"}, "training": {"output_dir": "run", "use_cpu": True}}
     recipe["data"] = {"path": "d.jsonl", "columns": {"text": "text"}, "eval_split": "train", "max_length": 64}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    ids = AutoTokenizer.from_pretrained(tmp_path / "llama-with-licence")(text, return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama-with-licence")
+    ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
     for revision in ("v1", "main"):
         out, _ = run("evaluate", "r.yaml", "--adapter", "user/adapter", "--revision", revision, "--json")
         with torch.no_grad():
