@@ -19,7 +19,7 @@ def init(arguments: argparse.Namespace) -> int:
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.planning.proposal import propose
 
-        proposal = propose(arguments.data, arguments.model)
+        proposal = propose(arguments.data, arguments.model, arguments.objective)
     out.write_text(proposal.text, encoding="utf-8")
     if arguments.json:
         facts = {"out": str(out), "form": proposal.form.name, "notes": proposal.notes}
@@ -27,7 +27,8 @@ def init(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.data}: {proposal.form.name}\n\n{proposal.text}")
         report.print_notes(proposal.notes)
-        print(f"written: {out}\nnext: sparse-zero data {shlex.quote(str(out))}")
+        next_command = "check" if proposal.form.objective else "data"
+        print(f"written: {out}\nnext: sparse-zero {next_command} {shlex.quote(str(out))}")
     return 0
 
 

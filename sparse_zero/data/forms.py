@@ -1,4 +1,4 @@
-"""Recognises the form of a data set by its columns: conversations, prompts, texts with labels, plain text.
+"""Recognises the form of a data set by its columns: conversations, preferences, prompts, labelled and plain texts.
 
 form = recognise(dataset)
 form.task, form.columns    # "causal-lm", {"messages": "conversations"}
@@ -6,11 +6,12 @@ form.task, form.columns    # "causal-lm", {"messages": "conversations"}
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
 from sparse_zero.errors import UserError
+from sparse_zero.recipe.objective import TASKS
 from sparse_zero.recipe.recipe import Task
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns")
@@ -40,14 +41,27 @@ class Form:
     """The `data.columns` of a recipe."""
     notes: tuple[str, ...] = ()
     """What the user should know."""
+    objective: str | None = None
+    """The `training.objective` of a recipe."""
 
 
-def recognise(dataset: Dataset) -> Form:
+def recognise(dataset: Dataset, objective: str | None = None) -> Form:
     """Recognise the form of a data set by the names and types of its columns. Names may differ in case.
 
-    Raises UserError: its columns have no form that is known.
+    Args:
+        dataset: the data set.
+        objective: what preferences are for: "dpo" or "reward". None: dpo.
+
+    Raises UserError: its columns have no form that is known, or none for the objective.
     """
     columns = {name.lower(): name for name in dataset.column_names}
+    if objective is not None:
+        if form := _preference(dataset, columns, objective):
+            return form
+        raise UserError(
+            f"the columns {', '.join(dataset.column_names)} are no preferences: {objective} needs `chosen` and "
+            "`rejected`"
+        )
     for find in (_conversation, _preference, _instruction, _pair, _labelled, _prompt, _plain):
         if form := find(dataset, columns):
             return form
@@ -66,17 +80,19 @@ def _conversation(dataset: Dataset, columns: dict[str, str]) -> Form | None:
     return Form(shape, "causal-lm", {"messages": name, **tools})
 
 
-def _preference(dataset: Dataset, columns: dict[str, str]) -> Form | None:
+def _preference(dataset: Dataset, columns: dict[str, str], objective: str = "dpo") -> Form | None:
     if not {"chosen", "rejected"} <= columns.keys():
         return None
-    chosen = columns["chosen"]
-    note = ("the rejected answers are not used: the recipe trains on the chosen ones",)
-    if _has_messages(dataset, chosen):
-        return Form("preferences between conversations", "causal-lm", {"messages": chosen}, note)
-    prompt = _first(columns, PROMPTS)
-    if prompt is None:
-        return Form("preferences between texts", "causal-lm", {"text": chosen}, note)
-    return Form("preferences between answers", "causal-lm", {"prompt": prompt, "completion": chosen}, note)
+    names: dict[str, str | list[str]] = {"chosen": columns["chosen"], "rejected": columns["rejected"]}
+    is_chat, prompt = _has_messages(dataset, columns["chosen"]), _first(columns, PROMPTS)
+    # A text beside conversations repeats their first turn
+    if prompt and (_has_messages(dataset, prompt) if is_chat else _is_text(dataset, prompt)):
+        names = {"prompt": prompt, **names}
+        name = "preferences between answers"
+    else:
+        name = f"preferences between {'conversations' if is_chat else 'texts'}"
+    note = () if objective == "reward" else ("--objective reward writes a recipe for a reward model",)
+    return Form(name, cast(Task, TASKS[objective]), names, note, objective)
 
 
 def _instruction(dataset: Dataset, columns: dict[str, str]) -> Form | None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.selection.rules import by_magnitude
+from sparse_zero.selection.draws import by_magnitude
 from sparse_zero.selection.selector import Choose
 from sparse_zero.selection.targets import Target
 from sparse_zero.zero.parameters import full_numel, gathered, wait_for_prefetch
@@ -50,6 +50,11 @@ def by_gradient(
     def choose(
         targets: Mapping[str, Target], counts: Mapping[str, int], rows: Mapping[str, tuple[int, ...]]
     ) -> dict[str, torch.Tensor]:
+        if quantized := [name for name in counts if targets[name].quantized is not None]:
+            raise UserError(
+                f"sparse.selection: {reprlib.repr(quantized)}: the gradient of a quantised weight is not computed whole; "
+                "select at random or by magnitude"
+            )
         slices = _sum_gradients(model, {name: targets[name].parameter for name in counts}, batches, loss)
         chosen, unreached = {}, []
         for name, count in counts.items():

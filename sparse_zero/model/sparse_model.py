@@ -104,20 +104,6 @@ class SparseModel:
             )
         return super().resize_token_embeddings(new_num_tokens)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "peft_config" and (kinds := peft.other_methods(value)):
-            peft.remove_adapter(self)
-            sparsity = state_of(self)
-            for weight in sparsity.weights.values():
-                weight.delta.requires_grad_(True)
-            for whole in sparsity.whole:
-                self.get_parameter(whole).requires_grad_(not sparsity.disabled)
-            raise UserError(
-                f"{', '.join(kinds)} of PEFT on a sparse model would freeze its deltas, and not save them: call "
-                "merge_and_unload(model) or unload(model) before get_peft_model or add_adapter"
-            )
-        super().__setattr__(name, value)
-
     def __reduce_ex__(self, protocol: Any) -> tuple:
         if isinstance(self, layers.SparseModule):
             plain, names = self.plain_class, self.selected_names
@@ -180,6 +166,7 @@ _MISSING = _Missing()
 
 def attach(model: nn.Module) -> None:
     """Give the outermost module of a sparse model its class."""
+    peft.watch()
     model.__class__ = _sparse_model_class(type(model))
 
 
@@ -189,5 +176,6 @@ def detach(model: nn.Module) -> None:
 
 
 def _new_model(plain: type[nn.Module], names: frozenset[str]) -> nn.Module:
+    peft.watch()
     kind = _sparse_model_class(layers.sparse_class(plain, names) if names else plain)
     return kind.__new__(kind)

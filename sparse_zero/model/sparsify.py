@@ -19,6 +19,7 @@ from sparse_zero.model.dequantize import check_dequantizable, dequantize
 from sparse_zero.model.fingerprint import base_dtype, fingerprint
 from sparse_zero.model.first_backward import FirstBackward
 from sparse_zero.model.gradients import Loss, by_gradient
+from sparse_zero.model.peft import warn_of_prompts
 from sparse_zero.model.quantized_weight import QuantizedWeight
 from sparse_zero.model.setting import BASE
 from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_values, sparsity_of, state_of
@@ -192,6 +193,8 @@ def apply_selection(
         raise
     vars(model)[CONTENTS] = contents
     attach(model, state)
+    if not any(state.required_grad.values()):
+        warn_of_prompts(model)
     tensors = {name: weight.delta for name, weight in weights.items()}
     counter.watch = FirstBackward(tensors | {name: parameters[name].parameter for name in state.whole})
     state.hooks.append(counter.watch)

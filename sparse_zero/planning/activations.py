@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -57,6 +57,12 @@ class Activations:
         return self.outside + sum(self.layers) + self.loss
 
 
+TILE = (4096, 32_768)
+"""Tokens and vocabulary of the tile of logits that TRL's trainers of language models compute at once."""
+
+Loss = Literal["logits", "chunked", "tiles"]
+"""How the loss of a language model is computed: from its logits, in chunks of them, or by TRL in tiles."""
+
 LOSS_BYTES = 3 * 4
 """Bytes per logit: three float32 tensors, see `Activations.loss`."""
 
@@ -67,7 +73,7 @@ def activations(
     whole: Iterable[str],
     rows: int,
     tokens: int,
-    chunked: bool = False,
+    loss: Loss = "logits",
 ) -> Activations:
     """Count the activations of a training step.
 
@@ -78,39 +84,48 @@ def activations(
         whole: names of the parameters that are trained in full.
         rows: sequences of a micro-batch.
         tokens: tokens of each sequence.
-        chunked: whether the loss is computed in chunks of the logits.
+        loss: how it is computed.
     """
     whole = set(whole)
-    loss, loss_formula = _loss(model, targets.values(), whole, rows * tokens, chunked)
+    loss_bytes, loss_formula = _loss(model, targets.values(), whole, rows, tokens, loss)
     hooks = _train_only(model, targets, whole)
     counter = _Counter(model)
     try:
         counter.run(torch.zeros(rows, tokens, dtype=torch.int64, device="meta"))
     except Exception:  # a model's own code may fail in any way without values
         logger.debug("activations are estimated by a formula", exc_info=True)
-        return _by_formula(model, rows, tokens, loss, loss_formula)
+        return _by_formula(model, rows, tokens, loss_bytes, loss_formula)
     finally:
         for hook in hooks:
             hook.remove()
     layers = tuple(counter.kept.get(name, 0) for name in counter.layers)
     kept = counter.kept.get("", 0)
-    return Activations(layers, sum(counter.inputs), kept, loss, "counted on the meta device", loss_formula)
+    return Activations(layers, sum(counter.inputs), kept, loss_bytes, "counted on the meta device", loss_formula)
 
 
 def _loss(
-    model: PreTrainedModel, targets: Iterable[Target], whole: set[str], tokens: int, chunked: bool
+    model: PreTrainedModel, targets: Iterable[Target], whole: set[str], rows: int, length: int, loss: Loss
 ) -> tuple[int, str]:
     """The bytes of the loss, and how they were obtained.
 
     In chunks there are the gradient of the hidden states, computed in the forward pass, its copy, and logits of about
     as many scalars in float32. If the head is trained, its dense gradient and a copy as well.
+
+    In tiles there are one tile of logits, always as wide, the hidden states without the last token, and their gradient
+    in float32 with a copy. If the head is trained, its dense gradient in float32 and a copy as well.
     """
-    head = model.get_output_embeddings()
-    if head is None or not chunked:
+    head, tokens = model.get_output_embeddings(), rows * length
+    if head is None or loss == "logits":
         classes = 0 if head is None else head.weight.shape[0]
         return LOSS_BYTES * tokens * classes, "12 * b * s * vocabulary, float32"
     width, names = model.dtype.itemsize, whole | {target.name for target in targets}
     is_trained = any(parameter is head.weight and name in names for name, parameter in model.named_parameters())
+    if loss == "tiles":
+        tokens = rows * (length - 1)
+        tile = min(tokens, TILE[0]) * TILE[1] * width
+        size = tile + tokens * head.weight.shape[1] * (2 * width + 4) + is_trained * head.weight.numel() * (width + 4)
+        more = f" + {width + 4} * h * vocabulary" if is_trained else ""
+        return size, f"{width} * min(b * s, {TILE[0]}) * {TILE[1]} + {2 * width + 4} * b * s * h{more}, in TRL's tiles"
     size = tokens * head.weight.shape[1] * (2 * width + 4) + is_trained * 2 * head.weight.numel() * width
     more = f" + {2 * width} * h * vocabulary" if is_trained else ""
     return size, f"{2 * width + 4} * b * s * h{more}, in chunks"

@@ -204,7 +204,7 @@ class Allocation:
     bytes: int
     formula: str
     where: Literal["device", "host"] = "device"
-    when: Literal["always", "backward", "step"] = "always"
+    when: Literal["always", "backward", "step", "generation"] = "always"
     exact: bool = True
     """False: an estimate."""
 

@@ -27,7 +27,22 @@ def allocations(run: PlannedRun, zero: ZeroSettings, ranks: int) -> list[Allocat
         Allocation(
             "sampled gradient", run.transient_bytes, "transient_mib + 16 * largest delta", when="backward", exact=False
         ),
+        *generation_memory(run, zero),
     ]
+
+
+def generation_memory(run: PlannedRun, zero: ZeroSettings) -> list[Allocation]:
+    """What a rank needs while GRPO or RLOO generate completions. No backward pass runs at the same time."""
+    if run.generation is None:
+        return []
+    found = [
+        Allocation("cache", run.generation.cache, run.generation.formula, when="generation", exact=False),
+        Allocation("next tokens", run.generation.next_tokens, "12 * b * vocabulary", when="generation", exact=False),
+    ]
+    if zero.stage == 3 and run.generation.gathers:
+        whole = sum(run.sizes.base + run.sizes.selected) * run.sizes.scalar_bytes
+        found.append(Allocation("gathered", whole, "(W + selected) * b", when="generation", exact=False))
+    return found
 
 
 def _loss_bytes(run: PlannedRun) -> int:
@@ -39,12 +54,13 @@ def _loss_bytes(run: PlannedRun) -> int:
 
 
 def device_bytes(run: PlannedRun, zero: ZeroSettings, ranks: int) -> int:
-    """The peak memory of a rank on its accelerator, in bytes: in the backward pass or in the optimizer's step."""
-    held = dict.fromkeys(("always", "backward", "step"), 0)
+    """The peak memory of a rank on its accelerator, in bytes: in the backward pass, in the optimizer's step, or while
+    completions are generated."""
+    held = dict.fromkeys(("always", "backward", "step", "generation"), 0)
     for each in allocations(run, zero, ranks):
         if each.where == "device":
             held[each.when] += each.bytes
-    return held["always"] + max(held["backward"], held["step"])
+    return held["always"] + max(held["backward"], held["step"], held["generation"])
 
 
 def host_bytes(run: PlannedRun, zero: ZeroSettings, ranks: int, ranks_per_node: int) -> int:

@@ -14,8 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sparse_zero.data.models import check_max_length, load_config, max_positions, meta_model
 from sparse_zero.errors import UserError
 from sparse_zero.model.selected_scalars import padded
-from sparse_zero.planning.activations import UNKNOWN, Activations, activations
+from sparse_zero.planning.activations import UNKNOWN, Activations, Loss, activations
+from sparse_zero.planning.generation import Generation, completion_length, describe_generation
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
+from sparse_zero.recipe.objective import GENERATING, PAIRS
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training, default_of
 from sparse_zero.selection.rules import Selection
@@ -60,7 +62,7 @@ class PlannedRun:
     checkpointed: bool
     """Whether the run uses gradient checkpointing."""
     micro_batch: int
-    """Sequences of a micro-batch on a rank."""
+    """Examples of a micro-batch on a rank: pairs of sequences for DPO and reward models."""
     tokens: int
     """Tokens of a sequence."""
     micro_batches: int
@@ -75,6 +77,8 @@ class PlannedRun:
     """Temporary bytes for the gradient of a weight, and for writing its delta."""
     notes: tuple[str, ...]
     """Assumptions of the plan, and what it does not consider."""
+    generation: Generation | None = None
+    """What GRPO and RLOO need to generate completions."""
 
     @property
     def own_stage(self) -> str:
@@ -116,6 +120,9 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     if section.attn_implementation == "eager":
         config._attn_implementation = "eager"
     trained_dtype = half or dtype
+    objective = recipe.training.get("objective")
+    if objective == "reward":
+        config.num_labels = 1
     model = meta_model(config, section.task, trained_dtype, section.trust_remote_code)
     # For any selection: the exact count of stratified is the expected count of bernoulli
     sparse = recipe.sparse.model_copy(update={"selection": "stratified"})
@@ -125,6 +132,8 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     whole = parameter_names(model, whole_modules)
     limit = max_positions(config)
     tokens = recipe.data.max_length or limit
+    if objective in GENERATING:
+        tokens = min(2 * completion_length(recipe.training), limit or 2**31)
     if tokens is None:
         raise UserError(
             f"data.max_length: set it, because the configuration of {section.source} has no maximum length"
@@ -149,9 +158,15 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     passes = 1
     if recipe.rpn is not None:
         passes = recipe.rpn.clean + (recipe.rpn.passes if recipe.rpn.noise != "none" else 0)
-    chunked = bool(training.get("chunked_loss") or training.get("use_liger_kernel"))
+    loss: Loss = "chunked" if training.get("chunked_loss") or training.get("use_liger_kernel") else "logits"
+    if objective is not None:
+        loss = "tiles"
     sparse_weights = {selection: targets[selection.name] for selection in selections}
-    kept = activations(model, sparse_weights, whole, micro_batch, tokens, chunked)
+    sequences = micro_batch * (2 if objective in PAIRS else 1)
+    kept = activations(model, sparse_weights, whole, sequences, tokens, loss)
+    generation = None
+    if objective in GENERATING:
+        generation = describe_generation(model, training, micro_batch, micro_batches, tokens)
     notes = _notes(recipe, deepspeed, model)
     if kept.formula == UNKNOWN:
         notes.append(f"activations are {UNKNOWN}")
@@ -169,6 +184,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
         stored_positions=recipe.sparse.stores_positions,
         transient_bytes=recipe.sparse.transient_mib * 2**20 + WRITING_BYTES * max(counts.values(), default=0),
         notes=tuple(notes),
+        generation=generation,
     )
 
 
@@ -265,13 +281,22 @@ def _notes(recipe: Recipe, deepspeed: Mapping[str, Any], model: PreTrainedModel)
             f"sparse.selection: {recipe.sparse.selection}: the plan does not consider the pass that selects, before "
             f"the training: the whole base model, {targets}, and the gradient of one parameter on each rank"
         )
-    if recipe.model.task == "sequence-classification":
+    objective = recipe.training.get("objective")
+    if objective in GENERATING:
+        length = completion_length(recipe.training)
+        notes.append(f"{objective}: the plan assumes completions of {length} tokens, and prompts as long")
+    if objective in ("dpo", *GENERATING):
+        notes.append(
+            f"{objective}: the reference is the model itself, without a second copy; the plan does not count what "
+            "stage 3 sends for it" + (" and for completions" if objective in GENERATING else "")
+        )
+    if recipe.model.task == "sequence-classification" and objective is None:
         notes.append(
             f"the plan assumes a head with {model.config.num_labels} labels; a run uses the labels of the data"
         )
     if recipe.model.new_tokens:
         notes.append("model.new_tokens: the plan does not count the rows that they may add to the embeddings")
-    if recipe.data.max_length is None:
+    if recipe.data.max_length is None and objective not in GENERATING:
         notes.append("data.max_length is not set: the plan assumes sequences of the model's maximum length")
     zero = deepspeed.get("zero_optimization", {})
     known = NEUTRAL | set(ZeroSettings.__dataclass_fields__) | {"reduce_scatter", "allgather_partitions"}

@@ -5,6 +5,7 @@ Path("reviews.yaml").write_text(proposal.text)
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,16 @@ class Proposal:
     """What the user should know."""
 
 
-def propose(path: str, model: str | None = None) -> Proposal:
+def propose(path: str, model: str | None = None, objective: str | None = None) -> Proposal:
     """Look at a data set and propose a recipe.
 
     Args:
         path: as a recipe's `data.path`: a file, a directory or a hub id.
         model: as a recipe's `model.name`; None for a small one.
+        objective: for preferences: dpo, the default, or reward.
 
-    Raises UserError: the data cannot be read, its form is not known, or the model cannot be loaded.
+    Raises UserError: the data cannot be read, its form is not known or not that of the objective, or the model cannot
+        be loaded.
     """
     notes: list[str] = []
     plain = DataSection(path=path, columns={})
@@ -64,9 +67,11 @@ def propose(path: str, model: str | None = None) -> Proposal:
     held_out = next((split for split in EVAL_SPLITS if split in splits and split != train), None)
     plain = plain.model_copy(update={"train_split": train, "eval_split": held_out})
     dataset, _ = load_splits(plain)
-    form = recognise(dataset)
+    form = recognise(dataset, objective)
     notes += form.notes
-    name = model or MODELS[form.task]
+    name = model or MODELS["causal-lm" if form.objective else form.task]
+    if form.objective and find_spec("trl") is None:
+        notes.append(f"{form.objective} needs TRL: pip install 'sparse-zero[trl]'")
     config, tokenizer = _model(name, model is not None, notes)
     length = _max_length(dataset, form, tokenizer, config, notes)
     data: dict[str, Any] = {"path": path, "columns": form.columns}
@@ -74,7 +79,7 @@ def propose(path: str, model: str | None = None) -> Proposal:
     data |= {"eval_split": held_out} if held_out else {"eval_size": _held_out(len(dataset))}
     data["max_length"] = length
     sections = {
-        "model": {"name": name, "task": form.task},
+        "model": {"name": name} if form.objective else {"name": name, "task": form.task},
         "data": data,
         "sparse": {"density": DENSITY, "targets": "all-linear"},
         "training": _training(len(dataset), form),
@@ -107,15 +112,32 @@ def _max_length(
     limit = max_positions(config) if config else None
     if tokenizer is None:
         return min(limit or 512, 512)
-    columns = [c for given in form.columns.values() for c in ([given] if isinstance(given, str) else given)]
-    rows = dataset.select(range(min(SAMPLE, len(dataset)))).select_columns(columns)
-    lengths = [len(tokenizer(_words(row), verbose=False).input_ids) for row in rows]
+    rows = dataset.select(range(min(SAMPLE, len(dataset))))
+    lengths = [
+        len(tokenizer(_words({name: row[name] for name in columns}), verbose=False).input_ids)
+        for columns in _sequences(form)
+        for row in rows
+    ]
     wanted = int(np.ceil(np.percentile(lengths, 98) / 64) * 64)
     chosen = max(64, min(wanted, limit or wanted, 4096))
     cut = sum(length > chosen for length in lengths)
     if cut > len(lengths) // 50:
-        notes.append(f"{cut} of {len(lengths)} examples looked at are longer than {chosen} tokens and are cut")
+        what = "sequences" if form.objective else "examples"
+        notes.append(f"{cut} of {len(lengths)} {what} looked at are longer than {chosen} tokens and are cut")
     return chosen
+
+
+def _sequences(form: Form) -> list[list[str]]:
+    """The columns of each sequence of an example: two for preferences."""
+    pairs = [{"rejected"}, {"chosen"}] if form.objective else [set()]
+    return [
+        [column for role, given in form.columns.items() if role not in left_out for column in _as_list(given)]
+        for left_out in pairs
+    ]
+
+
+def _as_list(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _words(value: Any) -> str:
@@ -134,8 +156,9 @@ def _held_out(examples: int) -> float | int:
 def _training(examples: int, form: Form) -> dict[str, Any]:
     has_gpu = torch.cuda.is_available()
     return {
+        **({"objective": form.objective} if form.objective else {}),
         "num_train_epochs": 3 if examples < 10_000 else 1,
-        "learning_rate": default_learning_rate(form.task, DENSITY),
+        "learning_rate": default_learning_rate(form.task, DENSITY, form.objective),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "eval_strategy": "epoch",
@@ -178,6 +201,7 @@ COMMENTS = {
     "density": "1% of the model's scalars; more learns faster, less forgets less",
     "learning_rate": "the default for this task and share (docs/choosing); try a third and three times it",
     "per_device_train_batch_size": "reduce it if memory runs out, and raise gradient_accumulation_steps",
+    "objective": "with TRL (docs/trl); the reference is the model without the adapter",
     "deepspeed": "optimizer states are partitioned; zero3.json partitions the model too",
 }
 
@@ -185,7 +209,8 @@ COMMENTS = {
 def _as_text(sections: dict[str, Any], form: Form, examples: int, notes: list[str]) -> str:
     name = Path(str(sections["data"]["path"])).name
     lines = [f"# {form.name}: {examples:,} examples of {name}", *(f"# Note: {note}" for note in notes)]
-    lines += ["# sparse-zero data FILE shows what the model will see; sparse-zero check FILE checks the recipe"]
+    shows = "" if form.objective else "sparse-zero data FILE shows what the model will see; "
+    lines += [f"# {shows}sparse-zero check FILE checks the recipe"]
     for section, values in sections.items():
         lines += ["", f"{section}:"]
         for key, value in values.items():

@@ -8,8 +8,12 @@ MEASURED = {"causal-lm": ((0.01, 1e-2), (1.0, 3e-4)), "sequence-classification":
 """For each task the best of the measured rates at two shares of trained scalars. docs/choosing has the tables."""
 
 
-def default_learning_rate(task: str, density: float | None) -> float:
-    """The learning rate for a task and the share of the model's scalars that are trained.
+OF_SFT = {"dpo": 1 / 20, "grpo": 1 / 20, "rloo": 1 / 20}
+"""By objective, the part of the rate of supervised fine-tuning: the ratio of TRL's own defaults, 1e-6 and 2e-5."""
+
+
+def default_learning_rate(task: str, density: float | None, objective: str | None = None) -> float:
+    """The learning rate for a task, an objective and the share of the model's scalars that are trained.
 
     The best rate falls with the share. Between the two measured shares it is a power of the share; below the smaller
     one it stays.
@@ -17,10 +21,11 @@ def default_learning_rate(task: str, density: float | None) -> float:
     Args:
         task: the recipe's `model.task`.
         density: the trained share of the model; None: 1%.
+        objective: as in a recipe, `training.objective`.
 
     Returns: the rate, rounded to one significant digit.
     """
     (share, rate), (whole, rate_of_whole) = MEASURED[task]
     share_here = max(DEFAULT_DENSITY if density is None else density, share)
     power = math.log(rate_of_whole / rate) / math.log(whole / share)
-    return float(f"{rate * (share_here / share) ** power:.0e}")
+    return float(f"{rate * (share_here / share) ** power * OF_SFT.get(objective or '', 1):.0e}")

@@ -1,4 +1,4 @@
-"""The objective of a recipe, `training.objective`: TRL's supervised fine-tuning, DPO, reward models and GRPO.
+"""The objective of a recipe, `training.objective`: TRL's supervised fine-tuning, DPO, reward models, GRPO and RLOO.
 
 Its keys stand in the `training` section. Imports neither torch nor TRL.
 """
@@ -9,8 +9,20 @@ from typing import Any
 from rpn.config import file_of
 from sparse_zero.errors import UserError, did_you_mean
 
-TASKS = {"sft": "causal-lm", "dpo": "causal-lm", "reward": "sequence-classification", "grpo": "causal-lm"}
+TASKS = {
+    "sft": "causal-lm",
+    "dpo": "causal-lm",
+    "reward": "sequence-classification",
+    "grpo": "causal-lm",
+    "rloo": "causal-lm",
+}
 """The task of the model for each objective."""
+
+PAIRS = ("dpo", "reward")
+"""The objectives of which an example is two sequences."""
+
+GENERATING = ("grpo", "rloo")
+"""The objectives that generate completions, and have reward functions."""
 
 KEYS = ("objective", "trl", "reward_funcs")
 """The keys of `training` that are not arguments of a Trainer."""
@@ -20,12 +32,14 @@ _COLUMNS = {
     "dpo": "`chosen` and `rejected`, and `prompt` unless they contain it",
     "reward": "`chosen` and `rejected`, and `prompt` unless they contain it",
     "grpo": "`prompt`",
+    "rloo": "`prompt`",
 }
 _ROLES = {
     "sft": [{"text"}, {"prompt", "completion"}, {"messages"}, {"messages", "tools"}],
     "dpo": [{"chosen", "rejected"}, {"prompt", "chosen", "rejected"}],
     "reward": [{"chosen", "rejected"}, {"prompt", "chosen", "rejected"}],
     "grpo": [{"prompt"}],
+    "rloo": [{"prompt"}],
 }
 
 
@@ -81,8 +95,8 @@ def check_objective(recipe: Any) -> None:
         raise ValueError(f"rpn: position noise is for the objectives sft and reward, not {objective}; leave it out")
     if recipe.data.packing:
         raise ValueError(f"data.packing: {objective} does not pack examples; leave it out, or the objective")
-    if recipe.data.max_length is not None and objective == "grpo":
-        raise ValueError("data.max_length: grpo truncates no prompts; set training.trl.max_completion_length")
+    if recipe.data.max_length is not None and objective in GENERATING:
+        raise ValueError(f"data.max_length: {objective} truncates no prompts; set training.trl.max_completion_length")
     if recipe.sparse.uses_gradients:
         raise ValueError(
             f"sparse.selection: {recipe.sparse.selection} computes the gradients of a recipe without "
@@ -95,10 +109,12 @@ def check_objective(recipe: Any) -> None:
 
 def _check_rewards(objective: str, training: Mapping[str, Any]) -> None:
     names = reward_functions(training)
-    if objective != "grpo" and names:
-        raise ValueError(f"training.reward_funcs: only grpo has reward functions, not {objective}")
-    if objective == "grpo" and not names:
-        raise ValueError("training.reward_funcs is missing: grpo needs MODULE:FUNCTION or FILE.py:FUNCTION, or a list")
+    if objective not in GENERATING and names:
+        raise ValueError(f"training.reward_funcs: only {' and '.join(GENERATING)} have them, not {objective}")
+    if objective in GENERATING and not names:
+        raise ValueError(
+            f"training.reward_funcs is missing: {objective} needs MODULE:FUNCTION or FILE.py:FUNCTION, or a list"
+        )
     for name in names:
         if not isinstance(name, str) or not all(name.rpartition(":")[::2]):
             raise ValueError(f"training.reward_funcs: write MODULE:FUNCTION or FILE.py:FUNCTION, not {name!r}")

@@ -145,8 +145,8 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     """The arguments of transformers.TrainingArguments, under the same names, `async_save`: whether to write
     checkpoints in the background, and `chunked_loss`: whether to compute the loss of a causal language model without
-    its logits. `objective`: sft, dpo, reward or grpo trains with TRL; `trl` has the settings of TRL's configuration,
-    and `reward_funcs` the reward functions of grpo."""
+    its logits. `objective`: sft, dpo, reward, grpo or rloo trains with TRL; `trl` has the settings of TRL's
+    configuration, and `reward_funcs` the reward functions of grpo and rloo."""
     launch: LaunchSection = LaunchSection()
 
     @property

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 _QUANTIZED = {"TorchAOBaseTensor", "QTensor", "Params4bit", "Int8Params"}
 """Classes of quantized parameters, or base classes of them, in torchao, quanto and bitsandbytes."""
 
+_PEFT_LAYERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper", "_BaseAdaptedAttention"}
+"""Base classes of the layers by which PEFT replaces those of a model."""
+
 _EXCLUDE = "exclude it (exclude_modules)"
 _QUANTIZED_REMEDY = f"quantized weights cannot be trained; load the model in bfloat16, or {_EXCLUDE}"
 _UNSHARDED = "call sparsify on a model that is not sharded, and train it with DDP or DeepSpeed ZeRO"
@@ -73,7 +76,7 @@ def check_model(model: nn.Module) -> None:
         if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             raise UserError(f"{name or type(module).__name__} is sharded by FSDP: {_UNSHARDED}")
         # The only tuner layer without parameters is that of sparse_zero.peft
-        if "BaseTunerLayer" in kinds and next(module.parameters(), None) is not None:
+        if kinds & _PEFT_LAYERS and next(module.parameters(), None) is not None:
             raise UserError(
                 f"{name} has an adapter of PEFT ({type(module).__name__}), which would be frozen: first call "
                 "merge_and_unload() or unload() of the PEFT model, and use the model that it returns"

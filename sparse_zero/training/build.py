@@ -52,13 +52,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     settings |= {key: value for key, value in recipe.training.items() if key not in KEYS}
     if "learning_rate" not in settings:
-        if (objective := recipe.training.get("objective")) in ("dpo", "grpo"):
-            raise UserError(f"training.learning_rate is missing: there is no measured default for {objective}; set it")
-        settings["learning_rate"] = default_learning_rate(recipe.model.task, recipe.sparse.model_density)
+        objective = recipe.training.get("objective")
+        settings["learning_rate"] = default_learning_rate(recipe.model.task, recipe.sparse.model_density, objective)
         logger.warning(
             "training.learning_rate is not set: %g, the default for %s and %s (docs/choosing)",
             settings["learning_rate"],
-            recipe.model.task,
+            objective or recipe.model.task,
             recipe.sparse.budget,
         )
     for key in ("eval_strategy", "logging_strategy", "save_strategy"):

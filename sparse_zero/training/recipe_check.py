@@ -30,6 +30,7 @@ from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import find_modules_to_save
 from sparse_zero.training.rewards import load_rewards
+from sparse_zero.training.trackers import check_imports
 
 _SEEDS = range(2**32)
 """The seeds that NumPy takes."""
@@ -140,6 +141,7 @@ def _check_trackers(arguments: TrainingArguments) -> None:
             raise UserError(
                 f"training.report_to: the package of '{name}' is not installed; install it, or leave it out"
             )
+    check_imports(arguments.report_to)
 
 
 def _check_metric(arguments: TrainingArguments, task: str) -> None:

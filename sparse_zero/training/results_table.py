@@ -42,7 +42,8 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
     table.add_row("adapter", f"{paths['adapter']} ({mebibytes(results['adapter_bytes'])})")
     if "merged" in paths:
         table.add_row("merged model", paths["merged"])
-    table.add_row("logs", shlex.join(["tensorboard", "--logdir", paths["logs"]]))
+    if Path(paths["logs"]).is_dir():
+        table.add_row("logs", shlex.join(["tensorboard", "--logdir", paths["logs"]]))
     if "merged" in paths:
         words = ["evaluate", recipe, "--adapter", paths["adapter"]]
     else:

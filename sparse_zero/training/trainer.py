@@ -19,6 +19,7 @@ from sparse_zero.training.loss_options import chunked_loss
 from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
 from sparse_zero.training.progress import JobProgress
 from sparse_zero.training.tensorboard import ResumableTensorBoardCallback
+from sparse_zero.training.trackers import TrackedSettings
 from sparse_zero.zero.parameters import fit_buckets
 
 Forward = Callable[[], torch.Tensor]
@@ -62,6 +63,7 @@ class SparseTrainer(PreemptibleTrainer):
         self._replace_callback(PrinterCallback, self._progress_shown)
         if "tensorboard" in self.args.report_to:
             self._replace_callback(TensorBoardCallback, ResumableTensorBoardCallback(lambda: self._writer.run))
+        self.add_callback(TrackedSettings())
 
     def _replace_callback(self, stock: type[TrainerCallback], ours: TrainerCallback) -> None:
         """Replace the Trainer's own callback. Subclasses, such as the one for notebooks, stay."""

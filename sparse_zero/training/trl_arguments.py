@@ -8,11 +8,17 @@ from typing import Any, get_type_hints
 import transformers
 
 from sparse_zero.errors import UserError, did_you_mean
-from sparse_zero.recipe.objective import TASKS
+from sparse_zero.recipe.objective import GENERATING, TASKS
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_type
 
-_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "reward": "RewardConfig", "grpo": "GRPOConfig"}
+_CONFIGS = {
+    "sft": "SFTConfig",
+    "dpo": "DPOConfig",
+    "reward": "RewardConfig",
+    "grpo": "GRPOConfig",
+    "rloo": "RLOOConfig",
+}
 _OURS = {"max_length": "data.max_length"}
 """Settings of TRL that a recipe has elsewhere."""
 _REFUSED = {
@@ -51,7 +57,7 @@ def trl_arguments(recipe: Recipe, settings: dict[str, Any]) -> tuple[type[transf
         check_type(f"training.trl.{key}", kinds[key], value)
     defaults = {name: plain[name] for name in ("logging_steps", "gradient_checkpointing", "bf16")}
     settings = defaults | settings | given
-    if objective != "grpo":
+    if objective not in GENERATING:
         settings["max_length"] = recipe.data.max_length
     return config, settings
 

@@ -8,19 +8,27 @@ from sparse_zero.data.models import load_config, max_positions
 from sparse_zero.data.trl_columns import load_trl_splits
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.ranks.stop_signals import StopRequest
+from sparse_zero.recipe.objective import GENERATING
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.build import build_model, build_tokenizer
 from sparse_zero.training.rewards import load_rewards
 from sparse_zero.training.run import make_sparse, noisy_objective
 from sparse_zero.training.run_settings import describe_examples, sections_of
 from sparse_zero.training.trainer import SparseTrainer
-from sparse_zero.trl.trainers import SparseDPOTrainer, SparseGRPOTrainer, SparseRewardTrainer, SparseSFTTrainer
+from sparse_zero.trl.trainers import (
+    SparseDPOTrainer,
+    SparseGRPOTrainer,
+    SparseRewardTrainer,
+    SparseRLOOTrainer,
+    SparseSFTTrainer,
+)
 
 _TRAINERS = {
     "sft": SparseSFTTrainer,
     "dpo": SparseDPOTrainer,
     "reward": SparseRewardTrainer,
     "grpo": SparseGRPOTrainer,
+    "rloo": SparseRLOOTrainer,
 }
 
 
@@ -35,7 +43,7 @@ def build_trl_trainer(recipe: Recipe, arguments: TrainingArguments, stop: StopRe
     rewards = load_rewards(recipe)
     tokenizer = build_tokenizer(recipe)
     with arguments.main_process_first(desc="data"):
-        train, evaluation = load_trl_splits(recipe.data, keeps_others=objective == "grpo")
+        train, evaluation = load_trl_splits(recipe.data, keeps_others=objective in GENERATING)
     settings: dict[str, Any] = {}
     if objective == "reward":
         settings = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
@@ -43,7 +51,7 @@ def build_trl_trainer(recipe: Recipe, arguments: TrainingArguments, stop: StopRe
     make_sparse(model, recipe, tokenizer, new_tokens)
     if getattr(arguments, "max_length", 0) is None:
         arguments.max_length = _limit(recipe, tokenizer)
-    given: dict[str, Any] = {"reward_funcs": rewards} if objective == "grpo" else {}
+    given: dict[str, Any] = {"reward_funcs": rewards} if objective in GENERATING else {}
     if recipe.rpn is not None:
         given["objective"] = noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids)
     try:

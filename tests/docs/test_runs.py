@@ -14,6 +14,7 @@ import pytest
 from docs_pages import PAGES, ROOT, Block, blocks, here_document, name_of, statements, words_of
 
 from launcher import cli
+from sparse_zero.adapters.files import read_config
 from sparse_zero.ranks.network import free_port
 
 RUN_WHOLLY = ("README.md", "docs/getting-started.md")
@@ -45,6 +46,9 @@ def test_every_block_runs(page: Path, directory: Path, tiny_models: dict[str, st
             run_python(block, namespace, tiny_models)
         else:
             run_shell(block, tiny_models)
+    if page.name == "README.md":  # what TRL's own trainer has saved
+        assert read_config("adapter").sparse.targets == "all-linear"
+        assert not Path("adapter", "model.safetensors").exists()
 
 
 def substituted(text: str, names: dict[str, str]) -> str:

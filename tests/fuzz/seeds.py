@@ -7,28 +7,32 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import torch
 import xxhash
 from hypothesis import strategies as st
 from mutations import file_kinds, mutated_bytes, mutated_json, mutated_safetensors, place
 from older_version import DIRECTORY, make, save_bases
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from sparse_zero.adapters.files import CONFIG_NAME, POSITIONS_NAME
+from sparse_zero.adapters.files import CONFIG_NAME, POSITIONS_NAME, WEIGHTS_NAME
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.save_and_load import write_merged
 from sparse_zero.selection import checks, rules
 
 NATIVE = list(make.ADAPTERS)
-FOREIGN = ["shira", "sparta", "sparta-pickled", "sparta-classifier", "supertuning", "fine-tuned"]
+FOREIGN = ["shira", "sparta", "sparta-pickled", "sparta-classifier", "supertuning", "paca", "fine-tuned"]
+REFUSED = ["lora"]
+"""Adapters that no reader reads: they are recognised, and refused."""
 DELTAS, CLASSIFIER = "sparse_deltas.safetensors", "LlamaForSequenceClassification"
 BASE = "base/llama"
 """The base model of most adapters, relative to the working directory. That of "head" is base/bert."""
 
 
 def write_seeds(directory: Path) -> None:
-    """Write base models to base/, and adapters by the names in NATIVE and FOREIGN. Needs `directory` as the working
-    directory."""
+    """Write base models to base/, and adapters by the names in NATIVE, FOREIGN and REFUSED. Needs `directory` as the
+    working directory."""
     save_bases(directory)
     for name in [*NATIVE, "shira", "sparta"]:
         shutil.copytree(DIRECTORY / "adapters" / name, directory / name)
@@ -37,6 +41,23 @@ def write_seeds(directory: Path) -> None:
     tensors = load_file(f"sparta/{DELTAS}")
     _write_pickled(tensors)
     _write_classifier(tensors)
+    _write_paca()
+    lora = peft.LoraConfig(target_modules=["v_proj"], r=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), lora).save_pretrained("lora")
+
+
+def _write_paca() -> None:
+    """As PEFT 0.22 saves it: whole columns of some weights."""
+    model, tensors = AutoModelForCausalLM.from_pretrained(BASE), {}
+    for name, module in model.named_modules():
+        if name.endswith("v_proj"):
+            tensors[f"base_model.model.{name}.paca_delta"] = torch.ones(module.out_features, 2)
+            tensors[f"base_model.model.{name}.paca_indices"] = torch.tensor([1, 4])
+    config = {"peft_type": "PACA", "task_type": "CAUSAL_LM", "base_model_name_or_path": BASE, "peft_version": "0.22.0"}
+    config |= {"r": 2, "paca_alpha": 4, "random_seed": None, "target_modules": ["v_proj"], "modules_to_save": None}
+    Path("paca").mkdir()
+    Path("paca", CONFIG_NAME).write_text(json.dumps(config))
+    save_file(tensors, f"paca/{WEIGHTS_NAME}")
 
 
 def _write_pickled(tensors: dict[str, torch.Tensor]) -> None:

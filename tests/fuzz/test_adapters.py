@@ -13,7 +13,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 from older_version import make
 from outcomes import bits, outcome
-from seeds import BASE, FOREIGN, NATIVE, damaged, write_seeds
+from seeds import BASE, FOREIGN, NATIVE, REFUSED, damaged, write_seeds
 from torch import nn
 
 from launcher.cli import main
@@ -22,6 +22,7 @@ from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
 from sparse_zero.adapters.save_and_load import load_adapter, write_merged
 from sparse_zero.adapters.switching import set_adapter
+from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify, unload
 from sparse_zero.selection.config import SparseConfig
 
@@ -51,7 +52,7 @@ def fresh_path() -> Path:
 
 @given(data=st.data())
 def test_inspect(data):
-    name, files = data.draw(damage([*NATIVE, *FOREIGN]))
+    name, files = data.draw(damage([*NATIVE, *FOREIGN, *REFUSED]))
     note(f"{name}: {files}")
     base = BASE if name == "fine-tuned" else None
     error = outcome(lambda: json.dumps(describe(ADAPTER, base)))
@@ -108,7 +109,7 @@ def test_merge(data):
 
 @given(data=st.data())
 def test_convert(data):
-    name, files = data.draw(damage([*NATIVE, *FOREIGN]))
+    name, files = data.draw(damage([*NATIVE, *FOREIGN, *REFUSED]))
     to = data.draw(st.sampled_from(["sparse-zero", "sparta", "shira", "supertuning"]))
     note(f"{name}: {files} to {to}")
     out = fresh_path()
@@ -135,5 +136,8 @@ def test_the_seeds_are_valid(models):
         assert main(["inspect", name]) == 0
     for name in FOREIGN:
         convert(name, fresh_path(), "sparse-zero", BASE if name == "fine-tuned" else None)
+    for name in REFUSED:
+        with pytest.raises(UserError, match="LORA"):
+            convert(name, fresh_path())
     model = sparsify(make.base_model("llama"), SparseConfig(density=0.03))
     assert torch.isfinite(model(input_ids=make.tokens(1)).logits).all()

@@ -12,8 +12,9 @@ import yaml
 from adapter_cases import fresh, logits, trained
 from families import tiny
 from hub_server import Hub, hub
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.hub import adapter_directory, is_hub_id
@@ -66,6 +67,8 @@ def adapters(server: Hub, tokenizer_dir, tmp_path):
         models[revision].sparsity.base_model = "org/base"
         save_adapter(models[revision], tmp_path / revision)
         (tmp_path / revision / "optimizer.bin").write_text("large")
+        if revision == "v1":
+            (tmp_path / revision / "README.md").write_text("a card that its owner has edited")
         server.add("user/adapter", tmp_path / revision, revision)
     return models
 
@@ -114,8 +117,27 @@ def test_other_commands_take_an_id(run, adapters, tmp_path):
     assert facts["base_model"] == "org/base"
     out, _ = run("chat", "user/adapter", "--prompt", "a", "--max-new-tokens", "2", "--compare", "--json")
     assert set(json.loads(out)) == {"model", "prompt", "answer", "base_answer", "seconds"}
+    run("convert", "user/adapter", "converted", "--to", "supertuning", "--revision", "v1")
+    model = PeftModel.from_pretrained(fresh(tmp_path / "llama-with-licence"), tmp_path / "converted")
+    assert torch.allclose(logits(model), logits(adapters["v1"]), atol=1e-5)
     out, _ = run("chat", "org/base", "--prompt", "a", "--max-new-tokens", "2", "--json")
     assert json.loads(out)["model"] == "org/base"
+
+
+def test_an_adapter_is_evaluated_by_its_id(run, adapters, tmp_path):
+    """By its revision, on a base model that is an id too; the loss is that of the model in this process."""
+    text = "a b c d e f g h"
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    recipe = {"model": {"name": "org/base", "task": "causal-lm"}, "training": {"output_dir": "run", "use_cpu": True}}
+    recipe["data"] = {"path": "d.jsonl", "columns": {"text": "text"}, "eval_split": "train", "max_length": 64}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama-with-licence")
+    ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
+    for revision in ("v1", "main"):
+        out, _ = run("evaluate", "r.yaml", "--adapter", "user/adapter", "--revision", revision, "--json")
+        with torch.no_grad():
+            expected = adapters[revision](input_ids=ids, labels=ids).loss
+        assert json.loads(out)["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_what_the_hub_does_not_have(run, adapters):
@@ -145,7 +167,8 @@ save_adapter(model, "again", push_to_hub="forbidden/pushed")
 
 
 def test_an_adapter_is_pushed_with_its_card(run, server, adapters, tmp_path):
-    server.add("user/other", {"adapter_positions.safetensors": b"old", "notes.txt": b"mine"})
+    edited = b"---\nlicense: [broken\n---\nmine"
+    server.add("user/other", {"adapter_positions.safetensors": b"old", "notes.txt": b"mine", "README.md": edited})
     _, err = run(code=PUSH, status=1)
     assert "sparse_zero.errors.UserError: push_to_hub: forbidden/pushed: cannot be written (" in err
     for repository, others in (("user/pushed", {}), ("user/other", {"notes.txt": b"mine"})):

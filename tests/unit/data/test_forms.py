@@ -13,6 +13,7 @@ from sparse_zero.data.forms import recognise
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.learning_rate import default_learning_rate
 from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.train import main
 
 WORDS = ["a good film", "bad", "it is what it is", "one of the worst"] * 10
 
@@ -45,11 +46,20 @@ FORMS = {
     "several": ({"text": WORDS, "labels": [["a"], [], ["b", "a"], ["c"]] * 10}, {"text": "text", "label": "labels"}),
     "preferences": (
         {"prompt": WORDS, "chosen": WORDS, "rejected": WORDS},
-        {"prompt": "prompt", "completion": "chosen"},
+        {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     ),
     "preferred chats": (
-        {"chosen": [turns()] * 40, "rejected": [turns()] * 40, "score": [0.5] * 40},
-        {"messages": "chosen"},
+        {"chosen": [turns()] * 40, "rejected": [turns("user", "assistant")] * 40, "score": [0.5] * 40},
+        {"chosen": "chosen", "rejected": "rejected"},
+    ),
+    "preferred texts": ({"chosen": WORDS, "Rejected": WORDS}, {"chosen": "chosen", "rejected": "Rejected"}),
+    "preferred chats with a text": (
+        {"prompt": WORDS, "chosen": [turns()] * 40, "rejected": [turns()] * 40},
+        {"chosen": "chosen", "rejected": "rejected"},
+    ),
+    "preferred answers in a chat": (
+        {"prompt": [turns()[:1]] * 40, "chosen": [turns()[1:]] * 40, "rejected": [turns()[1:]] * 40},
+        {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     ),
     "plain": ({"text": WORDS, "url": WORDS}, {"text": "text"}),
     "one column": ({"lyrics": WORDS, "year": [2000] * 40}, {"text": "lyrics"}),
@@ -63,6 +73,10 @@ def test_a_form_is_recognised_by_its_columns(name):
     assert form.columns == columns
     assert form.task == ("sequence-classification" if "label" in columns else "causal-lm")
     assert bool(form.notes) == ("chosen" in rows)
+    assert form.objective == ("dpo" if "chosen" in rows else None)
+    if "chosen" in rows:
+        reward = recognise(Dataset.from_dict({key: list(values) for key, values in rows.items()}), "reward")
+        assert (reward.columns, reward.task, reward.notes) == (columns, "sequence-classification", ())
 
 
 def test_class_label_features_are_labels_whatever_their_number():
@@ -98,19 +112,42 @@ def test_init_writes_a_recipe_that_check_and_data_accept(name, folder, capsys):
     lines = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     (folder / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert cli.main(["init", "d.jsonl", "--model", "model"]) == 0
-    assert "next: sparse-zero data d.yaml" in capsys.readouterr().out
+    following = "check" if "chosen" in rows else "data"
+    assert f"next: sparse-zero {following} d.yaml" in capsys.readouterr().out
     recipe = load_recipe("d.yaml")
     assert recipe.data.columns.model_dump(exclude_none=True) == columns
     assert recipe.data.max_length % 64 == 0
     assert recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"] <= 2
-    assert recipe.training["learning_rate"] == (3e-3 if "label" in columns else 1e-2)
+    rate = 5e-4 if "chosen" in columns else 3e-3 if "label" in columns else 1e-2
+    assert recipe.training["learning_rate"] == rate
+    assert recipe.training.get("objective") == ("dpo" if "chosen" in columns else None)
     assert cli.main(["check", "d.yaml"]) == 0
     capsys.readouterr()
+    if "chosen" in columns:
+        return
     assert cli.main(["data", "d.yaml", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["train"]["given"], facts["train"]["used"], facts["evaluation"]["used"]) == (36, 36, 4)
     assert cli.main(["init", "d.jsonl", "--model", "model"]) == 2
     assert "d.yaml: already exists" in capsys.readouterr().err
+
+
+def test_init_for_a_reward_model(folder, capsys):
+    """Its length is that of one answer with the prompt; a run of two steps ends with an adapter."""
+    rows = [{"prompt": "hello", "chosen": " fine" * 40, "rejected": " bad" * 40} for _ in range(20)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["init", "d.jsonl", "--model", "model", "--objective", "reward", "--json"]) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert (recipe["training"]["objective"], recipe["training"]["learning_rate"]) == ("reward", 3e-3)
+    assert load_recipe("d.yaml").model.task == "sequence-classification"
+    assert recipe["data"]["max_length"] == 64
+    assert cli.main(["check", "d.yaml"]) == 0
+    quick = ["use_cpu=true", "max_steps=2", "report_to=none", "save_strategy=no", "eval_strategy=no"]
+    assert main(["d.yaml", *(f"training.{setting}" for setting in quick)]) == 0
+    assert list(folder.glob("runs/*/adapter/adapter_model.safetensors"))
+    (folder / "e.jsonl").write_text('{"text": "a"}\n' * 20)
+    assert cli.main(["init", "e.jsonl", "--model", "model", "--objective", "dpo"]) == 2
+    assert "the columns text are no preferences: dpo needs `chosen` and `rejected`" in capsys.readouterr().err
 
 
 def test_init_without_a_model_that_can_be_loaded_says_so(folder, capsys):

@@ -53,7 +53,8 @@ def in_fabric(module: nn.Module) -> nn.Module:
 
 
 def in_peft(model: nn.Module) -> nn.Module:
-    return wrapper("PeftModel", "base_model")(wrapper("BaseTuner", "model")(model))
+    tuner = wrapper("SparseZeroModel", "model", wrapper("BaseTuner", "model"))
+    return wrapper("PeftModel", "base_model")(tuner(model))
 
 
 DDP = wrapper("DistributedDataParallel", "module")
