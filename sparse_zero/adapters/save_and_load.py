@@ -28,6 +28,7 @@ from sparse_zero.adapters.model_card import merged_card, model_card
 from sparse_zero.adapters.schema import PEFT_TASKS, AdapterConfig, SelectedTensor, writable
 from sparse_zero.data.models import task_of
 from sparse_zero.data.package import package_path
+from sparse_zero.data.quantization import quantization_of
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.finite import count_not_finite, describe
@@ -177,6 +178,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         task=task,
         task_type=PEFT_TASKS.get(task),
         dtype=str(dtype).removeprefix("torch."),
+        quantization=quantization_of(model),
         model_settings=model_settings,
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,

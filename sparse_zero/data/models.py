@@ -21,8 +21,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sparse_zero.data.gguf import gguf_config, model_path
-from sparse_zero.data.quantization import check_installed, from_transformers, own_quantization, transformers_config
+from sparse_zero.data.quantization import check_installed, from_transformers, transformers_config
 from sparse_zero.errors import UserError, first_line
+from sparse_zero.quantized.methods import own_quantization
 from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.recipe.recipe import Task
 from sparse_zero.zero.parameters import full_shape

@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sparse_zero.errors import UserError, first_line
-from sparse_zero.recipe.quantization import WHAT_WORKS, Quantization
+from sparse_zero.quantized.methods import BITSANDBYTES, method_of, own_quantization
+from sparse_zero.quantized.names import WHAT_WORKS
+from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.targets import find_modules_to_save
 
@@ -55,22 +58,6 @@ def check_trainable(name: str, config: PreTrainedConfig, quantization: Quantizat
     check_installed(found, f"model.name: {name} is quantised")
 
 
-def own_quantization(config: PreTrainedConfig) -> Any:
-    """How a checkpoint is quantised, as its config says: a mapping or an object of transformers. None: it is not."""
-    return getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-
-
-def method_of(given: Any) -> str:
-    """The method of a `quantization_config`, such as gptq."""
-    settings = given if isinstance(given, Mapping) else given.to_dict()
-    method = settings.get("quant_method")
-    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        return "bitsandbytes"
-    return str(getattr(method, "value", method) or "an unknown method")
-
-
 def from_transformers(given: Any) -> Quantization | None:
     """A `quantization_config` of bitsandbytes with all its keys; None for another method, or 16-bit weights that are
     quantised in each forward.
@@ -79,7 +66,7 @@ def from_transformers(given: Any) -> Quantization | None:
 
     Raises UserError: bitsandbytes has no such settings.
     """
-    if method_of(given) != "bitsandbytes":
+    if method_of(given) != BITSANDBYTES:
         return None
     try:
         config = BitsAndBytesConfig.from_dict(dict(given)) if isinstance(given, Mapping) else given
@@ -92,6 +79,13 @@ def from_transformers(given: Any) -> Quantization | None:
         return Quantization(kind=kind, llm_int8_skip_modules=config.llm_int8_skip_modules, **found)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"the model's quantization_config is damaged: {first_line(error)}") from error
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How transformers quantised a model, with all keys; None: it did not, or by another method than bitsandbytes."""
+    config = getattr(model, "config", None)
+    own = own_quantization(config) if isinstance(config, PreTrainedConfig) else None
+    return None if own is None else from_transformers(own)
 
 
 def transformers_config(quantization: Quantization) -> BitsAndBytesConfig:

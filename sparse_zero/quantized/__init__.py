@@ -1,5 +1,7 @@
 """Quantised linear layers, by the library that made them: what a packed weight is, and a dequantised copy of it.
 
-Nothing here changes a layer. Others import `formats`; a format is a subclass of `layer.QuantizedLayer` in a module of
-its own. The libraries are imported when one of their layers is used.
+Nothing here changes a layer. A format is a subclass of `layer.QuantizedLayer` in a module of its own. The libraries
+are imported when one of their layers is used.
+
+Others import from `formats`, `layer`, `methods`, `names`.
 """

@@ -4,16 +4,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Kind = Literal["nf4", "fp4", "int8"]
-KINDS: tuple[Kind, ...] = ("nf4", "fp4", "int8")
+from sparse_zero.quantized.names import KINDS, WHAT_WORKS, Kind
 
 OTHERS = {
     **dict.fromkeys(("4", "4bit", "4-bit", "int4", "bitsandbytes", "bitsandbytes_4bit", "qlora"), "nf4"),
     **dict.fromkeys(("8", "8bit", "8-bit", "bitsandbytes_8bit", "llm_int8"), "int8"),
 }
 """What else a kind is called, and its name."""
-
-WHAT_WORKS = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
 
 
 class Quantization(BaseModel):
