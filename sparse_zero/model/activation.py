@@ -12,13 +12,17 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers, sparse_model, writes
 from sparse_zero.model.finite import count_not_finite, describe
+from sparse_zero.model.setting import BASE, Setting
 from sparse_zero.model.sparsity import Sparsity, read_values, set_state, sparsity_of
-from sparse_zero.model.weight_values import BASE, Setting
 from sparse_zero.model.wrappers import tensors_by_name
+from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.zero.parameters import gathered, wait_for_prefetch
 
 CONTENTS = "_sparse_zero_contents"
 """The attribute of a model with its `SparseWeight.contents`."""
+
+HAS_ADAPTER = "_hf_peft_config_loaded"
+"""By this attribute transformers' Trainer knows that a quantised model has an adapter that it can train."""
 
 
 def attach(model: nn.Module, state: Sparsity) -> None:
@@ -30,6 +34,10 @@ def attach(model: nn.Module, state: Sparsity) -> None:
             parameter.requires_grad_(wanted)
     sparse_model.attach(model)
     set_state(model, state)
+    for _, layer in quantized_layers(model):
+        layer.forbid_repacking()
+    if getattr(model, "is_quantized", False):
+        vars(model)[HAS_ADAPTER] = True
     state.hooks = [model.register_forward_pre_hook(sparse_model.before_forward)]
     state.has_leaf_hooks = False
 
@@ -37,8 +45,11 @@ def attach(model: nn.Module, state: Sparsity) -> None:
 def _detach(model: nn.Module, state: Sparsity) -> None:
     """Make a plain model of it again, which keeps the values that it has."""
     sparse_model.detach(model)
+    vars(model).pop(HAS_ADAPTER, None)
     for weight in state.weights.values():
         layers.detach(weight)
+    for _, layer in quantized_layers(model):
+        layer.allow_repacking()
     for hook in state.hooks:
         hook.remove()
     state.hooks = []
@@ -81,8 +92,7 @@ def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
     for weight in state.weights.values():
         layers.attach(weight)
         weight.invalidate()
-        if not weight.is_partitioned and not torch.equal(weight.values_at_positions(), weight.base):
-            weight.take_base()
+        weight.take_changed_base()
     state.originals = read_values(model, state.trained_names)
     attach(model, state)
     state.disabled = disabled
@@ -95,9 +105,7 @@ def activate(model: nn.Module, state: Sparsity, disabled: int = 0) -> None:
 def _write_partitions(state: Sparsity, setting: Setting | None = None) -> None:
     """Write the weights that ZeRO stage 3 partitions, so that the partitions get the values."""
     for weight in state.weights.values():
-        if weight.is_partitioned:
-            with gathered([weight.weight, weight.delta], write=True):
-                weight.write(setting)
+        weight.write_partition(setting)
 
 
 def merge(model: nn.Module, force: bool) -> Sparsity:

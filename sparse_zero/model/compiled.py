@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model.weight_values import Setting
+from sparse_zero.model.setting import Setting
 
 
 class CompiledWeight(Protocol):
@@ -48,13 +48,16 @@ def sparse_weights() -> list[CompiledWeight]:
     return list(_WEIGHTS.values())
 
 
-def refuse(name: str, dropout: float) -> None:
+def refuse(name: str, dropout: float, is_quantized: bool) -> None:
     """Raise UserError for what only an eager forward does.
 
     Args:
         name: of the model.
         dropout: of the deltas, whose mask is drawn in each forward.
+        is_quantized: whether scalars of quantised weights are trained.
     """
+    if is_quantized:
+        raise UserError(f"{name}: a sparse model with a quantised base cannot be compiled: leave out torch.compile")
     if dropout:
         raise UserError(f"{name}: sparse.dropout cannot be compiled: set it to 0, or do not use torch.compile")
 

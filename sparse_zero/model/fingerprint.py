@@ -8,6 +8,7 @@ import xxhash
 from torch import nn
 
 from sparse_zero.model.flat_view import FlatView
+from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.selection.rules import stratified_positions
 from sparse_zero.selection.unsupported import has_plain_values
 from sparse_zero.zero.parameters import gathered
@@ -20,6 +21,7 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
     """Hash each parameter of a base model.
 
     The samples are rounded to bfloat16 first, so that a float32 model and its bfloat16 copy have the same hashes.
+    Of a quantised weight the packed bytes are hashed.
     Under ZeRO stage 3, all ranks must call it.
 
     Args:
@@ -35,11 +37,19 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
             0, "fingerprint", numel, min(SAMPLES_PER_PARAMETER, numel), device=device
         )
     )
+    packed = dict(quantized_layers(model))
     for name, parameter in model.named_parameters():
-        # Quantized and sharded parameters have no scalars of the base model that could be compared
+        # Sharded parameters, and those of unknown quantizers, have no scalars of the base model that could be compared
         if name in exclude or not has_plain_values(parameter):
             continue
         with gathered([parameter]):
+            if name in packed:
+                parts = [
+                    FlatView(tensor).read(sampled_positions(tensor.numel(), tensor.device))
+                    for tensor in packed[name].identity()
+                ]
+                samples[name] = torch.cat([_bytes(part) for part in parts])
+                continue
             numel, device = parameter.numel(), parameter.device
             if numel:
                 sample = FlatView(parameter.detach()).read(sampled_positions(numel, device))
@@ -50,6 +60,10 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
 def differing_parameters(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """Names of the parameters that are in both fingerprints with different hashes."""
     return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
+
+
+def _bytes(sample: torch.Tensor) -> torch.Tensor:
+    return (sample.to(torch.bfloat16) if sample.is_floating_point() else sample).contiguous().view(torch.uint8)
 
 
 def _hash(sample: torch.Tensor) -> str:

@@ -8,7 +8,6 @@ A module with selected parameters gets a subclass of its own class, which does t
 """
 
 import functools
-from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.errors import UserError
 from sparse_zero.gradient.sampled import embedding_product, sampled_product
-from sparse_zero.model import compiled, reads, state_dict
+from sparse_zero.model import compiled, reads
+from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.kept import Key, kept_columns, kept_input
-from sparse_zero.model.refusals import refuse_replacement, refuse_second_derivatives, refuse_transforms
-from sparse_zero.model.saved_weights import saved_by_reference
+from sparse_zero.model.quantized_linear import QuantizedLinear
+from sparse_zero.model.refusals import refuse_second_derivatives, refuse_transforms
+from sparse_zero.model.sparse_module import SparseModule
 from sparse_zero.model.weight import SparseWeight
-from sparse_zero.zero.parameters import is_partitioned, is_whole
+from sparse_zero.zero.parameters import is_partitioned
 
 
 class _SampledGradient(torch.autograd.Function):
@@ -65,89 +66,6 @@ class _SampledGradient(torch.autograd.Function):
             name = ctx.sparse_weight.selection.name
             raise UserError(f"{name}: forward-mode derivatives of deltas are not supported")
         return output
-
-
-class SparseModule:
-    """A mixin for modules with selected parameters. Each of these parameters is read through a property."""
-
-    plain_class: ClassVar[type[nn.Module]]
-    """The original class of the module."""
-    selected_names: ClassVar[frozenset[str]]
-    """Names of the selected parameters within the module."""
-    sparse_weights: dict[str, SparseWeight]
-    """The selected parameters by these names."""
-    delta_names: dict[str, str]
-    """The attributes of the module with their deltas."""
-    owner_indices: dict[str, int]
-    """The index of this module among the owners of each."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        is_traced = torch.compiler.is_compiling() and not any(map(is_partitioned, self._selected()))
-        if is_traced or not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        weights = self.sparse_weights.values()
-        with ExitStack() as stack:
-            for weight in weights:
-                stack.enter_context(reads.shared(weight))
-            stack.enter_context(saved_by_reference(weight for weight in weights if is_whole(weight.weight)))
-            return super().forward(*args, **kwargs)
-
-    def _selected(self) -> list[nn.Parameter]:
-        return [self._parameters[name] for name in self.sparse_weights]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.selected_names and isinstance(value, nn.Parameter):
-            self.sparse_weights[name].replace(value)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def parametrizations(self) -> nn.ModuleDict:
-        """What torch.nn.utils.parametrize looks at before it parametrizes one of the module's parameters."""
-        return self._modules.get("parametrizations") or _Unparametrized(self.sparse_weights)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self.selected_names:
-            refuse_replacement(self.sparse_weights[name].selection.name)
-        super().__delattr__(name)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        state_dict.refresh(self.sparse_weights)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        state_dict.add_checksums(self.sparse_weights, destination, prefix)
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict, *others: Any) -> None:
-        with state_dict.loading(self, state, prefix, *others) as is_right:
-            if is_right:
-                super()._load_from_state_dict(state, prefix, metadata, *others)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        result = super()._apply(*args, **kwargs)
-        for weight in self.sparse_weights.values():
-            weight.share_columns()
-        return result
-
-    def _replicate_for_data_parallel(self) -> nn.Module:
-        raise UserError(
-            "nn.DataParallel cannot run a sparse model: use DistributedDataParallel, with a process for each GPU "
-            "(torchrun, `sparse-zero train`), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return new_module, (self.plain_class, self.selected_names), self.__getstate__()
-
-
-class _Unparametrized(nn.ModuleDict):
-    """No parametrizations, and none can be added to a sparse weight."""
-
-    def __init__(self, weights: dict[str, SparseWeight]) -> None:
-        super().__init__()
-        self.__dict__["weights"] = weights
-
-    def __contains__(self, name: str) -> bool:
-        if name in self.weights:
-            refuse_replacement(self.weights[name].selection.name)
-        return False
 
 
 class SampledModule(SparseModule):
@@ -248,11 +166,16 @@ _EQUIVALENT_TO_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinea
 
 
 @functools.cache
-def sparse_class(plain: type[nn.Module], names: frozenset[str]) -> type[SparseModule]:
-    """The subclass of `plain` for a module whose parameters `names` are selected."""
+def sparse_class(plain: type[nn.Module], names: frozenset[str], packed: bool = False) -> type[SparseModule]:
+    """The subclass of `plain` for a module whose parameters `names` are selected.
+
+    Args: packed: whether its `weight` is selected and quantised.
+    """
     sampled = next((base for base in _SAMPLED if issubclass(plain, base)), None) if "weight" in names else None
-    if sampled is None:
-        bases: tuple[type, ...] = (SparseModule, plain)
+    if packed:
+        bases: tuple[type, ...] = (QuantizedLinear, plain)
+    elif sampled is None:
+        bases = (SparseModule, plain)
     elif plain is sampled:
         bases = (_SAMPLED[sampled],)
     elif plain.forward is sampled.forward or f"{plain.__module__}.{plain.__qualname__}" in _EQUIVALENT_TO_LINEAR:
@@ -261,7 +184,11 @@ def sparse_class(plain: type[nn.Module], names: frozenset[str]) -> type[SparseMo
         # Its forward may call that of nn.Linear or nn.Embedding, or read the weight itself. Both give right gradients.
         bases = (plain, _SAMPLED[sampled])
     members = {name: _property(name) for name in names}
-    members |= {"plain_class": plain, "selected_names": names}
+    members |= {
+        "plain_class": plain,
+        "selected_names": names,
+        "new": staticmethod(_new_packed if packed else new_module),
+    }
     # DeepSpeed, transformers and other libraries compare names of classes
     members |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
     return type(plain.__name__, bases, members)
@@ -270,6 +197,8 @@ def sparse_class(plain: type[nn.Module], names: frozenset[str]) -> type[SparseMo
 def _property(name: str) -> property:
     def read(module: SparseModule) -> torch.Tensor:
         weight, parameter = module.sparse_weights[name], module._parameters[name]
+        if weight.is_packed:
+            return parameter
         if not torch.compiler.is_compiling() or is_partitioned(parameter):
             return weight.read()
         delta = module._parameters[module.delta_names[name]]
@@ -286,7 +215,12 @@ def new_module(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
     return kind.__new__(kind)
 
 
-def attach(weight: SparseWeight) -> None:
+def _new_packed(plain: type[nn.Module], names: frozenset[str]) -> SparseModule:
+    kind = sparse_class(plain, names, packed=True)
+    return kind.__new__(kind)
+
+
+def attach(weight: TrainedDelta) -> None:
     """Make sparse modules of the modules that own the parameter, and register the tensors in them."""
     weight.attach()
     for index, (module, name) in enumerate(weight.owners):
@@ -294,10 +228,10 @@ def attach(weight: SparseWeight) -> None:
         weights[name] = weight
         module.__dict__.setdefault("delta_names", {})[name] = weight.tensor_name(name, "delta")
         module.__dict__.setdefault("owner_indices", {})[name] = index
-        module.__class__ = sparse_class(_plain_class(module), frozenset(weights))
+        module.__class__ = _class_of(module)
 
 
-def detach(weight: SparseWeight) -> None:
+def detach(weight: TrainedDelta) -> None:
     """Give the modules of a selected parameter their original classes. The parameter keeps its current values."""
     if not weight.is_attached:
         return
@@ -306,10 +240,15 @@ def detach(weight: SparseWeight) -> None:
         del module.sparse_weights[name]
         plain = _plain_class(module)
         if module.sparse_weights:
-            module.__class__ = sparse_class(plain, frozenset(module.sparse_weights))
+            module.__class__ = _class_of(module)
         else:
             del module.sparse_weights, module.delta_names, module.owner_indices
             module.__class__ = plain
+
+
+def _class_of(module: nn.Module) -> type[SparseModule]:
+    weights = module.__dict__["sparse_weights"]
+    return sparse_class(_plain_class(module), frozenset(weights), any(weight.is_packed for weight in weights.values()))
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:

@@ -5,7 +5,7 @@
         reference = model(**batch).logits
 
 The reference of a new adapter is the base model. That of an adapter that was trained before is the adapter as it was:
-its values at the n selected positions are kept, n scalars in the weights' dtype.
+its values at the n selected positions are kept, n scalars in the weights' dtype; of quantised weights its n deltas.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import disable_adapter
 from sparse_zero.model.sparsity import read_values, sparsity_of
-from sparse_zero.model.weight_values import add_delta
 from sparse_zero.model.wrappers import unwrap
 from sparse_zero.zero.parameters import gathered, wait_for_prefetch
 
@@ -38,9 +37,8 @@ def keep_reference(model: nn.Module) -> bool:
     values, is_changed = {}, False
     for name, weight in state.weights.items():
         with gathered([weight.delta]):
-            delta = weight.delta.detach() * weight.scale
-            is_changed = is_changed or bool(delta.count_nonzero())
-            values[name] = add_delta(weight.base, delta).to(weight.base.dtype)
+            is_changed = is_changed or bool((weight.delta.detach() * weight.scale).count_nonzero())
+            values[name] = weight.reference_now()
     whole = read_values(model, state.trained_names)
     is_changed = is_changed or any(not torch.equal(whole[name], state.originals[name]) for name in whole)
     for name, weight in state.weights.items():

@@ -23,7 +23,7 @@ from sparse_zero.selection.checks import checksum
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.targets import Target
-from sparse_zero.zero.parameters import full_shape, is_partitioned
+from sparse_zero.zero.parameters import is_partitioned
 
 _KINDS = ("delta", "base", "strips", "columns")
 
@@ -41,7 +41,7 @@ class SelectedScalars:
         self.owners, self.selection = target.owners, selection
         self.transient_bytes = config.transient_mib * 2**20
         self.regenerates = config.indices == "regenerated" and selection.can_regenerate
-        self.shape = full_shape(self.weight) or torch.Size([1])
+        self.shape = target.shape or torch.Size([1])
         assert selection.count > 0, f"{selection.name}: a delta of length 0 breaks ZeRO stage 3"
         self._infix = _free_infix(self.owners)
         self._delta_name = self.tensor_name(self.owners[0][1], "delta")
@@ -79,6 +79,11 @@ class SelectedScalars:
     def base(self) -> torch.Tensor:
         """(n,), the original values."""
         return self._tensor("base")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the positions are."""
+        return self.base.device
 
     @property
     def columns(self) -> torch.Tensor | None:
@@ -185,7 +190,7 @@ class SelectedScalars:
         """The strips [start, stop), as from Selection.strip_chunks, in the narrowest dtype."""
         if self.selection.fills_columns:
             stop = self.selection.count if stop is None else stop
-            return torch.arange(start, stop, dtype=self.selection.strip_dtype, device=self.base.device)
+            return torch.arange(start, stop, dtype=self.selection.strip_dtype, device=self.device)
         if self._has_strips():
             strips = self._tensor("strips")
             return strips if start == 0 and stop is None else strips[start:stop]
@@ -196,7 +201,7 @@ class SelectedScalars:
 
     def _draw_strips(self, start: int, stop: int) -> torch.Tensor:
         strips, filled = self._empty_strips(stop - start), 0
-        for chunk in self.selection.strip_chunks(self.base.device, start, stop):
+        for chunk in self.selection.strip_chunks(self.device, start, stop):
             strips[filled : filled + chunk.numel()] = chunk
             filled += chunk.numel()
         return strips
@@ -213,7 +218,7 @@ class SelectedScalars:
         if self.selection.granularity > 1:
             yield from self.pattern.flat_chunks()
         elif self.regenerates or self.selection.fills_columns:
-            yield from self.selection.chunks(self.base.device)
+            yield from self.selection.chunks(self.device)
         else:
             yield from (self.selection.positions_of(strips, self.columns) for strips in in_chunks(self.strips()))
 
@@ -241,7 +246,7 @@ class SelectedScalars:
 
     def _find_row_starts(self, rows: Sequence[int]) -> None:
         g, selection = self.selection.granularity, self.selection
-        starts = torch.tensor(rows, device=self.base.device)
+        starts = torch.tensor(rows, device=self.device)
         if selection.columns:
             starts = selection.columns.inner_starts(starts, self.columns[: selection.columns.count], selection.shape)
         else:

@@ -146,7 +146,8 @@ def before_forward(model: nn.Module, inputs: Any) -> None:
     """A forward pre-hook of the whole model."""
     sparsity = state_of(model)
     if torch.compiler.is_compiling() and not sparsity.is_partitioned:
-        compiled.refuse(type(model).__name__, sparsity.config.dropout)
+        packed = any(weight.is_packed for weight in sparsity.weights.values())
+        compiled.refuse(type(model).__name__, sparsity.config.dropout, packed)
         return
     if torch.is_grad_enabled():
         refuse_transforms(type(model).__name__)

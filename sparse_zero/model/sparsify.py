@@ -13,16 +13,19 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import layers, sparse_model
 from sparse_zero.model.activation import CONTENTS, attach, deactivate, merge
+from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.fingerprint import fingerprint
 from sparse_zero.model.first_backward import FirstBackward
+from sparse_zero.model.quantized_weight import QuantizedWeight
+from sparse_zero.model.setting import BASE
 from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_values, sparsity_of, state_of
 from sparse_zero.model.step_counter import StepCounter
-from sparse_zero.model.weight import BASE, SparseWeight
+from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import check_wrappers, unwrap
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
-from sparse_zero.selection.targets import all_targets, find_modules_to_save, parameter_names
+from sparse_zero.selection.targets import Target, all_targets, find_modules_to_save, parameter_names
 from sparse_zero.selection.threads import map_in_threads
 from sparse_zero.selection.unsupported import check_model, check_supported
 from sparse_zero.zero.parameters import is_partitioned, wait_for_prefetch
@@ -128,7 +131,9 @@ def apply_selection(
     contents = vars(model).get(CONTENTS, {})
     counter = StepCounter()
     weights = {
-        selection.name: SparseWeight(parameters[selection.name], selection, counter, config, contents)
+        selection.name: _kind_of(parameters[selection.name])(
+            parameters[selection.name], selection, counter, config, contents
+        )
         for selection in selections
     }
     state = Sparsity(
@@ -171,23 +176,27 @@ def _name_of(model: nn.Module) -> str | None:
     return f"{name}/{file}" if name and file else name or None
 
 
+def _kind_of(target: Target) -> type[TrainedDelta]:
+    return SparseWeight if target.quantized is None else QuantizedWeight
+
+
 def _initialize(
-    weights: Mapping[str, SparseWeight], chunks: PositionChunks, deltas: Mapping[str, torch.Tensor]
+    weights: Mapping[str, TrainedDelta], chunks: PositionChunks, deltas: Mapping[str, torch.Tensor]
 ) -> None:
     """Initialize the weights. Nothing is written into one before the positions of all are checked.
 
     If it raises an error, all parameters have their original values.
     """
 
-    def take_positions(weight: SparseWeight) -> None:
+    def take_positions(weight: TrainedDelta) -> None:
         weight.take_positions(chunks(weight.selection, weight.weight.device))
 
-    def initialize(weight: SparseWeight) -> None:
+    def initialize(weight: TrainedDelta) -> None:
         weight.initialize(deltas.get(weight.selection.name))
         initialized.append(weight)
 
     _check_deltas(weights, deltas)
-    initialized: list[SparseWeight] = []
+    initialized: list[TrainedDelta] = []
     # ZeRO stage 3 must gather in the same order on all ranks, and an accelerator gains nothing from threads
     sequential = any(is_partitioned(w.weight) or w.weight.device.type != "cpu" for w in weights.values())
     for_each = _for_each if sequential else map_in_threads
@@ -201,7 +210,7 @@ def _initialize(
         raise
 
 
-def _check_deltas(weights: Mapping[str, SparseWeight], deltas: Mapping[str, torch.Tensor]) -> None:
+def _check_deltas(weights: Mapping[str, TrainedDelta], deltas: Mapping[str, torch.Tensor]) -> None:
     for name, values in deltas.items():
         count = weights[name].selection.count
         if values.shape != (count,) or not values.is_floating_point():
@@ -210,7 +219,7 @@ def _check_deltas(weights: Mapping[str, SparseWeight], deltas: Mapping[str, torc
             )
 
 
-def _for_each(function: Callable[[SparseWeight], None], weights: Iterable[SparseWeight]) -> None:
+def _for_each(function: Callable[[TrainedDelta], None], weights: Iterable[TrainedDelta]) -> None:
     for weight in weights:
         function(weight)
 

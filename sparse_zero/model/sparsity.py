@@ -11,8 +11,8 @@ from torch import nn
 from sparse_zero.errors import UserError
 from sparse_zero.model import writes
 from sparse_zero.model.compiled import sparse_weights
+from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.step_counter import StepCounter
-from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import STATE, tensors_by_name, unwrap
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.zero.parameters import gathered
@@ -28,7 +28,7 @@ class Sparsity:
     """The state of a sparse model, `model.sparsity`."""
 
     config: SparseConfig
-    weights: dict[str, SparseWeight]
+    weights: dict[str, TrainedDelta]
     """The selected weights by parameter name, as in the base model's state dict."""
     whole: list[str]
     """Names of the fully trained parameters."""
@@ -87,7 +87,7 @@ class Sparsity:
         return any(weight.is_partitioned for weight in self.weights.values())
 
     @property
-    def contents(self) -> dict[str, SparseWeight]:
+    def contents(self) -> dict[str, TrainedDelta]:
         """By parameter name, the weight whose values are in the parameter now; shared by all adapters of a model."""
         return next(iter(self.weights.values())).contents if self.weights else {}
 

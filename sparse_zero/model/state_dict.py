@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 from sparse_zero.model import writes
-from sparse_zero.model.weight import SparseWeight
+from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.weight_values import add_delta
 from sparse_zero.zero.parameters import is_partitioned
 
 _CHECKSUM = "positions"
 
 
-def refresh(weights: Mapping[str, SparseWeight]) -> None:
+def refresh(weights: Mapping[str, TrainedDelta]) -> None:
     """Write the deltas of a module before its state dict is made."""
     writes.refresh(weights.values(), checks_data=True)
 
 
-def add_checksums(weights: Mapping[str, SparseWeight], destination: dict[str, Any], prefix: str) -> None:
+def add_checksums(weights: Mapping[str, TrainedDelta], destination: dict[str, Any], prefix: str) -> None:
     """Add `weight_positions` to a state dict: for each module of a tied weight, as `weight_delta`."""
     for key, weight in _checksum_keys(weights, prefix):
         destination[key] = _checksum(weight)
@@ -48,7 +48,7 @@ def loading(
 
     Gives: whether the state dict fits. If it does not, the reason is added to `errors` and nothing must be loaded.
     """
-    weights: dict[str, SparseWeight] = module.sparse_weights
+    weights: dict[str, TrainedDelta] = module.sparse_weights
     refused = [error for name, weight in weights.items() if (error := _refusal(module, weight, name, state, prefix))]
     if refused:
         errors += refused
@@ -68,7 +68,7 @@ def loading(
     for name, weight in weights.items():
         weight_key, delta_key, base_key = _keys(weight, name, prefix)
         _share_among_owners(weight)
-        if is_partitioned(weight.weight):
+        if weight.is_packed or is_partitioned(weight.weight):
             continue
         if base_key in state:
             weight.base_has_changed = True
@@ -80,7 +80,7 @@ def loading(
         weight.refresh_at_rest()  # for readers that go around the modules, and compiled models
 
 
-def refusals(weights: Mapping[str, SparseWeight], state: dict[str, Any], prefix: str) -> list[str]:
+def refusals(weights: Mapping[str, TrainedDelta], state: dict[str, Any], prefix: str) -> list[str]:
     """Why a state dict does not fit a sparse model. Before any module is loaded, so that nothing is.
 
     Args: weights: by their names in the model.
@@ -94,7 +94,7 @@ def refusals(weights: Mapping[str, SparseWeight], state: dict[str, Any], prefix:
     return found
 
 
-def _refusal(module: Any, weight: SparseWeight, name: str, state: dict[str, Any], prefix: str) -> str | None:
+def _refusal(module: Any, weight: TrainedDelta, name: str, state: dict[str, Any], prefix: str) -> str | None:
     weight_key, delta_key, base_key = _keys(weight, name, prefix)
     expected = state.get(weight_key.removesuffix(name) + weight.tensor_name(name, _CHECKSUM))
     if expected is not None and int(expected) != int(_checksum(weight)):
@@ -102,6 +102,8 @@ def _refusal(module: Any, weight: SparseWeight, name: str, state: dict[str, Any]
             f"{weight_key}: was saved with another selection (seed, density or targets), so its deltas belong to "
             "other positions; sparsify with the same SparseConfig"
         )
+    if weight.is_packed:
+        return weight.refusal_of(state, weight_key)
     given = state.get(delta_key), state.get(weight_key)
     is_first = (module, name) == weight.owners[0]  # only the first module of a tied weight has the original values
     if base_key in state or not is_first or any(tensor is None for tensor in given) or is_partitioned(weight.weight):
@@ -119,13 +121,13 @@ def _refusal(module: Any, weight: SparseWeight, name: str, state: dict[str, Any]
     )
 
 
-def _is_sum(weight: SparseWeight, values: torch.Tensor, delta: torch.Tensor) -> bool:
+def _is_sum(weight: TrainedDelta, values: torch.Tensor, delta: torch.Tensor) -> bool:
     """Whether the values are the original ones of the model plus the given deltas, or the original ones."""
     base, values = weight.base, values.to(weight.base.dtype)
     return torch.equal(values, add_delta(base, delta).to(base.dtype)) or torch.equal(values, base)
 
 
-def _share_among_owners(weight: SparseWeight) -> None:
+def _share_among_owners(weight: TrainedDelta) -> None:
     """After a load with assign=True each module of a tied weight has its own parameters."""
     (module, name), *others = weight.owners
     for owner, other_name in others:
@@ -133,15 +135,15 @@ def _share_among_owners(weight: SparseWeight) -> None:
         owner._parameters[weight.tensor_name(other_name, "delta")] = weight.delta
 
 
-def _keys(weight: SparseWeight, name: str, prefix: str) -> tuple[str, str, str]:
+def _keys(weight: TrainedDelta, name: str, prefix: str) -> tuple[str, str, str]:
     """The keys of the weight, the deltas and the original values."""
     return f"{prefix}{name}", prefix + weight.tensor_name(name, "delta"), prefix + weight.tensor_name(name, "base")
 
 
-def _checksum_keys(weights: Mapping[str, SparseWeight], prefix: str) -> Iterator[tuple[str, SparseWeight]]:
+def _checksum_keys(weights: Mapping[str, TrainedDelta], prefix: str) -> Iterator[tuple[str, TrainedDelta]]:
     for name, weight in weights.items():
         yield prefix + weight.tensor_name(name, _CHECKSUM), weight
 
 
-def _checksum(weight: SparseWeight) -> torch.Tensor:
+def _checksum(weight: TrainedDelta) -> torch.Tensor:
     return torch.tensor(int(weight.checksum[:15], 16))

@@ -7,7 +7,6 @@ keeps its name and its entry in the state dict. This module decides what the par
 - `restore` puts back, for a backward, what its forward has seen.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +16,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparse_zero.errors import UserError
 from sparse_zero.model import reads, writes
-from sparse_zero.model.compiled import number_of
+from sparse_zero.model.delta import TrainedDelta, version_of
 from sparse_zero.model.flat_view import FlatView
 from sparse_zero.model.refusals import refuse_transforms
+from sparse_zero.model.setting import BASE, Setting
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight_tensor import as_weight_tensor
-from sparse_zero.model.weight_values import BASE, Setting, WeightValues, add_delta
-from sparse_zero.selection.checks import checked_chunks
+from sparse_zero.model.weight_values import WeightValues, add_delta
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
@@ -40,31 +39,17 @@ class Seen(NamedTuple):
 class SparseWeight(WeightValues):
     """A selected parameter and its tensors. It writes the deltas into the parameter, and creates what reads return."""
 
+    is_packed = False
+
     def __init__(
         self,
         target: Target,
         selection: Selection,
         counter: StepCounter,
         config: SparseConfig,
-        contents: dict[str, "SparseWeight"],
+        contents: dict[str, TrainedDelta],
     ) -> None:
-        """Create the tensors. `attach` registers them in the modules, and `initialize` fills them.
-
-        Args: contents: by parameter name, the weight whose values are in the parameter now. All adapters of a model
-            share it.
-        """
-        super().__init__(target, selection, config)
-        self.counter, self.contents = counter, contents
-        self.enabled, self.scale = True, 1.0
-        self.shows_reference = False
-        """Whether the weight has the values of its reference while it is disabled."""
-        self.number = number_of(self)
-        self.base_has_changed = False
-        """Whether other original values were loaded, so that the fingerprint of the base model is no longer right."""
-        self.is_plain = False
-        """Whether the model was merged or unloaded: what the parameter contains is no longer decided here."""
-        self.is_loading = False
-        """Whether a state dict is loaded, which says itself what the original values are."""
+        super().__init__(target, selection, counter, config, contents)
         self.warned_of_dense_gradient = False
         self._written: tuple | None = None
         """The setting and the `_state` that were last written into the parameter."""
@@ -72,32 +57,6 @@ class SparseWeight(WeightValues):
         """The hash of the deltas that were last written."""
         self._copy_written: tuple | None = None
         """The state that was last written into the copy that ZeRO stage 3 gathered."""
-        counter.add(self)
-
-    def take_positions(self, position_chunks: Iterable[torch.Tensor]) -> None:
-        """Check the positions, and keep them unless they are drawn again whenever they are needed.
-
-        Args:
-            position_chunks: the positions in the flattened parameter in chunks, int64, sorted.
-
-        Raises:
-            UserError: the positions do not fit the parameter, or `position_chunks` raises it. Then the weight has no
-                positions and must not be used.
-        """
-        selection = self.selection
-        if self.shape != (selection.shape or (1,)):
-            raise UserError(
-                f"{selection.name}: the model has shape {list(self.shape)}, the selection {list(selection.shape)}"
-            )
-        skips_strips = self.regenerates or selection.granularity > 1 or selection.columns is not None
-        strips = None if skips_strips else self._empty_strips(selection.strip_count)
-        start = 0
-        for flat in checked_chunks(selection, position_chunks):
-            if strips is not None:
-                strips[start : start + flat.numel()] = flat
-            start += flat.numel()
-        if strips is not None:
-            self._set_tensor("strips", strips)
 
     @torch.no_grad()
     def initialize(self, deltas: torch.Tensor | None = None) -> None:
@@ -150,6 +109,10 @@ class SparseWeight(WeightValues):
         self.contents.pop(self.selection.name, None)
         self.invalidate()
 
+    def take_changed_base(self) -> None:
+        if not self.is_partitioned and not torch.equal(self.values_at_positions(), self.base):
+            self.take_base()
+
     @torch.no_grad()
     def values_at_positions(self) -> torch.Tensor:
         """(n,): what the parameter contains at the positions now."""
@@ -187,38 +150,9 @@ class SparseWeight(WeightValues):
     # What a computation sees
 
     @property
-    def trains(self) -> bool:
-        """Whether a computation now must include the delta in its autograd graph."""
-        return self.enabled and torch.is_grad_enabled() and self.delta.requires_grad
-
-    @property
-    def scale(self) -> float:
-        """The factor of the deltas."""
-        return self._scale
-
-    @scale.setter
-    def scale(self, scale: float) -> None:
-        self._scale, self.scale_text = scale, repr(scale)
-
-    @property
-    def dropout_step(self) -> int | None:
-        """The number of the training forward whose dropout mask applies now; None for no dropout."""
-        return self.counter.training_forwards if self.dropout and self.counter.training else None
-
-    @property
-    def at_rest(self) -> Setting:
-        """The setting outside of forwards."""
-        return Setting(self.enabled, self.scale, None, self.shows_reference and not self.enabled)
-
-    @property
-    def setting(self) -> Setting:
-        """The setting of a forward."""
-        return Setting(self.enabled, self.scale, self.dropout_step, self.shows_reference and not self.enabled)
-
-    @property
     def seen(self) -> Seen:
         """What a forward sees now; see `restore`."""
-        return Seen(self.setting, self._delta_state())
+        return Seen(self.setting, self.delta_state())
 
     def read(self) -> torch.Tensor:
         """The tensor that an access to the module's parameter returns."""
@@ -286,11 +220,7 @@ class SparseWeight(WeightValues):
             self.refresh_copy(seen.setting)
             return
         self.check_not_plain()
-        if self._delta_state() != seen.delta:
-            raise UserError(
-                f"{self.selection.name}: its deltas have changed between a forward and the backward of it; call "
-                "backward before optimizer.step(), or repeat the forward"
-            )
+        self.check_delta_state(seen.delta)
         if not self._has(seen.setting):
             self.write(seen.setting)
             if not self.is_attached:  # the active adapter may have no deltas in this weight, and would not write it
@@ -299,12 +229,6 @@ class SparseWeight(WeightValues):
     def _take_out(self) -> None:
         if not self.is_attached and self.contents.get(self.selection.name) is self:
             self.write(BASE)
-
-    def check_not_plain(self) -> None:
-        """Raise UserError in a backward after the model was merged or unloaded."""
-        if self.is_plain:
-            name = self.selection.name
-            raise UserError(f"{name}: the model was merged or unloaded between a forward and the backward of it")
 
     def write(self, setting: Setting | None = None) -> None:
         """Write W[selected] = w0 + delta, or w0 while disabled. The weight must be gathered.
@@ -327,6 +251,11 @@ class SparseWeight(WeightValues):
         other = self.contents.get(self.selection.name)
         if other is not None and other is not self:
             other.write(BASE)
+
+    def write_partition(self, setting: Setting | None = None) -> None:
+        if self.is_partitioned:
+            with gathered([self.weight, self.delta], write=True):
+                self.write(setting)
 
     def refresh_copy(self, setting: Setting) -> None:
         """Write into the copy that ZeRO stage 3 gathered, unless this forward of the model has written it already.
@@ -352,7 +281,7 @@ class SparseWeight(WeightValues):
 
     def version_at_rest(self) -> int | None:
         """Autograd's version of the parameter if it has the values at rest; None under ZeRO stage 3."""
-        return None if self.is_partitioned or not self._has(self.at_rest) else _version(self.weight)
+        return None if self.is_partitioned or not self._has(self.at_rest) else version_of(self.weight)
 
     def set_version_at_rest(self, version: int) -> None:
         """Let autograd take what it saved of the parameter at a version, whose values are in it again."""
@@ -362,11 +291,7 @@ class SparseWeight(WeightValues):
     def _state(self) -> tuple:
         """A value that changes when w0 + delta may no longer be in the weight: after a step, a load, an assignment."""
         weight = self.weight
-        return self.counter.steps, self._delta_state(), id(weight), _version(weight), weight.data_ptr()
-
-    def _delta_state(self) -> tuple:
-        delta = self.delta
-        return id(delta), _version(delta), delta.data_ptr()
+        return self.counter.steps, self.delta_state(), id(weight), version_of(weight), weight.data_ptr()
 
     def invalidate(self) -> None:
         """Make the next forward write the deltas."""
@@ -375,15 +300,6 @@ class SparseWeight(WeightValues):
     def __getstate__(self) -> dict[str, Any]:
         # A StorageWeakRef must not be copied
         return self.__dict__ | {"_copy_written": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.number = number_of(self)
-        self.counter.add(self)
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _hash(delta: torch.Tensor) -> int:

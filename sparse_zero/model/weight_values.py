@@ -1,86 +1,44 @@
 """The values of a selected weight: w0 + factor * delta at the selected positions, and how they are written."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.cost import has_kernels
 from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.flat_view import FlatView
-from sparse_zero.model.selected_scalars import SelectedScalars
+from sparse_zero.model.setting import Setting
+from sparse_zero.model.step_counter import StepCounter
+from sparse_zero.model.writes import Operands
 from sparse_zero.selection.config import SparseConfig
-from sparse_zero.selection.hashes import stream_key
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 from sparse_zero.selection.unsupported import no_values
 from sparse_zero.zero.parameters import is_partitioned
 
 
-class Setting(NamedTuple):
-    """How the deltas are added to the original values."""
-
-    enabled: bool
-    scale: float
-    dropout_step: int | None
-    """The number of the training forward whose dropout mask applies; None for no dropout."""
-    is_reference: bool = False
-    """Whether the values are those of the reference in place of the original ones; see `model.reference`."""
-
-
-class Operands(NamedTuple):
-    """The arguments of an operator or kernel that writes base + change into a weight at its strips."""
-
-    matrix: torch.Tensor
-    """The complete weight, contiguous."""
-    base: torch.Tensor
-    change: torch.Tensor | None
-    strip_indices: torch.Tensor
-    columns: int
-    granularity: int
-
-    @property
-    def kind(self) -> tuple:
-        """Operands of the same kind can be written in one call."""
-        change = None if self.change is None else self.change.dtype
-        return self.matrix.device, self.matrix.dtype, change, self.strip_indices.dtype, self.granularity > 1
-
-
-BASE = Setting(enabled=False, scale=1.0, dropout_step=None)
-"""The original values."""
-
-
-class WeightValues(SelectedScalars):
+class WeightValues(TrainedDelta):
     """The deltas and the original values of a selected parameter."""
 
-    def __init__(self, target: Target, selection: Selection, config: SparseConfig) -> None:
-        super().__init__(target, selection, config)
-        self.dropout = config.dropout
-        self.reference: torch.Tensor | None = None
-        """The values at the positions in the reference, in the weight's dtype (n,); see `model.reference`."""
-        weight = self.weight
+    def __init__(
+        self,
+        target: Target,
+        selection: Selection,
+        counter: StepCounter,
+        config: SparseConfig,
+        contents: dict[str, TrainedDelta],
+    ) -> None:
+        weight = target.parameter
         # Under ZeRO stage 3 the delta has the weight's dtype; the optimizer's partition has its float32 values
         dtype = weight.dtype if is_partitioned(weight) else torch.float32
-        self._parked["delta"] = nn.Parameter(torch.empty(selection.count, dtype=dtype, device=weight.device))
+        super().__init__(target, selection, counter, config, contents, dtype)
         self._parked["base"] = torch.empty(selection.count, dtype=weight.dtype, device=weight.device)
 
-    def factor(self, setting: Setting) -> torch.Tensor | float | None:
-        """The factor of the delta: the scale, times the dropout mask (n,) if there is dropout. None for 1."""
-        if setting.dropout_step is None:
-            return None if setting.scale == 1 else setting.scale
-        # Depends on the step only: the same in a recomputation, after stage 3's next gather and on every rank
-        generator = torch.Generator(self.delta.device)
-        key = stream_key(self.selection.seed, self.selection.name, f"dropout/{setting.dropout_step}")
-        generator.manual_seed(abs(key))
-        kept = torch.rand(self.base.numel(), generator=generator, device=self.delta.device) >= self.dropout
-        return kept * (setting.scale / (1 - self.dropout))
-
-    def scaled(self, gradient: torch.Tensor, setting: Setting) -> torch.Tensor:
-        """Multiply a gradient of the selected scalars, (n,), by `factor`: the gradient of the delta, in its dtype."""
-        factor = self.factor(setting)
-        return (gradient if factor is None else gradient * factor).to(self.delta.dtype)
+    def reference_now(self) -> torch.Tensor:
+        """The values at the positions, in the weight's dtype."""
+        return add_delta(self.base, self.delta.detach() * self.scale).to(self.base.dtype)
 
     def operands(self, values: torch.Tensor, setting: Setting) -> Operands | None:
         """What the operator or the kernel needs to write this weight together with others.

@@ -13,7 +13,25 @@ from torch import nn
 
 from sparse_zero.gradient import cpu
 from sparse_zero.gradient.pattern import Pattern
-from sparse_zero.model.weight_values import Operands, Setting
+from sparse_zero.model.setting import Setting
+
+
+class Operands(NamedTuple):
+    """The arguments of an operator or kernel that writes base + change into a weight at its strips."""
+
+    matrix: torch.Tensor
+    """The complete weight, contiguous."""
+    base: torch.Tensor
+    change: torch.Tensor | None
+    strip_indices: torch.Tensor
+    columns: int
+    granularity: int
+
+    @property
+    def kind(self) -> tuple:
+        """Operands of the same kind can be written in one call."""
+        change = None if self.change is None else self.change.dtype
+        return self.matrix.device, self.matrix.dtype, change, self.strip_indices.dtype, self.granularity > 1
 
 
 class Due(NamedTuple):

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.errors import UserError
 from sparse_zero.quantized.layer import QuantizedLayer
+from sparse_zero.zero.parameters import is_partitioned
 
 
 class _OfBitsAndBytes(QuantizedLayer):
@@ -84,6 +85,15 @@ class FourBits(_OfBitsAndBytes):
         if state.nested:
             yield from (state.offset, state.state2.absmax, state.state2.code)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        values = self._parameter.detach().as_subclass(torch.Tensor)
+        return {"weight": values} | {f"weight.{k}": v for k, v in self._state.as_dict(packed=True).items()}
+
+    def identity(self) -> Iterator[torch.Tensor]:
+        yield self.packed
+        if not self._state.nested:  # else it depends on the order in which a mean was computed
+            yield self._state.absmax
+
     def quantize(self, weight: torch.Tensor) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -113,14 +123,31 @@ class FourBits(_OfBitsAndBytes):
     def product_is_dequantized(self, inputs: torch.Tensor) -> bool:
         return True
 
-    def forbid_repacking(self) -> None:
-        """On CPUs with bfloat16 instructions the first evaluation would repack the weight and round its statistics.
-        A later training forward of such a layer computes without a gradient."""
+    def product_dtype(self, inputs: torch.Tensor) -> torch.dtype:
+        module = self.module
+        if not module.compute_type_is_set:
+            module.set_compute_type(inputs)
+            module.compute_type_is_set = True
+        return inputs.dtype if module.compute_dtype is None else module.compute_dtype
+
+    def check_forward(self) -> None:
+        dtype, expected = self._parameter.dtype, self.module.quant_storage
+        if dtype != expected:
+            raise UserError(
+                f"the packed 4-bit weights were stored as {expected} and were converted to {dtype}, which destroys "
+                f"them: load the model with bnb_4bit_quant_storage={dtype}"
+            )
+
+    def check(self) -> None:
         if getattr(self._state, "packing_format_for_cpu", False):
             raise UserError(
                 "bitsandbytes has repacked the model's 4-bit weights for inference in its first evaluation, and has "
                 "rounded their statistics: load the model again, and call sparsify or load_adapter before you use it"
             )
+
+    def forbid_repacking(self) -> None:
+        """On CPUs with bfloat16 instructions the first evaluation would repack the weight and round its statistics.
+        A later training forward of such a layer computes without a gradient."""
         self.module.support_avx512bf16_for_cpu = False
 
     def allow_repacking(self) -> None:
@@ -158,6 +185,12 @@ class EightBits(_OfBitsAndBytes):
     def statistics(self) -> Iterator[torch.Tensor]:
         yield self._scales
 
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"weight": self._parameter.detach().as_subclass(torch.Tensor), "SCB": self._scales}
+
+    def identity(self) -> Iterator[torch.Tensor]:
+        yield from (self.packed, self._scales)
+
     def quantize(self, weight: torch.Tensor) -> nn.Module:
         from bitsandbytes.nn import Int8Params, Linear8bitLt
 
@@ -176,6 +209,16 @@ class EightBits(_OfBitsAndBytes):
 
     def product_is_dequantized(self, inputs: torch.Tensor) -> bool:
         return self.module.training and inputs.device.type in ("cpu", "xpu")
+
+    def product_dtype(self, inputs: torch.Tensor) -> torch.dtype:
+        return inputs.dtype
+
+    def check_forward(self) -> None:
+        if is_partitioned(self._parameter):
+            raise UserError(
+                "ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights: use stage 2, or 4 bits with "
+                "bnb_4bit_quant_storage in the dtype of the training"
+            )
 
 
 def _like(module: nn.Module, layer: nn.Module) -> nn.Module:

@@ -56,6 +56,15 @@ class QuantizedLayer(ABC):
         """The tensors besides the packed weight that its values depend on, such as the scales of the blocks."""
 
     @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors of the packed weight in the module's state dict, by their names in it."""
+
+    @abstractmethod
+    def identity(self) -> Iterator[torch.Tensor]:
+        """Tensors that tell the quantised weight from others: integers, or real numbers that any device computes
+        alike."""
+
+    @abstractmethod
     def quantize(self, weight: torch.Tensor) -> nn.Module:
         """A new layer like this one, with its bias, of another weight.
 
@@ -67,11 +76,18 @@ class QuantizedLayer(ABC):
         """Whether the layer's own product for these inputs is the ordinary one with a dequantised copy of the weight,
         and does not round the inputs."""
 
-    def forbid_repacking(self) -> None:  # noqa: B027 - most libraries do not repack
-        """Make the layer keep its weight as it is packed now, if it would repack it when it is first used.
+    @abstractmethod
+    def product_dtype(self, inputs: torch.Tensor) -> torch.dtype:
+        """The dtype to which the layer's own product converts its inputs and its copy of the weight."""
 
-        Raises UserError: it has repacked it, and lost some of its bits.
-        """
+    def check_forward(self) -> None:  # noqa: B027
+        """Raise UserError before a forward if the packed weight no longer is what the layer takes it for."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raise UserError if scalars of the layer cannot be trained as it is."""
+
+    def forbid_repacking(self) -> None:  # noqa: B027 - most libraries do not repack
+        """Make the layer keep its weight as it is packed now, if it would repack it when it is first used."""
 
     def allow_repacking(self) -> None:  # noqa: B027
         """Undo `forbid_repacking`."""

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.errors import UserError
+from sparse_zero.quantized.formats import weight_shape
 from sparse_zero.selection.columns import Columns
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.targets import Target, is_experts
@@ -136,7 +137,7 @@ def _axis_of(module: nn.Module, name: str) -> int | None:
     """-1 or -2; 0 for an embedding, which may share the weight of a linear layer; None if it is not known."""
     if isinstance(module, nn.Embedding):
         return 0
-    shape = full_shape(module._parameters[name])
+    shape = weight_shape(module, name)
     if name == "weight" and isinstance(module, nn.Linear | Conv1D) and len(shape) == 2:
         return -2 if isinstance(module, Conv1D) else -1
     if not is_experts(module) or len(shape) != 3:

@@ -130,7 +130,8 @@ def _by_rule(
 def _by_magnitude(target: Target, config: SparseConfig, count: int, rows: tuple[int, ...]) -> torch.Tensor:
     """Collective under ZeRO stage 3."""
     with gathered([target.parameter]):
-        weight = target.parameter.detach()
+        layer = target.quantized
+        weight = target.parameter.detach() if layer is None else layer.dequantized()
         return rules.by_magnitude(weight, count, config.selection == "magnitude-smallest", rows)
 
 
@@ -153,6 +154,11 @@ def _token_rows(
             raise UserError(
                 f"sparse.trainable_token_indices: {tokens[-1]} is not in the vocabulary of {size} tokens: "
                 "call model.resize_token_embeddings first, or list the tokens in a recipe's model.new_tokens"
+            )
+        if parameters[name].quantized is not None:
+            raise UserError(
+                f"sparse.trainable_token_indices: {name} is quantized, and its rows cannot be trained in full: load "
+                "the model with it in llm_int8_skip_modules"
             )
         if name not in whole:
             rows[name] = tokens

@@ -9,6 +9,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.errors import UserError
+from sparse_zero.quantized.formats import quantized_layer, weight_shape
+from sparse_zero.quantized.layer import QuantizedLayer
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.default_targets import default_targets
 from sparse_zero.selection.patterns import matches, similar, within
@@ -31,7 +33,13 @@ class Target:
 
     @property
     def shape(self) -> torch.Size:
-        return full_shape(self.parameter)
+        return weight_shape(*self.owners[0])
+
+    @property
+    def quantized(self) -> QuantizedLayer | None:
+        """The layer whose packed weight the parameter is; None for any other parameter."""
+        module, name = self.owners[0]
+        return quantized_layer(module) if name == QuantizedLayer.name else None
 
     @property
     def matrices(self) -> tuple[int, int, int] | None:

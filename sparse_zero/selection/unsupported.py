@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
+from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.quantized.names import WHAT_WORKS
 from sparse_zero.selection.targets import Target, all_targets
 from sparse_zero.zero.parameters import is_partitioned
@@ -70,6 +71,8 @@ def check_supported(model: nn.Module, selected: Iterable[str], whole: Iterable[s
 
 def check_model(model: nn.Module) -> None:
     """Raise UserError if a model as a whole cannot be trained: it is sharded, a torch.jit script or without values."""
+    for _, layer in quantized_layers(model):
+        layer.check()
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError(
             "the model is a torch.jit script, whose code cannot be changed: call sparsify before torch.jit"
@@ -133,6 +136,8 @@ def has_plain_values(parameter: torch.Tensor) -> bool:
 def _problem_of(target: Target) -> _Problem | None:
     if any(isinstance(module, torch.jit.ScriptModule) for module, _ in target.owners):
         return _Problem("is in a torch.jit script, whose code cannot be changed", _EXCLUDE, True)
+    if target.quantized is not None:
+        return _Problem("is quantized and shared by several layers", _EXCLUDE, True) if target.owners[1:] else None
     return _problem_of_values(target.parameter)
 
 
