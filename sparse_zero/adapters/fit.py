@@ -1,6 +1,7 @@
 """Whether an adapter fits a model: checked before anything of the model is changed. All raise UserError."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters
 from sparse_zero.model.sparsity import Sparsity
 from sparse_zero.model.wrappers import tensors_by_name
+from sparse_zero.quantized.formats import kinds, quantized_layers
 from sparse_zero.zero.parameters import full_shape
 
 logger = logging.getLogger(__name__)
@@ -19,13 +21,14 @@ logger = logging.getLogger(__name__)
 def check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None:
     """Compare names, shapes and kinds of numbers with the model's. Raises UserError."""
     config, parameters = adapter.config, tensors_by_name(model)
+    packed = {name: layer.shape for name, layer in quantized_layers(model)}
     where = f"{origin}: trained on {config.base_model_name_or_path}, does not fit {type(model).__name__}"
     shapes = {name: tensor.shape for name, tensor in config.tensors.items()}
     shapes |= {name: list(values.shape) for name, values in adapter.whole.items()}
     for name, saved in shapes.items():
         if name not in parameters:
             raise UserError(f"{where}: the model has no parameter '{name}'")
-        shape, values = list(full_shape(parameters[name])), adapter.whole.get(name)
+        shape, values = list(packed.get(name, full_shape(parameters[name]))), adapter.whole.get(name)
         dtypes = {parameters[name].dtype, parameters[name].dtype if values is None else values.dtype}
         # Values are rounded to the model's dtype; the integers of a buffer are not
         if len(dtypes) > 1 and not all(dtype.is_floating_point for dtype in dtypes):
@@ -37,9 +40,12 @@ def check_shapes(model: nn.Module, adapter: Adapter, origin: str | Path) -> None
 
 
 def check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: dict[str, str]) -> None:
-    """Compare the base model's fingerprint `base` with that of the training. Raises UserError."""
-    config = adapter.config
-    half = {str(p.dtype) == "torch.float16" for p in model.parameters() if p.is_floating_point()}
+    """Compare the base model's fingerprint `base` with that of the training. Raises UserError.
+
+    Weights that were quantised in another way are not compared: there is one warning.
+    """
+    config, here, there = adapter.config, kinds(model), adapter.config.kinds
+    half = {str(p.dtype) == "torch.float16" for name, p in _floating(model) if name not in here}
     if any(half) != (config.dtype == "float16"):
         logger.warning(
             "%s: not checked against the base model's weights, because only one of them is in float16, which changes "
@@ -47,13 +53,30 @@ def check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: dic
             origin,
         )
         return
-    if odd := differing_parameters(base, config.base_fingerprint):
+    if others := {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)}:
+        logger.warning(
+            "%s: was trained on a base model %s, and this one is %s: the values under the deltas differ by the "
+            "rounding of the quantisation, and so do the results",
+            origin,
+            _described(there),
+            _described(here),
+        )
+    compared = {name: value for name, value in base.items() if name not in others}
+    if odd := differing_parameters(compared, config.base_fingerprint):
         at = f" at revision {config.revision}" if config.revision else ""
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise UserError(
             f"{origin}: trained on {config.base_model_name_or_path}{at}, but this model has different weights: "
             f"'{odd[0]}'{more}; load the base model and revision that the adapter was trained on"
         )
+
+
+def _floating(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+
+
+def _described(quantized: dict[str, str]) -> str:
+    return f"in {' and '.join(sorted({*quantized.values()}))}" if quantized else "that is not quantised"
 
 
 def check_sparsified_alike(sparsity: Sparsity, adapter: Adapter, origin: str | Path) -> None:

@@ -25,17 +25,17 @@ from sparse_zero.adapters.files import (
 from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
 from sparse_zero.adapters.hub import adapter_directory, push
 from sparse_zero.adapters.model_card import merged_card, model_card
-from sparse_zero.adapters.schema import PEFT_TASKS, AdapterConfig, SelectedTensor, writable
+from sparse_zero.adapters.schema import PEFT_TASKS, AdapterConfig, SelectedTensor, names_by_kind, writable
 from sparse_zero.data.models import task_of
 from sparse_zero.data.package import package_path
 from sparse_zero.data.quantization import quantization_of
 from sparse_zero.errors import UserError
-from sparse_zero.model.fingerprint import fingerprint
+from sparse_zero.model.fingerprint import base_dtype, fingerprint
 from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsify import apply_selection, disable_adapter, merge_and_unload, set_scale
 from sparse_zero.model.sparsity import Sparsity, sparsity_of, state_of
-from sparse_zero.model.wrappers import tensors_by_name, unwrap, unwrap_for
+from sparse_zero.model.wrappers import unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.selection.unsupported import check_model, check_supported
 from sparse_zero.zero.parameters import gathered, is_partitioned, wait_for_prefetch
@@ -158,7 +158,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
     """
     config = getattr(model, "config", None)
     settings = config.to_dict() if config is not None else {}
-    dtype = tensors_by_name(model)[next(iter([*sparsity.weights, *sparsity.whole]))].dtype
+    dtype = base_dtype(model, [*sparsity.weights, *sparsity.whole])
     if torch.float16 in (dtype, sparsity.dtype):
         # A fingerprint is of float16 values or not, whatever the model was converted to since
         dtype = sparsity.dtype
@@ -173,6 +173,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         base_model_name_or_path=sparsity.base_model,
         revision=sparsity.revision,
         base_fingerprint=base_fingerprint(model, sparsity),
+        quantized=names_by_kind(sparsity.quantized),
         tokenizer=sparsity.tokenizer,
         new_tokens=sparsity.new_tokens,
         task=task,

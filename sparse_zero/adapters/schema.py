@@ -119,6 +119,9 @@ class AdapterConfig(BaseModel):
     revision: str | None
     base_fingerprint: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]] = {}
     """A hash of each parameter of the base model, by name. See `model.fingerprint`."""
+    quantized: dict[Annotated[str, Field(pattern="^[a-z0-9-]+$")], list[str]] = {}
+    """The names of the base model's weights that were quantised in training, by what they were quantised to (`nf4`,
+    `int8`). The hash of such a weight is that of its packed bytes."""
     tokenizer: str | None = None
     """The source of the tokenizer if it is not the base model."""
     new_tokens: list[Annotated[str, Field(min_length=1)]] = []
@@ -145,14 +148,26 @@ class AdapterConfig(BaseModel):
     """Checksum (xxh3, 128 bits) of each safetensors file."""
     library_versions: dict[str, str] = {}
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What each quantised weight was quantised to, by its name."""
+        return {name: kind for kind, names in self.quantized.items() for name in names}
+
     @model_validator(mode="after")
     def _names_are_distinct(self) -> "AdapterConfig":
         names = [*self.tensors, *(f"{name}{ROWS_SUFFIX}" for name, entry in self.tensors.items() if entry.whole_rows)]
         if len({*names, *self.modules_to_save}) < len(names) + len(self.modules_to_save):
             raise ValueError("a parameter has two entries in tensors and modules_to_save")
+        if len(self.kinds) < sum(map(len, self.quantized.values())):
+            raise ValueError("a parameter has two entries in quantized")
         if self.trainable_parameters > self.total_parameters:
             raise ValueError(f"{self.trainable_parameters:,} of {self.total_parameters:,} scalars were trained")
         return self
+
+
+def names_by_kind(kinds: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names of quantised weights by kind, from the kinds by name."""
+    return {kind: [name for name in kinds if kinds[name] == kind] for kind in sorted({*kinds.values()})}
 
 
 def checked_config(content: Mapping[str, Any], origin: str | Path) -> AdapterConfig:

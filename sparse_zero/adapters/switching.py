@@ -95,9 +95,15 @@ def merge_adapter(model: nn.Module, force: bool = False) -> None:
         force: merge values that are NaN or infinite, too.
 
     Raises:
-        UserError: the model is not sparse, or a trained value is NaN or infinite. The model is then unchanged.
+        UserError: the model is not sparse, a trained value is NaN or infinite, or a weight is quantised. The model is
+            then unchanged.
     """
     inner = unwrap(model)
+    if packed := [name for name, weight in sparsity_of(inner).weights.items() if weight.is_packed]:
+        raise UserError(
+            f"{packed[0]} is quantised, and nothing is written into it: merge_and_unload(model) makes a dequantised "
+            "model, which cannot be undone"
+        )
     vars(inner)["merged_adapter"] = merge(inner, force)
 
 

@@ -8,7 +8,7 @@ import xxhash
 from torch import nn
 
 from sparse_zero.model.flat_view import FlatView
-from sparse_zero.quantized.formats import quantized_layers
+from sparse_zero.quantized.formats import kinds, quantized_layers
 from sparse_zero.selection.rules import stratified_positions
 from sparse_zero.selection.unsupported import has_plain_values
 from sparse_zero.zero.parameters import gathered
@@ -55,6 +55,15 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
                 sample = FlatView(parameter.detach()).read(sampled_positions(numel, device))
                 samples[name] = sample.to(torch.bfloat16) if parameter.is_floating_point() else sample
     return {name: _hash(sample) for name, sample in samples.items()}
+
+
+def base_dtype(model: nn.Module, names: Collection[str]) -> torch.dtype:
+    """The dtype of a base model: that of the first of its parameters `names`, or of the first parameter that is not
+    quantised if all of them are."""
+    parameters, packed = dict(model.named_parameters()), kinds(model)
+    of_names = [parameters[name] for name in names if name in parameters and name not in packed]
+    others = [p for name, p in parameters.items() if p.is_floating_point() and name not in packed]
+    return next((parameter.dtype for parameter in (*of_names, *others)), torch.float32)
 
 
 def differing_parameters(one: dict[str, str], other: dict[str, str]) -> list[str]:

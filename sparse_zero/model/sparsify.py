@@ -14,7 +14,8 @@ from sparse_zero.errors import UserError
 from sparse_zero.model import layers, sparse_model
 from sparse_zero.model.activation import CONTENTS, attach, deactivate, merge
 from sparse_zero.model.delta import TrainedDelta
-from sparse_zero.model.fingerprint import fingerprint
+from sparse_zero.model.dequantize import check_dequantizable, dequantize
+from sparse_zero.model.fingerprint import base_dtype, fingerprint
 from sparse_zero.model.first_backward import FirstBackward
 from sparse_zero.model.quantized_weight import QuantizedWeight
 from sparse_zero.model.setting import BASE
@@ -22,6 +23,7 @@ from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_values, 
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import check_wrappers, unwrap
+from sparse_zero.quantized.formats import kinds
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
@@ -147,7 +149,8 @@ def apply_selection(
         whole_parameters=sum(parameters[name].shape.numel() for name in whole if name in parameters),
         counter=counter,
         fingerprint=fingerprint(model, {*whole, *with_new_rows}) if base_fingerprint is None else base_fingerprint,
-        dtype=next((parameters[name].parameter.dtype for name in (*weights, *whole)), torch.float32),
+        dtype=base_dtype(model, [*weights, *whole]),
+        quantized=kinds(model),
         required_grad={name: target.parameter.requires_grad for name, target in parameters.items()},
         base_model=_name_of(model),
     )
@@ -229,7 +232,7 @@ def merge_and_unload(model: nn.Module, force: bool = False) -> nn.Module:
 
     The result is a plain model, e.g. for `save_pretrained`. It cannot be undone; see `merge_adapter`. Inactive
     adapters are removed: they belong to the base model. Under ZeRO stage 3, all ranks must call it, and the model
-    stays partitioned.
+    stays partitioned. The layers of a quantised base are replaced by plain ones in the dtype of its other parameters.
 
     Args:
         model: a sparse model, which may be wrapped.
@@ -238,10 +241,12 @@ def merge_and_unload(model: nn.Module, force: bool = False) -> nn.Module:
     Returns: the model, without wrappers.
 
     Raises:
-        UserError: the model is not sparse, or a trained value is NaN or infinite. The model is then unchanged.
+        UserError: the model is not sparse, a trained value is NaN or infinite, or stage 3 partitions a quantised base.
+            The model is then unchanged.
     """
     model = unwrap(model)
-    merge(model, force)
+    check_dequantizable(model)
+    dequantize(model, merge(model, force).weights)
     return _forget(model)
 
 

@@ -47,6 +47,8 @@ class Sparsity:
     """The fingerprint of the base model; saved in adapters."""
     dtype: torch.dtype
     """The dtype of the base model, to which the fingerprint belongs."""
+    quantized: dict[str, str] = field(default_factory=dict, repr=False)
+    """What the weights of the base model were quantised to, by their names; saved in adapters."""
     required_grad: dict[str, bool] = field(repr=False)
     """Whether each parameter of the base model required a gradient before `sparsify`."""
     name: str = "default"
