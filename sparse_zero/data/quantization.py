@@ -32,7 +32,9 @@ def check_installed(quantization: Quantization, where: str = KEY) -> None:
         raise UserError(f"{where}: {quantization.kind}: {first_line(error)}") from error
 
 
-def check_trainable(name: str, config: PreTrainedConfig, quantization: Quantization | None) -> None:
+def check_trainable(
+    name: str, config: PreTrainedConfig, quantization: Quantization | None, anywhere: bool = False
+) -> None:
     """Raise UserError if no scalars can be trained in the packed weights of a checkpoint, if they cannot be read on
     this machine, or if it is to be quantised once more.
 
@@ -40,10 +42,11 @@ def check_trainable(name: str, config: PreTrainedConfig, quantization: Quantizat
         name: names the model in messages.
         config: the model's.
         quantization: of the recipe.
+        anywhere: whether it is enough that another machine can read them.
     """
     own = own_quantization(config)
     if own is None:
-        if quantization is not None:
+        if quantization is not None and not anywhere:
             check_installed(quantization)
         return
     method = method_of(own)
@@ -55,7 +58,8 @@ def check_trainable(name: str, config: PreTrainedConfig, quantization: Quantizat
         )
     if quantization is not None:
         raise UserError(f"{KEY}: {name} is quantised already, to {found.kind}: leave it out")
-    check_installed(found, f"model.name: {name} is quantised")
+    if not anywhere:
+        check_installed(found, f"model.name: {name} is quantised")
 
 
 def from_transformers(given: Any) -> Quantization | None:
@@ -121,6 +125,11 @@ def completed(
     skipped += quantization.llm_int8_skip_modules or []
     filled: dict[str, Any] = {"llm_int8_skip_modules": list(dict.fromkeys(skipped))}
     if quantization.kind == "int8":
+        if partitioned:
+            raise UserError(
+                f"{KEY}: int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights; set nf4 or fp4, or use "
+                "stage 2"
+            )
         filled["llm_int8_threshold"] = float(
             6.0 if quantization.llm_int8_threshold is None else quantization.llm_int8_threshold
         )
