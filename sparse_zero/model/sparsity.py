@@ -47,7 +47,7 @@ class Sparsity:
     """The fingerprint of the base model; saved in adapters."""
     dtype: torch.dtype
     """The dtype of the base model, to which the fingerprint belongs."""
-    quantized: dict[str, str] = field(default_factory=dict, repr=False)
+    quantized: dict[str, str] = field(repr=False)
     """What the weights of the base model were quantised to, by their names; saved in adapters."""
     required_grad: dict[str, bool] = field(repr=False)
     """Whether each parameter of the base model required a gradient before `sparsify`."""

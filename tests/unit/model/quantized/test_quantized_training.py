@@ -112,15 +112,15 @@ def test_compute_dtypes(half_base, compute, way):
     sparse(model, way)
     assert torch.equal(model(**data).logits, frozen)
     torch.manual_seed(0)
-    dense = load(half_base, "nf4-double", torch.bfloat16).dequantize(torch.float32).train()
+    dense = load(half_base, "nf4-double", torch.bfloat16).dequantize(torch.float32).float().train()
     for name, weight in model.sparsity.weights.items():
         with torch.no_grad():
-            weight.delta.normal_(std=0.05)
+            weight.delta.normal_(std=0.2)
             dense.get_parameter(name).view(-1)[weight.flat_positions()] += weight.delta
     output, expected = model(**data), dense(**data)
     assert output.logits.dtype == torch.bfloat16
-    torch.testing.assert_close(output.logits.float(), expected.logits, rtol=0.05, atol=0.15)
-    assert (expected.logits - frozen.float()).abs().max() > 0.5, "the deltas matter"
+    torch.testing.assert_close(output.logits.float(), expected.logits, rtol=0.05, atol=0.1)
+    assert (expected.logits - frozen.float()).abs().max() > 0.8, "the deltas matter"
     output.loss.backward()
     expected.loss.backward()
     for name, weight in model.sparsity.weights.items():
@@ -179,8 +179,8 @@ def test_a_step_keeps_what_the_frozen_quantised_model_keeps(tmp_path):
     assert saved_bytes(scattered, data) > 1.05 * before, "the measure sees an input that is kept"
 
 
-class _Largest(TorchDispatchMode):
-    """The sizes of the floating point tensors that operations make, in scalars."""
+class _Dequantised(TorchDispatchMode):
+    """The sizes of the dequantised copies that are made, in scalars."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,8 +196,9 @@ class _Largest(TorchDispatchMode):
 def test_a_layer_is_dequantised_twice_in_a_step(base):
     """Once for its product and once for its backward, and never more than one layer."""
     model = sparse(load(base, "nf4"), "scattered")
+    model.enable_input_require_grads()
     layers = [layer.shape.numel() for _, layer in quantized_layers(model)]
-    with _Largest() as seen:
+    with _Dequantised() as seen:
         model(**batch()).loss.backward()
     assert sorted(seen.made) == sorted(layers * 2)
 
@@ -254,7 +255,7 @@ def test_what_is_refused(base, caplog):
     with pytest.raises(UserError, match="cannot be compiled"):
         torch.compile(sparse(load(base, "nf4")), backend="eager")(**batch())
     with pytest.raises(UserError, match="q_proj.weight is a Params4bit: quantized weights cannot be trained"):
-        sparsify(load(base, "nf4"), SparseConfig(modules_to_save=["model.layers.0.self_attn.q_proj"]))
+        sparsify(load(base, "nf4"), SparseConfig(density=0.1, modules_to_save=["*.0.self_attn.q_proj"]))
     stored = sparse(load(base, "fp4"))
     stored.model.layers[0].mlp.up_proj._parameters["weight"].data = torch.zeros(1024, 1, dtype=torch.float16)
     with pytest.raises(UserError, match="stored as torch.bfloat16 and were converted to torch.float16"):
