@@ -149,7 +149,7 @@ def test_gradient_checkpointing_and_autocast(base, kind, reentrant):
 
 
 def saved_bytes(model, data) -> int:
-    """What a forward keeps for its backward, each storage once. bitsandbytes keeps some of it beside autograd's own."""
+    """What a forward saves for its backward, without the parameters; each storage once."""
     storages: dict[int, int] = {}
 
     def pack(tensor):
@@ -254,11 +254,11 @@ def test_what_is_refused(base, caplog):
         loss.backward()
     with pytest.raises(UserError, match="cannot be compiled"):
         torch.compile(sparse(load(base, "nf4")), backend="eager")(**batch())
-    with pytest.raises(UserError, match="q_proj.weight is a Params4bit: quantized weights cannot be trained"):
+    with pytest.raises(UserError, match=r"q_proj\.weight is a Params4bit: quantized weights cannot be trained"):
         sparsify(load(base, "nf4"), SparseConfig(density=0.1, modules_to_save=["*.0.self_attn.q_proj"]))
     stored = sparse(load(base, "fp4"))
     stored.model.layers[0].mlp.up_proj._parameters["weight"].data = torch.zeros(1024, 1, dtype=torch.float16)
-    with pytest.raises(UserError, match="stored as torch.bfloat16 and were converted to torch.float16"):
+    with pytest.raises(UserError, match=r"stored as torch\.bfloat16 and were converted to torch\.float16"):
         stored(**batch())
 
 
