@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from launcher import report
 from launcher.answering_options import add_chat, add_generate
 from launcher.jobs.sbatch_options import split_words
+from launcher.merging_options import add_merge
 from launcher.parser import Parser, Version, share
 from sparse_zero.checkpoint.resume import RESETS, complete_resume_option, split_resets
 from sparse_zero.errors import UserError
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_evaluate,
         add_chat,
         add_generate,
-        _add_merge,
+        add_merge,
         _add_combine,
         _add_convert,
         _add_inspect,
@@ -209,27 +210,6 @@ def _add_evaluate(commands) -> argparse.ArgumentParser:
     evaluate.add_argument("--adapter", required=True, metavar="DIR", help=_ADAPTER)
     _add_revision(evaluate)
     return evaluate
-
-
-def _add_merge(commands) -> argparse.ArgumentParser:
-    merge = commands.add_parser(
-        "merge",
-        help="write base model + adapter as a plain model directory",
-        description="Write the base model with the adapter merged into its weights, as a directory that transformers\n"
-        "loads without this package.",
-        epilog="example:\n  sparse-zero merge runs/demo/adapter merged-model",
-    )
-    merge.add_argument("adapter", metavar="ADAPTER", help=_ADAPTER)
-    merge.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
-    _add_revision(merge)
-    merge.add_argument("--scale", type=float, default=1.0, help="factor of the adapter's deltas (default: 1)")
-    merge.add_argument("--force", action="store_true", help="merge values that are NaN or infinite, too")
-    merge.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that the base model's repository contains (default: refuse such a model)",
-    )
-    return merge
 
 
 def _add_convert(commands) -> argparse.ArgumentParser:

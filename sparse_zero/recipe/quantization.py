@@ -56,7 +56,8 @@ class Quantization(BaseModel):
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> "Quantization":
         for key in self.model_fields_set - {"kind", "llm_int8_skip_modules"}:
-            if getattr(self, key) is not None and key.startswith("bnb_4bit") == (self.kind == "int8"):
+            value = getattr(self, key)
+            if value is not None and value is not False and key.startswith("bnb_4bit") == (self.kind == "int8"):
                 raise ValueError(f"{key} is not a key of {self.kind}; leave it out")
         return self
 

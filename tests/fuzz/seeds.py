@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparse_zero.adapters.files import CONFIG_NAME, POSITIONS_NAME
 from sparse_zero.adapters.formats.convert import convert
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 from sparse_zero.selection import checks, rules
 
 NATIVE = list(make.ADAPTERS)
