@@ -21,7 +21,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sparse_zero.data.gguf import gguf_config, model_path
-from sparse_zero.data.quantization import check_installed, from_transformers, transformers_config
+from sparse_zero.data.quantization import (
+    check_installed,
+    from_transformers,
+    transformers_config,
+    warn_of_wrong_widths,
+)
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.quantized.methods import own_quantization
 from sparse_zero.recipe.quantization import Quantization
@@ -107,6 +112,7 @@ def load_model(
         raise UserError(f"model.name: {name} cannot be loaded for {task}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    warn_of_wrong_widths(model)
     prefix = f"{model.base_model_prefix}."
     for key, saved, expected in sorted(report["mismatched_keys"]):
         if key.startswith(prefix):

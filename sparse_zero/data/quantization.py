@@ -1,6 +1,7 @@
 """Quantised base models: from `model.quantization` to what from_pretrained takes, and back from a loaded model."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,14 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sparse_zero.errors import UserError, first_line
+from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.quantized.methods import BITSANDBYTES, method_of, own_quantization
 from sparse_zero.quantized.names import WHAT_WORKS
 from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.targets import find_modules_to_save
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'sparse-zero[quantization]'"
 KEY = "model.quantization"
@@ -90,6 +94,24 @@ def quantization_of(model: nn.Module) -> Quantization | None:
     config = getattr(model, "config", None)
     own = own_quantization(config) if isinstance(config, PreTrainedConfig) else None
     return None if own is None else from_transformers(own)
+
+
+def warn_of_wrong_widths(model: nn.Module) -> None:
+    """Warn of 4-bit weights that bitsandbytes 0.50 dequantises wrongly on CPUs: its vectors of 32 values ignore that a
+    block of 64 may begin within a row."""
+    found = [
+        name
+        for name, layer in quantized_layers(model)
+        if layer.kind != "int8" and layer.shape[1] % 64 and layer.module.weight.device.type == "cpu"
+    ]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        logger.warning(
+            "bitsandbytes may dequantise %s%s wrongly on a CPU, because the width is no multiple of 64: use a GPU, or "
+            "leave such layers out (model.quantization.llm_int8_skip_modules)",
+            found[0],
+            more,
+        )
 
 
 def transformers_config(quantization: Quantization) -> BitsAndBytesConfig:

@@ -30,6 +30,7 @@ ORDER = (
         "launcher.accelerator",
         "launcher.answering",
         "launcher.answering_options",
+        "launcher.merging_options",
         "launcher.parser",
         "launcher.supervise",
         "launcher.plan_report",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_cases import SIZES, dequantized_by_bitsandbytes, save_base
+from quantized_cases import dequantized_by_bitsandbytes, save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from launcher.cli import main
@@ -32,7 +32,7 @@ TOKENS = torch.arange(3, 43).view(2, 20)
 def base(tmp_path_factory, tokenizer_dir) -> Path:
     path = tmp_path_factory.mktemp("base")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    save_base(path, **SIZES | {"vocab_size": len(tokenizer)})
+    save_base(path, hidden_size=64, intermediate_size=128, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(path)
     return path
 
@@ -108,7 +108,7 @@ def test_it_merges_into_the_same_kind(base, adapters, tmp_path, kind):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name].packed, after[name].packed)}
     assert changed == {*model.sparsity.weights}, "weights without deltas stay bit for bit"
-    steps = {"nf4": 0.16, "fp4": 0.17, "int8": 1 / 200}[kind]
+    steps = {"nf4": 0.1525, "fp4": 0.1701, "int8": 1 / 250}[kind]
     for name, layer in after.items():
         assert layer.kind == before[name].kind
         # No further from the adapted value than half of the largest step of the format, of the largest in the block

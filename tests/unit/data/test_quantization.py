@@ -154,3 +154,21 @@ def test_a_checkpoint_of_another_method_is_refused_by_name(base, tmp_path, metho
         check_trainable("this", load_config(str(tmp_path)), None)
     assert str(error.value).startswith(f"model.name: this is quantised by {method}, in whose weights no scalars")
     assert "nf4, fp4 or int8" in str(error.value)
+
+
+def test_it_warns_of_widths_that_bitsandbytes_dequantises_wrongly(tmp_path, caplog):
+    """With bitsandbytes 0.50 on a CPU with AVX512, the weights of 96 columns are wrong, by its own code table."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    tiny("llama", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
+    loaded(tmp_path, {"kind": "nf4", "llm_int8_skip_modules": ["down_proj"]})
+    assert not caplog.messages
+    loaded(tmp_path, {"kind": "nf4"})
+    (message,) = caplog.messages
+    assert message.startswith("bitsandbytes may dequantise model.layers.0.mlp.down_proj.weight and 1 more wrongly")
+    values = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(values, quant_type="nf4", blocksize=64)
+    blocks = values.view(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True)
+    nearest = ((blocks / largest)[..., None] - state.code).abs().argmin(-1)
+    torch.testing.assert_close(dequantize_4bit(packed, state), (state.code[nearest] * largest).view(64, 64))

@@ -28,9 +28,9 @@ def stand_in(monkeypatch, module, **functions):
     """A module with `functions`, each of which also chatters on stdout as libraries do."""
 
     def chattering(function):
-        def chatter(*arguments):
+        def chatter(*arguments, **options):
             print("Loading weights: 100%")
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return chatter
 
