@@ -91,6 +91,15 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def build(case: dict[str, Any], out: Path) -> tuple[TrainingArguments, PreTrainedModel]:
     """The base as the Trainer's users build it: under zero.Init where the arguments ask for ZeRO stage 3."""
+    arguments = TrainingArguments(**settings_of(case, out))
+    if arguments.deepspeed:
+        deepspeed.init_distributed(verbose=False)  # on CPU Accelerate starts torch's group only
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    return arguments, tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], dtype=dtype)
+
+
+def settings_of(case: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The training arguments of a case."""
     settings = {
         "output_dir": str(out),
         "use_cpu": True,
@@ -101,11 +110,7 @@ def build(case: dict[str, Any], out: Path) -> tuple[TrainingArguments, PreTraine
         "save_strategy": "no",
         "train_sampling_strategy": "sequential",
     }
-    arguments = TrainingArguments(**settings | case["training"])
-    if arguments.deepspeed:
-        deepspeed.init_distributed(verbose=False)  # on CPU Accelerate starts torch's group only
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    return arguments, tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], dtype=dtype)
+    return settings | case["training"]
 
 
 def run_each(run: Callable[[dict[str, Any], Path], dict[str, Any]], cases: str, out: str) -> None:

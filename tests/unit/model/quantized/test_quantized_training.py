@@ -10,7 +10,7 @@ from quantized_cases import KINDS, batch, dense_like, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_zero import SparseConfig, UserError, disable_adapter, set_scale, sparsify, unload
-from sparse_zero.quantized.formats import quantized_layers
+from sparse_zero.quantized.formats import quantized_layer, quantized_layers
 
 WAYS = {
     "columns": {"columns": "whole"},
@@ -233,7 +233,7 @@ def test_dropout_scale_and_disable(base):
     assert not torch.allclose(quantized(**data).logits, frozen, atol=1e-2)
 
 
-def test_what_is_refused(base, caplog):
+def test_what_is_refused(base):
     model = sparse(load(base, "nf4"))
     name = "model.layers.0.self_attn.q_proj.weight"
     loss = model(**batch()).loss
@@ -252,6 +252,10 @@ def test_what_is_refused(base, caplog):
     unload(model)
     with pytest.raises(UserError, match="merged or unloaded between"):
         loss.backward()
+    eight = load(base, "int8").model.layers[0].mlp.up_proj
+    eight.weight.ds_id = 0  # as DeepSpeed marks a parameter that stage 3 partitions
+    with pytest.raises(UserError, match="ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights"):
+        quantized_layer(eight).check_forward()
     with pytest.raises(UserError, match="cannot be compiled"):
         torch.compile(sparse(load(base, "nf4")), backend="eager")(**batch())
     with pytest.raises(UserError, match=r"q_proj\.weight is a Params4bit: quantized weights cannot be trained"):
