@@ -16,6 +16,7 @@ from launcher.merging_options import add_merge
 from launcher.parser import Parser, Version, share
 from sparse_zero.checkpoint.resume import RESETS, complete_resume_option, split_resets
 from sparse_zero.errors import UserError
+from sparse_zero.quantized.names import KINDS
 
 _JSON = "print one JSON value on stdout, and nothing else"
 _ADAPTER = "the adapter's directory or hub id"
@@ -169,6 +170,7 @@ def _add_init(commands) -> argparse.ArgumentParser:
     )
     init.add_argument("data", metavar="DATA", help="a file, a directory or a hub id, as in a recipe's data.path")
     init.add_argument("--model", metavar="MODEL", help="the base model (default: a small one for the task)")
+    init.add_argument("--quantize", choices=KINDS, help="quantise the base model: model.quantization of the recipe")
     init.add_argument("--out", metavar="FILE", help="the recipe to write (default: DATA's name, .yaml)")
     return init
 

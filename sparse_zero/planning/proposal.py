@@ -48,12 +48,13 @@ class Proposal:
     """What the user should know."""
 
 
-def propose(path: str, model: str | None = None) -> Proposal:
+def propose(path: str, model: str | None = None, quantization: str | None = None) -> Proposal:
     """Look at a data set and propose a recipe.
 
     Args:
         path: as a recipe's `data.path`: a file, a directory or a hub id.
         model: as a recipe's `model.name`; None for a small one.
+        quantization: as a recipe's `model.quantization`.
 
     Raises UserError: the data cannot be read, its form is not known, or the model cannot be loaded.
     """
@@ -74,7 +75,7 @@ def propose(path: str, model: str | None = None) -> Proposal:
     data |= {"eval_split": held_out} if held_out else {"eval_size": _held_out(len(dataset))}
     data["max_length"] = length
     sections = {
-        "model": {"name": name, "task": form.task},
+        "model": {"name": name, "task": form.task, **({"quantization": quantization} if quantization else {})},
         "data": data,
         "sparse": {"density": DENSITY, "targets": "all-linear"},
         "training": _training(len(dataset), form),
@@ -173,6 +174,7 @@ def _batch(micro: int, examples: int) -> dict[str, int]:
 
 COMMENTS = {
     "name": "any model of the hub or a directory",
+    "quantization": "needs the package bitsandbytes: pip install 'sparse-zero[quantization]'",
     "max_length": "98% of the examples looked at are not cut",
     "eval_size": "held out from the training examples",
     "density": "1% of the model's scalars; more learns faster, less forgets less",
