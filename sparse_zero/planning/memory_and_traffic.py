@@ -47,7 +47,7 @@ class ModelSizes:
     layers: tuple[int, ...] = ()
     """Scalars in each block that gradient checkpointing recomputes. Empty: nothing is recomputed."""
     quantized: tuple[int, ...] = ()
-    """The deltas, among those of `selected`, of quantised weights: they have no original values to store."""
+    """The deltas, among those of `selected`, of quantised weights, whose original values are not stored."""
     statistics_bytes: int = 0
     """Bytes of the statistics of quantised weights, which every rank has."""
     dequantized: int = 0
@@ -232,7 +232,7 @@ def model_states(zero: ZeroSettings, ranks: int, sizes: ModelSizes) -> list[Allo
         Allocation("deltas", deltas[0] * b, f"selected * b {per_rank}".strip(), where=parameters),
         Allocation("buffers", sizes.buffer_bytes, "the base model's own"),
         Allocation("statistics", sizes.statistics_bytes, "scales of the quantised weights"),
-        Allocation("originals", (selected - sum(sizes.quantized)) * b, "selected * b, without quantised weights"),
+        Allocation("originals", (selected - sum(sizes.quantized)) * b, "selected * b"),
         Allocation("indices", sizes.index_bytes, "4 * selected / granularity, or 0: sparse.indices, columns"),
     ]
     if whole := base[1] + deltas[1]:
