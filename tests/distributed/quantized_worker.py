@@ -26,7 +26,8 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     settings = dict(KINDS[case["kind"]])
     if "load_in_4bit" in settings:
-        settings |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": dtype}
+        storage = getattr(torch, case.get("storage", str(dtype).removeprefix("torch.")))
+        settings |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": storage}
     model = tiny.AUTO_CLASS[case["task"]].from_pretrained(
         case["base"], quantization_config=BitsAndBytesConfig(**settings), dtype=dtype
     )
