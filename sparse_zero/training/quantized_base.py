@@ -4,7 +4,9 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparse_zero.data.quantization import completed
+from sparse_zero.data.quantization import KEY, completed, from_transformers
+from sparse_zero.errors import UserError
+from sparse_zero.quantized.methods import own_quantization
 from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.recipe.recipe import Recipe
 
@@ -18,15 +20,26 @@ def quantization_of_run(
         config: the base model's.
         model: the base model before it is quantised; it may be on the meta device.
 
-    Raises UserError: see `completed`.
+    Raises UserError: see `completed`; or the run cannot use a checkpoint that is quantised already.
     """
-    section = recipe.model
-    if section.quantization is None:
+    section, own = recipe.model, own_quantization(config)
+    given = section.quantization if own is None else from_transformers(own)
+    if given is None:
         return None
     dtype = section.dtype or loading_dtype(recipe, arguments)
     loaded = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     partitioned = bool(arguments.deepspeed) and arguments.hf_deepspeed_config.is_zero3()
-    return completed(section.quantization, model, recipe.sparse, loaded, _cast_to(arguments), partitioned)
+    try:
+        found = completed(given, model, recipe.sparse, loaded, _cast_to(arguments), partitioned)
+    except UserError as error:
+        if own is None:
+            raise
+        problem = str(error).removeprefix(f"{KEY}.").removeprefix(f"{KEY}: ").partition(";")[0]
+        raise UserError(
+            f"model.name: {section.source} is quantised in a way that this run cannot use ({problem}): name the "
+            f"checkpoint that is not quantised, and set {KEY}, or use another ZeRO stage or dtype"
+        ) from None
+    return found if own is None else None
 
 
 def loading_dtype(recipe: Recipe, arguments: transformers.TrainingArguments) -> str:

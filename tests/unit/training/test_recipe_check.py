@@ -101,7 +101,7 @@ MISTAKES = [
     ("training.eval_strategy=stepz", "stepz is not a valid IntervalStrategy"),
     ("training.bf16=true training.fp16=true", "At most one of fp16 and bf16"),
     ("training.optim=adamww", "adamww is not a valid OptimizerNames"),
-    ("training.optim=adamw_bnb_8bit", "training.optim: You need to install `bitsandbytes`"),
+    ("training.optim=lomo", "training.optim: You need to install `lomo_optim`"),
     ("training.lr_scheduler_type=cosin", "cosin is not a valid SchedulerType"),
     ("training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_type: cosine_with_min_lr: One of min_lr"),
     ("training.metric_for_best_model=rouge", "training.metric_for_best_model: no metric 'rouge'"),
@@ -125,6 +125,14 @@ MISTAKES = [
     ("model.attn_implementation=sdp", 'model.attn_implementation: sdp: Specified `attn_implementation="sdp"` is not'),
     ("model.name=packed", "model.name: packed is quantised by gptq, in whose weights no scalars can be trained"),
     ("model.name=nf4 model.quantization=int8", "model.quantization: nf4 is quantised already, to nf4: leave it out"),
+    (
+        "model.name=nf4 training.deepspeed=zero3.json",
+        "model.name: nf4 is quantised in a way that this run cannot use (bnb_4bit_quant_storage: uint8: ZeRO stage 3",
+    ),
+    (
+        "model.quantization=int8 training.deepspeed=zero3.json",
+        "model.quantization: int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights; set nf4 or fp4",
+    ),
     ("model.quantization=awq", "model.quantization.kind: must be nf4, fp4 or int8 (bitsandbytes), not 'awq'"),
     (
         "model.quantization={kind: nf4, bnb_4bit_quant_storage: float32} training.deepspeed=right.json "
