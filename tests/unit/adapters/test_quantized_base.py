@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from launcher.cli import main
 from sparse_zero.adapters.files import read_config
+from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
 from sparse_zero.adapters.merging import write_merged
 from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
@@ -172,6 +173,13 @@ def test_the_adapter_and_its_card_say_how(base, adapters):
     exec(code.replace("path/to/this/directory", str(adapters["fp4"])), names)
     kinds = {layer.kind for _, layer in quantized_layers(names["model"])}
     assert kinds == {"fp4-double"}
+
+
+def test_it_converts_with_a_note(base, adapters, tmp_path):
+    facts = convert(adapters["nf4"], tmp_path / "out", "shira", base=str(base))
+    assert facts["notes"] == ["trained on a base model in nf4: put it on one that is quantised in the same way"]
+    assert facts["selected_scalars"] == read_config(adapters["nf4"]).trainable_parameters
+    assert convert(adapters[None], tmp_path / "plain", "shira", base=str(base))["notes"] == []
 
 
 def test_the_command(adapters, tmp_path, capsys):
