@@ -141,7 +141,7 @@ def completed(
         cast_to: the dtype to which DeepSpeed converts all floating-point parameters; None: it converts none.
         partitioned: whether ZeRO stage 3 partitions the packed weights.
 
-    Raises UserError: the storage would be converted as if its bits were numbers, or cannot be partitioned.
+    Raises UserError: the storage would be converted as if its bits were numbers, or the weights cannot be partitioned.
     """
     skipped = [*sorted(get_keys_to_not_convert(model)), *find_modules_to_save(model, sparse)]
     skipped += quantization.llm_int8_skip_modules or []
@@ -161,10 +161,6 @@ def completed(
     if storage not in (None, "uint8", used) and cast_to is not None:
         raise UserError(
             f"{KEY}.bnb_4bit_quant_storage: {storage}: DeepSpeed would convert the packed bits to {used}; leave it out"
-        )
-    if storage == "uint8" and partitioned:
-        raise UserError(
-            f"{KEY}.bnb_4bit_quant_storage: uint8: ZeRO stage 3 partitions floating-point tensors; leave it out"
         )
     filled["bnb_4bit_quant_storage"] = storage or (used if partitioned else "uint8")
     filled["bnb_4bit_compute_dtype"] = quantization.bnb_4bit_compute_dtype or used

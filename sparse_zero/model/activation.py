@@ -34,7 +34,8 @@ def attach(model: nn.Module, state: Sparsity) -> None:
             parameter.requires_grad_(wanted)
     sparse_model.attach(model)
     set_state(model, state)
-    for _, layer in quantized_layers(model):
+    state.packed_layers = [layer for _, layer in quantized_layers(model)]
+    for layer in state.packed_layers:
         layer.forbid_repacking()
     if getattr(model, "is_quantized", False):
         vars(model)[HAS_ADAPTER] = True
@@ -48,8 +49,9 @@ def _detach(model: nn.Module, state: Sparsity) -> None:
     vars(model).pop(HAS_ADAPTER, None)
     for weight in state.weights.values():
         layers.detach(weight)
-    for _, layer in quantized_layers(model):
+    for layer in state.packed_layers:
         layer.allow_repacking()
+    state.packed_layers = []
     for hook in state.hooks:
         hook.remove()
     state.hooks = []

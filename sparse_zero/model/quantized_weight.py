@@ -138,7 +138,8 @@ class QuantizedWeight(TrainedDelta):
         return values.to(dtype)
 
 
-def _starts(chunks):
+def _starts(chunks: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each chunk with the number of scalars before it."""
     start = 0
     for chunk in chunks:
         yield start, chunk

@@ -149,6 +149,8 @@ def before_forward(model: nn.Module, inputs: Any) -> None:
         packed = any(weight.is_packed for weight in sparsity.weights.values())
         compiled.refuse(type(model).__name__, sparsity.config.dropout, packed)
         return
+    for layer in sparsity.packed_layers:
+        layer.check_forward()
     if torch.is_grad_enabled():
         refuse_transforms(type(model).__name__)
     sparsity.counter.before_forward(model, inputs)

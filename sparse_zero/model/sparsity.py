@@ -14,6 +14,7 @@ from sparse_zero.model.compiled import sparse_weights
 from sparse_zero.model.delta import TrainedDelta
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.wrappers import STATE, tensors_by_name, unwrap
+from sparse_zero.quantized.layer import QuantizedLayer
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.zero.parameters import gathered
 
@@ -65,6 +66,8 @@ class Sparsity:
     hooks: list[Any] = field(default_factory=list, repr=False)
     """Handles of the hooks of the model and its parameters, removed by `unload`."""
     has_leaf_hooks: bool = False
+    packed_layers: list[QuantizedLayer] = field(default_factory=list, repr=False)
+    """The quantised layers of the model, also those without selected scalars."""
     disabled: int = 0
     """The number of `disable_adapter` blocks that the model is in."""
     trained: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)

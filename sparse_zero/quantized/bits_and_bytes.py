@@ -216,8 +216,7 @@ class EightBits(_OfBitsAndBytes):
     def check_forward(self) -> None:
         if is_partitioned(self._parameter):
             raise UserError(
-                "ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights: use stage 2, or 4 bits with "
-                "bnb_4bit_quant_storage in the dtype of the training"
+                "ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights: use stage 2, or load the model in 4 bits"
             )
 
 

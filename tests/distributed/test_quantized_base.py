@@ -22,11 +22,13 @@ ALIKE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "zero1": ("nf4", COLUMNS, {"deepspeed": zero_config(1)}),
     "zero2": ("nf4", COLUMNS, {"deepspeed": zero_config(2)}),
     "zero3": ("nf4", COLUMNS, STAGE_3),
-    "zero3-checkpointing": ("nf4", COLUMNS, STAGE_3 | {"gradient_checkpointing": True}),
-    "zero3-scattered": ("nf4", SCATTERED, STAGE_3),
+    "zero3-bytes": ("nf4", COLUMNS, STAGE_3),
+    "zero3-scattered": ("nf4", SCATTERED, STAGE_3 | {"gradient_checkpointing": True}),
     "zero2-int8": ("int8", COLUMNS, {"deepspeed": zero_config(2)}),
 }
 """Kind, selection and training arguments of runs in float32."""
+IN_BYTES = ("ddp", "zero3-bytes")
+"""Runs whose packed weights are stored in uint8, as bitsandbytes does by default, and not in the training's dtype."""
 HALF = {"zero3-bfloat16": ("nf4", COLUMNS, STAGE_3 | {"bf16": True})}
 SINGLE = {"columns": ("nf4", COLUMNS), "scattered": ("nf4", SCATTERED), "int8": ("int8", COLUMNS)}
 RESUMED = ("zero2", "zero3")
@@ -34,7 +36,8 @@ RESUMED = ("zero2", "zero3")
 
 def quantized_case(name: str, base: Path, kind: str, sparse: dict, batch: int, **training: Any) -> dict[str, Any]:
     settings = TRAINING | {"per_device_train_batch_size": batch} | training
-    return case(name, TASK, base, 4 * STEPS, **settings) | {"kind": kind, "sparse": sparse}
+    storage = {"storage": "uint8"} if name in IN_BYTES else {}
+    return case(name, TASK, base, 4 * STEPS, **settings) | {"kind": kind, "sparse": sparse} | storage
 
 
 @pytest.fixture(scope="module")

@@ -121,8 +121,8 @@ def test_what_depends_on_the_run_is_filled_in(base):
     assert resolved(base, own).model_dump(exclude={"llm_int8_skip_modules"}).items() >= own.items()
     with pytest.raises(UserError, match="storage: float32: DeepSpeed would convert the packed bits to bfloat16"):
         resolved(base, own, cast_to=torch.bfloat16)
-    with pytest.raises(UserError, match="storage: uint8: ZeRO stage 3 partitions floating-point tensors"):
-        resolved(base, {"kind": "nf4", "bnb_4bit_quant_storage": "uint8"}, partitioned=True)
+    with pytest.raises(UserError, match="int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights"):
+        resolved(base, {"kind": "int8"}, partitioned=True)
 
 
 def test_a_missing_package_is_named(base, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ WAYS = {
     "share": {"columns": 0.25},
     "scattered": {},
     "strips": {"granularity": 4},
+    "regenerated": {"columns": 0.25, "indices": "regenerated"},
 }
 
 
@@ -260,8 +261,8 @@ def test_what_is_refused(base):
         torch.compile(sparse(load(base, "nf4")), backend="eager")(**batch())
     with pytest.raises(UserError, match=r"q_proj\.weight is a Params4bit: quantized weights cannot be trained"):
         sparsify(load(base, "nf4"), SparseConfig(density=0.1, modules_to_save=["*.0.self_attn.q_proj"]))
-    stored = sparse(load(base, "fp4"))
-    stored.model.layers[0].mlp.up_proj._parameters["weight"].data = torch.zeros(1024, 1, dtype=torch.float16)
+    stored = sparsify(load(base, "fp4"), SparseConfig(targets=["q_proj"], density=0.01))
+    stored.model.layers[0].mlp.up_proj.weight.data = torch.zeros(1024, 1, dtype=torch.float16)
     with pytest.raises(UserError, match=r"stored as torch\.bfloat16 and were converted to torch\.float16"):
         stored(**batch())
 
