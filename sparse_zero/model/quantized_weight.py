@@ -3,7 +3,7 @@
 w0 is the dequantised value. The weight is never dequantised as a whole: a layer's product makes a copy of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
