@@ -32,10 +32,16 @@ def merge(arguments: argparse.Namespace) -> int:
     refuse_to_overwrite(Path(arguments.out))
     set_accelerator()
     with report.only_json_on_stdout(arguments.json):
-        from sparse_zero.adapters.save_and_load import write_merged
+        from sparse_zero.adapters.merging import write_merged
 
         facts = write_merged(
-            adapter, Path(arguments.out), arguments.scale, arguments.force, arguments.trust_remote_code
+            adapter,
+            Path(arguments.out),
+            arguments.scale,
+            arguments.force,
+            arguments.trust_remote_code,
+            quantize=arguments.quantize,
+            prompts=arguments.prompt,
         )
     if arguments.json:
         report.print_json(facts)

@@ -26,8 +26,12 @@ def print_plan(title: str, plan: Mapping[str, Any]) -> None:
 def _run(plan: Mapping[str, Any]) -> dict[str, str]:
     batch = f"{plan['micro_batch']} x {plan['tokens']:,} tokens, {plan['micro_batches']} times per step"
     kept = plan["activation_bytes"]
+    model = f"{plan['parameters']:,} scalars of {plan['bytes_per_scalar']} bytes"
+    if quantized := plan["quantization"]:
+        bits = f"{quantized['bits_per_scalar']:.3g} bits"
+        model += f", {quantized['parameters']:,} of them in {quantized['kind']} ({bits})"
     return {
-        "model": f"{plan['parameters']:,} scalars of {plan['bytes_per_scalar']} bytes",
+        "model": model,
         "trained": f"{plan['trained']:,} scalars ({plan['density']:.2%}) in {plan['targets']} targets",
         "batch of each rank": batch,
         "ranks": f"{plan['ranks']:,} on {plan['nodes']:,} node{'s' if plan['nodes'] > 1 else ''}",

@@ -19,7 +19,7 @@ def init(arguments: argparse.Namespace) -> int:
     with report.only_json_on_stdout(arguments.json):
         from sparse_zero.planning.proposal import propose
 
-        proposal = propose(arguments.data, arguments.model, arguments.objective)
+        proposal = propose(arguments.data, arguments.model, arguments.objective, arguments.quantize)
     out.write_text(proposal.text, encoding="utf-8")
     if arguments.json:
         facts = {"out": str(out), "form": proposal.form.name, "notes": proposal.notes}

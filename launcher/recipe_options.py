@@ -3,6 +3,7 @@
 import argparse
 
 from launcher.parser import JSON, Parser, add_recipe
+from sparse_zero.quantized.names import KINDS
 
 
 def add_init(commands) -> argparse.ArgumentParser:
@@ -17,6 +18,7 @@ def add_init(commands) -> argparse.ArgumentParser:
     init.add_argument("data", metavar="DATA", help="a file, a directory or a hub id, as in a recipe's data.path")
     init.add_argument("--model", metavar="MODEL", help="the base model (default: a small one for the task)")
     init.add_argument("--objective", choices=["dpo", "reward"], help="what to train with preferences (default: dpo)")
+    init.add_argument("--quantize", choices=KINDS, help="quantise the base model: model.quantization of the recipe")
     init.add_argument("--out", metavar="FILE", help="the recipe to write (default: DATA's name, .yaml)")
     return init
 

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_zero.adapters.files import Adapter
 from sparse_zero.adapters.formats.base_model import check_base_model, check_no_adapter
 from sparse_zero.adapters.schema import AdapterConfig
-from sparse_zero.data.models import add_tokens, load_model, load_tokenizer, resize_embeddings
+from sparse_zero.data.models import add_tokens, load_config, load_model, load_tokenizer, resize_embeddings
 from sparse_zero.errors import UserError
+from sparse_zero.quantized.methods import own_quantization
 
 
 def load_base(
@@ -30,9 +31,11 @@ def load_base(
     config = adapter.config
     check_base_model(adapter, directory, trust_remote_code)
     check_no_adapter(config.base_model_name_or_path, config.revision, directory)
+    own = load_config(config.base_model_name_or_path, config.revision, trust_remote_code)
     model = load_model(
         config.base_model_name_or_path,
         config.task,
+        quantization=config.quantization if own_quantization(own) is None else None,
         revision=config.revision,
         dtype=getattr(torch, config.dtype),
         settings=config.model_settings,

@@ -55,7 +55,7 @@ def check_base(model: nn.Module, adapter: Adapter, origin: str | Path, base: dic
         return
     if others := {name for name in here.keys() | there.keys() if here.get(name) != there.get(name)}:
         logger.warning(
-            "%s: was trained on a base model %s, and this one is %s: the values under the deltas differ by the "
+            "%s: was trained on a base model %s, and is loaded on one %s: the values under the deltas differ by the "
             "rounding of the quantisation, and so do the results",
             origin,
             _described(there),

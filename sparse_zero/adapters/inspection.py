@@ -47,6 +47,7 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
         "revision": contents.revision,
         "task": contents.task,
         "dtype": contents.dtype,
+        "base_quantised_to": _quantized(contents),
         "selection": contents.rule,
         "trainable_parameters": contents.trained,
         "total_parameters": contents.total,
@@ -69,6 +70,12 @@ def describe(directory: str | Path, base: str | None = None) -> dict[str, Any]:
         "largest": _largest(contents),
         "tensors": tensors,
     }
+
+
+def _quantized(contents: Contents) -> dict[str, str] | None:
+    """What weights of the base model were quantised to in training, and how many."""
+    kinds = {} if contents.own is None else contents.own.config.quantized
+    return {kind: f"({len(names):,} weights)" for kind, names in kinds.items()} or None
 
 
 def _add_shapes(contents: Contents) -> None:

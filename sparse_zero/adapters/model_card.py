@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from sparse_zero.adapters.companions import hub_id, licence_of
 from sparse_zero.adapters.schema import AdapterConfig
+from sparse_zero.data.quantization import transformers_config
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -30,16 +31,21 @@ def model_card(config: AdapterConfig) -> str:
     )
 
 
-def merged_card(config: AdapterConfig, scale: float) -> str:
+def merged_card(config: AdapterConfig, scale: float, quantized: str | None = None) -> str:
     """The text of README.md of a base model with an adapter merged into it.
 
-    Args: config: the adapter's; scale: the factor of its deltas.
+    Args: config: the adapter's; scale: the factor of its deltas; quantized: what its weights are quantised to.
     """
     auto_class, _ = _loader(config)
+    if quantized:
+        weights = f" The linear layers are quantised to {quantized} (bitsandbytes)."
+    else:
+        weights = " The base model was quantised in training; it is dequantised here." if config.quantized else ""
     return _card(
         _metadata(config, "finetune", "transformers", ["sparse-zero", "sparta"]),
         f"# {_shown(config)}, fine-tuned",
-        f"A sparse adapter was merged into the weights{'' if scale == 1 else f', with its deltas times {scale:g}'}.",
+        f"A sparse adapter was merged into the weights{'' if scale == 1 else f', with its deltas times {scale:g}'}."
+        f"{weights}",
         _training(config),
         _results(config.results) if scale == 1 else "",
         "## Use\n\n```python\n"
@@ -86,6 +92,8 @@ def _training(config: AdapterConfig) -> str:
         f"- selected from {len(config.tensors)} weights, {config.sparse.drawn}, positions {', '.join(rules)}",
         f"- fully trained: {', '.join(config.modules_to_save) or 'nothing'}",
     ]
+    if config.quantized:
+        lines.append(f"- base model quantised in training: {', '.join(config.quantized)}")
     if config.new_tokens:
         lines.append(f"- new tokens: {', '.join(f'`{token}`' for token in config.new_tokens)}")
     return "\n".join(lines)
@@ -126,7 +134,13 @@ def _usage(config: AdapterConfig) -> str:
         base, imports = f"model_path({base})", [*imports, "from sparse_zero.data.gguf import model_path"]
     elif "://" in name:
         base, imports = f"package_path({base})", ["from sparse_zero import load_adapter, package_path"]
+    if config.quantization is not None:
+        settings = transformers_config(config.quantization).to_diff_dict()
+        given = ", ".join(f"{key}={value!r}" for key, value in settings.items() if not key.startswith("_"))
+        more += f", quantization_config=BitsAndBytesConfig({given})"
+        auto_class = f"{auto_class}, BitsAndBytesConfig"
     imports.append(f"from transformers import {auto_class}")
+    auto_class = auto_class.partition(",")[0]
     return (
         "## Use\n\n```python\n" + "\n".join(imports) + "\n\n"
         f"model = {auto_class}.from_pretrained({base}{more})\n"

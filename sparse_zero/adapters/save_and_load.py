@@ -1,18 +1,13 @@
 """Save the adapter of a sparse model, load an adapter on its base model, and write a merged model."""
 
 import logging
-import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_zero.adapters.base_and_adapter import load_base
-from sparse_zero.adapters.companions import copy_companions
 from sparse_zero.adapters.files import (
-    CARD_NAME,
     Adapter,
     check_finite,
     checked_position_chunks,
@@ -24,15 +19,15 @@ from sparse_zero.adapters.files import (
 )
 from sparse_zero.adapters.fit import check_base, check_shapes, check_sparsified_alike
 from sparse_zero.adapters.hub import adapter_directory, push
-from sparse_zero.adapters.model_card import merged_card, model_card
+from sparse_zero.adapters.model_card import model_card
 from sparse_zero.adapters.schema import PEFT_TASKS, AdapterConfig, SelectedTensor, names_by_kind, writable
 from sparse_zero.data.models import task_of
-from sparse_zero.data.package import package_path
+from sparse_zero.data.quantization import quantization_of
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import base_dtype, fingerprint
 from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.sparse_model import refresh
-from sparse_zero.model.sparsify import apply_selection, disable_adapter, merge_and_unload, set_scale
+from sparse_zero.model.sparsify import apply_selection, disable_adapter
 from sparse_zero.model.sparsity import Sparsity, sparsity_of, state_of
 from sparse_zero.model.wrappers import unwrap, unwrap_for
 from sparse_zero.selection.rules import STORED, Selection
@@ -178,6 +173,7 @@ def adapter_config(model: nn.Module, sparsity: Sparsity, positions: Mapping[str,
         task=task,
         task_type=PEFT_TASKS.get(task),
         dtype=str(dtype).removeprefix("torch."),
+        quantization=quantization_of(model),
         model_settings=model_settings,
         sparse=sparsity.config,
         total_parameters=sparsity.total_parameters,
@@ -307,62 +303,3 @@ def set_values(inner: nn.Module, adapter: Adapter, selected: Collection[str]) ->
             weight.delta.copy_(values)
     sparsity.set_trained_values(inner, adapter.whole)
     refresh(inner)
-
-
-def write_merged(
-    directory: str | Path,
-    out: str | Path,
-    scale: float = 1.0,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-) -> dict[str, Any]:
-    """Merge an adapter into its base model and write the result as a Hugging Face model directory, with tokenizer,
-    chat template, generation config, processor, the base model's licence and a model card.
-
-    Args:
-        directory: an adapter directory, or a hub id.
-        out: the directory to write.
-        scale: the factor of the deltas; see `set_scale`.
-        force: merge values that are NaN or infinite, too.
-        trust_remote_code: run Python code that the base model's repository contains, as in from_pretrained.
-        revision: a branch, tag or commit of the adapter's repository on the hub.
-
-    Returns: facts for the user.
-
-    Raises:
-        UserError: see `load_adapter`, `load_model` and `merge_and_unload`; also `out` is a file or the base model's
-            directory, or the adapter does not name a base model and task.
-    """
-    started, directory = time.perf_counter(), adapter_directory(directory, revision)
-    adapter = read_adapter(directory)
-    config = adapter.config
-    if config.task is None or config.base_model_name_or_path is None:
-        raise UserError(
-            f"{directory}: does not say which base model to load, or for which task; load the adapter in your program "
-            "and call merge_and_unload(model)"
-        )
-    if Path(out).exists() and not Path(out).is_dir():
-        raise UserError(f"{out}: is a file; the merged model is a directory")
-    if Path(out).resolve() == Path(package_path(config.base_model_name_or_path)).resolve():
-        raise UserError(f"{out}: is the base model, which would be overwritten; choose another directory")
-    if not force:
-        check_finite(adapter, directory, "; merge them as they are with force=True (sparse-zero merge --force)")
-    model, tokenizer = load_base(adapter, directory, trust_remote_code)
-    load_adapter(model, directory, force=force)
-    set_scale(model, scale)
-    merge_and_unload(model, force)
-    model.save_pretrained(out)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    copy_companions(config.base_model_name_or_path, config.revision, Path(out))
-    (Path(out) / CARD_NAME).write_text(merged_card(config, scale), encoding="utf-8")
-    return {
-        "out": str(out),
-        **({} if tokenizer else {"tokenizer": "none, because the base model has none"}),
-        "base_model": config.base_model_name_or_path,
-        "task": config.task,
-        "class": type(model).__name__,
-        "merged_parameters": config.trainable_parameters,
-        "seconds": time.perf_counter() - started,
-    }

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from typing_extensions import TypedDict
 
 from sparse_zero.errors import UserError
+from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection import checks
 from sparse_zero.selection.columns import Columns
 from sparse_zero.selection.config import SparseConfig
@@ -129,6 +130,8 @@ class AdapterConfig(BaseModel):
     task: Literal["sequence-classification", "causal-lm"] | None
     dtype: DtypeName
     """The dtype of the base model in training. If only that or the dtype before `sparsify` is float16: the latter."""
+    quantization: Quantization | None = None
+    """How the base model was quantised in training, with all keys; None: it was not, or not by bitsandbytes."""
     model_settings: ModelSettings = {}
     """Entries of the model's config that the task sets (id2label, pad_token_id)."""
     sparse: SparseConfig

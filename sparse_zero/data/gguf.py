@@ -22,10 +22,10 @@ import xxhash
 from filelock import FileLock
 from huggingface_hub import cached_assets_path, hf_hub_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.integrations import deepspeed as deepspeed_integration
 
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError, first_line
+from sparse_zero.zero.loading import not_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _dequantise(name: str, file: Path, directory: Path) -> None:
     """Write a GGUF file's model, tokenizer, chat template and generation config to a directory, all or nothing."""
     logger.warning("%s is read and dequantised, once; the result is kept in %s", name, directory)
     started, temporary = time.perf_counter(), directory.with_name(f"{directory.name}.tmp")
-    with _reading(name), _not_partitioned():
+    with _reading(name), not_partitioned():  # only this rank loads it
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # What remains are plain weights
@@ -151,16 +151,3 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # damaged files, and architectures that transformers does not read, raise any error
         raise UserError(f"model.name: {name} cannot be read as GGUF: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _not_partitioned() -> Iterator[None]:
-    """At ZeRO stage 3 transformers would partition the model over the ranks, but only this one loads it."""
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed_integration.set_hf_deepspeed_config(config)

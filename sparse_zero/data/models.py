@@ -21,7 +21,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sparse_zero.data.gguf import gguf_config, model_path
+from sparse_zero.data.quantization import (
+    check_installed,
+    from_transformers,
+    transformers_config,
+    warn_of_wrong_widths,
+)
 from sparse_zero.errors import UserError, first_line
+from sparse_zero.quantized.methods import own_quantization
+from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.recipe.recipe import Task
 from sparse_zero.zero.parameters import full_shape
 
@@ -46,6 +54,7 @@ def load_model(
     settings: Mapping[str, Any] | None = None,
     new_head: bool = False,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a base model with the head for a task. In a run with ZeRO stage 3 it is built under deepspeed.zero.Init.
@@ -62,6 +71,7 @@ def load_model(
             checked: they are arguments of from_pretrained.
         new_head: initialise a classifier's head at random even if the checkpoint has one of this size.
         trust_remote_code: run Python code and kernels that the model names. Never take it from a file.
+        quantization: quantise the linear layers; with all its keys, see `quantization.completed`.
         kwargs: for from_pretrained.
 
     Raises:
@@ -75,9 +85,15 @@ def load_model(
     verbosity = transformers_logging.get_verbosity()
     # No report on the missing weights of a new head, which is normal. Other missing weights are reported below.
     transformers_logging.set_verbosity_error()
+    if quantization is not None:
+        check_installed(quantization)
+        kwargs["quantization_config"] = transformers_config(quantization)
     try:
-        config = _read_config(name, revision, trust_remote_code).get_text_config()
-        if padding is not None and padding >= (getattr(config, "vocab_size", None) or sys.maxsize):
+        config = _read_config(name, revision, trust_remote_code)
+        if (own := own_quantization(config)) is not None and (known := from_transformers(own)) is not None:
+            check_installed(known, f"model.name: {name} is quantised")
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+        if padding is not None and padding >= (rows or sys.maxsize):
             # An added token: `resize_embeddings` makes the row. Without it an embedding refuses its index.
             del settings["pad_token_id"]
         model, report = AUTO_CLASS[task].from_pretrained(
@@ -96,6 +112,7 @@ def load_model(
         raise UserError(f"model.name: {name} cannot be loaded for {task}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    warn_of_wrong_widths(model)
     prefix = f"{model.base_model_prefix}."
     for key, saved, expected in sorted(report["mismatched_keys"]):
         if key.startswith(prefix):
@@ -122,7 +139,7 @@ def _initialise_head(model: PreTrainedModel) -> None:
             module._is_hf_initialized = False
         for parameter in own:
             parameter._is_hf_initialized = False
-    model._initialize_missing_keys(is_quantized=False)
+    model._initialize_missing_keys(is_quantized=getattr(model, "is_quantized", False))
 
 
 def head_labels(config: PreTrainedConfig) -> dict[int, str] | None:

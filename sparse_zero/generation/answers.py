@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 
 from sparse_zero.data.conversations import as_messages, as_tools, role_in_template
 from sparse_zero.data.datasets import check_columns, load_splits
+from sparse_zero.data.models import load_config, meta_model
+from sparse_zero.data.quantization import completed
 from sparse_zero.errors import UserError
 from sparse_zero.generation.chat import check_comparison
 from sparse_zero.generation.language_model import LanguageModel, Turns, open_model
@@ -38,7 +41,12 @@ def open_for(recipe: Recipe, adapter: str | None, revision: str | None = None) -
     section = recipe.model
     if adapter is not None:
         return open_model(adapter, revision, section.trust_remote_code)
-    return open_model(section.source, section.revision, section.trust_remote_code)
+    quantization = None
+    if section.quantization is not None:
+        config = load_config(section.source, section.revision, section.trust_remote_code)
+        plain = meta_model(config, section.task, torch.float32, section.trust_remote_code)
+        quantization = completed(section.quantization, plain, recipe.sparse, config.dtype or torch.float32)
+    return open_model(section.source, section.revision, section.trust_remote_code, quantization)
 
 
 def prompts_of(recipe: Recipe, model: LanguageModel, examples: int | None = None) -> list[Prompt]:

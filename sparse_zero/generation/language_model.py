@@ -24,6 +24,7 @@ from sparse_zero.adapters.save_and_load import load_adapter
 from sparse_zero.data.models import load_model, load_tokenizer, max_positions
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.model.sparsify import disable_adapter
+from sparse_zero.recipe.quantization import Quantization
 
 Turns = list[dict[str, Any]]
 """A conversation: {role, content} each."""
@@ -131,13 +132,19 @@ class LanguageModel:
         return [*dict.fromkeys(token for token in (*known, self.tokenizer.eos_token_id) if token is not None)] or None
 
 
-def open_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> LanguageModel:
+def open_model(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+) -> LanguageModel:
     """Open a model that answers: an adapter on its base model, or any model that transformers loads.
 
     Args:
         name: an adapter or model directory, a hub id of either, package://PACKAGE/PATH, or a GGUF file.
         revision: of the hub's repository.
         trust_remote_code: run Python code that the model names.
+        quantization: quantise the model, see `load_model`. The base model of an adapter is quantised as in training.
 
     Raises:
         UserError: it cannot be loaded, or is no causal language model.
@@ -148,12 +155,20 @@ def open_model(name: str, revision: str | None = None, trust_remote_code: bool =
         try:
             opened = LanguageModel(
                 name,
-                load_model(name, "causal-lm", revision, "auto", trust_remote_code=trust_remote_code),
+                load_model(
+                    name,
+                    "causal-lm",
+                    revision,
+                    "auto",
+                    trust_remote_code=trust_remote_code,
+                    quantization=quantization,
+                ),
                 load_tokenizer(name, revision, trust_remote_code),
             )
         except UserError as error:
             raise UserError(str(error).removeprefix("model.name: ").removeprefix("model.tokenizer: ")) from None
-    if torch.accelerator.is_available():
+    # transformers loads a quantised model where it is used, and lets nobody move it
+    if torch.accelerator.is_available() and not getattr(opened.model, "is_quantized", False):
         opened.model.to(torch.accelerator.current_accelerator())
     opened.model.eval()
     return opened

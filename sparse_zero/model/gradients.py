@@ -52,7 +52,7 @@ def by_gradient(
     ) -> dict[str, torch.Tensor]:
         if quantized := [name for name in counts if targets[name].quantized is not None]:
             raise UserError(
-                f"sparse.selection: {reprlib.repr(quantized)}: the gradient of a quantised weight is not computed whole; "
+                f"sparse.selection: {reprlib.repr(quantized)}: gradients of quantised weights are not computed; "
                 "select at random or by magnitude"
             )
         slices = _sum_gradients(model, {name: targets[name].parameter for name in counts}, batches, loss)

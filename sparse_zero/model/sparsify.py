@@ -277,7 +277,7 @@ def merge_and_unload(model: nn.Module, force: bool = False) -> nn.Module:
     model = unwrap(model)
     check_dequantizable(model)
     dequantize(model, merge(model, force).weights)
-    return _forget(model)
+    return forget_adapters(model)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -297,10 +297,10 @@ def unload(model: nn.Module) -> nn.Module:
     state = deactivate(model)
     for weight in state.weights.values():
         weight.is_plain = True
-    return _forget(model)
+    return forget_adapters(model)
 
 
-def _forget(model: nn.Module) -> nn.Module:
+def forget_adapters(model: nn.Module) -> nn.Module:
     """Remove what belongs to all adapters of a model."""
     for adapter in vars(model).get("inactive_adapters", {}).values():
         for weight in adapter.weights.values() if isinstance(adapter, Sparsity) else ():

@@ -4,7 +4,8 @@ The results are what DeepSpeed 0.19 allocates and sends, which is not always wha
 2019, arXiv 1910.02054) says: by default stages 1 and 2 all-reduce whole buckets of gradients, and stage 2 does so in
 every backward pass, not once per step.
 
-Symbols in the formulas: N ranks, n trained scalars, W scalars of the base model, b bytes of a scalar in the model.
+Symbols in the formulas: N ranks, n trained scalars, W scalars of the base model, b bytes of a scalar in the model. A
+quantised weight counts as the scalars of b bytes that its packed values fill.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,8 @@ class ModelSizes:
     """The number of scalars in each parameter of a sparse model."""
 
     base: tuple[int, ...]
-    """Parameters of the base model, including those that are trained in full. A tied parameter counts once."""
+    """Parameters of the base model, including those that are trained in full. A tied parameter counts once, a
+    quantised one with as many scalars as fit into its packed bytes."""
     selected: tuple[int, ...]
     """The delta of each target: its number of selected scalars."""
     whole: tuple[int, ...]
@@ -44,6 +46,12 @@ class ModelSizes:
     """Scalars that no backward pass reads: an input embedding that is not tied to the head."""
     layers: tuple[int, ...] = ()
     """Scalars in each block that gradient checkpointing recomputes. Empty: nothing is recomputed."""
+    quantized: tuple[int, ...] = ()
+    """The deltas, among those of `selected`, of quantised weights, whose original values are not stored."""
+    statistics_bytes: int = 0
+    """Bytes of the statistics of quantised weights, which every rank has."""
+    dequantized: int = 0
+    """Scalars of the largest quantised weight."""
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -223,7 +231,8 @@ def model_states(zero: ZeroSettings, ranks: int, sizes: ModelSizes) -> list[Allo
         Allocation("weights", base[0] * b, f"W * b {per_rank}".strip(), where=parameters),
         Allocation("deltas", deltas[0] * b, f"selected * b {per_rank}".strip(), where=parameters),
         Allocation("buffers", sizes.buffer_bytes, "the base model's own"),
-        Allocation("originals", selected * b, "selected * b"),
+        Allocation("statistics", sizes.statistics_bytes, "scales of the quantised weights"),
+        Allocation("originals", (selected - sum(sizes.quantized)) * b, "selected * b"),
         Allocation("indices", sizes.index_bytes, "4 * selected / granularity, or 0: sparse.indices, columns"),
     ]
     if whole := base[1] + deltas[1]:
@@ -249,7 +258,8 @@ def temporary_buffers(zero: ZeroSettings, ranks: int, sizes: ModelSizes) -> list
     """
     b, stage, n = sizes.scalar_bytes, zero.stage, sum(sizes.trained)
     share = partition_size(zero, ranks, sizes)
-    found = []
+    largest = "largest quantised weight * b"
+    found = [Allocation("dequantised", sizes.dequantized * b, largest, when="backward", exact=False)]
     if stage in (1, 2):
         if zero.contiguous_gradients:
             buckets = 2 if zero.overlaps else 1

@@ -60,7 +60,11 @@ def device_bytes(run: PlannedRun, zero: ZeroSettings, ranks: int) -> int:
     for each in allocations(run, zero, ranks):
         if each.where == "device":
             held[each.when] += each.bytes
-    return held["always"] + max(held["backward"], held["step"], held["generation"])
+    needed = held["always"] + max(held["backward"], held["step"], held["generation"])
+    if run.quantized is not None and zero.stage == 3:
+        # DeepSpeed partitions it when each rank has it
+        return max(needed, run.load_bytes + run.sizes.statistics_bytes)
+    return needed
 
 
 def host_bytes(run: PlannedRun, zero: ZeroSettings, ranks: int, ranks_per_node: int) -> int:
@@ -119,7 +123,7 @@ def plan(
     available = None if gpu_bytes is None else gpu_bytes * (1 - RESERVED)
     stages = [_stage(name, run, ranks, nodes, available, bandwidth) for name in STAGES]
     sizes = run.sizes
-    n, total = sum(sizes.trained), sum(sizes.base)
+    n, total = sum(sizes.trained), run.parameters
     positions = 4 * sum(sizes.selected) if run.stored_positions else 0
     fitting = [stage["stage"] for stage in stages if stage["fits"]]
     return {
@@ -130,6 +134,7 @@ def plan(
         "density": n / total,
         "targets": len(sizes.selected),
         "bytes_per_scalar": sizes.scalar_bytes,
+        "quantization": _quantization(run),
         "ranks": ranks,
         "nodes": nodes,
         "micro_batch": run.micro_batch,
@@ -150,6 +155,19 @@ def plan(
         "stage": fitting[0] if fitting else None,
         "stages": stages,
         "notes": list(run.notes),
+    }
+
+
+def _quantization(run: PlannedRun) -> dict[str, Any] | None:
+    found = run.quantized
+    if found is None:
+        return None
+    return {
+        "kind": found.quantization.kind,
+        "parameters": found.scalars,
+        "bits_per_scalar": found.bits,
+        "packed_bytes": found.packed_bytes,
+        "statistics_bytes": found.statistics_bytes,
     }
 
 

@@ -1,7 +1,7 @@
 """Reads from a recipe what a plan needs: the model's sizes, the selected scalars, the batch, the ZeRO settings."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sparse_zero.model.selected_scalars import padded
 from sparse_zero.planning.activations import UNKNOWN, Activations, Loss, activations
 from sparse_zero.planning.generation import Generation, completion_length, describe_generation
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
+from sparse_zero.planning.quantized_sizes import QuantizedSizes, quantized_sizes
 from sparse_zero.recipe.objective import GENERATING, PAIRS
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training, default_of
@@ -55,6 +56,10 @@ class PlannedRun:
     """The facts about a run on which a plan is based."""
 
     sizes: ModelSizes
+    parameters: int
+    """Scalars of the base model."""
+    quantized: QuantizedSizes | None
+    """The quantised weights of the base model, if there are any."""
     activations: Activations
     hidden_size: int
     zero: Mapping[str, Any]
@@ -145,15 +150,27 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     training = recipe.training
     checkpointed = bool(training.get("activation_checkpointing") or training.get("gradient_checkpointing"))
     counts = {selection.name: selection.count for selection in selections}
+    quantized = quantized_sizes(recipe, config, model, trained_dtype)
+
+    def stored(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[int]:
+        """Scalars of the model's dtype that parameters fill."""
+        packed = {} if quantized is None else quantized.shapes
+        width = trained_dtype.itemsize
+        return [-(-quantized.packed(n) // width) if n in packed else p.numel() for n, p in parameters]
+
+    blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer) and checkpointed]
     sizes = ModelSizes(
-        base=tuple(target.shape.numel() for target in targets.values()),
+        base=tuple(stored(model.named_parameters())),
         selected=tuple(counts.values()),
         whole=tuple(targets[name].shape.numel() for name in whole),
         index_bytes=_index_bytes(selections, recipe),
         scalar_bytes=trained_dtype.itemsize,
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         forward_only=0 if checkpointed else _forward_only(model),
-        layers=tuple(_numel(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and checkpointed),
+        layers=tuple(sum(stored(module.named_parameters(prefix=name))) for name, module in blocks),
+        quantized=tuple(count for name, count in counts.items() if quantized and name in quantized.shapes),
+        statistics_bytes=quantized.statistics_bytes if quantized else 0,
+        dequantized=quantized.largest if quantized else 0,
     )
     passes = 1
     if recipe.rpn is not None:
@@ -168,6 +185,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     if objective in GENERATING:
         generation = describe_generation(model, training, micro_batch, micro_batches, tokens)
     notes = _notes(recipe, deepspeed, model)
+    notes += quantized.notes if quantized else []
     if kept.formula == UNKNOWN:
         notes.append(f"activations are {UNKNOWN}")
     return PlannedRun(
@@ -180,7 +198,9 @@ def describe_run(recipe: Recipe) -> PlannedRun:
         tokens=tokens,
         micro_batches=micro_batches,
         backwards=micro_batches * passes,
-        load_bytes=sum(sizes.base) * dtype.itemsize,
+        parameters=sum(target.shape.numel() for target in targets.values()),
+        quantized=quantized,
+        load_bytes=sum(sizes.base) * (dtype if quantized is None else trained_dtype).itemsize,
         stored_positions=recipe.sparse.stores_positions,
         transient_bytes=recipe.sparse.transient_mib * 2**20 + WRITING_BYTES * max(counts.values(), default=0),
         notes=tuple(notes),
@@ -258,10 +278,6 @@ def _forward_only(model: PreTrainedModel) -> int:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     return 0 if tied or embedding is None else embedding.weight.numel()
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _notes(recipe: Recipe, deepspeed: Mapping[str, Any], model: PreTrainedModel) -> list[str]:

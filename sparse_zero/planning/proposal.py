@@ -49,13 +49,16 @@ class Proposal:
     """What the user should know."""
 
 
-def propose(path: str, model: str | None = None, objective: str | None = None) -> Proposal:
+def propose(
+    path: str, model: str | None = None, objective: str | None = None, quantization: str | None = None
+) -> Proposal:
     """Look at a data set and propose a recipe.
 
     Args:
         path: as a recipe's `data.path`: a file, a directory or a hub id.
         model: as a recipe's `model.name`; None for a small one.
         objective: for preferences: dpo, the default, or reward.
+        quantization: as a recipe's `model.quantization`.
 
     Raises UserError: the data cannot be read, its form is not known or not that of the objective, or the model cannot
         be loaded.
@@ -79,7 +82,11 @@ def propose(path: str, model: str | None = None, objective: str | None = None) -
     data |= {"eval_split": held_out} if held_out else {"eval_size": _held_out(len(dataset))}
     data["max_length"] = length
     sections = {
-        "model": {"name": name} if form.objective else {"name": name, "task": form.task},
+        "model": {
+            "name": name,
+            **({} if form.objective else {"task": form.task}),
+            **({"quantization": quantization} if quantization else {}),
+        },
         "data": data,
         "sparse": {"density": DENSITY, "targets": "all-linear"},
         "training": _training(len(dataset), form),
@@ -196,6 +203,7 @@ def _batch(micro: int, examples: int) -> dict[str, int]:
 
 COMMENTS = {
     "name": "any model of the hub or a directory",
+    "quantization": "needs the package bitsandbytes: pip install 'sparse-zero[quantization]'",
     "max_length": "98% of the examples looked at are not cut",
     "eval_size": "held out from the training examples",
     "density": "1% of the model's scalars; more learns faster, less forgets less",

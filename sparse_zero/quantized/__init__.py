@@ -1,7 +1,7 @@
 """Quantised linear layers, by the library that made them: what a packed weight is, and a dequantised copy of it.
 
-A format is a subclass of `QuantizedLayer` in a module of its own, which `formats.FORMATS` lists. The libraries are
-imported when one of their layers is used.
+A format is a subclass of `layer.QuantizedLayer` in a module of its own, which `formats.FORMATS` lists. Nothing here
+changes a layer. The libraries are imported when one of their layers is used.
 
-Others import from `formats`, `layer`.
+Others import from `formats`, `layer`, `methods`, `names`.
 """

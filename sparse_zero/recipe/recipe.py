@@ -17,6 +17,7 @@ from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.recipe.launch import LaunchSection
 from sparse_zero.recipe.lookup import find_named_file, find_recipe
 from sparse_zero.recipe.objective import check_objective, reward_files, task_of_objective, with_reward_files
+from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
 
 Task = Literal["sequence-classification", "causal-lm"]
@@ -48,6 +49,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """The dtype of the base model. None: bfloat16 if `training.bf16` and `training.deepspeed`
     are set, else float32."""
+    quantization: Quantization | None = None
+    """nf4, fp4 or int8: quantise the linear layers of the base model while it is loaded. None: no, or as its
+    checkpoint is."""
     attn_implementation: str | None = None
     """As in transformers' from_pretrained: eager, sdpa, flash_attention_2, ..."""
     new_tokens: list[str] = []

@@ -12,6 +12,7 @@ from sparse_zero.selection.columns import COLUMNS, Columns
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.draws import STRATIFIED
 from sparse_zero.selection.input_columns import choose_columns
+from sparse_zero.selection.packed import check_packed
 from sparse_zero.selection.rules import STORED, Selection
 from sparse_zero.selection.targets import Target, all_targets, find_targets, parameter_names, untargeted
 from sparse_zero.selection.unsupported import only_supported
@@ -60,6 +61,7 @@ def select_scalars(
             Selection(STORED, name, tuple(parameters[name].shape), flat.numel()) for name, flat in stored.items()
         ]
         return selections, stored
+    check_packed(model, config, whole_modules)
     targets = only_supported(find_targets(model, config, whole_modules), leave_out=config.targets == "all")
     columns, counts = choose_columns(config, targets, _counts(config, parameters, targets, whole, rows), rows)
     selections, stored = [], {}

@@ -76,8 +76,8 @@ def find_targets(model: nn.Module, config: SparseConfig, whole: Iterable[str]) -
     found = _configured(model, config, candidates, whole)
     for pattern in config.exclude_modules or []:
         frozen = {name for name in parameters if within(name, pattern)}
-        if not frozen:
-            names = [name for name, _ in model.named_modules() if name]
+        names = [name for name, _ in model.named_modules() if name]
+        if not frozen and not any(within(name, pattern) for name in names):
             raise UserError(f"sparse.exclude_modules: no module matches '{pattern}'{similar(pattern, names)}")
         found -= frozen
     if not found:

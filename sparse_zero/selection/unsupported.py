@@ -13,19 +13,28 @@ from torch import nn
 
 from sparse_zero.errors import UserError
 from sparse_zero.quantized.formats import quantized_layers
+from sparse_zero.quantized.names import WHAT_WORKS
 from sparse_zero.selection.targets import Target, all_targets
 from sparse_zero.zero.parameters import is_partitioned
 
 logger = logging.getLogger(__name__)
 
-_QUANTIZED = {"TorchAOBaseTensor", "QTensor", "Params4bit", "Int8Params"}
-"""Classes of quantized parameters, or base classes of them, in torchao, quanto and bitsandbytes."""
+_QUANTIZED = {
+    "TorchAOBaseTensor": "torchao",
+    "QTensor": "quanto",
+    "Params4bit": "bitsandbytes",
+    "Int8Params": "bitsandbytes",
+}
+"""Classes of quantised parameters, or base classes of them, and the libraries that they are of."""
 
 _PEFT_LAYERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper", "_BaseAdaptedAttention"}
 """Base classes of the layers by which PEFT replaces those of a model."""
 
 _EXCLUDE = "exclude it (exclude_modules)"
-_QUANTIZED_REMEDY = f"quantized weights cannot be trained; load the model in bfloat16, or {_EXCLUDE}"
+_QUANTIZED_REMEDY = (
+    f"such quantised weights cannot be trained; load the model in bfloat16 or in a kind that can "
+    f"(model.quantization: {WHAT_WORKS}), or {_EXCLUDE}"
+)
 _UNSHARDED = "call sparsify on a model that is not sharded, and train it with DDP or DeepSpeed ZeRO"
 
 
@@ -103,7 +112,7 @@ def only_supported(targets: Mapping[str, Target], leave_out: bool) -> dict[str, 
 
     Args:
         targets: by parameter name.
-        leave_out: leave out integer, complex and quantized parameters and those of scripts, with one warning.
+        leave_out: leave out integer, complex and quantised parameters and those of scripts, with one warning.
             Otherwise, or if nothing remains, they are an error.
 
     Raises:
@@ -141,8 +150,8 @@ def _problem_of_values(parameter: torch.Tensor) -> _Problem | None:
     dtype = str(parameter.dtype).removeprefix("torch.")
     if is_partitioned(parameter):
         pass  # DeepSpeed's parameters are ordinary ones with more attributes
-    elif kinds & _QUANTIZED:
-        return _Problem(f"is a {kind.__name__}", _QUANTIZED_REMEDY, True)
+    elif library := next((_QUANTIZED[name] for name in kinds if name in _QUANTIZED), None):
+        return _Problem(f"is a {kind.__name__} of {library}", _QUANTIZED_REMEDY, True)
     elif "DTensor" in kinds:
         return _Problem("is a DTensor (FSDP2 or tensor parallelism)", _UNSHARDED, False)
     elif not has_plain_values(parameter) or not _has_plain_functions(kind):

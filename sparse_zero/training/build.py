@@ -18,16 +18,20 @@ from sparse_zero.data.models import (
     load_model,
     load_tokenizer,
     max_positions,
+    meta_model,
     resize_embeddings,
     tokens_without_rows,
 )
 from sparse_zero.data.packing import check_packing
+from sparse_zero.data.quantization import check_trainable
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.recipe.learning_rate import default_learning_rate
 from sparse_zero.recipe.objective import KEYS
 from sparse_zero.recipe.recipe import ProblemType, Recipe
 from sparse_zero.recipe.training import TrainingArguments, check_training
+from sparse_zero.training.quantized_base import loading_dtype, quantization_of_run
 from sparse_zero.training.trl_arguments import trl_arguments
+from sparse_zero.zero.loading import not_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -154,10 +158,18 @@ def build_model(
     Returns: the model, and the tokens with new rows: those of the recipe, and those that it had no rows for.
     """
     section = recipe.model
+    quantization = None
+    if section.quantization is not None:
+        config = load_config(section.source, section.revision, section.trust_remote_code)
+        check_trainable(section.source, config, section.quantization)
+        with not_partitioned():
+            plain = meta_model(config, section.task, torch.float32, section.trust_remote_code)
+            quantization = quantization_of_run(recipe, arguments, config, plain)
     model = load_model(
         section.source,
         section.task,
-        dtype=section.dtype or ("bfloat16" if arguments.bf16 and arguments.deepspeed else "float32"),
+        dtype=section.dtype or loading_dtype(recipe, arguments),
+        quantization=quantization,
         settings=settings,
         new_head=new_head,
         attn_implementation=section.attn_implementation,

@@ -6,9 +6,7 @@
 Only the configuration of the base model is read, and the model is built on the meta device.
 """
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,20 +15,21 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, SchedulerType, Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from sparse_zero.data.files import check_path
 from sparse_zero.data.metrics import METRICS
 from sparse_zero.data.models import load_config, meta_model
+from sparse_zero.data.quantization import check_trainable
 from sparse_zero.errors import UserError, did_you_mean, first_line
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import find_modules_to_save
+from sparse_zero.training.quantized_base import quantization_of_run
 from sparse_zero.training.rewards import load_rewards
 from sparse_zero.training.trackers import check_imports
+from sparse_zero.zero.loading import not_partitioned
 
 _SEEDS = range(2**32)
 """The seeds that NumPy takes."""
@@ -87,9 +86,10 @@ def load_model_config(recipe: Recipe) -> PreTrainedConfig:
 def check_model(recipe: Recipe, config: PreTrainedConfig, arguments: TrainingArguments) -> None:
     """Raise UserError if the base model cannot be loaded with these settings, or has no such targets."""
     section = recipe.model
-    with _without_partitioning(arguments):
-        _check_quantization(section.source, config)
+    with not_partitioned():
+        check_trainable(section.source, config, section.quantization)
         model = meta_model(config, section.task, torch.float32, section.trust_remote_code)
+        quantization_of_run(recipe, arguments, config, model)
         if section.attn_implementation is not None:
             _check_attention(model, section.attn_implementation)
         # Neither values nor the rows of new tokens are known yet. The budget is the same for every way to select.
@@ -199,16 +199,6 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
         )
 
 
-def _check_quantization(name: str, config: PreTrainedConfig) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-
-        def validate() -> None:
-            AutoHfQuantizer.from_config(quantization, pre_quantized=True).validate_environment()
-
-        _trying(f"model.name: {name} is quantized", validate)
-
-
 def _check_attention(model: PreTrainedModel, implementation: str) -> None:
     _trying(
         f"model.attn_implementation: {implementation}",
@@ -222,15 +212,3 @@ def _trying(what: str, call: Any) -> None:
         call()
     except Exception as error:  # libraries raise ValueError, ImportError, KeyError, AssertionError, ...
         raise UserError(f"{what}: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _without_partitioning(arguments: TrainingArguments) -> Iterator[None]:
-    """At ZeRO stage 3 transformers would partition every model that is built."""
-    config = getattr(arguments, "hf_deepspeed_config", None)
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            set_hf_deepspeed_config(config)

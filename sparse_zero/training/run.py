@@ -21,7 +21,7 @@ import rpn
 from rpn.user_noise import NoiseNotFound, load_noise
 from sparse_zero.adapters.files import adapter_bytes
 from sparse_zero.adapters.hub import is_hub_id
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.checkpoint.resume import DATA, find_resume_checkpoint, keep_batch_size, print_once

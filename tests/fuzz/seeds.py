@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_zero.adapters.files import CONFIG_NAME, POSITIONS_NAME, WEIGHTS_NAME
 from sparse_zero.adapters.formats.convert import convert
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 from sparse_zero.selection import checks, rules
 
 NATIVE = list(make.ADAPTERS)

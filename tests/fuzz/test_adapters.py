@@ -20,7 +20,8 @@ from launcher.cli import main
 from sparse_zero.adapters.combine import combine_adapters
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import load_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import load_adapter
 from sparse_zero.adapters.switching import set_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify, unload

@@ -12,7 +12,8 @@ from adapter_cases import edit_config, fresh, train
 from sparse_zero.adapters.combine import combine_adapters
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.selection.config import SparseConfig

@@ -75,9 +75,15 @@ def convert(
         **{key: value for key, value in written.items() if key != "notes"},
         "bytes": size,
         "bytes_per_scalar": size / max(1, contents.trained),
-        "notes": [*contents.notes, *written.get("notes", ())],
+        "notes": [*contents.notes, *_of_quantized(adapter), *written.get("notes", ())],
         "seconds": time.perf_counter() - started,
     }
+
+
+def _of_quantized(adapter: Adapter) -> list[str]:
+    """What to know of an adapter whose base model was quantised."""
+    kinds = ", ".join(adapter.config.quantized)
+    return [f"trained on a base model in {kinds}: put it on one that is quantised in the same way"] if kinds else []
 
 
 def _check_positions(adapter: Adapter, source: Path) -> None:
@@ -92,7 +98,9 @@ def _check_positions(adapter: Adapter, source: Path) -> None:
 
 def _check_base(contents: Contents) -> None:
     """Raise UserError if the base model does not have the fingerprint that is saved in a sparse-zero adapter."""
-    known = contents.adapter().config.base_fingerprint
+    config = contents.adapter().config
+    # The fingerprint of a quantised weight is not that of its plain values
+    known = {name: value for name, value in config.base_fingerprint.items() if name not in config.kinds}
     given = ModelWeights.open_local(contents.base, contents.revision, contents.architecture())
     if given is not None and (odd := differing_parameters(fingerprint(given), known)):
         raise UserError(

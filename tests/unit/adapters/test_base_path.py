@@ -6,7 +6,7 @@ from families import tiny
 
 from sparse_zero import SparseConfig, UserError, load_adapter, save_adapter, sparsify
 from sparse_zero.adapters.files import read_config
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 
 
 @pytest.fixture

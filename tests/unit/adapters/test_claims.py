@@ -12,7 +12,7 @@ from stranger_cases import AT_ONCE, NAME, claim, refused_everywhere, set_in
 from sparse_zero.adapters.files import read_adapter
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 from sparse_zero.errors import UserError
 from sparse_zero.selection import checks, draws
 

@@ -11,7 +11,8 @@ from sparse_zero.adapters.combine import combine_adapters
 from sparse_zero.adapters.files import CONFIG_NAME, POSITIONS_NAME, read_adapter
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.checkpoint.export import export
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.recipe.training import TrainingArguments

@@ -14,7 +14,7 @@ from transformers import dynamic_module_utils
 from launcher.cli import main
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 from sparse_zero.data.models import load_config, load_model, load_tokenizer
 from sparse_zero.errors import UserError
 

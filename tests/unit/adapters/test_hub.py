@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.hub import adapter_directory, is_hub_id
-from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.selection.config import SparseConfig

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_zero import SparseConfig, UserError, load_adapter, save_adapter, sparsify
 from sparse_zero.adapters.files import read_config
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 from sparse_zero.data.models import add_tokens, load_tokenizer, resize_embeddings
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.run import config_with_tokens

@@ -11,7 +11,8 @@ from torch import nn
 
 from launcher.cli import main
 from sparse_zero.adapters.files import read_adapter
-from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.adapters.switching import merge_adapter, unmerge_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import merge_and_unload, sparsify

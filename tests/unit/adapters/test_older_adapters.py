@@ -14,7 +14,7 @@ from sparse_zero import SparseConfig, UserError, load_adapter, merge_and_unload,
 from sparse_zero.adapters.files import read_adapter
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 
 ADAPTERS = older_version.DIRECTORY / "adapters"
 

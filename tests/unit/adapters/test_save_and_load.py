@@ -24,7 +24,8 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from sparse_zero.adapters.files import read_config
-from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import apply_selection, sparsify
 from sparse_zero.selection import draws

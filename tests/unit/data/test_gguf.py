@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from sparse_zero.adapters.files import read_config
 from sparse_zero.adapters.formats.convert import convert
 from sparse_zero.adapters.inspection import describe
-from sparse_zero.adapters.save_and_load import load_adapter, save_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import load_adapter, save_adapter
 from sparse_zero.data import gguf as reading
 from sparse_zero.data.models import load_config, load_model, load_tokenizer
 from sparse_zero.errors import UserError

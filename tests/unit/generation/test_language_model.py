@@ -7,7 +7,8 @@ import torch
 from families import tiny
 from transformers import AutoModelForCausalLM
 
-from sparse_zero.adapters.save_and_load import save_adapter, write_merged
+from sparse_zero.adapters.merging import write_merged
+from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.generation.language_model import check_generation, open_model
 from sparse_zero.model.sparsify import sparsify

@@ -28,9 +28,9 @@ def stand_in(monkeypatch, module, **functions):
     """A module with `functions`, each of which also chatters on stdout as libraries do."""
 
     def chattering(function):
-        def chatter(*arguments):
+        def chatter(*arguments, **options):
             print("Loading weights: 100%")
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return chatter
 
@@ -74,11 +74,11 @@ def test_evaluate(capsys, recipe, monkeypatch, tmp_path):
 def test_merge(capsys, monkeypatch):
     facts = {"out": "merged", "task": "causal-lm", "scalars": 12345}
 
-    def write_merged(adapter, out, scale, force, trust_remote_code):
+    def write_merged(adapter, out, scale, force, trust_remote_code, quantize, prompts):
         options = {"forced": force, "trusted": trust_remote_code}
         return {**facts, "out": out} | {name: True for name, given in options.items() if given}
 
-    stand_in(monkeypatch, "sparse_zero.adapters.save_and_load", write_merged=write_merged)
+    stand_in(monkeypatch, "sparse_zero.adapters.merging", write_merged=write_merged)
     assert main(["merge", ".", "merged", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
     assert main(["merge", ".", "merged"]) == 0

@@ -82,14 +82,14 @@ def inference(values: torch.Tensor) -> nn.Parameter:
 
 
 QUANTIZED = {
-    "int64": (converted(torch.int64), "has dtype int64: quantized weights cannot be trained; load"),
-    "uint8": (converted(torch.uint8), "has dtype uint8: quantized"),
-    "bool": (converted(torch.bool), "has dtype bool: quantized"),
-    "float8": (converted(torch.float8_e4m3fn), "has dtype float8_e4m3fn: quantized"),
+    "int64": (converted(torch.int64), "has dtype int64: such quantised weights cannot be trained; load"),
+    "uint8": (converted(torch.uint8), "has dtype uint8: such quantised"),
+    "bool": (converted(torch.bool), "has dtype bool: such quantised"),
+    "float8": (converted(torch.float8_e4m3fn), "has dtype float8_e4m3fn: such quantised"),
     "complex": (converted(torch.complex64), "has dtype complex64: complex weights cannot be trained; exclude it"),
-    "torchao": (lambda values: nn.Parameter(Int8Tensor(values), False), "is a Int8Tensor: quantized"),
-    "quanto": (lambda values: nn.Parameter(QTensor(values), False), "is a QTensor: quantized"),
-    "bitsandbytes": (Params4bit, "is a Params4bit: quantized"),
+    "torchao": (lambda values: nn.Parameter(Int8Tensor(values), False), "is a Int8Tensor of torchao: such quantised"),
+    "quanto": (lambda values: nn.Parameter(QTensor(values), False), "is a QTensor of quanto: such quantised"),
+    "bitsandbytes": (Params4bit, "is a Params4bit of bitsandbytes: such quantised"),
 }
 OTHERS = {
     "DTensor": (lambda values: nn.Parameter(DTensor(values), False), "is a DTensor .*: call sparsify on a model that"),

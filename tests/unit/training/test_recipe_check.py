@@ -8,7 +8,7 @@ import pytest
 from families import tiny
 
 from launcher import cli
-from sparse_zero.data import datasets, models
+from sparse_zero.data import datasets, models, quantization
 from sparse_zero.training import build
 
 RECIPE = """
@@ -35,6 +35,12 @@ DEEPSPEED = {
     "fp16": {"fp16": {"enabled": True}},
 }
 
+QUANTIZED = {
+    "packed": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -46,10 +52,10 @@ def folder(tmp_path_factory) -> Path:
     for name, changes in DEEPSPEED.items():
         (folder / f"{name}.json").write_text(json.dumps(ZERO | changes))
     tiny("llama").save_pretrained(folder / "model")
-    (folder / "quantized").mkdir()
     config = json.loads((folder / "model" / "config.json").read_text())
-    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (folder / "quantized" / "config.json").write_text(json.dumps(quantized))
+    for name, given in QUANTIZED.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config | {"quantization_config": given}))
     (folder / "run" / "adapter").mkdir(parents=True)
     (folder / "run" / "adapter" / "adapter_config.json").write_text("{}")
     return folder
@@ -96,7 +102,7 @@ MISTAKES = [
     ("training.eval_strategy=stepz", "stepz is not a valid IntervalStrategy"),
     ("training.bf16=true training.fp16=true", "At most one of fp16 and bf16"),
     ("training.optim=adamww", "adamww is not a valid OptimizerNames"),
-    ("training.optim=adamw_bnb_8bit", "training.optim: You need to install `bitsandbytes`"),
+    ("training.optim=lomo", "training.optim: You need to install `lomo_optim`"),
     ("training.lr_scheduler_type=cosin", "cosin is not a valid SchedulerType"),
     ("training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_type: cosine_with_min_lr: One of min_lr"),
     ("training.metric_for_best_model=rouge", "training.metric_for_best_model: no metric 'rouge'"),
@@ -118,7 +124,22 @@ MISTAKES = [
     ("training.num_train_epochs=0 training.max_steps=-1", "training.num_train_epochs: 0 epochs have no step"),
     ("model.attn_implementation=flash_attention_2", "model.attn_implementation: flash_attention_2: FlashAttention2"),
     ("model.attn_implementation=sdp", 'model.attn_implementation: sdp: Specified `attn_implementation="sdp"` is not'),
-    ("model.name=quantized", "model.name: quantized is quantized: Using `bitsandbytes` 4-bit"),
+    ("model.name=packed", "model.name: packed is quantised by gptq, in whose weights no scalars can be trained"),
+    ("model.name=nf4 model.quantization=int8", "model.quantization: nf4 is quantised already, to nf4: leave it out"),
+    (
+        "model.name=int8 training.deepspeed=zero3.json",
+        "model.name: int8 is quantised in a way that this run cannot use (int8: ZeRO stage 3 cannot partition",
+    ),
+    (
+        "model.quantization=int8 training.deepspeed=zero3.json",
+        "model.quantization: int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights; set nf4 or fp4",
+    ),
+    ("model.quantization=awq", "model.quantization.kind: must be nf4, fp4 or int8 (bitsandbytes), not 'awq'"),
+    (
+        "model.quantization={kind: nf4, bnb_4bit_quant_storage: float32} training.deepspeed=right.json "
+        "training.bf16=true",
+        "model.quantization.bnb_4bit_quant_storage: float32: DeepSpeed would convert the packed bits to bfloat16",
+    ),
     ("model.tokeniser=x", "unknown key 'tokeniser' in section 'model'; did you mean 'tokenizer'?"),
     ("sparse.targets=[v_prj]", "sparse.targets: 'v_prj' matches no module or parameter; similar names: v_proj"),
     ("sparse.density=0.9", "sparse.density: 0.9 requires"),
@@ -161,11 +182,25 @@ def test_a_mistake_is_one_line_with_status_2(command, is_elsewhere, overrides, m
         ["training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_kwargs={min_lr: 1e-5}"],
         ["model.attn_implementation=eager", "training.bf16=true"],
         ["sparse.selection=magnitude", "training.report_to=tensorboard"],
+        ["model.quantization={kind: nf4, bnb_4bit_use_double_quant: true}", "training.deepspeed=zero3.json"],
+        ["model.quantization=int8"],
+        ["model.name=nf4", "training.deepspeed=zero3.json"],
     ],
 )
 def test_a_right_recipe_is_said_to_be_right(overrides, check):
     status, printed = check("check", "r.yaml", *overrides)
     assert (status, "no mistake found" in printed) == (0, True), printed
+
+
+@pytest.mark.parametrize("overrides", [["model.quantization=nf4"], ["model.name=nf4"]])
+def test_a_quantised_base_without_bitsandbytes(overrides, check, monkeypatch):
+    find_spec = quantization.importlib.util.find_spec
+    monkeypatch.setattr(
+        quantization.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
+    )
+    status, printed = check("check", "r.yaml", *overrides)
+    assert status == 2
+    assert "nf4 needs the package bitsandbytes: pip install 'sparse-zero[quantization]'" in printed
 
 
 def test_close_calls_on_the_command_line(check):

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, ResNetCon
 from sparse_zero import SparseConfig, UserError, load_adapter, merge_and_unload, save_adapter, sparsify
 from sparse_zero.adapters.files import read_adapter
 from sparse_zero.adapters.formats.convert import convert
-from sparse_zero.adapters.save_and_load import write_merged
+from sparse_zero.adapters.merging import write_merged
 
 
 @pytest.fixture(scope="module")

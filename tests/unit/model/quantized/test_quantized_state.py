@@ -151,7 +151,7 @@ def test_another_quantisation_of_the_base_is_said_once(base, tmp_path, caplog, t
     other = load_adapter(model(loaded_on), tmp_path)
     names = {None: "that is not quantised", "nf4": "in nf4", "int8": "in int8"}
     (said,) = [record.message for record in caplog.records if "quantisation" in record.message]
-    assert f"was trained on a base model {names[trained_on]}, and this one is {names[loaded_on]}" in said
+    assert f"was trained on a base model {names[trained_on]}, and is loaded on one {names[loaded_on]}" in said
     other(**batch()).loss.backward()
 
 
