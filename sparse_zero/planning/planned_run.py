@@ -16,6 +16,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model.selected_scalars import padded
 from sparse_zero.planning.activations import UNKNOWN, Activations, activations
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
+from sparse_zero.recipe.method import refuse_method
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training, default_of
 from sparse_zero.selection.rules import Selection
@@ -106,6 +107,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     Raises UserError: the model cannot be built; the targets, the budget or the batch are not valid.
     """
     check_training(recipe.training)
+    refuse_method(recipe.training, "plan")
     micro_batch, micro_batches = _batch(recipe)
     deepspeed = _deepspeed(recipe)
     half, dtype = _dtypes(recipe, deepspeed)

@@ -8,11 +8,12 @@ from typing import Any
 
 from rpn.config import file_of
 from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.recipe import method
 
 TASKS = {"sft": "causal-lm", "dpo": "causal-lm", "reward": "sequence-classification", "grpo": "causal-lm"}
 """The task of the model for each objective."""
 
-KEYS = ("objective", "trl", "reward_funcs")
+KEYS = ("objective", "trl", "reward_funcs", *method.KEYS)
 """The keys of `training` that are not arguments of a Trainer."""
 
 _COLUMNS = {
