@@ -5,16 +5,24 @@ signal n. Libraries that only some subcommands need are not imported here: `--he
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from launcher import report
 from launcher.answering_options import add_chat, add_generate
+from launcher.comparison.options import add_compare
 from launcher.jobs.sbatch_options import split_words
 from launcher.parser import Parser, Version, share
 from sparse_zero.checkpoint.resume import RESETS, complete_resume_option, split_resets
 from sparse_zero.errors import UserError
+
+_HOMES = {
+    **dict.fromkeys(("chat", "generate"), "launcher.answering"),
+    "compare": "launcher.comparison.command",
+}
+"""The modules of the subcommands that are not in `commands`."""
 
 _JSON = "print one JSON value on stdout, and nothing else"
 _ADAPTER = "the adapter's directory or hub id"
@@ -27,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
         # After the parsing: a wrong argument must not wait for these imports.
-        from launcher import answering, commands
-
-        home = answering if arguments.command in ("chat", "generate") else commands
+        home = importlib.import_module(_HOMES.get(arguments.command, "launcher.commands"))
         status = getattr(home, arguments.command)(arguments)
         sys.stdout.flush()
         return status
@@ -77,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_data,
         _add_check,
         _add_evaluate,
+        add_compare,
         add_chat,
         add_generate,
         _add_merge,

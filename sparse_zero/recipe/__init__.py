@@ -1,5 +1,5 @@
 """The schema of a recipe, and the shipped recipes and DeepSpeed files. Only `training` imports torch.
 
-Others import from `launch`, `learning_rate`, `lookup`, `names`, `objective`, `recipe`, `secrets`, `shipped`,
+Others import from `launch`, `learning_rate`, `lookup`, `method`, `names`, `objective`, `recipe`, `secrets`, `shipped`,
 `training`.
 """

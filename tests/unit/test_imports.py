@@ -34,6 +34,7 @@ ORDER = (
         "launcher.plan_report",
         "launcher.data_report",
         "launcher.recipe_keys",
+        "launcher.comparison",
         "launcher.commands",
     ),
     "launcher.cli",

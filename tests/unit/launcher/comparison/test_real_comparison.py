@@ -1,0 +1,84 @@
+"""A whole `sparse-zero compare` of a tiny model: its table agrees with single runs bit for bit, and it goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import recipes
+import tiny
+
+from launcher import cli
+from launcher.comparison import runs
+from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.training import run
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The directory of a comparison, and its compare.json."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny.save_llama(folder / "base")
+    recipes.write_data(folder)
+    training = {"max_steps": 3, "eval_on_start": False, "learning_rate": 0.01}
+    launch = {"launcher": "local", "processes_per_node": 1}
+    file = recipes.write_recipe(
+        folder / "r.yaml", folder / "base", "causal-lm", folder, training=training, launch=launch
+    )
+    words = ["compare", str(file), "--methods", "sparse", "lora", "--seeds", "1", "--out", str(folder / "out")]
+    assert cli.main(words) == 0
+    return folder / "out", json.loads((folder / "out" / "compare.json").read_text())
+
+
+def test_the_table_agrees_with_single_runs_bit_for_bit(compared, tmp_path) -> None:
+    _, found = compared
+    for index, name in enumerate(("sparse", "lora")):
+        row, of_run = found["methods"][index], found["runs"][index]
+        overrides = [*of_run["overrides"], f"training.output_dir={tmp_path / name}"]
+        single = run.train(load_recipe(found["recipe"], overrides), found["recipe"])
+        assert row["quality"]["values"] == [single["test"]["perplexity"]]
+        assert row["loss"]["values"] == [single["test"]["loss"]]
+        assert row["forgetting"]["values"] == [single["forgetting"]["change"]]
+        for key in ("trainable_parameters", "checkpoint_bytes"):
+            assert row[key] == single[key]
+        assert (row["result_bytes"], row["optimizer_bytes_per_rank"]) == (
+            single["adapter_bytes"],
+            single["optimizer_bytes_per_rank"],
+        )
+        file = "adapter/adapter_model.safetensors"
+        assert (Path(of_run["directory"]) / file).read_bytes() == (tmp_path / name / file).read_bytes()
+    lora = found["methods"][1]
+    assert lora["rank"] >= 1
+    assert lora["sparse_parameters"] == found["methods"][0]["trainable_parameters"]
+
+
+def test_the_written_table(compared) -> None:
+    out, found = compared
+    text = (out / "compare.md").read_text()
+    assert f"| sparse | {found['methods'][0]['trainable_parameters']:,} | 0.01 | " in text
+    assert found["says"] in text
+    assert (out / "compare.png").exists() == ("compare.png" in text)
+
+
+def test_runs_that_are_done_are_not_run_again_and_one_that_fails_is_said(compared, monkeypatch, capsys) -> None:
+    out, found = compared
+    ran = []
+
+    def train(words: list[str], log: Path) -> int:
+        ran.append(words)
+        log.write_text("sparse-zero: error: there is no nose\n")
+        return 2
+
+    monkeypatch.setattr(runs, "_train", train)
+    words = ["compare", found["recipe"], "--methods", "sparse", "lora", "bad=sparse.targets=[nose_proj]"]
+    words += ["--seeds", "1", "--out", str(out)]
+    assert cli.main(words) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert not ran
+    assert cli.main([*words, "--resume", "--json"]) == 1
+    (again,) = ran
+    assert "sparse.targets=[nose_proj]" in again
+    assert "--resume" in again
+    *others, bad = json.loads(capsys.readouterr().out)["methods"]
+    assert others == found["methods"]
+    assert [*bad["failed"].values()] == ["there is no nose"]
+    assert "bad rate 0.01 seed 42 failed: there is no nose" in (out / "compare.md").read_text()
