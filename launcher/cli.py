@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    words = complete_resume_option(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = complete_resume_option(words) if words[:1] == ["train"] else words
     options, words = split_words(words) if words[:1] == ["submit"] else ({}, words)
     arguments, rest = build_parser().parse_known_args(words)
     arguments.sbatch_options = options
