@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from launcher import report
 from launcher.adapter_options import add_combine, add_convert, add_evaluate, add_export, add_inspect, add_merge
 from launcher.answering_options import add_chat, add_generate
+from launcher.comparison.options import add_compare
 from launcher.jobs.sbatch_options import split_words
 from launcher.parser import JSON, Parser, Version
 from launcher.recipe_options import add_data, add_init, add_keys, add_recipes
@@ -24,6 +25,7 @@ _COMMANDS = {
     "launcher.run_commands": (add_train, add_submit, add_check, add_doctor, add_plan),
     "launcher.recipe_commands": (add_init, add_data, add_recipes, add_keys),
     "launcher.adapter_commands": (add_evaluate, add_merge, add_combine, add_convert, add_inspect, add_export),
+    "launcher.comparison.command": (add_compare,),
     "launcher.answering": (add_chat, add_generate),
 }
 """The modules of the subcommands, each with what adds the arguments of its subcommands."""
@@ -49,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    words = complete_resume_option(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = complete_resume_option(words) if words[:1] == ["train"] else words
     options, words = split_words(words) if words[:1] == ["submit"] else ({}, words)
     arguments, rest = build_parser().parse_known_args(words)
     arguments.sbatch_options = options

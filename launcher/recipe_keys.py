@@ -32,7 +32,7 @@ def describe(wanted: str | None) -> str:
     if wanted is not None and wanted.startswith("training."):
         raise UserError(
             f"{wanted}: the keys of `training` are the arguments of transformers.TrainingArguments, "
-            "async_save and chunked_loss"
+            "async_save, chunked_loss, objective, trl, reward_funcs, method, lora and budget"
         )
     if wanted is not None and wanted not in known:
         raise UserError(f"{wanted}: there is no such key in a recipe{did_you_mean(wanted, known)}")

@@ -73,9 +73,8 @@ class _LazyPositions(Mapping[str, torch.Tensor]):
 
 def fixed_entries(model: nn.Module) -> list[Entry]:
     """The tensors of fixed.safetensors: what an adapter needs besides the trained values. Empty if there are none."""
-    sparsity, entries = sparsity_of(model), []
-    for name, buffer in read_values(unwrap(model), sparsity.buffers).items():
-        entries.append(Entry(_BUFFER + name, buffer.dtype, tuple(buffer.shape), [buffer.flatten()]))
+    sparsity = sparsity_of(model)
+    entries = buffer_entries(model, sparsity.buffers)
     for name, weight in sparsity.weights.items():
         if weight.selection.rule == STORED:
             entries.append(
@@ -88,6 +87,12 @@ def fixed_entries(model: nn.Module) -> list[Entry]:
     return entries
 
 
+def buffer_entries(model: nn.Module, names: list[str]) -> list[Entry]:
+    """Buffers of a model as tensors of fixed.safetensors."""
+    buffers = read_values(unwrap(model), names).items()
+    return [Entry(_BUFFER + name, each.dtype, tuple(each.shape), [each.flatten()]) for name, each in buffers]
+
+
 def _positions(weight: SparseWeight) -> Iterator[torch.Tensor]:
     yield weight.flat_positions()
 
@@ -96,12 +101,14 @@ def _base_rows(weight: SparseWeight) -> Iterator[torch.Tensor]:
     yield weight.base[row_mask(weight.selection, weight.flat_positions())]
 
 
-def read_buffers(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
+def read_buffers(checkpoint: Checkpoint, model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     """The buffers of modules that are trained in full, by name. Those of a checkpoint of version 0.1 are not in it.
+
+    Args: names: of these buffers in the model.
 
     Raises UserError: the file is damaged, or a buffer does not fit the model's.
     """
-    own = read_values(unwrap(model), sparsity_of(model).buffers)
+    own = read_values(unwrap(model), names)
     record = checkpoint.manifest.files.get(FIXED_NAME)
     if not own or record is None:
         return {}
@@ -203,6 +210,11 @@ class _AdapterTensors:
         """Raises UserError: the description of the adapter is damaged, or does not fit the rest of the manifest."""
         self._checkpoint, self._manifest = checkpoint, checkpoint.manifest
         self._manifest_path = checkpoint.directory / MANIFEST_NAME
+        if (method := self._manifest.adapter.get("method")) is not None:
+            raise UserError(
+                f"{checkpoint.directory}: is a checkpoint of training.method: {method}; only those of sparse runs are "
+                "exported: end the run with `sparse-zero train RECIPE --resume`, which writes its result"
+            )
         self.config = checked_config(self._manifest.adapter, f"{self._manifest_path}: adapter")
         self.not_finite: dict[str, int] = {}
         """The number of NaN and infinite values of each parameter that was read."""

@@ -83,7 +83,7 @@ def find_resume_checkpoint(recipe: "Recipe", requested: str | bool | None) -> "C
 
 def _refuse_to_overwrite(output: Path) -> None:
     """Raises UserError: a run's directory has what an earlier run wrote when it ended."""
-    for name in ("adapter", "merged", "results.json"):
+    for name in ("adapter", "model", "merged", "results.json"):
         path = output / name
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise UserError(

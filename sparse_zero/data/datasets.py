@@ -50,16 +50,24 @@ class PreparedData:
     max_length: int | None
     """The length in tokens that examples are truncated to, and that packed sequences may have; None for no limit."""
     dropped: Mapping[str, Mapping[str, int]]
-    """For the splits "training" and "evaluation": the number of examples that were dropped, by reason."""
+    """For the splits "training", "evaluation" and "test": the number of examples that were dropped, by reason."""
+    test: Dataset | None = None
 
 
 def load_splits(data: DataSection) -> tuple[Dataset, Dataset]:
-    """Load the raw training and evaluation examples, filtered and limited to the sizes that the recipe sets.
+    """The training and the evaluation examples of `load_parts`."""
+    train, evaluation, _ = load_parts(data)
+    return train, evaluation
 
-    Without `data.eval_split`, evaluation examples are held out from the training split and not used for training. A
-    split may be a slice ("train[:80%]"). Subsets are drawn at random with `data.split_seed`.
 
-    Returns: the training examples and the evaluation examples.
+def load_parts(data: DataSection) -> tuple[Dataset, Dataset, Dataset | None]:
+    """Load the raw examples, filtered and limited to the sizes that the recipe sets.
+
+    Without `data.eval_split`, evaluation examples are held out from the training split and not used for training.
+    Without `data.test_split`, test examples are taken out of the evaluation examples. A split may be a slice
+    ("train[:80%]"). Subsets are drawn at random with `data.split_seed`.
+
+    Returns: the training, evaluation and test examples; no test examples if the recipe asks for none.
 
     Raises:
         UserError: a missing file, an unknown split or filter column, a split that is empty or too small, or data that
@@ -68,8 +76,21 @@ def load_splits(data: DataSection) -> tuple[Dataset, Dataset]:
     builder = open_builder(data)
     train = _read(builder, data, "train_split")
     if data.eval_split is None:
-        return _hold_out(train, data)
-    return _subset(train, data, "train"), _subset(_read(builder, data, "eval_split"), data, "eval")
+        train, evaluation = _hold_out(train, data)
+    else:
+        train, evaluation = _subset(train, data, "train"), _subset(_read(builder, data, "eval_split"), data, "eval")
+    if data.test_split is not None:
+        return train, evaluation, _subset(_read(builder, data, "test_split"), data, "test")
+    if data.test_size is None:
+        return train, evaluation, None
+    count = _count(data.test_size, len(evaluation), "test")
+    if count == len(evaluation):
+        raise UserError(
+            f"data.test_size: {data.test_size} takes all {count} evaluation examples: reduce it, raise "
+            "data.eval_size, or set data.test_split"
+        )
+    parts = evaluation.train_test_split(test_size=count, seed=data.split_seed)
+    return train, parts["train"], parts["test"]
 
 
 def _read(builder: DatasetBuilder, data: DataSection, key: str) -> Dataset:
@@ -145,8 +166,9 @@ def prepare_data(
     problem_type: ProblemType | None = None,
     head: Mapping[int, str] | None = None,
     is_reported: bool = True,
+    test: Dataset | None = None,
 ) -> PreparedData:
-    """Tokenise both splits into the model's input columns, and choose a collator.
+    """Tokenise the splits into the model's input columns, and choose a collator.
 
     The loss of a language model is computed on all tokens of plain text, on the completion of a prompt, or on the
     assistant's turns of a conversation. Examples that lack a value, or that have no token for the loss after
@@ -161,6 +183,7 @@ def prepare_data(
         model_limit: the maximum sequence length of the model in tokens; None for no limit.
         problem_type, head: see `read_labels`.
         is_reported: whether to log how many examples are dropped.
+        test: the raw test examples, if there are any.
 
     Raises:
         UserError: a column that is missing or has the wrong type, labels that are not classes, a tokenizer without a
@@ -168,6 +191,7 @@ def prepare_data(
     """
     max_length = _max_length(data, tokenizer, model_limit)
     splits, dropped = {"training": train, "evaluation": evaluation}, Dropped(is_reported)
+    splits |= {} if test is None else {"test": test}
     for name, split in splits.items():
         check_columns(split, data.columns, name)
         splits[name] = dropped.incomplete(split, _required(data.columns), name, _filter)
@@ -177,13 +201,15 @@ def prepare_data(
     if task == "sequence-classification":
         labels = read_labels(data.columns.label, splits, problem_type, head)
         encoded = _classification(data.columns, tokenizer, splits, max_length, labels, dropped)
-        return PreparedData(*encoded, DataCollatorWithPadding(tokenizer), labels, max_length, dropped.counts)
+        collator = DataCollatorWithPadding(tokenizer)
+        return PreparedData(*encoded[:2], collator, labels, max_length, dropped.counts, *encoded[2:])
     encoded = _language_model(data, tokenizer, splits, max_length, dropped)
     if not data.packing:
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=tokenization.IGNORED)
-        return PreparedData(*encoded, collator, None, max_length, dropped.counts)
+        return PreparedData(*encoded[:2], collator, None, max_length, dropped.counts, *encoded[2:])
     packed = [_map(split, packing.pack_batch, batch_size=10_000, max_length=max_length) for split in encoded]
-    return PreparedData(*packed, packing.PackedCollator(tokenizer.pad_token_id), None, max_length, dropped.counts)
+    collator = packing.PackedCollator(tokenizer.pad_token_id)
+    return PreparedData(*packed[:2], collator, None, max_length, dropped.counts, *packed[2:])
 
 
 def _augmented(dataset: Dataset, data: DataSection) -> Dataset:

@@ -18,6 +18,7 @@ from sparse_zero.planning.activations import UNKNOWN, Activations, Loss, activat
 from sparse_zero.planning.generation import Generation, completion_length, describe_generation
 from sparse_zero.planning.memory_and_traffic import ModelSizes, ZeroSettings, is_offloaded
 from sparse_zero.planning.quantized_sizes import QuantizedSizes, quantized_sizes
+from sparse_zero.recipe.method import refuse_method
 from sparse_zero.recipe.objective import GENERATING, PAIRS
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training, default_of
@@ -115,6 +116,7 @@ def describe_run(recipe: Recipe) -> PlannedRun:
     Raises UserError: the model cannot be built; the targets, the budget or the batch are not valid.
     """
     check_training(recipe.training)
+    refuse_method(recipe.training, "plan")
     micro_batch, micro_batches = _batch(recipe)
     deepspeed = _deepspeed(recipe)
     half, dtype = _dtypes(recipe, deepspeed)

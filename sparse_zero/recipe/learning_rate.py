@@ -8,6 +8,14 @@ MEASURED = {"causal-lm": ((0.01, 1e-2), (1.0, 3e-4)), "sequence-classification":
 """For each task the best of the measured rates at two shares of trained scalars. docs/choosing has the tables."""
 
 
+OTHER_METHODS = {
+    "causal-lm": {"lora": 1e-2, "dora": 1e-2, "full": 3e-4, "head": 3e-4},
+    "sequence-classification": {"lora": 1e-3, "dora": 1e-3, "full": 1e-4, "head": 3e-3},
+}
+"""For each task the rates of the other methods. Those of LoRA and full fine-tuning are the best of the measured ones;
+those of DoRA and of the head are taken over from LoRA, full and sparse runs, without a measurement."""
+
+
 OF_SFT = {"dpo": 1 / 20, "grpo": 1 / 20, "rloo": 1 / 20}
 """By objective, the part of the rate of supervised fine-tuning: the ratio of TRL's own defaults, 1e-6 and 2e-5."""
 

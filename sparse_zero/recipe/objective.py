@@ -8,6 +8,7 @@ from typing import Any
 
 from rpn.config import file_of
 from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.recipe import method
 
 TASKS = {
     "sft": "causal-lm",
@@ -24,7 +25,7 @@ PAIRS = ("dpo", "reward")
 GENERATING = ("grpo", "rloo")
 """The objectives that generate completions, and have reward functions."""
 
-KEYS = ("objective", "trl", "reward_funcs")
+KEYS = ("objective", "trl", "reward_funcs", *method.KEYS)
 """The keys of `training` that are not arguments of a Trainer."""
 
 _COLUMNS = {

@@ -16,6 +16,7 @@ from rpn.config import RPNConfig, file_of
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.recipe.launch import LaunchSection
 from sparse_zero.recipe.lookup import find_named_file, find_recipe
+from sparse_zero.recipe.method import check_method
 from sparse_zero.recipe.objective import check_objective, reward_files, task_of_objective, with_reward_files
 from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
@@ -23,6 +24,9 @@ from sparse_zero.selection.config import SparseConfig
 Task = Literal["sequence-classification", "causal-lm"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Example = Literal["text", "pair", "prompt-completion", "messages"]
+
+SHIPPED_TEXT = "shipped"
+"""The `data.forgetting` that is a text of this package."""
 
 
 class Section(BaseModel):
@@ -111,10 +115,18 @@ class DataSection(Section):
     train_split: str = "train"
     eval_split: str | None = None
     """None: evaluation examples are held out from the training split."""
+    test_split: str | None = None
+    """A split on which the trained model is evaluated once, at the end. None: see `test_size`."""
     train_size: int | float | None = Field(None, gt=0)
     """The number of training examples (an integer), or their fraction (a float below 1). None: all."""
     eval_size: int | float | None = Field(None, gt=0)
     """The number or fraction of evaluation examples. None: all; a tenth of the training split if held out."""
+    test_size: int | float | None = Field(None, gt=0)
+    """The number or fraction of test examples. Without `test_split` they are taken out of the evaluation examples.
+    None: all of `test_split`, or no test."""
+    forgetting: str | None = None
+    """A text file on which the loss of a language model is measured before and after training: what it has forgotten.
+    shipped: a text of this package."""
     split_seed: int = Field(0, ge=0)
     """Seeds the choice of the examples, and `augment`."""
     max_length: int | None = Field(None, gt=0)
@@ -150,26 +162,30 @@ class Recipe(Section):
     """The arguments of transformers.TrainingArguments, under the same names, `async_save`: whether to write
     checkpoints in the background, and `chunked_loss`: whether to compute the loss of a causal language model without
     its logits. `objective`: sft, dpo, reward, grpo or rloo trains with TRL; `trl` has the settings of TRL's
-    configuration, and `reward_funcs` the reward functions of grpo and rloo."""
+    configuration, and `reward_funcs` the reward functions of grpo and rloo. `method`: sparse, lora, dora, full or
+    head; `lora` has PEFT's LoraConfig, and `budget`, same or equal-rank, chooses its rank by the `sparse` section."""
     launch: LaunchSection = LaunchSection()
 
     @property
     def files(self) -> dict[str, str]:
         """The files that the recipe names, by key: a DeepSpeed configuration, and those of functions."""
         deepspeed, noise = self.training.get("deepspeed"), file_of(self.rpn.noise) if self.rpn else None
-        named = {"training.deepspeed": deepspeed, "rpn.noise": noise}
+        text = None if self.data.forgetting == SHIPPED_TEXT else self.data.forgetting
+        named = {"training.deepspeed": deepspeed, "rpn.noise": noise, "data.forgetting": text}
         named = {key: name for key, name in named.items() if isinstance(name, str)}
         return named | reward_files(self.training)
 
     def with_files(self, paths: Mapping[str, str]) -> "Recipe":
         """A copy that names other files. Args: paths: by the keys of `files`."""
-        training, rpn = with_reward_files(self.training, paths), self.rpn
+        training, rpn, data = with_reward_files(self.training, paths), self.rpn, self.data
         if "training.deepspeed" in paths:
             training = training | {"deepspeed": paths["training.deepspeed"]}
         if rpn is not None and "rpn.noise" in paths:
             function = rpn.noise.rpartition(":")[2]
             rpn = rpn.model_copy(update={"noise": f"{paths['rpn.noise']}:{function}"})
-        return self.model_copy(update={"training": training, "rpn": rpn})
+        if "data.forgetting" in paths:
+            data = data.model_copy(update={"forgetting": paths["data.forgetting"]})
+        return self.model_copy(update={"training": training, "rpn": rpn, "data": data})
 
     @model_validator(mode="before")
     @classmethod
@@ -183,6 +199,7 @@ class Recipe(Section):
     def _columns_fit_the_task(self) -> "Recipe":
         columns = self.data.columns
         check_objective(self)
+        check_method(self)
         if self.training.get("objective") is not None:
             pass
         elif self.model.task == "sequence-classification":
@@ -203,6 +220,12 @@ class Recipe(Section):
             raise ValueError(f"data.augment: {self.data.augment} is for sequence classification of single texts only")
         if self.model.problem_type and self.model.task != "sequence-classification":
             raise ValueError("model.problem_type: only sequence classification has one")
+        if self.data.forgetting and self.model.task != "causal-lm":
+            raise ValueError("data.forgetting: only causal language models have a loss on a text; leave it out")
+        if self.training.get("objective") is not None:
+            for key in ("test_split", "test_size", "forgetting"):
+                if getattr(self.data, key) is not None:
+                    raise ValueError(f"data.{key}: not together with training.objective; leave it out")
         if self.data.packing and self.model.task != "causal-lm":
             raise ValueError("data.packing: only causal language models can be packed")
         if self.training.get("chunked_loss") and self.model.task != "causal-lm":
@@ -212,7 +235,7 @@ class Recipe(Section):
 
 def _suffix(key: str) -> str:
     """The suffix of a file that a recipe names."""
-    return ".json" if key == "training.deepspeed" else ".py"
+    return {"training.deepspeed": ".json", "data.forgetting": ".txt"}.get(key, ".py")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_zero.data.datasets import PreparedData, load_splits, prepare_data
+from sparse_zero.data.datasets import PreparedData, load_parts, prepare_data
+from sparse_zero.data.general_text import text_pieces
 from sparse_zero.data.metrics import CLASSIFIER_METRICS, METRICS, language_model_metrics, token_losses
 from sparse_zero.data.models import (
     add_tokens,
@@ -25,10 +26,12 @@ from sparse_zero.data.models import (
 from sparse_zero.data.packing import check_packing
 from sparse_zero.data.quantization import check_trainable
 from sparse_zero.errors import UserError, first_line
-from sparse_zero.recipe.learning_rate import default_learning_rate
+from sparse_zero.recipe.learning_rate import OTHER_METHODS, default_learning_rate
+from sparse_zero.recipe.method import SPARSE, method_of
 from sparse_zero.recipe.objective import KEYS
 from sparse_zero.recipe.recipe import ProblemType, Recipe
 from sparse_zero.recipe.training import TrainingArguments, check_training
+from sparse_zero.training.further_evaluation import FurtherData
 from sparse_zero.training.quantized_base import loading_dtype, quantization_of_run
 from sparse_zero.training.trl_arguments import trl_arguments
 from sparse_zero.zero.loading import not_partitioned
@@ -56,13 +59,17 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     settings |= {key: value for key, value in recipe.training.items() if key not in KEYS}
     if "learning_rate" not in settings:
-        objective = recipe.training.get("objective")
-        settings["learning_rate"] = default_learning_rate(recipe.model.task, recipe.sparse.model_density, objective)
+        objective, method = recipe.training.get("objective"), method_of(recipe.training)
+        if method == SPARSE:
+            rate = default_learning_rate(recipe.model.task, recipe.sparse.model_density, objective)
+        else:
+            rate = OTHER_METHODS[recipe.model.task][method]
+        settings["learning_rate"] = rate
         logger.warning(
             "training.learning_rate is not set: %g, the default for %s and %s (docs/choosing)",
-            settings["learning_rate"],
+            rate,
             objective or recipe.model.task,
-            recipe.sparse.budget,
+            recipe.sparse.budget if method == SPARSE else f"method: {method}",
         )
     for key in ("eval_strategy", "logging_strategy", "save_strategy"):
         if settings.get(key) is False:
@@ -91,27 +98,31 @@ class Built(NamedTuple):
     model: PreTrainedModel
     new_tokens: list[str]
     """The tokens with new rows in the embeddings: the recipe's, and those that the base model had no rows for."""
+    further: FurtherData
 
 
 def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
     """Load the tokenizer, the tokenised examples and the base model. A collective call: the first rank of each host
     prepares the data, and the others read its cache.
 
-    Raises UserError: see `load_splits`, `prepare_data` and `load_model`.
+    Raises UserError: see `load_parts`, `prepare_data`, `text_pieces` and `load_model`.
     """
     section = recipe.model
     origin = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     tokenizer = build_tokenizer(recipe)
     config = load_config(section.source, **origin)
     with arguments.main_process_first(desc="data"):
+        train, evaluation, test = load_parts(recipe.data)
         prepared = prepare_data(
             recipe.data,
             section.task,
             tokenizer,
-            *load_splits(recipe.data),
+            train,
+            evaluation,
             max_positions(config),
             section.problem_type,
             head_labels(config),
+            test=test,
         )
     settings: dict[str, Any] = {}
     labels = prepared.labels
@@ -129,7 +140,16 @@ def build(recipe: Recipe, arguments: TrainingArguments) -> Built:
         model.config.use_cache = False
         if arguments.use_cache:
             raise UserError("training.use_cache: packed examples see each other with a cache; leave it out")
-    return Built(tokenizer, prepared, model, new_tokens)
+    return Built(tokenizer, prepared, model, new_tokens, _further_data(recipe, tokenizer, prepared))
+
+
+def _further_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prepared: PreparedData) -> FurtherData:
+    file = recipe.data.forgetting
+    if file is None:
+        return FurtherData(prepared.test)
+    text = text_pieces(file, tokenizer, prepared.max_length)
+    # Only packed examples have them
+    return FurtherData(prepared.test, text if recipe.data.packing else text.remove_columns("position_ids"), file)
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

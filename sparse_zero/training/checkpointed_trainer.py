@@ -23,19 +23,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from sparse_zero.checkpoint import deepspeed_state, random_states
-from sparse_zero.checkpoint.directory import checkpoint_path
+from sparse_zero.checkpoint.directory import checkpoint_path, newest_complete
 from sparse_zero.checkpoint.export import fixed_entries
 from sparse_zero.checkpoint.manifest import Manifest, Progress
 from sparse_zero.checkpoint.resume import check_resets
+from sparse_zero.checkpoint.shards import Entry
 from sparse_zero.checkpoint.trainer_state import check_trainer_state
 from sparse_zero.checkpoint.writer import CheckpointWriter, describe_parameters
 from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
-from sparse_zero.model.sparse_model import refresh
-from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.training.resuming_trainer import ResumingTrainer
-from sparse_zero.zero.parameters import zero_stage
+from sparse_zero.zero.parameters import full_numel, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -146,12 +145,29 @@ class CheckpointedTrainer(ResumingTrainer):
             manifest,
             partition,
             self._trainer_state(),
-            fixed_entries(self.model) if self.is_world_process_zero() else [],
+            self._fixed_entries() if self.is_world_process_zero() else [],
             running_loss=float(self._tr_loss),
             states=random_states.capture() if states is None else states,
             in_background=in_background,
         )
         return directory
+
+    def _fixed_entries(self) -> list[Entry]:
+        return fixed_entries(self.model)
+
+    def checkpoint_bytes(self) -> int | None:
+        """The size of this run's newest checkpoint in bytes; if it has none, of the values and moments of one. None:
+        checkpoints cannot store the optimizer's state.
+        """
+        saved, _ = newest_complete(Path(self.args.output_dir))
+        if saved is None:
+            scalars = sum(full_numel(parameter) for parameter in self._trained_parameters().values())
+            try:
+                return 4 * scalars * (1 + len(self._partition().moments()))
+            except UserError:
+                return None
+        manifest = saved.manifest
+        return sum(r.bytes for r in (*manifest.files.values(), *(shard.file for shard in manifest.shards)))
 
     def _finish_last_save(self) -> None:
         """Publish the last save, if it is not finished yet, and report a failure. A collective call."""
@@ -170,7 +186,7 @@ class CheckpointedTrainer(ResumingTrainer):
             epoch_ended=self._epoch_ended,
             postponed_evaluation=evaluation,
             postponed_save=save,
-            forwards=sparsity_of(self.model).counter.training_forwards,
+            forwards=self._forwards(),
         )
 
     def _trainer_state(self) -> str:
@@ -283,5 +299,5 @@ class _LoopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if args.torch_compile and self._trainer.is_deepspeed_enabled:
-            refresh(self._trainer.model)  # a compiled forward does not write the deltas
+            self._trainer._write_deltas()  # a compiled forward does not write the deltas
         self._trainer._end_step()

@@ -13,6 +13,7 @@ from transformers import set_seed
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsify import sparsify_chosen
+from sparse_zero.recipe.method import refuse_method
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.build import build, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name
@@ -50,8 +51,9 @@ def find_rate(recipe: Recipe, path: str) -> dict[str, Any]:
     Returns: `rates`: for each rate its loss (None if it is not finite); `loss_before`; `chosen`: the rate with the
         lowest loss; `steps`, `device`. Also written to OUTPUT_DIR/learning_rates.json.
 
-    Raises UserError: see `build`; or the recipe partitions the base model (stage 3).
+    Raises UserError: see `build`; the recipe partitions the base model (stage 3), or has another method than sparse.
     """
+    refuse_method(recipe.training, "--find-rate")
     arguments = training_arguments(recipe)
     if arguments.deepspeed and arguments.hf_deepspeed_config.is_zero3():
         raise UserError(
@@ -62,7 +64,7 @@ def find_rate(recipe: Recipe, path: str) -> dict[str, Any]:
     recipe = _without_deepspeed(recipe, arguments)
     arguments = training_arguments(recipe)
     set_seed(arguments.seed)
-    tokenizer, prepared, model, new_tokens = build(recipe, arguments)
+    tokenizer, prepared, model, new_tokens, _ = build(recipe, arguments)
     choose = choose_by_examples(model, recipe.sparse, prepared, arguments)
     sparsify_chosen(model, config_with_tokens(recipe.sparse, new_tokens, tokenizer), choose=choose)
     objective = noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids)

@@ -22,10 +22,12 @@ from sparse_zero.data.metrics import METRICS
 from sparse_zero.data.models import load_config, meta_model
 from sparse_zero.data.quantization import check_trainable
 from sparse_zero.errors import UserError, did_you_mean, first_line
+from sparse_zero.recipe.method import is_plain
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import find_modules_to_save
+from sparse_zero.training.plain_methods import apply_method
 from sparse_zero.training.quantized_base import quantization_of_run
 from sparse_zero.training.rewards import load_rewards
 from sparse_zero.training.trackers import check_imports
@@ -92,6 +94,9 @@ def check_model(recipe: Recipe, config: PreTrainedConfig, arguments: TrainingArg
         quantization_of_run(recipe, arguments, config, model)
         if section.attn_implementation is not None:
             _check_attention(model, section.attn_implementation)
+        if is_plain(recipe.training):
+            apply_method(model, recipe)
+            return
         # Neither values nor the rows of new tokens are known yet. The budget is the same for every way to select.
         sparse = recipe.sparse.model_copy(update={"selection": "stratified", "trainable_token_indices": None})
         select_scalars(model, sparse, find_modules_to_save(model, sparse))

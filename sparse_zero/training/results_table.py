@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_zero.data.metrics import METRICS
+from sparse_zero.recipe.method import SPARSE
 
 PREFERENCES = ("reward", "kl", "margin", "rewards/margins", "rewards/accuracies", "mean_token_accuracy")
 """Metrics of TRL's trainers."""
@@ -30,6 +31,13 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
             table.add_row(key.replace("_", " "), shown if before is None else f"{before:.{digits}f} -> {shown}")
     trainable, total = results["trainable_parameters"], results["total_parameters"]
     table.add_row("evaluated on", f"{results['eval_examples']:,} held-out examples")
+    if results.get("method", SPARSE) != SPARSE:
+        table.add_row("method", _method(results))
+    for key, value in results.get("test", {}).items():
+        table.add_row(f"test {key.replace('_', ' ')}", f"{value:.4f}")
+    if "forgetting" in results:
+        text = results["forgetting"]
+        table.add_row("loss on a text", f"{text['loss_before']:.4f} -> {text['loss']:.4f}")
     table.add_row("trainable", f"{trainable:,} of {total:,} scalars ({100 * trainable / total:.2f}%)")
     table.add_row(
         "training",
@@ -39,13 +47,14 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
     table.add_row("optimizer state", _per_rank(results["optimizer_bytes_per_rank"]))
     table.add_row("peak memory", _per_rank(results["peak_memory_bytes_per_rank"]))
     paths = results["paths"]
-    table.add_row("adapter", f"{paths['adapter']} ({mebibytes(results['adapter_bytes'])})")
+    result = "adapter" if "adapter" in paths else "model"
+    table.add_row(result, f"{paths[result]} ({mebibytes(results[f'{result}_bytes'])})")
     if "merged" in paths:
         table.add_row("merged model", paths["merged"])
     if Path(paths["logs"]).is_dir():
         table.add_row("logs", shlex.join(["tensorboard", "--logdir", paths["logs"]]))
-    if "merged" in paths:
-        words = ["evaluate", recipe, "--adapter", paths["adapter"]]
+    if "merged" in paths or results.get("method", SPARSE) != SPARSE:
+        words = ["evaluate", recipe, "--adapter", paths[result]]
     else:
         words = ["merge", paths["adapter"], str(Path(paths["adapter"]).with_name("merged"))]
     table.add_row("next", shlex.join([_command(), *words]))
@@ -66,6 +75,13 @@ def print_rates(found: dict[str, Any], recipe: str) -> None:
     words = [_command(), "train", recipe, f"training.learning_rate={found['chosen']:g}"]
     table.add_row("next", shlex.join(words))
     Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _method(results: dict[str, Any]) -> str:
+    """`lora of rank 21 (a sparse run of this recipe trains 454,144 scalars)`"""
+    rank = f" of rank {results['rank']}" if "rank" in results else ""
+    count = results.get("sparse_parameters")
+    return f"{results['method']}{rank}" + (f" (a sparse run would train {count:,} scalars)" if count else "")
 
 
 def _partitioning(results: dict[str, Any]) -> str:

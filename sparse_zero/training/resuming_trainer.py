@@ -145,7 +145,7 @@ class ResumingTrainer(Trainer):
         # Everything is read and checked before anything is changed
         self._ranks.run_together(lambda: self._check_selection(checkpoint))
         states = self._ranks.run_together(lambda: self._random_states_of(checkpoint))
-        buffers = self._ranks.run_together(lambda: read_buffers(checkpoint, self.model))
+        buffers = self._ranks.run_together(lambda: self._read_buffers(checkpoint))
         engine, scaler, origin = self.deepspeed, self.accelerator.scaler, f"{checkpoint.directory}"
         scale = deepspeed_state.fitted_loss_scale(engine, scaler, manifest.loss_scale, f"{origin}: loss_scale")
         partition, scheduler = self._partition(), self._fitted_scheduler(checkpoint)
@@ -158,9 +158,8 @@ class ResumingTrainer(Trainer):
         partition.set_learning_rates(rates)
         deepspeed_state.restore_engine_counters(engine, manifest.engine)
         deepspeed_state.restore_loss_scale(engine, scaler, scale)
-        sparsity_of(self.model).counter.training_forwards = manifest.progress.forwards
-        set_values(unwrap(self.model), buffers)
-        refresh(unwrap(self.model))
+        self._set_forwards(manifest.progress.forwards)
+        self._put_buffers(buffers)
         self._random_states = states
         # Last, so that a resume that is refused moves nothing
         self._leave_branch()
@@ -191,6 +190,11 @@ class ResumingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         origin = f"{checkpoint.directory / MANIFEST_NAME}: adapter"
+        if (method := checkpoint.manifest.adapter.get("method")) is not None:
+            raise UserError(
+                f"{checkpoint.directory}: is of training.method: {method}, not sparse: resume with the method with "
+                "which the run was started"
+            )
         saved = checked_config(checkpoint.manifest.adapter, origin).model_dump(mode="json")
         here = self._adapter_description()
         # A checkpoint of version 0.1 has no buffers
@@ -226,10 +230,9 @@ class ResumingTrainer(Trainer):
         checkpoint = self._ranks.run_together(lambda: Checkpoint(self.state.best_model_checkpoint))
         parameters = self._trained_parameters()
         wait_for_prefetch(unwrap(self.model))
-        buffers = self._ranks.run_together(lambda: read_buffers(checkpoint, self.model))
+        buffers = self._ranks.run_together(lambda: self._read_buffers(checkpoint))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
-        set_values(unwrap(self.model), buffers)
-        refresh(unwrap(self.model))
+        self._put_buffers(buffers)
 
     def _scheduler_state(self) -> dict[str, Any] | None:
         if self.lr_scheduler is None:
@@ -246,6 +249,24 @@ class ResumingTrainer(Trainer):
         if self._adapter is None:
             self._adapter = describe_adapter(self.model)
         return self._adapter
+
+    def _read_buffers(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        return read_buffers(checkpoint, self.model, sparsity_of(self.model).buffers)
+
+    def _put_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Set the buffers of modules that are trained in full, and write the deltas into the weights."""
+        set_values(unwrap(self.model), buffers)
+        self._write_deltas()
+
+    def _write_deltas(self) -> None:
+        refresh(unwrap(self.model))
+
+    def _forwards(self) -> int:
+        """The training forward passes so far, which seed what is random in each."""
+        return sparsity_of(self.model).counter.training_forwards
+
+    def _set_forwards(self, count: int) -> None:
+        sparsity_of(self.model).counter.training_forwards = count
 
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
         sparsity = sparsity_of(self.model)

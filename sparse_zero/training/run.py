@@ -27,16 +27,22 @@ from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.checkpoint.resume import DATA, find_resume_checkpoint, keep_batch_size, print_once
 from sparse_zero.errors import UserError, disk_problem
 from sparse_zero.model.sparsify import sparsify_chosen
+from sparse_zero.model.wrappers import unwrap
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.ranks.compilations import announce_compilations
 from sparse_zero.ranks.stop_signals import StopRequest
+from sparse_zero.recipe.method import is_plain, refuse_merge
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import check_training
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.selector import Choose
 from sparse_zero.training.build import build, evaluation_settings, training_arguments
 from sparse_zero.training.device import device_name, peak_memory_bytes
+from sparse_zero.training.further_evaluation import LossBeforeTraining, further_results
 from sparse_zero.training.packing_check import PackingCheck
+from sparse_zero.training.plain_methods import apply_method
+from sparse_zero.training.plain_results import merge_low_rank
+from sparse_zero.training.plain_trainer import PlainTrainer
 from sparse_zero.training.recipe_check import check_recipe
 from sparse_zero.training.results_table import print_results
 from sparse_zero.training.run_settings import describe_examples, sections_of
@@ -93,6 +99,7 @@ def train(
     Raises Stopped: a signal arrived, and a checkpoint has been saved.
     """
     check_training(recipe.training)
+    refuse_merge(recipe.training, merge)
     ranks = Ranks()
     with locked(Path(str(recipe.training["output_dir"])), ranks):
         checkpoint = ranks.on_first(lambda: find_resume_checkpoint(recipe, resume))
@@ -159,20 +166,29 @@ def build_trainer(
 
     Raises UserError: see `build`.
     """
-    tokenizer, prepared, model, new_tokens = build(recipe, arguments)
-    choose = choose_by_examples(model, recipe.sparse, prepared, arguments, checkpoint)
-    make_sparse(model, recipe, tokenizer, new_tokens, choose)
-    trainer = SparseTrainer(
-        model,
-        arguments,
-        train_dataset=prepared.train,
-        stop=stop,
-        settings=sections_of(recipe) | {"examples": describe_examples(prepared.train)},
-        objective=noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids),
+    tokenizer, prepared, model, new_tokens, further = build(recipe, arguments)
+    given: dict[str, Any] = {
+        "args": arguments,
+        "train_dataset": prepared.train,
+        "stop": stop,
+        "settings": sections_of(recipe) | {"examples": describe_examples(prepared.train)},
         **evaluation_settings(prepared, tokenizer),
-    )
+    }
+    if is_plain(recipe.training):
+        trained = apply_method(model, recipe, tokenizer, new_tokens, arguments.seed)
+        given["settings"] |= {"method": {"name": trained.method}}
+        noise = noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids)
+        trainer: SparseTrainer = PlainTrainer(trained, objective=noise, **given)
+    else:
+        choose = choose_by_examples(model, recipe.sparse, prepared, arguments, checkpoint)
+        make_sparse(model, recipe, tokenizer, new_tokens, choose)
+        noise = noisy_objective(model, recipe.rpn, arguments, tokenizer.all_special_ids)
+        trainer = SparseTrainer(model, objective=noise, **given)
     if recipe.data.packing:
         trainer.add_callback(PackingCheck(trainer))
+    trainer.further = further
+    if further.text is not None:
+        trainer.add_callback(LossBeforeTraining(trainer, further.text))
     return trainer
 
 
@@ -198,31 +214,43 @@ def _run(
     checkpoint: Checkpoint | None,
     reset: Collection[str],
 ) -> dict[str, Any]:
-    """Train, evaluate and write the adapter and the results."""
+    """Train, evaluate and write the adapter or the model, and the results."""
     trainer.train(resume_from_checkpoint=checkpoint.directory if checkpoint else None, reset=reset)
     metrics = trainer.evaluate()
-    output, sparsity = Path(trainer.args.output_dir), trainer.model.sparsity
-    results = _results(trainer, metrics)
-    sparsity.results = {key: value for key, value in results.items() if not isinstance(value, list)}
+    output = Path(trainer.args.output_dir)
+    results = _results(trainer, metrics) | further_results(trainer, trainer.further)
+    facts = {key: value for key, value in results.items() if not isinstance(value, list | dict)}
     if is_hub_id(recipe.data.path):
-        sparsity.results["dataset"] = recipe.data.path
+        facts["dataset"] = recipe.data.path
     with _one_sentence_if_not_written(output):
-        trainer.save_model(str(output / "adapter"))
+        paths = trainer.save_result(output, facts)
         if trainer.is_world_process_zero():
-            results["adapter_bytes"] = adapter_bytes(output / "adapter")
-            results["paths"] = {"adapter": str(output / "adapter"), "logs": str(output / "runs")}
+            ((kind, place),) = paths.items()
+            results[f"{kind}_bytes"] = adapter_bytes(place) if kind == "adapter" else directory_bytes(place)
+            results["paths"] = {**paths, "logs": str(output / "runs")}
             try:
                 if merge:
                     # At stage 3 from_pretrained would still partition the model, but only this rank loads it
                     unset_hf_deepspeed_config()
-                    trusted = recipe.model.trust_remote_code
-                    write_merged(output / "adapter", output / "merged", trust_remote_code=trusted)
+                    _merge(trainer, recipe, place, output / "merged")
                     results["paths"]["merged"] = str(output / "merged")
             finally:
                 # Also if the merge fails: the training is done
                 print_results(results, path)
                 _write_results(output / "results.json", results)
     return results
+
+
+def _merge(trainer: SparseTrainer, recipe: Recipe, adapter: str, merged: Path) -> None:
+    if is_plain(recipe.training):
+        merge_low_rank(recipe, unwrap(trainer.model).config, trainer.processing_class, adapter, merged)
+    else:
+        write_merged(Path(adapter), merged, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def directory_bytes(directory: str | Path) -> int:
+    """The size of all files in a directory."""
+    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
 
 
 def _write_results(path: Path, results: dict[str, Any]) -> None:
@@ -296,21 +324,26 @@ def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any
     history, now = trainer.state.log_history, trainer.state.log_history[trainer.log_entries_before :]
     before = trainer.evaluation_results(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
     after = trainer.evaluation_results(metrics)
-    runtime = next(entry["train_runtime"] for entry in reversed(now) if "train_runtime" in entry)
-    # The Trainer's runtime includes evaluations during training, but not the last one, which followed it.
-    evaluating = sum(entry["eval_runtime"] for entry in now if "eval_runtime" in entry) - metrics["eval_runtime"]
-    sparsity = trainer.model.sparsity
+    end = next(index for index in reversed(range(len(now))) if "train_runtime" in now[index])
+    # The Trainer's runtime includes the evaluations before and during training
+    evaluating = sum(entry[key] for entry in now[:end] for key in entry if key.endswith("_runtime"))
+    seconds, tokens = now[end]["train_runtime"] - evaluating, sum(gather_object([trainer.train_tokens]))
+    trained, total = trainer.count_parameters()
     return {
         **{f"{key}_before": value for key, value in before.items()},
         **after,
-        "trainable_parameters": sparsity.trainable_parameters,
-        "total_parameters": sparsity.total_parameters,
+        **trainer.method_facts(),
+        "trainable_parameters": trained,
+        "total_parameters": total,
         "world_size": trainer.args.world_size,
         "deepspeed": trainer.deepspeed is not None,
         "zero_stage": zero_stage(trainer.deepspeed),
         "optimizer_bytes_per_rank": gather_object([optimizer_bytes(trainer.optimizer)]),
         "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes()]),
-        "train_seconds": round(runtime - evaluating, 3),
+        "checkpoint_bytes": trainer.checkpoint_bytes(),
+        "train_seconds": round(seconds, 3),
+        "train_tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds > 0 else None,
         "train_examples": len(trainer.train_dataset),
         "eval_examples": len(trainer.eval_dataset),
         "steps": trainer.state.global_step,

@@ -1,6 +1,7 @@
 """The Trainer for sparse models. It saves adapters, and its objective may make several passes over a batch."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from transformers.trainer_utils import has_length
 from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsity import sparsity_of
+from sparse_zero.model.wrappers import unwrap
+from sparse_zero.recipe.method import SPARSE
 from sparse_zero.training.build import evaluation_results
+from sparse_zero.training.further_evaluation import FurtherData
 from sparse_zero.training.loss_options import chunked_loss
 from sparse_zero.training.preemptible_trainer import PreemptibleTrainer
-from sparse_zero.training.progress import JobProgress
+from sparse_zero.training.progress import JobProgress, count_batch
 from sparse_zero.training.tensorboard import ResumableTensorBoardCallback
 from sparse_zero.training.trackers import TrackedSettings
 from sparse_zero.zero.parameters import fit_buckets
@@ -43,17 +47,21 @@ class SparseTrainer(PreemptibleTrainer):
 
         Raises UserError: the model is not sparse, or a setting of the loss does not fit; see `loss_options`.
         """
-        sparsity_of(model)
+        self._check_model(model)
         # Models such as GPT-2 divide their loss by num_items_in_batch, but transformers does not recognise their
         # names.
-        if type(model).__name__.endswith("LMHeadModel") and getattr(model, "loss_type", None) is None:
-            model.loss_type = "ForCausalLM"
+        inner = unwrap(model)
+        if type(inner).__name__.endswith("LMHeadModel") and getattr(inner, "loss_type", None) is None:
+            inner.loss_type = "ForCausalLM"
         super().__init__(model, *args, **kwargs)
-        self._chunked_loss = chunked_loss(model, self.args, self.compute_loss_func)
+        self._chunked_loss = chunked_loss(inner, self.args, self.compute_loss_func)
         if self.is_deepspeed_enabled:
             fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, model)
         self.objective = objective
         self._micro_step = 0
+        self.train_tokens = 0
+        """Tokens of this rank's batches in this process, including padding; see `progress.count_batch`."""
+        self.further = FurtherData()
         # Nearly every forward accepts **kwargs, but only the causal loss divides by num_items_in_batch. For other
         # models the Trainer would multiply the loss, and the gradient, by the number of ranks.
         if not self._loss_shifts_labels:
@@ -64,6 +72,10 @@ class SparseTrainer(PreemptibleTrainer):
         if "tensorboard" in self.args.report_to:
             self._replace_callback(TensorBoardCallback, ResumableTensorBoardCallback(lambda: self._writer.run))
         self.add_callback(TrackedSettings())
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raise UserError: the model is not sparse."""
+        sparsity_of(model)
 
     def _replace_callback(self, stock: type[TrainerCallback], ours: TrainerCallback) -> None:
         """Replace the Trainer's own callback. Subclasses, such as the one for notebooks, stay."""
@@ -99,7 +111,8 @@ class SparseTrainer(PreemptibleTrainer):
         return loss.detach()
 
     def _count(self, inputs: Any) -> None:
-        """Count a batch for the progress."""
+        """Count a batch for the progress and the results."""
+        self.train_tokens += count_batch(inputs)[1]
         self._progress_shown.count(inputs)
 
     def _scales_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
@@ -157,6 +170,28 @@ class SparseTrainer(PreemptibleTrainer):
         save_adapter(self.model, output_dir, is_main_process=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save", revision=self.args.hub_revision)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """The number of trained scalars, and of all scalars of the base model."""
+        sparsity = sparsity_of(self.model)
+        return sparsity.trainable_parameters, sparsity.total_parameters
+
+    def method_facts(self) -> dict[str, Any]:
+        """What the results say of the method."""
+        return {"method": SPARSE}
+
+    def save_result(self, output: Path, facts: dict[str, Any]) -> dict[str, str]:
+        """Write what the run is for. A collective call.
+
+        Args:
+            output: the run's directory.
+            facts: of the run, for the model card.
+
+        Returns: the path, by `adapter` or `model`.
+        """
+        sparsity_of(self.model).results = facts
+        self.save_model(str(output / "adapter"))
+        return {"adapter": str(output / "adapter")}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Keeps the adapter's card, which was written with it. transformers would write another over it."""

@@ -41,6 +41,7 @@ ORDER = (
         "launcher.recipe_options",
         "launcher.adapter_commands",
         "launcher.adapter_options",
+        "launcher.comparison",
     ),
     "launcher.cli",
     "launcher.__main__",

@@ -1,0 +1,205 @@
+"""What a comparison runs: methods and variants as overrides of a recipe, with their rates and seeds. No torch."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_zero.errors import UserError, did_you_mean
+from sparse_zero.recipe.learning_rate import OTHER_METHODS, default_learning_rate
+from sparse_zero.recipe.method import LOW_RANK, METHODS, SPARSE, is_plain, method_of
+from sparse_zero.recipe.recipe import SHIPPED_TEXT, Recipe, load_recipe
+
+COLUMNS = "columns"
+KNOWN = (SPARSE, COLUMNS, *METHODS[1:])
+"""The names that --methods knows."""
+
+TRAINER_SEED = 42
+"""The Trainer's own `seed`."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table."""
+
+    name: str
+    overrides: tuple[str, ...]
+    """Of the recipe, besides those of all runs."""
+    recipe: Recipe
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a comparison."""
+
+    variant: str
+    rate: float
+    seed: int
+    directory: Path
+    overrides: tuple[str, ...]
+    """All overrides of the recipe."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant} rate {self.rate:g} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared."""
+
+    path: str
+    """The recipe, as it was given."""
+    shared: tuple[str, ...]
+    """The overrides of all runs."""
+    recipe: Recipe
+    """With these overrides."""
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    out: Path
+
+    def run(self, variant: Variant, rate: float, seed: int) -> Run:
+        """The run of a variant. The first seed is the recipe's own."""
+        directory = self.out / variant.name / f"rate-{rate:g}" / f"seed-{seed}"
+        given = [f"training.learning_rate={rate!r}", f"training.seed={seed}"]
+        if not is_plain(variant.recipe.training):
+            given.append(f"sparse.seed={variant.recipe.sparse.seed + seed - self.seeds[0]}")
+        given.append(f"training.output_dir={directory}")
+        return Run(variant.name, rate, seed, directory, (*self.shared, *variant.overrides, *given))
+
+    @property
+    def run_count(self) -> int:
+        return sum(len(variant.rates) + len(self.seeds) - 1 for variant in self.variants)
+
+
+def describe(
+    path: str,
+    overrides: Sequence[str],
+    methods: Sequence[str],
+    rates: Sequence[str],
+    seeds: int,
+    budget: str | None,
+    text: str | None,
+    out: str | None,
+) -> Comparison:
+    """From the arguments of the command to what it runs.
+
+    Raises UserError: an unknown method, a variant or a rate that cannot be read, or a recipe that is not valid.
+    """
+    # `--methods sparse lora training.seed=1`: argparse takes the override for another method
+    misplaced = [word for word in methods if "." in word.partition("=")[0] and "=" in word]
+    methods = [word for word in methods if word not in misplaced]
+    overrides = [*overrides, *misplaced]
+    recipe = load_recipe(path, overrides)
+    if (objective := recipe.training.get("objective")) is not None:
+        raise UserError(f"compare: not for training.objective: {objective}")
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: must be at least 1")
+    if not methods:
+        raise UserError(f"--methods: name one or more of {', '.join(KNOWN)}, or NAME='key=value ...'")
+    shared = [*overrides, *_parts(recipe, text)]
+    recipe = load_recipe(path, shared)
+    named = [_variant(word, recipe, budget) for word in methods]
+    for index, (name, _) in enumerate(named):
+        if name in [other for other, _ in named[:index]]:
+            raise UserError(f"--methods: '{name}' stands there twice; give the variants different names")
+    of_all, of_one = _rates(rates, [name for name, _ in named])
+    variants = []
+    for name, given in named:
+        own = load_recipe(path, [*shared, *given])
+        chosen = of_one.get(name) or of_all or (_own_rate(own, given),)
+        variants.append(Variant(name, tuple(given), own, chosen))
+    first = int(recipe.training.get("seed", TRAINER_SEED))
+    directory = Path(out) if out else Path("runs", f"{Path(path).stem}-compare")
+    return Comparison(path, tuple(shared), recipe, tuple(variants), tuple(range(first, first + seeds)), directory)
+
+
+def _parts(recipe: Recipe, text: str | None) -> list[str]:
+    """The overrides that give each run test examples and a text."""
+    given = [] if recipe.data.test_split or recipe.data.test_size else ["data.test_size=0.5"]
+    if recipe.model.task == "causal-lm":
+        if text is not None:
+            given.append(f"data.forgetting={Path(text).resolve()}")
+        elif recipe.data.forgetting is None:
+            given.append(f"data.forgetting={SHIPPED_TEXT}")
+    elif text is not None:
+        raise UserError(f"--text: forgetting is not defined for {recipe.model.task}: leave the text out")
+    return given
+
+
+def _variant(word: str, recipe: Recipe, budget: str | None) -> tuple[str, list[str]]:
+    """The name and the overrides of a word of --methods."""
+    name, is_own, given = word.partition("=")
+    if not is_own:
+        if name not in KNOWN:
+            hint = did_you_mean(name, KNOWN) or f"; known: {', '.join(KNOWN)}, or NAME='key=value ...'"
+            raise UserError(f"--methods: unknown method '{name}'{hint}")
+        return name, _overrides_of_method(name, recipe, budget)
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        raise UserError(f"--methods: '{name}' cannot name a variant: use letters, digits, - and _")
+    if name in KNOWN:
+        raise UserError(f"--methods: '{name}' is a method; give the variant '{word}' another name")
+    try:
+        words = shlex.split(given)
+    except ValueError:
+        words = []
+    if not words or not all("." in each.partition("=")[0] and "=" in each for each in words):
+        raise UserError(f"--methods: '{word}': write NAME='section.key=value section.key=value ...'")
+    return name, words
+
+
+def _overrides_of_method(name: str, recipe: Recipe, budget: str | None) -> list[str]:
+    training, method = recipe.training, SPARSE if name == COLUMNS else name
+    given = [f"training.method={method}"] if method != method_of(training) else []
+    if method not in LOW_RANK:
+        given += [f"training.{key}=null" for key in ("lora", "budget") if training.get(key) is not None]
+    elif budget is not None:
+        given.append(f"training.budget={budget}")
+    elif training.get("budget") is None and not {"r", "target_modules"} & {*(training.get("lora") or {})}:
+        given.append("training.budget=same")
+    if name == COLUMNS:
+        given.append("sparse.columns=whole")
+        given += ["sparse.granularity=1"] if recipe.sparse.granularity != 1 else []
+        given += ["sparse.selection=stratified"] if recipe.sparse.selection != "stratified" else []
+    return given
+
+
+def _own_rate(recipe: Recipe, overrides: Sequence[str]) -> float:
+    """The rate of a variant without --rates. The recipe's own rate is meant for its own method."""
+    training, task = recipe.training, recipe.model.task
+    is_own = any(word.partition("=")[0] == "training.learning_rate" for word in overrides)
+    if is_plain(training) and not is_own and any(word.startswith("training.method=") for word in overrides):
+        return OTHER_METHODS[task][method_of(training)]
+    if "learning_rate" in training:
+        return _rate(str(training["learning_rate"]), "training.learning_rate")
+    if is_plain(training):
+        return OTHER_METHODS[task][method_of(training)]
+    return default_learning_rate(task, recipe.sparse.model_density)
+
+
+def _rates(words: Sequence[str], names: Sequence[str]) -> tuple[tuple[float, ...], Mapping[str, tuple[float, ...]]]:
+    """The rates of --rates: of all methods, and of single ones."""
+    of_all: tuple[float, ...] = ()
+    of_one = {}
+    for word in words:
+        name, is_of_one, given = word.rpartition("=")
+        found = tuple(dict.fromkeys(_rate(each, "--rates") for each in given.split(",")))
+        if not is_of_one:
+            of_all = found
+        elif name in names:
+            of_one[name] = found
+        else:
+            raise UserError(f"--rates: '{name}' is not among the methods{did_you_mean(name, names)}")
+    return of_all, of_one
+
+
+def _rate(word: str, where: str) -> float:
+    try:
+        rate = float(word)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise UserError(f"{where}: '{word}' is not a learning rate: write numbers above 0, as in 1e-3,3e-3")
+    return rate

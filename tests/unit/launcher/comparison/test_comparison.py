@@ -1,0 +1,307 @@
+"""`sparse-zero compare`: which runs it makes, how it chooses and averages, what it refuses. Without training."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recipes
+
+from launcher import cli
+from launcher.comparison import command, figure, runs, table
+from launcher.comparison.runs import Ended, Progress
+from launcher.comparison.summary import choose_rate, spread
+from launcher.comparison.variants import Comparison, Run, describe
+from sparse_zero import UserError
+from sparse_zero.recipe.recipe import load_recipe
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    recipes.write_data(tmp_path)
+    return recipes.write_recipe(tmp_path / "r.yaml", tmp_path / "base", "sequence-classification", tmp_path)
+
+
+def described(file: Path, *methods: str, rates: tuple[str, ...] = (), **changes) -> Comparison:
+    given = {"overrides": [], "seeds": 2, "budget": None, "text": None, "out": str(file.parent / "out")} | changes
+    return describe(str(file), methods=list(methods), rates=list(rates), **given)
+
+
+def results(quality: float, rate: float = 1e-3, **more) -> dict:
+    """What a run writes, with as much accuracy on the validation examples as on the test examples."""
+    metrics = {"accuracy": quality, "loss": 1 - quality}
+    known = {"method": "sparse", "eval_examples": 10, "test_examples": 100, "train_examples": 20, "world_size": 1}
+    known |= {"trainable_parameters": 5, "train_seconds": 2.0, "tokens_per_second": 50.0, "checkpoint_bytes": 60}
+    known |= {"peak_memory_bytes_per_rank": [2**20], "optimizer_bytes_per_rank": [40], "adapter_bytes": 20}
+    return metrics | known | {"test": metrics, "zero_stage": 0, "device": "a CPU"} | more
+
+
+class Fake:
+    """Stands for the execution of runs: gives the quality of (variant, rate, seed)."""
+
+    def __init__(self, quality) -> None:
+        self.quality, self.runs = quality, []
+
+    def __call__(self, comparison: Comparison, run: Run) -> Ended:
+        self.runs.append((run.variant, run.rate, run.seed))
+        found = self.quality(run)
+        return Ended(run, None, found) if isinstance(found, str) else Ended(run, results(found))
+
+
+# Which runs
+
+
+def overrides_of(comparison: Comparison) -> dict[str, tuple[str, ...]]:
+    return {variant.name: variant.overrides for variant in comparison.variants}
+
+
+def test_methods_are_overrides_of_the_recipe(file) -> None:
+    found = described(
+        file, "sparse", "columns", "lora", "dora", "full", "head", "wide=sparse.density=0.1 rpn.passes=1"
+    )
+    assert overrides_of(found) == {
+        "sparse": (),
+        "columns": ("sparse.columns=whole",),
+        "lora": ("training.method=lora", "training.budget=same"),
+        "dora": ("training.method=dora", "training.budget=same"),
+        "full": ("training.method=full",),
+        "head": ("training.method=head",),
+        "wide": ("sparse.density=0.1", "rpn.passes=1"),
+    }
+    assert found.shared == ("data.test_size=0.5",)
+    assert found.run_count == 7 * 2
+
+
+def test_a_recipe_of_another_method_gives_sparse_runs_too(file) -> None:
+    given = ["training.method=lora", "training.lora={r: 4}", "sparse.granularity=16"]
+    assert overrides_of(described(file, "sparse", "columns", "lora", "full", overrides=given)) == {
+        "sparse": ("training.method=sparse", "training.lora=null"),
+        "columns": (
+            "training.method=sparse",
+            "training.lora=null",
+            "sparse.columns=whole",
+            "sparse.granularity=1",
+        ),
+        "lora": (),
+        "full": ("training.method=full", "training.lora=null"),
+    }
+
+
+def test_the_overrides_of_a_run_give_that_run(file) -> None:
+    comparison = described(file, "sparse", "lora", overrides=["sparse.seed=7", "training.seed=3"])
+    sparse, lora = comparison.variants
+    first, second = (comparison.run(sparse, 0.03, seed) for seed in comparison.seeds)
+    whole = load_recipe(file, list(second.overrides))
+    assert (whole.training["seed"], whole.sparse.seed, whole.training["learning_rate"]) == (4, 8, 0.03)
+    assert Path(whole.training["output_dir"]) == second.directory != first.directory
+    assert load_recipe(file, list(first.overrides)).sparse.seed == 7
+    assert not [word for word in comparison.run(lora, 0.03, 4).overrides if word.startswith("sparse.seed=8")]
+
+
+def test_rates(file) -> None:
+    def rates(*words: str, overrides: tuple[str, ...] = ()) -> dict[str, tuple[float, ...]]:
+        found = described(file, "sparse", "lora", "own=training.learning_rate=0.5", rates=words, overrides=overrides)
+        return {variant.name: variant.rates for variant in found.variants}
+
+    assert rates() == {"sparse": (0.03,), "lora": (1e-3,), "own": (0.5,)}
+    assert rates("1e-3,3e-3,1e-3") == dict.fromkeys(("sparse", "lora", "own"), (1e-3, 3e-3))
+    assert rates("1e-3", "lora=1e-4,2e-4") == {"sparse": (1e-3,), "lora": (1e-4, 2e-4), "own": (1e-3,)}
+
+
+def test_an_override_after_the_methods_is_one(file) -> None:
+    arguments = cli._parse(["compare", str(file), "--methods", "sparse", "lora", "training.max_steps=3"])
+    found = described(file, *arguments.methods, overrides=arguments.overrides)
+    assert found.recipe.training["max_steps"] == 3
+    assert [variant.name for variant in found.variants] == ["sparse", "lora"]
+
+
+def test_a_language_model_gets_a_text(file, tmp_path) -> None:
+    columns = ["model.task=causal-lm", "data.columns={text: text}"]
+    assert described(file, "sparse", overrides=columns).recipe.data.forgetting == "shipped"
+    (tmp_path / "own.txt").write_text("some words")
+    found = described(file, "sparse", overrides=columns, text=str(tmp_path / "own.txt"))
+    assert found.recipe.data.forgetting == str(tmp_path / "own.txt")
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "loar"], "--methods: unknown method 'loar'; did you mean 'lora'?"),
+        (["--methods", "sparse", "sparse"], "--methods: 'sparse' stands there twice"),
+        (["--methods", "w!=sparse.density=0.1"], "--methods: 'w!' cannot name a variant"),
+        (["--methods", "wide=density"], "--methods: 'wide=density': write NAME='section.key=value"),
+        (["--methods", "lora=training.method=lora"], "--methods: 'lora' is a method; give the variant"),
+        (["--methods", "wide=sparse.densty=0.1"], "unknown key 'densty' in section 'sparse'"),
+        (["--rates", "1e-3,fast"], "--rates: 'fast' is not a learning rate"),
+        (["--rates", "-1"], "--rates: '-1' is not a learning rate"),
+        (["--rates", "0"], "--rates: '0' is not a learning rate"),
+        (["--rates", "wide=1e-3"], "--rates: 'wide' is not among the methods"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--text", "text.txt"], "--text: forgetting is not defined for sequence-classification"),
+        (["training.lora.r=4", "--budget", "same"], "training.lora: only for training.method: lora and dora"),
+        (["data.eval_split=null", "training.objective=reward"], "data.columns"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(file, words, message, capsys) -> None:
+    words = [f"--rates={word}" if word == "-1" else word for word in words if word != "--rates" or "-1" not in words]
+    assert cli.main(["compare", str(file), *words, "--out", str(file.parent / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sparse-zero: error: ")
+    assert message in said
+    assert not (file.parent / "out").exists()
+
+
+def test_a_directory_of_another_comparison_is_refused(file, tmp_path) -> None:
+    first = described(file, "sparse")
+    runs.open_directory(first, resume=False)
+    # More methods, rates and seeds are the same comparison; so is another launcher
+    runs.open_directory(described(file, "sparse", "lora", seeds=3, rates=("1e-4",)), resume=False)
+    runs.open_directory(described(file, "sparse", overrides=["launch.launcher=local"]), resume=True)
+    for other in (["training.max_steps=1"], ["data.test_size=3"], ["sparse.density=0.5"]):
+        with pytest.raises(UserError, match="is the comparison of another recipe"):
+            runs.open_directory(described(file, "sparse", overrides=other), resume=True)
+    (first.run(first.variants[0], 0.1, 1).directory).mkdir(parents=True)
+    (first.run(first.variants[0], 0.1, 1).directory / runs.RUN_FILE).write_text('{"overrides": []}')
+    with pytest.raises(UserError, match="has runs of this comparison; go on with --resume"):
+        runs.open_directory(first, resume=False)
+    with pytest.raises(UserError, match="is a run with other overrides"):
+        runs.execute(first, first.run(first.variants[0], 0.1, 1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="mine: exists and is not a comparison; name another directory with --out"):
+        runs.open_directory(described(file, "sparse", out=str(tmp_path / "mine")), resume=True)
+
+
+# How it chooses and averages
+
+
+def test_the_best_rate_on_the_validation_examples_gets_the_other_seeds(file) -> None:
+    comparison = described(file, "sparse", "full", rates=("1e-3,1e-2,1e-1",), seeds=3)
+    quality = {("sparse", 1e-2): 0.8, ("full", 1e-3): 0.9}
+    fake = Fake(lambda run: quality.get((run.variant, run.rate), 0.5) + 0.01 * (run.seed - 42))
+    found = command.run_all(comparison, fake)
+    assert fake.runs == [
+        *(("sparse", rate, 42) for rate in (1e-3, 1e-2, 1e-1)),
+        *(("sparse", 1e-2, seed) for seed in (43, 44)),
+        *(("full", rate, 42) for rate in (1e-3, 1e-2, 1e-1)),
+        *(("full", 1e-3, seed) for seed in (43, 44)),
+    ]
+    sparse, full = found["methods"]
+    assert sparse["quality"]["values"] == pytest.approx([0.8, 0.81, 0.82])
+    assert sparse["quality"]["mean"] == pytest.approx(0.81)
+    assert sparse["quality"]["deviation"] == pytest.approx(statistics.stdev([0.8, 0.81, 0.82]))
+    assert (sparse["is_rate_at_edge"], full["is_rate_at_edge"]) == (False, True)
+    assert "that of full;" in found["says"]
+    assert [row["accuracy"] for row in table.table_rows(found)] == ["81.00 ± 1.00", "91.00 ± 1.00"]
+    assert "full: the best rate is at the edge of those that were tried; try others." in table.notes(found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "of_rates", "chosen"),
+    [
+        ("accuracy", {0.1: (0.5, 1.0), 0.2: (0.7, 1.0)}, 0.2),
+        ("accuracy", {0.1: (0.7, 1.0), 0.2: (0.7, 0.9)}, 0.2),
+        ("perplexity", {0.1: (5.0, 1.0), 0.2: (7.0, 1.0)}, 0.1),
+        ("perplexity", {0.1: (math.inf, 1.0), 0.2: (7.0, 1.0)}, 0.2),
+        ("perplexity", {0.1: (math.nan, math.nan)}, None),
+        ("accuracy", {}, None),
+    ],
+)
+def test_choose_rate(metric, of_rates, chosen) -> None:
+    results_of = {rate: {metric: value, "loss": loss} for rate, (value, loss) in of_rates.items()}
+    assert choose_rate(metric, results_of) == chosen
+
+
+def test_spread() -> None:
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "deviation": math.sqrt(2), "values": [1.0, 3.0]}
+    assert spread([1.0, None, math.nan]) == {"mean": 1.0, "deviation": None, "values": [1.0]}
+    assert spread([None]) is None
+
+
+def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(file, capsys) -> None:
+    comparison = described(file, "sparse", "full", rates=("1e-3,1e-2",))
+    failing = {("sparse", 1e-3, 42), ("full", 1e-3, 42), ("full", 1e-2, 42)}
+    fake = Fake(lambda run: "out of memory" if (run.variant, run.rate, run.seed) in failing else 0.7)
+    found = command.run_all(comparison, fake)
+    sparse, full = found["methods"]
+    assert (sparse["learning_rate"], sparse["seeds"]) == (1e-2, [42, 43])
+    assert sparse["failed"] == {"sparse rate 0.001 seed 42": "out of memory"}
+    assert len(full["failed"]) == 2
+    assert "quality" not in full
+    assert [row["runs"] for row in table.table_rows(found)] == ["2, 1 failed", "0, 2 failed"]
+    assert "full rate 0.001 seed 42 failed: out of memory" in table.markdown(found, has_figure=False)
+    assert "warning: full rate 0.01 seed 42 failed: out of memory" in capsys.readouterr().err
+    with pytest.raises(UserError, match="out: no run has succeeded: no data"):
+        command.run_all(comparison, Fake(lambda run: "no data"))
+
+
+def test_the_sentence_says_what_chance_may_do(file) -> None:
+    def said(seeds: int, **quality: float) -> str:
+        comparison = described(file, *quality, seeds=seeds)
+        shift = {42: -0.01, 43: 0.01}
+        fake = Fake(lambda run: quality[run.variant] + (shift[run.seed] if seeds > 1 else 0))
+        return command.run_all(comparison, fake)["says"]
+
+    # Of 100 examples at 70% the standard error is 4.6 points
+    near = said(2, sparse=0.70, lora=0.69, full=0.40)
+    assert "that of sparse, but the difference to lora is within what seeds and test examples vary;" in near
+    assert "each at one rate, which was not tuned" in near
+    assert "within what" not in said(2, sparse=0.90, full=0.40)
+
+
+def test_the_figure(file, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    found = command.run_all(described(file, "sparse", "full"), Fake(lambda run: 0.7))
+    assert figure.draw(found, tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for each in found["methods"]:
+        each.pop("quality")
+    assert not figure.draw(found, tmp_path / "none.png")
+
+
+def test_the_time_that_is_left(file, capsys) -> None:
+    now = [0.0]
+    progress, comparison = Progress(4, lambda: now[0]), described(file, "sparse", "full")
+    sparse, full = comparison.variants
+    left = ["sparse", "sparse", "full", "full"]
+    assert progress.seconds_left(left) is None
+    for variant, seconds in ((sparse, 10.0), (full, 70.0)):
+        with progress.running(comparison.run(variant, 0.1, 42), left):
+            now[0] += seconds
+    assert progress.seconds_left(["sparse", "full", "other"]) == 10 + 70 + 40
+    with progress.running(comparison.run(full, 0.1, 43), ["sparse", "full"]):
+        pass
+    assert "sparse-zero: run 3 of 4: full rate 0.1 seed 43, 0:01:20 left\n" in capsys.readouterr().err
+
+
+def test_compare_does_not_import_torch_before_its_runs(file, tmp_path) -> None:
+    words = ["compare", str(file), "--methods", "lroa"]
+    code = (
+        f"import sys; from launcher import cli; s = cli.main({words!r}); sys.exit(9 if 'torch' in sys.modules else s)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "did you mean 'lora'" in done.stderr
+
+
+def test_a_problem_is_the_last_error_of_the_log(tmp_path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("step 1\nsparse-zero: error: no such data\nmore\n")
+    assert runs._problem(log, 2) == "no such data"
+    log.write_text("step 1\nKilled\n\n")
+    assert runs._problem(log, 137) == "exit status 137: Killed"
+
+
+def test_json_of_the_directory_is_checked(file) -> None:
+    comparison = described(file, "sparse")
+    runs.open_directory(comparison, resume=False)
+    assert json.loads((comparison.out / runs.COMPARISON_FILE).read_text())["recipe"] == str(file)
+    (comparison.out / runs.COMPARISON_FILE).write_text("{}")
+    with pytest.raises(UserError, match=r"comparison.json: damaged; name another directory"):
+        runs.open_directory(comparison, resume=True)
