@@ -53,7 +53,7 @@ class Config(dict):
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_each_tracker_gets_the_sparse_settings_from_rank_0(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the calls that mlflow 3.17, trackio 0.43 and wandb 0.31 have."""
+    """By the calls that transformers makes on each of them."""
     from families import tiny
 
     got = Config()
