@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
             0, "fingerprint", numel, min(SAMPLES_PER_PARAMETER, numel), device=device
         )
     )
-    packed = dict(quantized_layers(model))
+    packed = dict(quantized_layers(model)) if isinstance(model, nn.Module) else {}
     for name, parameter in model.named_parameters():
         # Sharded parameters, and those of unknown quantizers, have no scalars of the base model that could be compared
         if name in exclude or not has_plain_values(parameter):

@@ -29,7 +29,10 @@ def weight_shape(module: nn.Module, name: str) -> torch.Size:
     """The shape of a module's parameter: that of the values if they are packed, and of the complete parameter if ZeRO
     stage 3 partitions it."""
     layer = quantized_layer(module) if name == "weight" else None
-    return layer.shape if layer is not None else full_shape(dict.__getitem__(module._parameters, name))
+    if layer is not None:
+        return layer.shape
+    parameters = module._parameters  # a torch.jit script's are no dict
+    return full_shape(dict.__getitem__(parameters, name) if isinstance(parameters, dict) else parameters[name])
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
