@@ -139,6 +139,7 @@ class FourBits(_OfBitsAndBytes):
             )
 
     def check(self) -> None:
+        super().check()
         if getattr(self._state, "packing_format_for_cpu", False):
             raise UserError(
                 "bitsandbytes has repacked the model's 4-bit weights for inference in its first evaluation, and has "
