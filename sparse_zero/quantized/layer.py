@@ -94,6 +94,9 @@ class QuantizedLayer(ABC):
                 "added to its weight: call sparsify or load_adapter before"
             )
 
+    def convert_bias(self) -> None:  # noqa: B027
+        """Convert the bias now if the layer does it in its first forward: scalars of it may be selected."""
+
     def forbid_repacking(self) -> None:  # noqa: B027 - most libraries do not repack
         """Make the layer keep its weight as it is packed now, if it would repack it when it is first used."""
 
