@@ -93,8 +93,8 @@ def test_quantising_again_gives_a_layer_like_the_old_one(base, kind):
 
 
 def test_bytes_of_a_layer(base):
-    """By hand: 64 weights share a float32 scale; with double quantisation 256 scales of a byte share one; the tables of
-    codes have 16 and 256 entries."""
+    """By hand: 64 weights share a float32 scale; with double quantisation 256 scales of a byte share one; the tables
+    of codes have 16 and 256 entries."""
     name, weights = "model.layers.0.mlp.up_proj.weight", 64 * 32
     blocks = weights // 64
     expected = {
