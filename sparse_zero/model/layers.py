@@ -8,6 +8,7 @@ A module with selected parameters gets a subclass of its own class, which does t
 """
 
 import functools
+import types
 from typing import Any, ClassVar
 
 import torch
@@ -229,6 +230,8 @@ def attach(weight: TrainedDelta) -> None:
         module.__dict__.setdefault("delta_names", {})[name] = weight.tensor_name(name, "delta")
         module.__dict__.setdefault("owner_indices", {})[name] = index
         module.__class__ = _class_of(module)
+        if weight.is_packed:
+            _rebind_forward(module)
 
 
 def detach(weight: TrainedDelta) -> None:
@@ -244,6 +247,15 @@ def detach(weight: TrainedDelta) -> None:
         else:
             del module.sparse_weights, module.delta_names, module.owner_indices
             module.__class__ = plain
+        if weight.is_packed:
+            _rebind_forward(module)
+
+
+def _rebind_forward(module: nn.Module) -> None:
+    """Let Accelerate's hook of a model on several devices call the forward of the module's class. It has kept that of
+    the class before, which is right only where the deltas are in the weight."""
+    if "_old_forward" in vars(module):
+        module._old_forward = types.MethodType(type(module).forward, module)
 
 
 def _class_of(module: nn.Module) -> type[SparseModule]:

@@ -123,7 +123,7 @@ class SparseModel:
             plain, names = self.plain_class, self.selected_names
         else:
             plain, names = self.model_class, frozenset()
-        return _new_model, (plain, names), self.__getstate__()
+        return _new_model, (plain, names, isinstance(self, layers.QuantizedLinear)), self.__getstate__()
 
 
 def refresh(model: nn.Module) -> None:
@@ -188,6 +188,6 @@ def detach(model: nn.Module) -> None:
     model.__class__ = model.model_class
 
 
-def _new_model(plain: type[nn.Module], names: frozenset[str]) -> nn.Module:
-    kind = _sparse_model_class(layers.sparse_class(plain, names) if names else plain)
+def _new_model(plain: type[nn.Module], names: frozenset[str], packed: bool = False) -> nn.Module:
+    kind = _sparse_model_class(layers.sparse_class(plain, names, packed) if names else plain)
     return kind.__new__(kind)

@@ -23,7 +23,7 @@ from sparse_zero.model.sparsity import Sparsity, check_not_sparse, read_values, 
 from sparse_zero.model.step_counter import StepCounter
 from sparse_zero.model.weight import SparseWeight
 from sparse_zero.model.wrappers import check_wrappers, unwrap
-from sparse_zero.quantized.formats import kinds
+from sparse_zero.quantized.formats import kinds, quantized_layers
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.rules import Selection, in_chunks
 from sparse_zero.selection.selector import select_scalars
@@ -121,6 +121,8 @@ def apply_selection(
     selections, whole = list(selections), list(whole)
     check_supported(model, [selection.name for selection in selections], whole)
     wait_for_prefetch(model)
+    for _, layer in quantized_layers(model):
+        layer.convert_bias()
     parameters = all_targets(model)
     if config.indices == "regenerated" and (
         stored := [selection.name for selection in selections if not selection.can_regenerate]

@@ -139,11 +139,17 @@ class FourBits(_OfBitsAndBytes):
             )
 
     def check(self) -> None:
+        super().check()
         if getattr(self._state, "packing_format_for_cpu", False):
             raise UserError(
                 "bitsandbytes has repacked the model's 4-bit weights for inference in its first evaluation, and has "
                 "rounded their statistics: load the model again, and call sparsify or load_adapter before you use it"
             )
+
+    def convert_bias(self) -> None:
+        module, bias = self.module, self.module._parameters.get("bias")
+        if bias is not None and module.compute_type_is_set and module.compute_dtype is not None:
+            bias.data = bias.data.to(module.compute_dtype)
 
     def forbid_repacking(self) -> None:
         """On CPUs with bfloat16 instructions the first evaluation would repack the weight and round its statistics.

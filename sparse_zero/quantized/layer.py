@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from sparse_zero.errors import UserError
+
 
 class QuantizedLayer(ABC):
     """A linear layer whose weight (out, in) is packed. It is a view of the module: it keeps no state of its own."""
@@ -83,8 +85,17 @@ class QuantizedLayer(ABC):
     def check_forward(self) -> None:  # noqa: B027
         """Raise UserError before a forward if the packed weight no longer is what the layer takes it for."""
 
-    def check(self) -> None:  # noqa: B027
+    def check(self) -> None:
         """Raise UserError if scalars of the layer cannot be trained as it is."""
+        members = vars(self.module)
+        if "forward" in members and "_old_forward" not in members:  # the latter: Accelerate's hook
+            raise UserError(
+                f"the forward of a quantised {type(self.module).__name__} was replaced, so that deltas would not be "
+                "added to its weight: call sparsify or load_adapter before"
+            )
+
+    def convert_bias(self) -> None:  # noqa: B027
+        """Convert the bias now if the layer does it in its first forward: scalars of it may be selected."""
 
     def forbid_repacking(self) -> None:  # noqa: B027 - most libraries do not repack
         """Make the layer keep its weight as it is packed now, if it would repack it when it is first used."""

@@ -90,3 +90,19 @@ def test_quantising_again_gives_a_layer_like_the_old_one(base, kind):
         assert type(again) is type(layer.module)
     assert {layer.kind for _, layer in quantized_layers(model)} == {kind}
     torch.testing.assert_close(model(**data).logits, logits, rtol=1e-2, atol=5e-2)
+
+
+def test_bytes_of_a_layer(base):
+    """By hand: 64 weights share a float32 scale; with double quantisation 256 scales of a byte share one; the tables
+    of codes have 16 and 256 entries."""
+    name, weights = "model.layers.0.mlp.up_proj.weight", 64 * 32
+    blocks = weights // 64
+    expected = {
+        "nf4": (weights // 2, 4 * blocks + 4 * 16),
+        "nf4-double": (weights // 2, blocks + 4 + 4 + 4 * (16 + 256)),
+        "int8": (weights, 4 * 64),
+    }
+    for kind, sizes in expected.items():
+        layer = dict(quantized_layers(load(base, kind)))[name]
+        assert (layer.packed_bytes, layer.statistics_bytes) == sizes, kind
+        assert layer.shape == (64, 32)

@@ -77,6 +77,21 @@ def test_copies(base, kind):
         assert all(weight.delta.grad.abs().max() > 0 for weight in other.sparsity.weights.values())
 
 
+def test_a_layer_alone():
+    """The model is the quantised layer itself."""
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(32, 24, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    model, x = trained(layer, targets=["weight"]), torch.randn(3, 32)
+    output = model(x)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(x), output)
+    assert other.load_state_dict(model.state_dict()) == torch.nn.modules.module._IncompatibleKeys([], [])
+    with disable_adapter(other):
+        assert not torch.allclose(other(x), output, atol=1e-3)
+    assert torch.equal(other(x), output)
+
+
 def test_a_backward_sees_its_own_forward(base):
     """A forward within disable_adapter or with another adapter between a forward and its backward, as in DPO."""
     data, model = batch(), trained(load(base, "nf4"))

@@ -1,11 +1,13 @@
 """Calls of other libraries on a sparse model with a quantised base: PEFT's, transformers' Trainer and `generate`."""
 
+import copy
+
 import pytest
 import torch
 from quantized_cases import batch, dense_like, load
 from transformers import Trainer, TrainingArguments
 
-from sparse_zero import SparseConfig, UserError, load_adapter, sparsify
+from sparse_zero import SparseConfig, UserError, load_adapter, merge_and_unload, sparsify, unload
 
 SETTINGS = {"targets": "all-linear", "density": 0.03, "columns": "whole"}
 
@@ -56,6 +58,40 @@ def test_the_trainer_of_transformers(base, tmp_path):
     trainer.save_model(str(tmp_path / "adapter"))
     logits = model.train()(**batch()).logits
     assert torch.equal(load_adapter(load(base, "nf4"), tmp_path / "adapter")(**batch()).logits, logits)
+
+
+def test_the_hooks_of_accelerate(base):
+    """Where a model is on several devices, each layer's forward is that of a hook, which calls the one before."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    losses, deltas = [], []
+    for hooked in (False, True):
+        model = load(base, "nf4")
+        layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+        for layer in layers if hooked else ():
+            add_hook_to_module(layer, ModelHook())
+        frozen = model(**batch()).logits
+        sparsify(model, SparseConfig(**SETTINGS))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = model(**batch()).loss
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+        deltas.append([weight.delta.detach().clone() for weight in model.sparsity.weights.values()])
+        trained = model(**batch()).logits
+        merged = copy.deepcopy(model)
+        assert torch.equal(unload(model)(**batch()).logits, frozen)
+        merge_and_unload(merged)
+        torch.testing.assert_close(merged(**batch()).logits, trained, rtol=1e-4, atol=1e-4)
+        assert hasattr(merged.model.layers[0].mlp.up_proj, "_hf_hook") == hooked
+    assert losses[0] == losses[1]
+    assert all(torch.equal(one, other) and one.abs().max() > 0 for one, other in zip(*deltas, strict=True))
+    model = load(base, "nf4")
+    model.model.layers[0].mlp.up_proj.forward = lambda x: x
+    with pytest.raises(UserError, match="forward of a quantised Linear4bit was replaced"):
+        sparsify(model, SparseConfig(**SETTINGS))
 
 
 @pytest.mark.parametrize("columns", ["whole", 1])
