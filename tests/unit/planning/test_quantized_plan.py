@@ -110,3 +110,12 @@ def test_what_is_printed(base, recipe, tmp_path, capsys):
     assert facts["quantization"]["parameters"] == scalars
     assert facts["quantization"]["packed_bytes"] == scalars // 2
     assert facts["bytes_per_scalar"] == torch.bfloat16.itemsize
+
+
+def test_init_writes_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(8)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["init", "chats.jsonl", "--quantize", "nf4"]) == 0
+    assert "quantization: nf4  # needs the package bitsandbytes" in capsys.readouterr().out
+    assert load_recipe(tmp_path / "chats.yaml").model.quantization.kind == "nf4"
