@@ -177,9 +177,10 @@ def test_the_adapter_and_its_card_say_how(base, adapters):
 
 def test_it_converts_with_a_note(base, adapters, tmp_path):
     facts = convert(adapters["nf4"], tmp_path / "out", "shira", base=str(base))
-    assert facts["notes"] == ["trained on a base model in nf4: put it on one that is quantised in the same way"]
+    note = "trained on a base model in nf4: put it on one that is quantised in the same way"
+    assert note in facts["notes"]
     assert facts["selected_scalars"] == read_config(adapters["nf4"]).trainable_parameters
-    assert convert(adapters[None], tmp_path / "plain", "shira", base=str(base))["notes"] == []
+    assert "quantised" not in str(convert(adapters[None], tmp_path / "plain", "shira", base=str(base))["notes"])
 
 
 def test_the_command(adapters, tmp_path, capsys):

@@ -12,6 +12,7 @@ from sparse_zero.errors import UserError
 from sparse_zero.model.sparsify import sparsify
 from sparse_zero.planning.plan import allocations, device_bytes, plan
 from sparse_zero.planning.planned_run import describe_run
+from sparse_zero.planning.quantized_sizes import QuantizedSizes
 from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.recipe.recipe import load_recipe
 
@@ -68,8 +69,10 @@ def test_the_bytes_are_those_of_the_quantised_model(base, recipe, kind):
 
 def test_bits_by_the_definition_of_the_formats(recipe):
     """QLoRA (arXiv 2305.14314, section 3): 0.5 bits of scales for each scalar, 0.127 with double quantisation."""
-    large = [f"model.name={Path(__file__).parents[3] / 'benchmarks/shapes/llama-3-70b'}", "data.max_length=128"]
-    bits = {kind: describe_run(recipe(*large, f"model.quantization={KINDS[kind]}")).quantized.bits for kind in KINDS}
+    bits = {
+        kind: QuantizedSizes(recipe(f"model.quantization={given}").model.quantization, {"w": (8192, 28672)}).bits
+        for kind, given in KINDS.items()
+    }
     assert bits["nf4"] == bits["fp4"] == pytest.approx(4.5, abs=1e-4)
     assert bits["nf4-double"] == pytest.approx(4.127, abs=1e-3)
     assert bits["int8"] == pytest.approx(8.0, abs=5e-3)
@@ -110,3 +113,12 @@ def test_what_is_printed(base, recipe, tmp_path, capsys):
     assert facts["quantization"]["parameters"] == scalars
     assert facts["quantization"]["packed_bytes"] == scalars // 2
     assert facts["bytes_per_scalar"] == torch.bfloat16.itemsize
+
+
+def test_init_writes_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(8)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["init", "chats.jsonl", "--quantize", "nf4"]) == 0
+    assert "quantization: nf4  # needs the package bitsandbytes" in capsys.readouterr().out
+    assert load_recipe(tmp_path / "chats.yaml").model.quantization.kind == "nf4"
