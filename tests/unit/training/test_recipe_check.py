@@ -64,9 +64,9 @@ def check(folder, monkeypatch, capsys):
         raise AssertionError("data or weights were loaded")
 
     monkeypatch.setattr(build, "load_model", forbidden)
-    monkeypatch.setattr(build, "load_splits", forbidden)
+    monkeypatch.setattr(build, "load_parts", forbidden)
     monkeypatch.setattr(models, "load_model", forbidden)
-    monkeypatch.setattr(datasets, "load_splits", forbidden)
+    monkeypatch.setattr(datasets, "load_parts", forbidden)
 
     def check(*words: str) -> tuple[int, str]:
         try:
