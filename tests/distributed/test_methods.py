@@ -1,0 +1,87 @@
+"""LoRA, DoRA, full fine-tuning and the head on two ranks, partitioned by ZeRO: the results of one process."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from recipes import write_recipe
+from trainer_cases import run_cases, zero_config
+from transformers import AutoModelForCausalLM
+
+from sparse_zero.recipe.recipe import load_recipe
+from sparse_zero.training import run
+
+pytestmark = pytest.mark.distributed
+
+CASES = {
+    "lora": ("causal-lm", 3),
+    "dora": ("causal-lm", 2),
+    "full": ("causal-lm", 3),
+    "head": ("sequence-classification", 2),
+}
+"""By method: the task and the ZeRO stage."""
+
+
+@pytest.fixture(scope="module")
+def recipe_of(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The recipe of a method: batches of 4 examples in each step, whatever the number of ranks."""
+    folder = tmp_path_factory.mktemp("methods")
+    for stage in (2, 3):
+        settings = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+        (folder / f"zero{stage}.json").write_text(json.dumps(zero_config(stage, **settings)))
+
+    def recipe_of(method: str) -> Path:
+        task, _ = CASES[method]
+        training = {"method": method, "max_steps": 3, "learning_rate": 1e-3, "eval_on_start": False}
+        return write_recipe(folder / f"{method}.yaml", bases[task], task, data, training=training)
+
+    return recipe_of
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(recipe_of, fork_server, tmp_path_factory: pytest.TempPathFactory):
+    """The directory of the runs, and what rank 0 says of each."""
+    out = tmp_path_factory.mktemp("two-ranks")
+    cases = []
+    for method, (_, stage) in CASES.items():
+        file = recipe_of(method)
+        overrides = [
+            f"training.deepspeed={file.parent / f'zero{stage}.json'}",
+            "training.per_device_train_batch_size=2",
+        ]
+        cases.append({"name": method, "recipe": str(file), "overrides": overrides, "merge": method == "lora"})
+    return out, run_cases(fork_server, 2, cases, out, worker="methods_worker")[0]
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_two_ranks_are_one_process(method, recipe_of, on_two_ranks, tmp_path) -> None:
+    _, seen = on_two_ranks
+    file = recipe_of(method)
+    alone = run.train(load_recipe(file, [f"training.output_dir={tmp_path / 'alone'}"]), str(file))
+    here = seen[method]
+    assert here["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+    assert here["trainable_parameters"] == alone["trainable_parameters"]
+    share = 12 * here["trainable_parameters"] / 2
+    assert all(share <= count <= 1.2 * share + 100 for count in here["optimizer_bytes_per_rank"])
+
+
+def test_the_written_models_are_complete_at_stage_3(recipe_of, on_two_ranks) -> None:
+    """peft#2450, trl#4416: adapters and modules that were written empty."""
+    out, _ = on_two_ranks
+    base = str(load_recipe(recipe_of("lora")).model.source)
+    opened = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype="float32"), out / "lora" / "adapter"
+    ).eval()
+    assert all(parameter.numel() for parameter in opened.parameters())
+    assert any(parameter.abs().max() > 0 for name, parameter in opened.named_parameters() if "lora_B" in name)
+    merged = AutoModelForCausalLM.from_pretrained(out / "lora" / "merged", dtype="float32").eval()
+    ids = torch.arange(5, 25).view(1, -1)
+    with torch.no_grad():
+        assert torch.allclose(opened(ids).logits, merged(ids).logits, atol=1e-5)
+    whole = AutoModelForCausalLM.from_pretrained(out / "full" / "model", dtype="float32")
+    before = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    for name, parameter in whole.named_parameters():
+        assert parameter.shape == before.get_parameter(name).shape
+        assert not torch.equal(parameter, before.get_parameter(name)), name
