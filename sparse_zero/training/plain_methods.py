@@ -60,6 +60,11 @@ def apply_method(
     method = method_of(recipe.training)
     wait_for_prefetch(model)
     total = sum(full_numel(parameter) for parameter in model.parameters())
+    if method not in LOW_RANK and getattr(model, "is_quantized", False):
+        raise UserError(
+            f"training.method: {method}: {recipe.model.source} is quantized, and the Trainer trains only adapters of "
+            "such a model; choose lora, or a base model that is not quantized"
+        )
     if method == "full":
         model.requires_grad_(True)
         return Trained(method, model, total)

@@ -16,13 +16,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sparse_zero import UserError
 from sparse_zero.checkpoint.export import export
+from sparse_zero.data.models import meta_model
 from sparse_zero.planning.planned_run import describe_run
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.training.build import build, evaluation_settings, training_arguments
 from sparse_zero.training.evaluate import evaluate
 from sparse_zero.training.low_rank import rank_of_budget
+from sparse_zero.training.plain_methods import apply_method
 from sparse_zero.training.rate_search import find_rate
-from sparse_zero.training.recipe_check import check_recipe
+from sparse_zero.training.recipe_check import check_recipe, load_model_config
 
 TARGETS = ["q_proj", "v_proj"]
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS}
@@ -262,6 +264,15 @@ def test_other_commands_say_that_they_are_for_sparse_runs(recipe, train) -> None
         train(file, merge=True)
     with pytest.raises(UserError, match=r"is not a model directory, as training.method: full writes it"):
         evaluate(loaded, file.parent)
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_a_quantized_model_trains_adapters_only(recipe, method) -> None:
+    loaded = load_recipe(recipe("run", training={"method": method}))
+    model = meta_model(load_model_config(loaded), "causal-lm", torch.float32)
+    model.is_quantized = True  # as from_pretrained marks it
+    with pytest.raises(UserError, match=rf"training.method: {method}: .* is quantized, and the Trainer trains only"):
+        apply_method(model, loaded)
 
 
 def test_the_learning_rate_of_a_method_is_said(recipe, caplog) -> None:
