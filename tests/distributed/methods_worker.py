@@ -1,9 +1,9 @@
 """One rank of whole runs with other methods. Each case is a recipe with overrides; OUT/rankN.json gets its results."""
 
-import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from trainer_worker import run_each
 
 from sparse_zero.recipe.recipe import load_recipe
@@ -17,5 +17,5 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def main(cases: str, out: str) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.distributed.init_process_group("gloo")
     run_each(run, cases, out)
