@@ -111,7 +111,12 @@ class PlainTrainer(SparseTrainer):
             names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
             state = self._state(names) if self._is_partitioned else None
             save_low_rank(self.model, output_dir, state, self.args.should_save)
-            return
+        else:
+            self._save_whole(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, output_dir: str) -> None:
         model = unwrap(self.model)
         # Tied parameters stand in a state dict under each of their names
         state = self._state([*model.state_dict()]) if self._is_partitioned else None

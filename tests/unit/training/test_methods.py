@@ -133,7 +133,7 @@ def test_a_classifier_trains_its_head_too_and_its_result_is_a_classifier(classif
     assert evaluate(load_recipe(file), directory)["loss"] == pytest.approx(results["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("method", "noise"), [("lora", None), ("dora", {"probability": 0.3}), ("full", None)])
+@pytest.mark.parametrize(("method", "noise"), [("dora", {"probability": 0.3}), ("full", None)])
 def test_a_resumed_run_is_the_same_bit_for_bit(recipe, train, tmp_path, method, noise) -> None:
     """And the checkpoints are those of sparse runs, so that restarts, signals and other numbers of ranks work too."""
     lora = {"lora": {"r": 2, "lora_dropout": 0.2}} if method != "full" else {}
@@ -159,7 +159,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(recipe, train, tmp_path, method, 
             train(tmp_path / "parts.yaml", *options, resume="auto")
 
 
-def test_a_budget_gives_the_rank_with_the_nearest_count(classifier, train) -> None:
+def test_a_budget_gives_the_rank_with_the_nearest_count(classifier, train, tmp_path) -> None:
     """The count of a sparse run by its own results, that of LoRA by its own: they differ by less than half a rank."""
     sparse = {"density": 0.2, "targets": "all-linear"}
     wanted = train(classifier("sparse", sparse))["trainable_parameters"]
@@ -167,8 +167,8 @@ def test_a_budget_gives_the_rank_with_the_nearest_count(classifier, train) -> No
         results = train(classifier(method, sparse, method=method, budget="same"))
         assert results["sparse_parameters"] == wanted
         assert results["rank"] > 1
-        one_more = train(classifier(f"{method}-more", sparse, method=method, lora={"r": results["rank"] + 1}))
-        step = one_more["trainable_parameters"] - results["trainable_parameters"]
+        saved = load_file(tmp_path / method / "adapter" / "adapter_model.safetensors")
+        step = sum(each.numel() for n, each in saved.items() if "lora_A" in n or "lora_B" in n) / results["rank"]
         assert abs(results["trainable_parameters"] - wanted) <= step / 2
 
 

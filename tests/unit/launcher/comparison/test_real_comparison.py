@@ -24,34 +24,33 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     file = recipes.write_recipe(
         folder / "r.yaml", folder / "base", "causal-lm", folder, training=training, launch=launch
     )
-    words = ["compare", str(file), "--methods", "sparse", "lora", "--seeds", "1", "--out", str(folder / "out")]
+    words = ["compare", str(file), "--methods", "lora", "--seeds", "1", "--out", str(folder / "out")]
     assert cli.main(words) == 0
     return folder / "out", json.loads((folder / "out" / "compare.json").read_text())
 
 
 def test_the_table_agrees_with_single_runs_bit_for_bit(compared, tmp_path) -> None:
     _, found = compared
-    for index, name in enumerate(("sparse", "lora")):
-        row, of_run = found["methods"][index], found["runs"][index]
-        overrides = [*of_run["overrides"], f"training.output_dir={tmp_path / name}"]
-        single = run.train(load_recipe(found["recipe"], overrides), found["recipe"])
-        assert row["quality"]["values"] == [single["test"]["perplexity"]]
-        assert row["loss"]["values"] == [single["test"]["loss"]]
-        assert row["forgetting"]["values"] == [single["forgetting"]["change"]]
-        for key in ("trainable_parameters", "checkpoint_bytes", "optimizer_bytes_per_rank"):
-            assert row[key] == single[key]
-        assert row["result_bytes"] == of_run["results"]["adapter_bytes"]
-        file = "adapter/adapter_model.safetensors"
-        assert (Path(of_run["directory"]) / file).read_bytes() == (tmp_path / name / file).read_bytes()
-    lora = found["methods"][1]
-    assert lora["rank"] >= 1
-    assert lora["sparse_parameters"] == found["methods"][0]["trainable_parameters"]
+    (row,), (of_run,) = found["methods"], found["runs"]
+    overrides = [*of_run["overrides"], f"training.output_dir={tmp_path / 'single'}"]
+    single = run.train(load_recipe(found["recipe"], overrides), found["recipe"])
+    assert row["quality"]["values"] == [single["test"]["perplexity"]]
+    assert row["loss"]["values"] == [single["test"]["loss"]]
+    assert row["forgetting"]["values"] == [single["forgetting"]["change"]]
+    for key in ("rank", "sparse_parameters", "trainable_parameters", "checkpoint_bytes", "optimizer_bytes_per_rank"):
+        assert row[key] == single[key]
+    assert row["result_bytes"] == of_run["results"]["adapter_bytes"]
+    file = "adapter/adapter_model.safetensors"
+    assert (Path(of_run["directory"]) / file).read_bytes() == (tmp_path / "single" / file).read_bytes()
 
 
 def test_the_written_table(compared) -> None:
     out, found = compared
     text = (out / "compare.md").read_text()
-    assert f"| sparse | {found['methods'][0]['trainable_parameters']:,} | 0.01 | " in text
+    assert (
+        f"| lora (rank {found['methods'][0]['rank']}) | {found['methods'][0]['trainable_parameters']:,} | 0.01 | "
+        in text
+    )
     assert found["says"] in text
     assert (out / "compare.png").exists() == ("compare.png" in text)
 
@@ -66,7 +65,7 @@ def test_runs_that_are_done_are_not_run_again_and_one_that_fails_is_said(compare
         return 2
 
     monkeypatch.setattr(runs, "_train", train)
-    words = ["compare", found["recipe"], "--methods", "sparse", "lora", "bad=sparse.targets=[nose_proj]"]
+    words = ["compare", found["recipe"], "--methods", "lora", "bad=sparse.targets=[nose_proj]"]
     words += ["--seeds", "1", "--out", str(out)]
     assert cli.main(words) == 2
     assert "go on with --resume" in capsys.readouterr().err
