@@ -153,10 +153,10 @@ def _head_scalars(model: PreTrainedModel, heads: Sequence[str]) -> int:
     return sum(full_numel(parameter) for parameter in parameters.values())
 
 
-def save_low_rank(model: nn.Module, directory: str, state: dict[str, Any] | None, is_main_process: bool) -> None:
+def save_low_rank(model: nn.Module, directory: str, state: dict[str, Any] | None) -> None:
     """Write the adapter of a PeftModel. Args: state: its trained values by name, if ZeRO stage 3 partitions it."""
     # "auto" asks the hub for the base model's vocabulary; rows of new tokens are saved by themselves
-    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False, is_main_process=is_main_process)
+    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
 
 
 def load_low_rank(model: PreTrainedModel, directory: str) -> nn.Module:
