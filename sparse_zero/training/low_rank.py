@@ -19,6 +19,9 @@ from sparse_zero.zero.parameters import full_numel
 DEFAULT_RANK = 8
 """LoraConfig's own."""
 
+ALPHA_OF_RANK = 2
+"""lora_alpha over r where a budget chooses r: that of the runs in which the default learning rates were measured."""
+
 _TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
@@ -59,7 +62,7 @@ def add_low_rank(
         settings["target_modules"] = [*_layers(model, recipe, heads)]
     if training.get("budget") is not None:
         ranks, facts = _ranks(model, recipe, heads)
-        settings |= ranks
+        settings = (_alphas(ranks) if "lora_alpha" not in settings else {}) | settings | ranks
     settings.setdefault("r", DEFAULT_RANK)
     if new_tokens and tokenizer is not None:
         settings["trainable_token_indices"] = sorted(tokenizer.convert_tokens_to_ids(list(new_tokens)))
@@ -120,6 +123,16 @@ def _ranks(model: PreTrainedModel, recipe: Recipe, heads: Sequence[str]) -> tupl
     wanted = sum(selection.count for selection in selections)
     rank = rank_of_budget(wanted, [*layers.values()], has_magnitudes=method_of(training) == "dora")
     return {"r": rank}, {"sparse_parameters": wanted + _head_scalars(model, heads)}
+
+
+def _alphas(ranks: Mapping[str, Any]) -> dict[str, Any]:
+    """The lora_alpha of ranks that a budget has chosen: with a fixed one, a larger rank would learn more slowly."""
+    if "r" not in ranks:
+        return {}
+    alphas = {"lora_alpha": ALPHA_OF_RANK * ranks["r"]}
+    if "rank_pattern" in ranks:
+        alphas["alpha_pattern"] = {name: ALPHA_OF_RANK * rank for name, rank in ranks["rank_pattern"].items()}
+    return alphas
 
 
 def rank_of_budget(wanted: int, layers: Sequence[tuple[int, int, int]], has_magnitudes: bool = False) -> int:
