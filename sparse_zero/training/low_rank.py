@@ -19,6 +19,9 @@ from sparse_zero.zero.parameters import full_numel
 DEFAULT_RANK = 8
 """LoraConfig's own."""
 
+ALPHA_OF_RANK = 2
+"""lora_alpha over r where a budget chooses r: that of the runs in which the default learning rates were measured."""
+
 _TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
@@ -59,7 +62,7 @@ def add_low_rank(
         settings["target_modules"] = [*_layers(model, recipe, heads)]
     if training.get("budget") is not None:
         ranks, facts = _ranks(model, recipe, heads)
-        settings |= ranks
+        settings = (_alphas(ranks) if "lora_alpha" not in settings else {}) | settings | ranks
     settings.setdefault("r", DEFAULT_RANK)
     if new_tokens and tokenizer is not None:
         settings["trainable_token_indices"] = sorted(tokenizer.convert_tokens_to_ids(list(new_tokens)))
@@ -122,6 +125,16 @@ def _ranks(model: PreTrainedModel, recipe: Recipe, heads: Sequence[str]) -> tupl
     return {"r": rank}, {"sparse_parameters": wanted + _head_scalars(model, heads)}
 
 
+def _alphas(ranks: Mapping[str, Any]) -> dict[str, Any]:
+    """The lora_alpha of ranks that a budget has chosen: with a fixed one, a larger rank would learn more slowly."""
+    if "r" not in ranks:
+        return {}
+    alphas = {"lora_alpha": ALPHA_OF_RANK * ranks["r"]}
+    if "rank_pattern" in ranks:
+        alphas["alpha_pattern"] = {name: ALPHA_OF_RANK * rank for name, rank in ranks["rank_pattern"].items()}
+    return alphas
+
+
 def rank_of_budget(wanted: int, layers: Sequence[tuple[int, int, int]], has_magnitudes: bool = False) -> int:
     """The rank with the number of scalars that is nearest to `wanted`; at least 1.
 
@@ -153,10 +166,10 @@ def _head_scalars(model: PreTrainedModel, heads: Sequence[str]) -> int:
     return sum(full_numel(parameter) for parameter in parameters.values())
 
 
-def save_low_rank(model: nn.Module, directory: str, state: dict[str, Any] | None, is_main_process: bool) -> None:
+def save_low_rank(model: nn.Module, directory: str, state: dict[str, Any] | None) -> None:
     """Write the adapter of a PeftModel. Args: state: its trained values by name, if ZeRO stage 3 partitions it."""
     # "auto" asks the hub for the base model's vocabulary; rows of new tokens are saved by themselves
-    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False, is_main_process=is_main_process)
+    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
 
 
 def load_low_rank(model: PreTrainedModel, directory: str) -> nn.Module:

@@ -109,8 +109,10 @@ class PlainTrainer(SparseTrainer):
         output_dir = output_dir or self.args.output_dir
         if self.trained.method in LOW_RANK:
             names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            names += [name for name, _ in self.model.named_buffers() if ".modules_to_save." in name]
             state = self._state(names) if self._is_partitioned else None
-            save_low_rank(self.model, output_dir, state, self.args.should_save)
+            if self.args.should_save:
+                save_low_rank(self.model, output_dir, state)
         else:
             self._save_whole(output_dir)
         if self.args.push_to_hub and not _internal_call:

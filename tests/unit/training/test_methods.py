@@ -167,6 +167,8 @@ def test_a_budget_gives_the_rank_with_the_nearest_count(classifier, train, tmp_p
         results = train(classifier(method, sparse, method=method, budget="same"))
         assert results["sparse_parameters"] == wanted
         assert results["rank"] > 1
+        config = json.loads((tmp_path / method / "adapter" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (results["rank"], 2 * results["rank"])
         saved = load_file(tmp_path / method / "adapter" / "adapter_model.safetensors")
         step = sum(each.numel() for n, each in saved.items() if "lora_A" in n or "lora_B" in n) / results["rank"]
         assert abs(results["trainable_parameters"] - wanted) <= step / 2
