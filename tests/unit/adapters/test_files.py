@@ -54,7 +54,7 @@ def test_the_config_tells_what_was_trained(bases, adapter):
     assert config["task"] == "sequence-classification"
     assert {key: value for key, value in config["sparse"].items() if value is not None} == {
         **{"density": 0.04, "seed": 11, "selection": "stratified", "granularity": 1, "dropout": 0.0},
-        **{"indices": "stored", "transient_mib": 64, "columns": 1},
+        **{"indices": "stored", "transient_mib": 64, "columns": 1, "selection_examples": 64},
     }
     drawn = config["tensors"][A_DELTA]
     assert (drawn["rule"], drawn["seed"], drawn["granularity"]) == ("stratified-v1", 11, 1)
