@@ -143,16 +143,25 @@ class Hosts(Mapping[str, "Host"]):
         for heal in self.healers:
             heal()
 
+    def strays(self) -> dict[psutil.Process, str]:
+        """All processes but the hosts' own services, with the names of their hosts."""
+        return {process: host.name for host in self.values() for process in host.strays()}
+
     def end_strays(self, grace_seconds: float = 3) -> list[str]:
-        """Kill all processes but the hosts' own services. Returns: what had not ended by itself in `grace_seconds`."""
-        strays = {process: host.name for host in self.values() for process in host.strays()}
+        """Kill the strays. Returns: what had not ended by itself in `grace_seconds`."""
+        strays = self.strays()
         _, left = psutil.wait_procs(strays, timeout=grace_seconds)
         lines = []
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                lines.append(f"{strays[process]}: {' '.join(process.cmdline())}")
-                process.kill()
-        psutil.wait_procs(left, timeout=grace_seconds)
+        for _ in range(20):
+            if not left:
+                break
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    lines.append(f"{strays[process]}: {' '.join(process.cmdline())}")
+                    process.kill()
+            psutil.wait_procs(left, timeout=grace_seconds)
+            # What they had started in the meantime
+            left = list(strays := self.strays())
         return lines
 
     def left_over(self) -> list[str]:

@@ -234,6 +234,8 @@ def test_a_run_that_is_interrupted_while_it_starts_leaves_no_file(
         run.wait(SECONDS, status=None)
         assert run.status != 0
         assert len(files()) == (signum == signal.SIGKILL)
+        if signum != signal.SIGKILL:
+            wait_until(lambda: not hosts.strays(), SECONDS, "what had started on the hosts has ended by itself")
 
     interrupt(signum)
     if signum == signal.SIGKILL:
