@@ -38,7 +38,7 @@ class Watch(TrainerCallback):
 def measure(path: str, out: str) -> None:
     recipe = load_recipe(path)
     arguments = training_arguments(recipe)
-    tokenizer, prepared, model, _ = build(recipe, arguments)
+    tokenizer, prepared, model, *_ = build(recipe, arguments)
     sparsify(model, recipe.sparse)
     watch = Watch()
     trainer = SparseTrainer(

@@ -149,7 +149,7 @@ def compiled(tmp_path_factory) -> dict[str, dict]:
 def test_kernels_compile_and_do_not_spill(compiled):
     assert {name.split()[0] for name in compiled} == {"sm_80", "sm_90"}
     assert {name.split()[1] for name in compiled} == {
-        *("tokens_last", "sampled", "strips", "gather", "write", "write_all"),
+        *("tokens_last", "sampled", "strips", "gather", "write", "write_all", "write_all_columns"),
         *("circles", "move"),
     }
     for name, resources in compiled.items():
