@@ -46,7 +46,8 @@ def attach(model: nn.Module, state: Sparsity) -> None:
 def _detach(model: nn.Module, state: Sparsity) -> None:
     """Make a plain model of it again, which keeps the values that it has."""
     sparse_model.detach(model)
-    vars(model).pop(HAS_ADAPTER, None)
+    if "peft_config" not in vars(model):  # else it is set by transformers' own add_adapter
+        vars(model).pop(HAS_ADAPTER, None)
     for weight in state.weights.values():
         layers.detach(weight)
     for layer in state.packed_layers:

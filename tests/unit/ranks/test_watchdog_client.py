@@ -321,7 +321,6 @@ def test_a_rank_does_not_believe_another_program(answers: list[bytes | None]) ->
         address = Address(*listener.getsockname(), "5ec2e7")
         with pytest.raises(UserError, match=rf"127.0.0.1:{address.port} is not the watchdog of this run"):
             WatchdogClient(address, RankInfo(0, "n1", 1), 1, StopRequest(), 30, connect_seconds=0.5)
-        thread.join(timeout=10)
 
 
 def test_the_secret_is_not_sent(open_watchdog) -> None:
