@@ -182,9 +182,7 @@ def launching(hosts: Hosts, name: str, program: str) -> psutil.Process:
         ("deepspeed", "n1", "deepspeed", SIGNALLED),
         ("deepspeed", "n1", "pdsh", rf"(?:{LEFT_BEHIND}|{LOST.format('[01]', 'n[12]', '[0-9]+')})"),
         ("deepspeed", "n1", "deepspeed.launcher.launch", LOST),
-        ("deepspeed", "n2", "deepspeed.launcher.launch", LOST),
         ("torchrun", "n1", "pdsh", SIGNALLED),
-        ("torchrun", "n1", "launcher.ways.torchrun", LOST),
         ("torchrun", "n2", "launcher.ways.torchrun", LOST),
     ],
 )

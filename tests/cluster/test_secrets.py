@@ -35,7 +35,6 @@ WAYS = {
     "torchrun": ("pdsh", ["launcher=torchrun", "hostfile=HOSTFILE"]),
     "slurm": ("slurm", ["launcher=slurm", "nodes=2"]),
     "deepspeed here": ("hosts", ["launcher=deepspeed", "processes_per_node=2"]),
-    "torchrun here": ("hosts", ["launcher=torchrun", "processes_per_node=2"]),
     "local": ("hosts", ["launcher=local", "processes_per_node=2"]),
 }
 """By way: the part of the lab that it needs, and keys of `launch`."""

@@ -61,7 +61,8 @@ def variants() -> list[tuple]:
         for name, known in (("some", {}), ("whole", {"indices": None})):
             constants = {"STRIPS": triton_kernels.TILE_STRIPS, "COLUMNS": 11} | known
             add(f"write_all_columns {dtype} {name}", triton_writes._write_all_columns_kernel, pointers, constants)
-    for dtype, (granularity, tile) in itertools.product(("bf16", "fp16", "fp32"), STRIPS):
+    of_strips = [*itertools.product(("bf16", "fp32"), STRIPS), ("fp16", STRIPS[0])]
+    for dtype, (granularity, tile) in of_strips:
         operands = {"rows": f"*{dtype}", "last": f"*{dtype}", "result": "*fp32"}
         operands |= {"block_starts": "*i32", "strip_indices": "*i32"}
         padded = max(triton_kernels.MIN_ROWS, granularity)

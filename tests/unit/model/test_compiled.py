@@ -192,7 +192,7 @@ def test_autocast():
         assert (weight.delta.grad - right).norm() < 0.03 * right.norm(), name
 
 
-@pytest.mark.parametrize(("family", "columns"), [("llama", "whole"), ("gpt2", 0.25), ("mixtral", 0.25)])
+@pytest.mark.parametrize(("family", "columns"), [("llama", "whole"), ("gpt2", 0.25)])
 def test_drawn_columns(family, columns):
     settings = {"columns": columns, "targets": "all-linear", "density": 0.1}
     model, eager = sparse(family, **settings), sparse(family, **settings)

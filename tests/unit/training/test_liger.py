@@ -23,8 +23,8 @@ from sparse_zero.ranks.network import free_port
 from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.zero.parameters import full_shape
 
-HEADS = ["frozen", "selected", "whole", "tied"]
-STAGE_3_HEADS = ["selected-stage-3", "whole-stage-3"]
+HEADS = ["frozen", "whole", "tied"]
+STAGE_3_HEADS = ["selected-stage-3"]
 LOSS_ONLY = {"rope": False, "rms_norm": False, "swiglu": False}
 
 
