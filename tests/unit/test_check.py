@@ -36,7 +36,12 @@ def test_tests_of_a_changed_file(file: str, tests: str | None) -> None:
 
 def test_packages_that_import_a_changed_one() -> None:
     assert {"sparse_zero/model", "sparse_zero/training"} <= check.importers({"sparse_zero/selection"})
-    assert check.importers({"launcher/ways"}) == {"launcher", "launcher/comparison", "launcher/doctor", "launcher/jobs"}
+    assert check.importers({"launcher/ways"}) == {
+        "launcher",
+        "launcher/comparison",
+        "launcher/doctor",
+        "launcher/jobs",
+    }
     assert check.importers({"benchmarks"}) == set()
 
 
