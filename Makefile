@@ -1,6 +1,6 @@
 # make demo      set up, fine-tune the packaged MiniLM-L6 on two ranks, evaluate, merge
 # make demo-llm  set up, fine-tune SmolLM2-135M on problems of GSM8K, answer three before and after: 10 to 15 minutes
-# make test      set up, run the linter and all tests: some 25 minutes on two cores
+# make test      set up, run the linter and all tests: less than 30 minutes on two cores
 # make check     the linter and the tests of what has changed: less than two minutes
 # make families  what sparsify does with every family of transformers, into docs/families.md: 3 minutes on one core
 # make fuzz      thousands of damaged adapters and checkpoints: FUZZ_CASES=500 of each kind
@@ -20,8 +20,7 @@ LLM := $(if $(GPUS),$(GSM8K) training.per_device_train_batch_size=16 data.eval_s
 LLM_TIME := $(if $(GPUS),all problems of GSM8K: some minutes on a GPU,200 problems of GSM8K: 10 to 15 minutes on two CPU cores)
 LLM_RUN := runs/smollm2-gsm8k
 
-# What takes longest comes first. A worker runs all tests of a file, which share hosts, ranks or a wheel. There is one
-# worker more than cores of the smallest machine: many tests wait for something.
+# What takes longest comes first. A worker runs all tests of a file, which share hosts, ranks or a wheel.
 TESTS := tests/cluster tests/distributed tests/wheel tests/docs tests/fuzz tests/unit
 
 .PHONY: demo demo-llm test check lint fuzz families docs clean
@@ -38,7 +37,7 @@ demo-llm: $(SETUP)
 		--out $(LLM_RUN)/answers.jsonl
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
 
 check: lint
 	$(BIN)/python tests/check.py $(PYTEST_ARGS)

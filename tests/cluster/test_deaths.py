@@ -86,7 +86,7 @@ def start(
             assert run.status is None, f"{run}\nended ({run.status}); it printed\n{run.output}"
             return any(output.glob("checkpoint-*/manifest.json"))
 
-        wait_until(has_saved, 120, f"{run} has saved")
+        wait_until(has_saved, 240, f"{run} has saved")
         return run, output
 
     return start
