@@ -172,8 +172,20 @@ def _living_indices() -> list[torch.Tensor]:
     return [
         tensor
         for tensor in tensors
-        if tensor.layout == torch.strided and tensor.dtype in (torch.int32, torch.int64) and tensor.dim() > 0
+        if tensor.layout == torch.strided
+        and tensor.dtype in (torch.int32, torch.int64)
+        and tensor.dim() > 0
+        and _has_values(tensor)
     ]
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether it has memory. Tensors that torch.compile's traces have left do not."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _originals(model: nn.Module) -> list[torch.Tensor]:
