@@ -184,16 +184,6 @@ class SparseWeight(WeightValues):
         writes.refresh([self], checks_data=checks_data)
 
     def due(self, in_forward: bool = False, checks_data: bool = False) -> writes.Due | None:
-        """What must be written so that the weight has the deltas. Another adapter's values are removed first.
-
-        Args:
-            in_forward: under the setting of a forward, instead of `at_rest`.
-            checks_data: also write after changes that autograd does not count, as by `delta.data`. On the CPU a hash
-                finds them. Elsewhere a hash would wait for the device: if gradients are enabled, the deltas are
-                written again, which takes less time.
-
-        Returns: None if the weight has the deltas already, and under ZeRO stage 3, where gathered copies get them.
-        """
         if self.is_partitioned:
             return None
         setting = self.setting if in_forward else self.at_rest

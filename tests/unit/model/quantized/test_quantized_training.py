@@ -278,6 +278,14 @@ def test_what_is_refused(base):
         stored(**batch())
 
 
+@pytest.mark.parametrize("selection", ["gradient", "snip"])
+def test_selection_by_gradients_is_refused(base, selection):
+    model = load(base, "nf4")
+    config = SparseConfig(targets="all-linear", density=0.03, selection=selection)
+    with pytest.raises(UserError, match=r"proj\.weight.*gradients of quantised weights are not computed"):
+        sparsify(model, config, batches=[batch()])
+
+
 def test_an_evaluation_does_not_repack(base):
     """bitsandbytes' first evaluation on a CPU with bfloat16 instructions repacks a layer and rounds its statistics;
     trained afterwards, it has no gradient for its input."""
