@@ -1,5 +1,5 @@
 # make demo      set up, fine-tune the packaged MiniLM-L6 on two ranks, evaluate, merge
-# make demo-llm  set up, fine-tune SmolLM2-135M on problems of GSM8K, answer three before and after: 10 to 15 minutes
+# make demo-llm  set up, fine-tune SmolLM2-135M on problems of GSM8K, answer three before and after: 5 to 10 minutes
 # make test      set up, run the linter and all tests: less than 30 minutes on two cores
 # make check     the linter and the tests of what has changed: less than two minutes
 # make families  what sparsify does with every family of transformers, into docs/families.md: 3 minutes on one core
@@ -17,7 +17,7 @@ DEMO := $(if $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*),,launch.processes_per
 GSM8K ?= data.path=openai/gsm8k data.name=main
 GPUS := $(wildcard /dev/nvidia0 /dev/kfd /dev/accel*)
 LLM := $(if $(GPUS),$(GSM8K) training.per_device_train_batch_size=16 data.eval_size=500,launch.processes_per_node=2)
-LLM_TIME := $(if $(GPUS),all problems of GSM8K: some minutes on a GPU,200 problems of GSM8K: 10 to 15 minutes on two CPU cores)
+LLM_TIME := $(if $(GPUS),all problems of GSM8K: some minutes on a GPU,200 problems of GSM8K: 5 to 10 minutes on two CPU cores)
 LLM_RUN := runs/smollm2-gsm8k
 
 # What takes longest comes first. A worker runs all tests of a file, which share hosts, ranks or a wheel.
