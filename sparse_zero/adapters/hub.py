@@ -6,13 +6,21 @@ adapter_directory("user/adapter", revision="v1")   # a directory in the hub's ca
 import os
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, hf_hub_download, metadata_load, metadata_save, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
+from sparse_zero.adapters.edited_cards import with_edits
 from sparse_zero.errors import UserError, first_line
 
-OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_positions.safetensors", "README.md")
+_CARD = "README.md"
+OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_positions.safetensors", _CARD)
 """The files of an adapter."""
 
 _DOWNLOADED = (*OWN_FILES, "adapter_*", "sparse_deltas.*", "*_init.*", "config.json", "model*.safetensors*")
@@ -53,29 +61,67 @@ def adapter_directory(name: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def push(directory: str | Path, repository: str) -> str:
+def push(
+    directory: str | Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    tags: list[str] | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> str:
     """Upload the files of an adapter to the hub, as one commit.
+
+    What a person wrote into the card on the hub is kept: the card in the directory becomes the one that is uploaded.
 
     Args:
         directory: the adapter's.
         repository: `user/name`; created if it does not exist.
+        tags: added to those of the card.
+        private, token, revision, create_pr, commit_message, commit_description: as of huggingface_hub.
 
     Returns: the address of the commit.
 
     Raises:
         UserError: the repository cannot be written.
     """
-    api = HfApi()
+    api = HfApi(token=token)
     try:
-        api.create_repo(repository, exist_ok=True)
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        keep_edits(directory, repository, revision, token)
+        if tags:
+            metadata = metadata_load(Path(directory, _CARD)) or {}
+            metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", ()), *tags]))
+            metadata_save(Path(directory, _CARD), metadata)
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=directory,
+            revision=revision,
+            create_pr=create_pr,
             allow_patterns=list(OWN_FILES),
             # An adapter of another selection has no positions of its own
             delete_patterns=["adapter_positions.safetensors"],
-            commit_message="Upload the adapter",
+            commit_message=commit_message or "Upload the adapter",
+            commit_description=commit_description,
         )
     except Exception as error:  # also those of the HTTP library, which differs with the version
         raise UserError(f"push_to_hub: {repository}: cannot be written ({first_line(error)})") from error
     return str(commit.commit_url)
+
+
+def keep_edits(
+    directory: str | Path, repository: str, revision: str | None = None, token: str | bool | None = None
+) -> None:
+    """Put what a person wrote into the card on the hub into the card of a directory. Args: as of `push`."""
+    card = Path(directory, _CARD)
+    try:
+        found = hf_hub_download(repository, _CARD, revision=revision, token=token)
+    except LocalEntryNotFoundError:  # the hub cannot be reached
+        raise
+    except (EntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+        return
+    text = Path(found).read_text(encoding="utf-8", errors="replace")
+    card.write_text(with_edits(card.read_text(encoding="utf-8"), text, repository), encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from sparse_zero.adapters.companions import hub_id, licence_of
+from sparse_zero.adapters.edited_cards import marked
 from sparse_zero.adapters.schema import AdapterConfig
 from sparse_zero.data.quantization import transformers_config
 
@@ -21,13 +22,16 @@ _METRICS = {
 
 def model_card(config: AdapterConfig) -> str:
     """The text of README.md: what was trained, the results, how to load it, and versions. Without local paths."""
-    return _card(
-        _metadata(config, "adapter", "sparse-zero", ["sparse-zero", "sparta", "adapter"]),
+    text = _joined(
         f"# Sparse adapter of {_shown(config)}",
         _training(config),
         _results(config.results),
         _usage(config),
         "## Versions\n\n" + ", ".join(f"{name} {number}" for name, number in config.library_versions.items()),
+    )
+    return _card(
+        _metadata(config, "adapter", "sparse-zero", ["sparse-zero", "sparta", "adapter"]),
+        marked(text),
     )
 
 
@@ -55,7 +59,11 @@ def merged_card(config: AdapterConfig, scale: float, quantized: str | None = Non
 
 
 def _card(metadata: ModelCardData, *sections: str) -> str:
-    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{_joined(*sections)}\n"
+
+
+def _joined(*sections: str) -> str:
+    return "\n\n".join(section for section in sections if section)
 
 
 def _metadata(config: AdapterConfig, relation: str, library: str, tags: list[str]) -> ModelCardData:

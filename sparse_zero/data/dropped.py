@@ -2,16 +2,14 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
 
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from sparse_zero.data.cached_maps import filter_rows
 from sparse_zero.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-Filter = Callable[[Dataset, Callable[..., list[bool]], list[str]], Dataset]
 
 
 class Dropped:
@@ -22,22 +20,20 @@ class Dropped:
         self.counts: dict[str, dict[str, int]] = defaultdict(dict)
         self.is_reported = is_reported
 
-    def incomplete(self, dataset: Dataset, columns: list[str], split: str, keep: Filter) -> Dataset:
+    def incomplete(self, dataset: Dataset, columns: list[str], split: str) -> Dataset:
         """Leave out the rows that lack a value of a column.
 
-        Args:
-            split: the split's name, for messages.
-            keep: filters a data set by a function of its columns.
+        Args: split: the split's name, for messages.
 
         Raises UserError: no row is left.
         """
         if not any(dataset.data.column(column).null_count for column in columns):
             return dataset
-        kept = keep(dataset, _is_present, columns)
+        kept = filter_rows(dataset, _is_present, columns)
         self._count(len(dataset), {f"have no value for {' or '.join(columns)}": len(dataset) - len(kept)}, split)
         return kept
 
-    def with_reason(self, encoded: Dataset, split: str, keep: Filter) -> Dataset:
+    def with_reason(self, encoded: Dataset, split: str) -> Dataset:
         """Leave out the examples whose column `dropped` has a reason, and remove the column.
 
         Raises UserError: no example is left.
@@ -45,7 +41,7 @@ class Dropped:
         counts = pc.value_counts(encoded.data.column("dropped")).to_pylist()
         reasons = {count["values"]: count["counts"] for count in counts if count["values"]}
         self._count(len(encoded), reasons, split)
-        kept = keep(encoded, _has_no_reason, ["dropped"]) if reasons else encoded
+        kept = filter_rows(encoded, _has_no_reason, ["dropped"]) if reasons else encoded
         return kept.remove_columns("dropped")
 
     def _count(self, total: int, reasons: dict[str, int], split: str) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import ClassLabel, Dataset, LargeList, List
 
+from sparse_zero.data.columns import type_name
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import ProblemType
 
@@ -84,15 +85,15 @@ def _kind(split: Dataset, column: str, name: str) -> ProblemType:
     feature = split.features[column]
     if isinstance(feature, List | LargeList):
         return "multi_label_classification"
-    type_name = _type_name(feature)
+    dtype = type_name(feature)
     where = f"data.columns.label: column '{column}' of the {name} data"
-    if not isinstance(feature, ClassLabel) and not type_name.startswith(_SINGLE_TYPES):
+    if not isinstance(feature, ClassLabel) and not dtype.startswith(_SINGLE_TYPES):
         raise UserError(
-            f"{where} has the type {type_name}; a label is a string, an integer, a boolean, a number, or a list of "
+            f"{where} has the type {dtype}; a label is a string, an integer, a boolean, a number, or a list of "
             "strings or integers"
         )
     # pandas turns an integer column with missing values into floats
-    if type_name.startswith("float") and any(not value.is_integer() for value in split.unique(column)):
+    if dtype.startswith("float") and any(not value.is_integer() for value in split.unique(column)):
         return "regression"
     return "single_label_classification"
 
@@ -111,10 +112,10 @@ def _check_kind(found: ProblemType, wanted: ProblemType, column: str) -> None:
 def _numbers(column: str, splits: Mapping[str, Dataset]) -> Labels:
     for name, split in splits.items():
         feature = split.features[column]
-        type_name = _type_name(feature)
-        if isinstance(feature, ClassLabel) or not type_name.startswith(("int", "uint", "float")):
+        dtype = type_name(feature)
+        if isinstance(feature, ClassLabel) or not dtype.startswith(("int", "uint", "float")):
             raise UserError(
-                f"data.columns.label: column '{column}' of the {name} data has the type {type_name}; regression needs "
+                f"data.columns.label: column '{column}' of the {name} data has the type {dtype}; regression needs "
                 "numbers"
             )
         values = split.unique(column)
@@ -198,7 +199,7 @@ def _labels_by_value(dataset: Dataset, column: str, name: str) -> dict[Any, Labe
                 f"{where} has unlabelled examples ({min(values)}); choose another split or set data.filter"
             )
         return dict(enumerate(feature.names))
-    if _type_name(feature).startswith("float"):
+    if type_name(feature).startswith("float"):
         return {value: int(value) for value in values}
     return {value: value for value in values}
 
@@ -208,11 +209,9 @@ def _values(dataset: Dataset, column: str, where: str) -> list:
     feature = dataset.features[column]
     if not isinstance(feature, List | LargeList):
         return dataset.unique(column)
-    type_name = _type_name(feature.feature)
-    if not isinstance(feature.feature, ClassLabel) and not type_name.startswith(
-        ("int", "uint", "string", "large_str")
-    ):
-        raise UserError(f"{where} has lists of {type_name}; several labels are a list of strings or integers")
+    dtype = type_name(feature.feature)
+    if not isinstance(feature.feature, ClassLabel) and not dtype.startswith(("int", "uint", "string", "large_str")):
+        raise UserError(f"{where} has lists of {dtype}; several labels are a list of strings or integers")
     distinct: dict[Any, None] = {}
     for batch in dataset.select_columns([column]).iter(10_000):
         for labels in batch[column]:
@@ -229,7 +228,3 @@ def _values(dataset: Dataset, column: str, where: str) -> list:
 
 def _inner(feature: Any) -> Any:
     return feature.feature if isinstance(feature, List | LargeList) else feature
-
-
-def _type_name(feature: Any) -> str:
-    return feature.dtype if isinstance(feature, Value) else type(feature).__name__

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sparse_zero.data.datasets import PreparedData, load_splits, prepare_data
+from sparse_zero.data.datasets import PreparedData, prepare_data
 from sparse_zero.data.models import add_tokens, head_labels, load_config, load_tokenizer, max_positions
+from sparse_zero.data.splits import load_splits
 from sparse_zero.data.tokenization import IGNORED
 from sparse_zero.recipe.objective import refuse_objective
 from sparse_zero.recipe.recipe import Recipe

@@ -4,7 +4,8 @@ import logging
 
 from datasets import Dataset
 
-from sparse_zero.data.datasets import check_columns, load_splits, without_incomplete
+from sparse_zero.data.columns import check_columns, without_incomplete
+from sparse_zero.data.splits import load_splits
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import DataSection
 

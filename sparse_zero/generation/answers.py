@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from sparse_zero.data.columns import check_columns
 from sparse_zero.data.conversations import as_messages, as_tools, role_in_template
-from sparse_zero.data.datasets import check_columns, load_splits
 from sparse_zero.data.models import load_config, meta_model
 from sparse_zero.data.quantization import completed
+from sparse_zero.data.splits import load_splits
 from sparse_zero.errors import UserError
 from sparse_zero.generation.chat import check_comparison
 from sparse_zero.generation.language_model import LanguageModel, Turns, open_model

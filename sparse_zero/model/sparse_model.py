@@ -5,6 +5,7 @@ It keeps calls that read, save or rebuild the model from giving stale or mixed w
 
 import functools
 import importlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,6 +88,22 @@ class SparseModel:
         save_adapter = importlib.import_module("sparse_zero").save_adapter
         repository = repo_id if push_to_hub else None
         save_adapter(self, save_directory, is_main_process, state_dict=state_dict, push_to_hub=repository)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> str:
+        """Upload the adapter to the hub, with its card. Returns: the address of the commit.
+
+        Args:
+            repo_id: the repository, `user/name`; created if it does not exist.
+            max_shard_size: concerns a base model's files; ignored.
+            **kwargs: private, token, revision, tags, create_pr, commit_message, commit_description.
+
+        Raises:
+            UserError: the repository cannot be written.
+        """
+        push = importlib.import_module("sparse_zero.adapters.hub").push
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return push(directory, repo_id, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
         # Without a gradient, reads return the parameters themselves

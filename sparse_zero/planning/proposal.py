@@ -15,10 +15,10 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from sparse_zero.data.datasets import load_splits
 from sparse_zero.data.files import open_builder
 from sparse_zero.data.forms import Form, recognise
 from sparse_zero.data.models import load_config, load_tokenizer, max_positions
+from sparse_zero.data.splits import load_splits
 from sparse_zero.errors import UserError
 from sparse_zero.planning.plan import RESERVED, device_bytes
 from sparse_zero.planning.planned_run import describe_run

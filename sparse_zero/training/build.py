@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_zero.data.datasets import PreparedData, load_parts, prepare_data
+from sparse_zero.data.datasets import PreparedData, prepare_data
 from sparse_zero.data.general_text import text_pieces
 from sparse_zero.data.metrics import CLASSIFIER_METRICS, METRICS, language_model_metrics, token_losses
 from sparse_zero.data.models import (
@@ -25,6 +25,7 @@ from sparse_zero.data.models import (
 )
 from sparse_zero.data.packing import check_packing
 from sparse_zero.data.quantization import check_trainable
+from sparse_zero.data.splits import load_parts
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.recipe.learning_rate import OTHER_METHODS, default_learning_rate
 from sparse_zero.recipe.method import SPARSE, method_of

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import has_length
 
+from sparse_zero.adapters.hub import keep_edits
 from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsity import sparsity_of
@@ -194,4 +195,6 @@ class SparseTrainer(PreemptibleTrainer):
         return {"adapter": str(output / "adapter")}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps the adapter's card, which was written with it. transformers would write another over it."""
+        """Keeps the adapter's card, and what a person wrote into it on the hub. transformers would write another."""
+        if self.hub_model_id is not None:
+            keep_edits(self.args.output_dir, self.hub_model_id, self.args.hub_revision, self.args.hub_token)

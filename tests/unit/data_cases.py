@@ -4,7 +4,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from sparse_zero.data.datasets import load_splits, prepare_data
+from sparse_zero.data.datasets import prepare_data
+from sparse_zero.data.splits import load_splits
 from sparse_zero.data.tokenization import IGNORED
 from sparse_zero.recipe.recipe import DataSection
 

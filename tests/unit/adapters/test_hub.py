@@ -157,28 +157,74 @@ def test_what_the_hub_does_not_have(run, adapters):
 
 
 PUSH = """
-import sys
-from transformers import AutoModelForCausalLM
-from sparse_zero import load_adapter, save_adapter
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from transformers import AutoModelForCausalLM, TrainingArguments
+from sparse_zero import SparseTrainer, load_adapter, save_adapter
 model = load_adapter(AutoModelForCausalLM.from_pretrained("org/base"), "user/adapter")
-save_adapter(model, "again", push_to_hub="user/pushed")
-model.save_pretrained("again", push_to_hub=True, repo_id="user/other")
+save_adapter(model, "pushed", push_to_hub="user/pushed")
+model.save_pretrained("other", push_to_hub=True, repo_id="user/other")
+
+def edit(repository, old, new):
+    with open(hf_hub_download(repository, "README.md")) as file:
+        card = file.read()
+    assert old in card
+    HfApi().upload_file(
+        path_or_fileobj=card.replace(old, new).encode(), path_in_repo="README.md", repo_id=repository
+    )
+
+model.push_to_hub("user/mixin", tags=["mine"], private=True, max_shard_size="1GB")
+edit("user/mixin", "<!-- sparse-zero: rew", "# My adapter\\r\\n\\n<!-- sparse-zero: rew")
+edit("user/mixin", "sparse-zero: end -->", "sparse-zero: end -->\\nWritten by me.")
+edit("user/mixin", "tags:", "license: mit\\nlanguage: en\\ntags:\\n- french")
+model.sparsity.results = {"accuracy": 0.625}
+model.push_to_hub("user/mixin")
+arguments = TrainingArguments("run", hub_model_id="user/mixin", use_cpu=True, report_to=[], hub_token="hf_test")
+model.sparsity.results = {"accuracy": 0.75}
+SparseTrainer(model, arguments).push_to_hub()
+
+edit("user/pushed", "## Use", "## How I use it")
+save_adapter(model, "pushed", push_to_hub="user/pushed")
 save_adapter(model, "again", push_to_hub="forbidden/pushed")
 """
 
 
-def test_an_adapter_is_pushed_with_its_card(run, server, adapters, tmp_path):
-    edited = b"---\nlicense: [broken\n---\nmine"
-    server.add("user/other", {"adapter_positions.safetensors": b"old", "notes.txt": b"mine", "README.md": edited})
-    _, err = run(code=PUSH, status=1)
-    assert "sparse_zero.errors.UserError: push_to_hub: forbidden/pushed: cannot be written (" in err
-    for repository, others in (("user/pushed", {}), ("user/other", {"notes.txt": b"mine"})):
-        files = server.commits[server.branches[repository, "main"]]
-        written = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+@pytest.fixture
+def pushed(run, server, adapters) -> str:
+    """Adapters on the hub, some of whose cards were edited there. Returns: stderr."""
+    broken = b"---\nlicense: [broken\n---\nmine"
+    server.add("user/other", {"adapter_positions.safetensors": b"old", "notes.txt": b"mine", "README.md": broken})
+    return run(code=PUSH, status=1)[1]
+
+
+def test_an_adapter_is_pushed_with_its_card(pushed, server, adapters, tmp_path):
+    """What a person wrote into the card on the hub outlives a push, by each way of pushing."""
+    assert "sparse_zero.errors.UserError: push_to_hub: forbidden/pushed: cannot be written (" in pushed
+    cards = {}
+    for name, others in (("pushed", {}), ("other", {"notes.txt": b"mine"})):
+        files = server.commits[server.branches[f"user/{name}", "main"]]
+        written = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         assert files == written | others
-    card = yaml.safe_load((tmp_path / "again" / "README.md").read_text().split("---")[1])
-    assert (card["base_model"], card["base_model_relation"]) == ("org/base", "adapter")
-    assert read_config(tmp_path / "again").base_model_name_or_path == "org/base"
+        assert read_config(tmp_path / name).base_model_name_or_path == "org/base"
+    for name in ("pushed", "other", "mixin"):
+        card = server.commits[server.branches[f"user/{name}", "main"]]["README.md"].decode()
+        cards[name] = (yaml.safe_load(card.split("---")[1]), card)
+        assert (cards[name][0]["base_model"], cards[name][0]["base_model_relation"]) == ("org/base", "adapter")
+
+    # The metadata could not be read, and there was no text of ours
+    assert cards["other"][1].endswith("---\nmine")
+    # Edited within our text: it stays, with its old figures, and a warning says so
+    assert "## How I use it" in cards["pushed"][1]
+    assert "| accuracy |" not in cards["pushed"][1]
+    assert cards["pushed"][0]["metrics"] == ["accuracy"]
+    assert pushed.count("the text of the model card was edited") == 2  # and that of user/other
+    # Edited around it: the new figures are there, by the mixin and by the Trainer
+    metadata, card = cards["mixin"]
+    assert {"license": "mit", "language": "en"}.items() <= metadata.items()
+    assert metadata["tags"] == ["french", "sparse-zero", "sparta", "adapter", "mine"]
+    assert card.index("# My adapter\n") < card.index("# Sparse adapter of") < card.index("Written by me.")
+    assert "| accuracy |  | 0.75 |" in card
+    assert card.count("## Use") == 1
 
 
 def test_a_local_directory_wins(server, adapters, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 import rpn.text
-from sparse_zero.data.datasets import load_splits, prepare_data
+from sparse_zero.data.datasets import prepare_data
+from sparse_zero.data.splits import load_splits
 from sparse_zero.errors import UserError
 from sparse_zero.recipe.recipe import Recipe
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from data_cases import TEXT, prepared, section
 
-from sparse_zero.data.datasets import load_splits
+from sparse_zero.data.splits import load_splits
 from sparse_zero.errors import UserError
 
 ROWS = [{"text": f"sentence {row}"} for row in range(20)]

@@ -270,5 +270,5 @@ def test_tokens_are_computed_once_and_again_when_the_code_changes(write_rows, to
 
     assert run() == 10
     assert run() == 0
-    monkeypatch.setattr("sparse_zero.data.datasets._version", lambda: "another version")
+    monkeypatch.setattr("sparse_zero.data.cached_maps._version", lambda: "another version")
     assert run() == 10

@@ -55,7 +55,7 @@ def test_data_is_read_without_a_home(home, write_rows):
     path = write_rows([{"text": "a"}] * 20)
     code = (
         "from sparse_zero.ranks.caches import use_writable_caches; use_writable_caches()\n"
-        "from sparse_zero.data.datasets import load_splits\n"
+        "from sparse_zero.data.splits import load_splits\n"
         "from sparse_zero.recipe.recipe import DataSection\n"
         f"print(len(load_splits(DataSection(path={path!r}, columns={{}}))[0]))"
     )

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_zero import UserError, load_adapter
-from sparse_zero.data.datasets import load_parts
 from sparse_zero.data.general_text import text_pieces
+from sparse_zero.data.splits import load_parts
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.training.evaluate import evaluate
 

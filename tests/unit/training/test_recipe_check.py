@@ -8,7 +8,7 @@ import pytest
 from families import tiny
 
 from launcher import cli
-from sparse_zero.data import datasets, models, quantization
+from sparse_zero.data import models, quantization, splits
 from sparse_zero.training import build
 
 RECIPE = """
@@ -72,7 +72,7 @@ def check(folder, monkeypatch, capsys):
     monkeypatch.setattr(build, "load_model", forbidden)
     monkeypatch.setattr(build, "load_parts", forbidden)
     monkeypatch.setattr(models, "load_model", forbidden)
-    monkeypatch.setattr(datasets, "load_parts", forbidden)
+    monkeypatch.setattr(splits, "load_parts", forbidden)
 
     def check(*words: str) -> tuple[int, str]:
         try:

@@ -1,5 +1,7 @@
-"""What arrives at wandb, offline, in files of its own format: parameters, losses and metrics, and no secrets."""
+"""What arrives at wandb and mlflow, offline, in their own files: parameters, losses and metrics, and no secrets."""
 
+import importlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from sparse_zero import SparseConfig, UserError, sparsify
 from sparse_zero.training.trackers import TrackedSettings, check_imports
 
 SECRET = "0123456789" * 4
+IS_CI = os.environ.get("CI") == "true"
 
 
 @pytest.fixture
@@ -44,6 +47,39 @@ def test_parameters_losses_and_metrics_arrive(wandb: Any, trainer: Any, tmp_path
     assert any(path.suffix == ".wandb" for path in files)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
     assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.fixture
+def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = importlib.import_module("mlflow") if IS_CI else pytest.importorskip("mlflow")
+    address = f"file:{tmp_path / 'mlruns'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    module.set_tracking_uri(address)
+    yield module
+    module.end_run()
+    module.set_tracking_uri(None)
+
+
+def test_parameters_losses_and_metrics_arrive_at_mlflow(mlflow: Any, trainer: Any, tmp_path: Path) -> None:
+    """In a directory of files, which its own client reads."""
+    run = trainer(tmp_path / "out", report_to="mlflow", max_steps=4, save_strategy="no", hub_token=SECRET)
+    run.train()
+    client = mlflow.MlflowClient()
+    (only,) = client.search_runs(["0"])
+    assert only.info.status == "FINISHED"
+    found = only.data
+    assert float(found.params["learning_rate"]) == run.args.learning_rate
+    assert (found.params["sparse.density"], found.params["sparse.selection"]) == ("0.1", "stratified")
+    assert found.params["sparse.trainable_scalars"] == str(run.model.sparsity.trainable_parameters)
+    logged = {key: entry[key] for entry in run.state.log_history for key in ("loss", "eval_loss") if key in entry}
+    assert {key: found.metrics[key] for key in logged} == logged
+    history = client.get_metric_history(only.info.run_id, "loss")
+    losses = [(entry["step"], entry["loss"]) for entry in run.state.log_history if "loss" in entry]
+    assert [(point.step, point.value) for point in history] == losses
+    files = [path for path in (tmp_path / "mlruns").rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 class Config(dict):

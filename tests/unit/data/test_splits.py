@@ -3,7 +3,7 @@
 import pytest
 from data_cases import numbered, section
 
-from sparse_zero.data.datasets import load_splits
+from sparse_zero.data.splits import load_splits
 from sparse_zero.errors import UserError
 
 
