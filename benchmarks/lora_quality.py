@@ -10,6 +10,7 @@ budget. Its learning rate is the best on validation sentences, of RATES, as for 
 """
 
 import argparse
+from typing import Any
 
 import peft
 import torch
@@ -27,16 +28,22 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CACHE = RESULTS / "lora_quality.jsonl"
 
 
-def lora(model: nn.Module, run: Run) -> nn.Module:
-    """PEFT's LoRA with about `run.density` of the model's scalars, the classifier trained in full among them."""
-    config = SparseConfig(targets="all-linear")
+def lora(model: nn.Module, run: Run, targets_of: Any = "all-linear", alpha_of_rank: float | None = None) -> nn.Module:
+    """PEFT's LoRA with about `run.density` of the model's scalars, the classifier trained in full among them.
+
+    Args:
+        targets_of: as `SparseConfig.targets`.
+        alpha_of_rank: lora_alpha over the rank; None: PEFT's own lora_alpha.
+    """
+    config = SparseConfig(targets=targets_of)
     whole = find_modules_to_save(model, config)
     targets = find_targets(model, config, whole)
     head = {name: dict(model.named_parameters())[name].numel() for name in parameter_names(model, whole)}
     budget = run.density * sum(p.numel() for p in model.parameters()) - sum(head.values())
-    rank = round(budget / sum(sum(target.shape) for target in targets.values()))
+    rank = max(1, round(budget / sum(sum(target.shape) for target in targets.values())))
     modules = [name.removesuffix(".weight") for name in targets]
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=modules))
+    settings = {} if alpha_of_rank is None else {"lora_alpha": alpha_of_rank * rank}
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=modules, **settings))
 
 
 def tuning_runs() -> list[Run]:

@@ -30,11 +30,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from noise_quality_plan import CONTROL, STRENGTHS, Row, Run, is_settled, key_of, plan, sentences_of
 from noise_quality_table import write_table
+from sklearn.metrics import matthews_corrcoef
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.utils import logging
@@ -101,19 +102,41 @@ def noise_of(run: Run) -> dict[str, Any]:
 Adapt = Callable[[Any, Run], Any]
 
 
-def train_and_measure(run: Run, device: str, granularity: int = 1, adapt: Adapt | None = None) -> Row:
+class Sentences(NamedTuple):
+    """What a run trains on and is evaluated on."""
+
+    ids: list[list[int]]
+    labels: list[int]
+    training: list[int]
+    """Indices of ids and labels."""
+    held_out: list[int]
+
+
+def reviews(run: Run) -> Sentences:
+    """Those of Rotten Tomatoes."""
+    ids, labels = encoded_sentences(run.base_model, run.max_length)
+    return Sentences(ids, labels, *sentences_of(run, len(ids)))
+
+
+def train_and_measure(
+    run: Run,
+    device: str,
+    granularity: int = 1,
+    adapt: Adapt | None = None,
+    sentences: Callable[[Run], Sentences] = reviews,
+) -> Row:
     """Train and evaluate once.
 
     Args:
         granularity: of sparse runs. Not a setting of this benchmark, and not part of the row.
         adapt: returns the model to train, for methods other than sparse and full.
+        sentences: with two classes.
 
     Returns: the row of the cache: settings, accuracy and loss on the run's split, and the time.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    ids, labels = encoded_sentences(run.base_model, run.max_length)
+    ids, labels, training, held_out = sentences(run)
     lengths = [len(tokens) for tokens in ids]
-    training, held_out = sentences_of(run, len(ids))
     torch.manual_seed(run.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         package_path(run.base_model), num_labels=2, dtype=torch.float32
@@ -148,30 +171,33 @@ def train_and_measure(run: Run, device: str, granularity: int = 1, adapt: Adapt 
         schedule.step()
         optimizer.zero_grad()
     handle.detach()
-    accuracy, loss = measure(model, held_out, ids, labels, precision, device)
     return {
         **asdict(run),
         "trainable": sum(parameter.numel() for parameter in trained),
-        "accuracy": accuracy,
-        "loss": round(loss, 5),
+        **measure(model, held_out, ids, labels, precision, device),
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu_started, 1),
         "device": device_name(device),
     }
 
 
-def measure(model: Any, held_out: list[int], ids: list, labels: list, precision: Any, device: str) -> tuple:
-    """Accuracy, and mean loss, of the held-out sentences."""
+def measure(model: Any, held_out: list[int], ids: list, labels: list, precision: Any, device: str) -> Row:
+    """Accuracy, Matthews correlation and mean loss of the held-out sentences."""
     model.eval()
     ordered = sorted(held_out, key=lambda index: len(ids[index]))
-    correct = loss = 0.0
+    predicted, loss = [], 0.0
     with torch.inference_mode(), precision:
         for start in range(0, len(ordered), 100):
             inputs = collate(ordered[start : start + 100], ids, labels, device)
             output = model(**inputs)
-            correct += (output.logits.argmax(1) == inputs["labels"]).sum().item()
+            predicted += output.logits.argmax(1).tolist()
             loss += output.loss.item() * len(inputs["labels"])
-    return correct / len(ordered), loss / len(ordered)
+    known = [labels[index] for index in ordered]
+    return {
+        "accuracy": sum(map(int.__eq__, predicted, known)) / len(ordered),
+        "matthews": round(float(matthews_corrcoef(known, predicted)), 5),
+        "loss": round(loss / len(ordered), 5),
+    }
 
 
 def device_name(device: str) -> str:

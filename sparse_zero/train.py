@@ -252,8 +252,7 @@ def _contents(recipe: Recipe) -> str:
     """The recipe, with its files' contents instead of their paths, which may differ between hosts. Without the values
     of variables: its checksum is in torch's store, where everyone can read it.
     """
-    contents = {key: Path(name).read_text(encoding="utf-8") for key, name in recipe.files.items()}
-    return recipe.with_files(contents).model_dump_json(exclude={"launch": {"environment"}})
+    return recipe.with_contents().model_dump_json(exclude={"launch": {"environment"}})
 
 
 def _end(status: int) -> NoReturn:

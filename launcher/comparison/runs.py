@@ -46,7 +46,7 @@ class Interrupted(Exception):
 def open_directory(comparison: Comparison, resume: bool) -> None:
     """Make the directory of a comparison, or check that it is that of this one.
 
-    Raises UserError: it is another's, or has runs although the comparison does not resume.
+    Raises UserError: it is another's, has runs although the comparison does not resume, or cannot be written.
     """
     out, file = comparison.out, comparison.out / COMPARISON_FILE
     here = {"recipe": comparison.path, "overrides": list(comparison.shared), "checksum": _checksum(comparison)}
@@ -65,15 +65,16 @@ def open_directory(comparison: Comparison, resume: bool) -> None:
             )
         if not resume and any(out.glob(f"*/*/*/{RUN_FILE}")):
             raise UserError(f"{out}: has runs of this comparison; go on with --resume, or name another with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, here)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, here)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another directory with --out") from None
 
 
 def _checksum(comparison: Comparison) -> str:
     """Of what all runs have in common and decides their numbers, as far as this machine can say."""
-    recipe = comparison.recipe
-    contents = recipe.with_files({key: Path(name).read_text(encoding="utf-8") for key, name in recipe.files.items()})
-    facts = contents.model_dump(mode="json", exclude={"launch"})
+    facts = comparison.recipe.with_contents().model_dump(mode="json", exclude={"launch"})
     for key in ("output_dir", "run_name"):
         facts["training"].pop(key, None)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

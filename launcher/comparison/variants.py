@@ -92,6 +92,7 @@ def describe(
     misplaced = [word for word in methods if "." in word.partition("=")[0] and "=" in word]
     methods = [word for word in methods if word not in misplaced]
     overrides = [*overrides, *misplaced]
+    _check_output_dir(overrides)
     recipe = load_recipe(path, overrides)
     if (objective := recipe.training.get("objective")) is not None:
         raise UserError(f"compare: not for training.objective: {objective}")
@@ -121,6 +122,8 @@ def _parts(recipe: Recipe, text: str | None) -> list[str]:
     given = [] if recipe.data.test_split or recipe.data.test_size else ["data.test_size=0.5"]
     if recipe.model.task == "causal-lm":
         if text is not None:
+            if Path(text).is_file() and not Path(text).read_bytes().strip():
+                raise UserError(f"--text {text}: is empty; give a text of a few pages")
             given.append(f"data.forgetting={Path(text).resolve()}")
         elif recipe.data.forgetting is None:
             given.append(f"data.forgetting={SHIPPED_TEXT}")
@@ -147,7 +150,19 @@ def _variant(word: str, recipe: Recipe, budget: str | None) -> tuple[str, list[s
         words = []
     if not words or not all("." in each.partition("=")[0] and "=" in each for each in words):
         raise UserError(f"--methods: '{word}': write NAME='section.key=value section.key=value ...'")
+    if "training.seed" in _keys(words):
+        raise UserError(f"--methods: '{name}': training.seed is another in each run; give --seeds, or sparse.seed")
+    _check_output_dir(words)
     return name, words
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0] for word in overrides]
+
+
+def _check_output_dir(overrides: Sequence[str]) -> None:
+    if "training.output_dir" in _keys(overrides):
+        raise UserError("training.output_dir: each run has a directory of its own; name that of all with --out")
 
 
 def _overrides_of_method(name: str, recipe: Recipe, budget: str | None) -> list[str]:
@@ -169,8 +184,8 @@ def _overrides_of_method(name: str, recipe: Recipe, budget: str | None) -> list[
 def _own_rate(recipe: Recipe, overrides: Sequence[str]) -> float:
     """The rate of a variant without --rates. The recipe's own rate is meant for its own method."""
     training, task = recipe.training, recipe.model.task
-    is_own = any(word.partition("=")[0] == "training.learning_rate" for word in overrides)
-    if is_plain(training) and not is_own and any(word.startswith("training.method=") for word in overrides):
+    is_own = "training.learning_rate" in _keys(overrides)
+    if is_plain(training) and not is_own and "training.method" in _keys(overrides):
         return OTHER_METHODS[task][method_of(training)]
     if "learning_rate" in training:
         return _rate(str(training["learning_rate"]), "training.learning_rate")
@@ -182,14 +197,14 @@ def _own_rate(recipe: Recipe, overrides: Sequence[str]) -> float:
 def _rates(words: Sequence[str], names: Sequence[str]) -> tuple[tuple[float, ...], Mapping[str, tuple[float, ...]]]:
     """The rates of --rates: of all methods, and of single ones."""
     of_all: tuple[float, ...] = ()
-    of_one = {}
+    of_one: dict[str, tuple[float, ...]] = {}
     for word in words:
         name, is_of_one, given = word.rpartition("=")
-        found = tuple(dict.fromkeys(_rate(each, "--rates") for each in given.split(",")))
+        found = [_rate(each, "--rates") for each in given.split(",")]
         if not is_of_one:
-            of_all = found
+            of_all = tuple(dict.fromkeys([*of_all, *found]))
         elif name in names:
-            of_one[name] = found
+            of_one[name] = tuple(dict.fromkeys([*of_one.get(name, ()), *found]))
         else:
             raise UserError(f"--rates: '{name}' is not among the methods{did_you_mean(name, names)}")
     return of_all, of_one

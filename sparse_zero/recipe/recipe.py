@@ -187,6 +187,19 @@ class Recipe(Section):
             data = data.model_copy(update={"forgetting": paths["data.forgetting"]})
         return self.model_copy(update={"training": training, "rpn": rpn, "data": data})
 
+    def with_contents(self) -> "Recipe":
+        """A copy with the contents of its files instead of their paths, for checksums.
+
+        Raises UserError: a file cannot be read as text.
+        """
+        contents = {}
+        for key, name in self.files.items():
+            try:
+                contents[key] = Path(name).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{key}: {name}: cannot be read as text ({error})") from None
+        return self.with_files(contents)
+
     @model_validator(mode="before")
     @classmethod
     def _objective_sets_the_task(cls, recipe: Any) -> Any:

@@ -108,6 +108,8 @@ def test_rates(file) -> None:
 
     assert rates() == {"sparse": (0.03,), "lora": (1e-3,), "own": (0.5,)}
     assert rates("1e-3,3e-3,1e-3") == dict.fromkeys(("sparse", "lora", "own"), (1e-3, 3e-3))
+    assert rates("1e-3", "3e-3", "lora=1e-4", "lora=2e-4")["sparse"] == (1e-3, 3e-3)
+    assert rates("1e-3", "3e-3", "lora=1e-4", "lora=2e-4")["lora"] == (1e-4, 2e-4)
     assert rates("1e-3", "lora=1e-4,2e-4") == {"sparse": (1e-3,), "lora": (1e-4, 2e-4), "own": (1e-3,)}
 
 
@@ -139,6 +141,10 @@ def test_a_language_model_gets_a_text(file, tmp_path) -> None:
         (["--methods", "lora=training.method=lora"], "--methods: 'lora' is a method; give the variant"),
         (["--methods", "wide=sparse.densty=0.1"], "unknown key 'densty' in section 'sparse'"),
         (["--rates", "1e-3,fast"], "--rates: 'fast' is not a learning rate"),
+        (["--rates", "1e-3,"], "--rates: '' is not a learning rate"),
+        (["--methods", "w=training.seed=3"], "--methods: 'w': training.seed is another in each run; give --seeds"),
+        (["--methods", "w=training.output_dir=x"], "training.output_dir: each run has a directory of its own"),
+        (["training.output_dir=x"], "training.output_dir: each run has a directory of its own; name that of all with"),
         (["--rates", "-1"], "--rates: '-1' is not a learning rate"),
         (["--rates", "0"], "--rates: '0' is not a learning rate"),
         (["--rates", "wide=1e-3"], "--rates: 'wide' is not among the methods"),
@@ -155,6 +161,27 @@ def test_bad_arguments_are_one_sentence(file, words, message, capsys) -> None:
     assert said.startswith("sparse-zero: error: ")
     assert message in said
     assert not (file.parent / "out").exists()
+
+
+def test_a_text_that_is_none_is_one_sentence(file, tmp_path, capsys) -> None:
+    words = ["compare", str(file), "model.task=causal-lm", "data.columns={text: text}", "--out", str(tmp_path / "out")]
+    for content, message in (
+        (b" \n", "is empty; give a text of a few pages"),
+        (b"\xff\xfe", "cannot be read as text"),
+    ):
+        (tmp_path / "own.txt").write_bytes(content)
+        assert cli.main([*words, "--text", str(tmp_path / "own.txt")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("sparse-zero: error: ")
+        assert message in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_one_sentence(file, tmp_path, capsys) -> None:
+    (tmp_path / "a-file").write_text("")
+    assert cli.main(["compare", str(file), "--out", str(tmp_path / "a-file" / "out")]) == 2
+    assert "out: cannot be written (Not a directory); name another directory with --out" in capsys.readouterr().err
 
 
 def test_a_directory_of_another_comparison_is_refused(file, tmp_path) -> None:

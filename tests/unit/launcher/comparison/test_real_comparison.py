@@ -44,6 +44,30 @@ def test_the_table_agrees_with_single_runs_bit_for_bit(compared, tmp_path) -> No
     assert (Path(of_run["directory"]) / file).read_bytes() == (tmp_path / "single" / file).read_bytes()
 
 
+def test_each_method_agrees_with_its_single_run_bit_for_bit(compared, monkeypatch, tmp_path) -> None:
+    """The runs of the comparison in this process: what it makes of them is the same for any."""
+    _, found = compared
+
+    def train(words: list[str], log: Path) -> int:
+        run.train(load_recipe(words[1], words[2:-1]), words[1])
+        return 0
+
+    monkeypatch.setattr(runs, "_train", train)
+    words = ["compare", found["recipe"], "--methods", "sparse", "dora", "full", "head", "--seeds", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    again = json.loads((tmp_path / "out" / "compare.json").read_text())
+    for row, of_run in zip(again["methods"], again["runs"], strict=True):
+        overrides = [*of_run["overrides"], f"training.output_dir={tmp_path / row['name']}"]
+        single = run.train(load_recipe(found["recipe"], overrides), found["recipe"])
+        assert row["method"] == single["method"] == row["name"]
+        assert row["quality"]["values"] == [single["test"]["perplexity"]]
+        assert row["loss"]["values"] == [single["test"]["loss"]]
+        assert row["forgetting"]["values"] == [single["forgetting"]["change"]]
+        assert row["trainable_parameters"] == single["trainable_parameters"]
+        assert row["optimizer_bytes_per_rank"] == single["optimizer_bytes_per_rank"]
+    assert len({row["quality"]["mean"] for row in again["methods"]}) == 4
+
+
 def test_the_written_table(compared) -> None:
     out, found = compared
     text = (out / "compare.md").read_text()

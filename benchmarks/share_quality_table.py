@@ -1,0 +1,207 @@
+"""Makes the page and the plot of share_quality.py from its runs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import share_quality_plan as quality
+from noise_quality_table import mean_and_deviation, paired_difference
+from share_quality_plan import DRAWN, FULL, FULL_SCALE, HEAD, LORA, METRICS, SCATTERED, SHARES, TASKS, Cell, Row, Scale
+from tables import table
+
+NAMES = {
+    SCATTERED: "scattered scalars",
+    "tenth": "within a tenth of the columns",
+    "whole": "whole columns",
+    LORA: "LoRA, as many scalars",
+    FULL: "full fine-tuning",
+    HEAD: "head only",
+}
+LABELS = {"rotten-tomatoes": "Rotten Tomatoes", "cola": "CoLA"}
+
+Scores = dict[int, float]
+"""By seed."""
+
+
+def tested(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> dict[int, Row]:
+    """The test runs at the chosen rate, by seed."""
+    return {run.seed: done[run.key] for run in quality.tests(task, cell, scale, done) if run.key in done}
+
+
+def scores(rows: dict[int, Row]) -> Scores:
+    return {seed: row["score"] for seed, row in rows.items()}
+
+
+def shown(found: Scores) -> str:
+    """Mean and deviation in percent, and the number of seeds if it is not all of them."""
+    if not found:
+        return "-"
+    mean, deviation = mean_and_deviation(found.values())
+    spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
+    return f"{100 * mean:.1f}{spread}" + ("" if len(found) == len(quality.SEEDS) else f" ({len(found)})")
+
+
+def difference(found: Scores, baseline: Scores) -> str:
+    mean, error = paired_difference(found, baseline)
+    if mean is None:
+        return "-"
+    return f"{100 * mean:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def markdown(done: dict[str, Row]) -> str:
+    parts = [_introduction(done)]
+    for scale in quality.scales(done):
+        parts += _sections(scale, done)
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(done: dict[str, Row]) -> str:
+    devices = sorted({f"{row['device']} (torch {row['versions']['torch']})" for row in done.values()})
+    dates = sorted({row["date"] for row in done.values()})
+    when = " to ".join(dict.fromkeys(dates[:1] + dates[-1:])) or "no run yet"
+    return (
+        "# A random subset of the weights: quality by share\n\n"
+        "MiniLM-L6, all linear layers and the classification head, batches of 16, AdamW, linear decay after 6% "
+        "warmup, bfloat16 autocast; Rotten Tomatoes: 1,000 test sentences, CoLA: the 1,043 of both development files. "
+        f"Made by `python benchmarks/share_quality.py --data cola` on {', '.join(devices)}, {when}.\n\n"
+        "Each method has at each share the rate that is best on 1,000 validation sentences, one run each. Mean ± "
+        f"standard deviation over {len(quality.SEEDS)} seeds, or as many as are in brackets. A difference is the mean "
+        "of those by seed, in points, ± its standard error; with two seeds a 95% interval reaches 12.7 errors to each "
+        "side, with three 4.3. All runs share one test set, which the errors do not contain: the standard error of an "
+        "accuracy of 75% on 1,000 sentences is 1.4 points."
+    )
+
+
+def _sections(scale: Scale, done: dict[str, Row]) -> list[str]:
+    tasks = [task for task in TASKS if any(run.key in done for run in quality.plan(done, scale, [task]))]
+    sizes = ", ".join(f"{scale.size * quality.TIMES[task]:,} training sentences of {LABELS[task]}" for task in tasks)
+    title = f"## {sizes[0].upper()}{sizes[1:]}, {scale.epochs} epochs"
+    parts = [title]
+    if scale != FULL_SCALE:
+        command = f"`--size {scale.size} --epochs {scale.epochs}`"
+        parts.append(f"A smaller experiment than the benchmark's own ({command}), for lack of time on this machine.")
+    for task in tasks:
+        parts.append(f"### {LABELS[task]}: {METRICS[task]}, percent\n\n" + _quality(task, scale, done))
+    parts.append("### Best rate by share and task\n\n" + _rates(tasks, scale, done))
+    parts.append("### Validation scores by rate\n\n" + _tuning(tasks, scale, done))
+    return [*parts, _missing(tasks, scale, done)]
+
+
+def _quality(task: str, scale: Scale, done: dict[str, Row]) -> str:
+    found = {cell: tested(task, cell, scale, done) for cell in quality.CELLS}
+    rows = []
+    for method in (SCATTERED, *DRAWN, LORA):
+        cells = [found.get(Cell(method, share), {}) for share in SHARES]
+        rows.append([NAMES[method], *(shown(scores(each)) for each in cells)])
+        if method != SCATTERED:
+            base = [scores(found[Cell(SCATTERED, share)]) for share in SHARES]
+            differences = [difference(scores(one), other) for one, other in zip(cells, base, strict=True)]
+            rows.append([f"{method} - scattered", *differences])
+    for method in (SCATTERED, LORA):
+        counts = [_trained(found[Cell(method, share)].values()) for share in SHARES]
+        rows.append([f"trained, {method}", *counts])
+    others = [
+        f"{NAMES[cell.method]} ({_trained(found[cell].values())} scalars): {shown(scores(found[cell]))}"
+        for cell in (Cell(FULL, 1), Cell(HEAD, 0))
+        if found[cell]
+    ]
+    return table(["", *(f"{share:.1%}" for share in SHARES)], rows) + (
+        "\n\n" + "; ".join(others) + "." if others else ""
+    )
+
+
+def _trained(rows: Iterable[Row]) -> str:
+    return next((f"{row['trainable']:,}" for row in rows), "-")
+
+
+def _rates(tasks: list[str], scale: Scale, done: dict[str, Row]) -> str:
+    """The table for docs/choosing."""
+    rows, shared = [], False
+    for task in tasks:
+        for method in quality.METHODS:
+            cells = {cell.share: cell for cell in quality.CELLS if cell.method == method}
+            if method in (FULL, HEAD):
+                continue
+            row = [f"{LABELS[task]}, {NAMES[method]}"]
+            for share in SHARES:
+                chosen = quality.chosen_rate(task, cells[share], scale, done) if share in cells else None
+                row.append(_rate(chosen, cells[share]) if chosen else "-")
+                shared = shared or bool(chosen and not chosen[1])
+            rows.append(row)
+    text = table(["", *(f"{share:.1%}" for share in SHARES)], rows)
+    for cell in (Cell(FULL, 1), Cell(HEAD, 0)):
+        rates = {task: quality.chosen_rate(task, cell, scale, done) for task in tasks}
+        known = [f"{LABELS[task]} {_rate(chosen, cell)}" for task, chosen in rates.items() if chosen]
+        text += f"\n\n{NAMES[cell.method].capitalize()}: {', '.join(known)}." if known else ""
+    text += "\n\nIn brackets the rates that were tried; +: the best is the largest of them, -: the smallest."
+    if shared:
+        text += " =: drawn columns that were not tuned, but tested at the rate of scattered scalars."
+    return text
+
+
+def _rate(chosen: tuple[float, bool], cell: Cell) -> str:
+    rate, is_tuned = chosen
+    edge = "+" if rate == max(cell.rates) else "-" if rate == min(cell.rates) else ""
+    return f"{rate:g}{edge} ({min(cell.rates):g} to {max(cell.rates):g})" if is_tuned else f"{rate:g} ="
+
+
+def _tuning(tasks: list[str], scale: Scale, done: dict[str, Row]) -> str:
+    rows = []
+    for task in tasks:
+        for cell in quality.CELLS:
+            runs = quality.rate_runs(task, cell, scale)
+            if not any(run.key in done for run in runs):
+                continue
+            best, texts = quality.best(runs, done), []
+            for run in runs:
+                row = done.get(run.key)
+                text = f"{run.learning_rate:g}: " + (f"{100 * row['score']:.1f} ({row['loss']:.3f})" if row else "-")
+                texts.append(f"**{text}**" if run == best else text)
+            share = f", {cell.share:.1%}" if 0 < cell.share < 1 else ""
+            rows.append([f"{LABELS[task]}, {NAMES[cell.method]}{share}", ", ".join(texts)])
+    return "Percent, in brackets the loss; the best is bold.\n\n" + table(["", ""], rows)
+
+
+def _missing(tasks: list[str], scale: Scale, done: dict[str, Row]) -> str:
+    known = quality.plan(done, scale, tasks)
+    missing = sum(run.key not in done for run in known)
+    return f"Missing: {missing} of the {len(known)} runs that are known so far. Not yet tuned cells are not counted."
+
+
+def plot(done: dict[str, Row], path: Path) -> None:
+    """Quality over trained scalars, of the largest scale with tests, a panel for each task. Raises ImportError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with_tests = {key: row for key, row in done.items() if row["split"] == "test"}
+    scale = next(iter(quality.scales(with_tests)), FULL_SCALE)
+    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(11, 4.2), layout="constrained")
+    for panel, task in zip(panels, TASKS, strict=True):
+        for number, method in enumerate(quality.METHODS):
+            points = []
+            for cell in sorted((cell for cell in quality.CELLS if cell.method == method), key=lambda cell: cell.share):
+                if rows := tested(task, cell, scale, done):
+                    mean, deviation = mean_and_deviation(scores(rows).values())
+                    points.append((next(iter(rows.values()))["trainable"], 100 * mean, 100 * (deviation or 0)))
+            x, y, deviations = zip(*points, strict=True) if points else ((), (), ())
+            panel.errorbar(x, y, deviations, fmt="o-", capsize=3, color=f"C{number}", label=NAMES[method])
+        panel.set_xscale("log")
+        panel.set_xlabel("trained scalars")
+        panel.set_ylabel(f"test {METRICS[task]}, percent")
+        panel.set_title(f"{LABELS[task]}, {scale.size * quality.TIMES[task]:,} sentences, {scale.epochs} epochs")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write_page(done: dict[str, Row], cache: Path) -> str:
+    """Write page and plot beside the results. Returns: the page."""
+    page = markdown(done)
+    cache.with_suffix(".md").write_text(page)
+    try:
+        plot(done, cache.with_suffix(".png"))
+    except ImportError:
+        page += "\nno plot: pip install matplotlib\n"
+    return page
