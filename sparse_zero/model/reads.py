@@ -32,13 +32,16 @@ def shared(weight: Hashable) -> Iterator[None]:
         del here.shared[weight]
 
 
-@contextmanager
-def plain(weight: Hashable) -> Iterator[None]:
-    """Within this block reads return the parameter itself."""
-    is_plain = weight in here.plain
-    here.plain.add(weight)
-    try:
-        yield
-    finally:
-        if not is_plain:
-            here.plain.discard(weight)
+class plain:
+    """Within this block reads return the parameter itself, as it is. Not a generator: each layer has such a block."""
+
+    def __init__(self, weight: Hashable) -> None:
+        self._weight = weight
+
+    def __enter__(self) -> None:
+        self._was_plain = self._weight in here.plain
+        here.plain.add(self._weight)
+
+    def __exit__(self, *_: object) -> None:
+        if not self._was_plain:
+            here.plain.discard(self._weight)

@@ -11,6 +11,7 @@ With drawn columns, strips are indices into the inner weight, which consists of 
 A module that has such a name already gets `weight_sparse_delta` and so on.
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -193,9 +194,13 @@ class SelectedScalars:
     def pattern(self) -> Pattern | AllScalars:
         """The selected positions in the parameter as a matrix; with drawn columns, in the inner weight."""
         if self.selection.fills_columns:
-            return AllScalars(math.prod(self._inner_shape[:-1]), self._inner_shape[-1])
+            return self._all_scalars
         rows, columns = math.prod(self._inner_shape[:-1]), self._inner_shape[-1]
         return Pattern(self.strips(), rows, columns, self.selection.granularity)
+
+    @functools.cached_property
+    def _all_scalars(self) -> AllScalars:
+        return AllScalars(math.prod(self._inner_shape[:-1]), self._inner_shape[-1])
 
     def inner_scalars(self) -> InnerScalars:
         """The selected scalars of a weight with drawn columns."""

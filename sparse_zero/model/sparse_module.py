@@ -36,6 +36,9 @@ class SparseModule:
         if is_traced or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         weights = [weight for weight in self.sparse_weights.values() if not weight.is_packed]
+        if len(weights) == 1 and weights[0] in reads.here.plain and is_whole(weights[0].weight):
+            with saved_by_reference(weights):
+                return super().forward(*args, **kwargs)
         with ExitStack() as stack:
             for weight in weights:
                 stack.enter_context(reads.shared(weight))

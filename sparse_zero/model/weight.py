@@ -151,9 +151,11 @@ class SparseWeight(WeightValues):
 
     def read(self) -> torch.Tensor:
         """The tensor that an access to the module's parameter returns."""
+        if self in reads.here.plain:  # it was refreshed at the beginning of the block
+            return self.weight
         self.refresh()
         weight = self.weight
-        if self in reads.here.plain or not self.trains or not is_whole(weight):
+        if not self.trains or not is_whole(weight):
             return weight
         refuse_transforms(self.selection.name)
         tensor = reads.here.shared.get(self)

@@ -1,6 +1,7 @@
 """The layers of bitsandbytes: Linear4bit (nf4 and fp4, scales of blocks) and Linear8bitLt (int8, scales of rows)."""
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +14,18 @@ from sparse_zero.quantized.layer import QuantizedLayer
 from sparse_zero.zero.parameters import is_partitioned
 
 
+@functools.cache
+def _is_a(kind: type[nn.Module], name: str) -> bool:
+    """Whether it is a class of bitsandbytes, or a subclass. Asked several times in a layer's step."""
+    return any(base.__name__ == name and base.__module__.startswith("bitsandbytes.") for base in kind.__mro__)
+
+
 class _OfBitsAndBytes(QuantizedLayer):
     class_name: str
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return any(
-            kind.__name__ == cls.class_name and kind.__module__.startswith("bitsandbytes.")
-            for kind in type(module).__mro__
-        )
+        return _is_a(type(module), cls.class_name)
 
     @property
     def _parameter(self) -> nn.Parameter:

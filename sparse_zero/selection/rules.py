@@ -19,6 +19,7 @@ stored: positions that cannot be drawn again (the largest scalars of a pretraine
     caller). Adapters store them.
 """
 
+import functools
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -113,12 +114,14 @@ class Selection:
         """The number of scalars of the weight."""
         return math.prod(self.shape)
 
-    @property
+    # Read for every layer of a step, hence kept
+
+    @functools.cached_property
     def inner_shape(self) -> tuple[int, ...]:
         """The shape of the inner weight: of the drawn columns, or of the whole weight."""
         return self.columns.inner_shape(self.shape) if self.columns else self.shape
 
-    @property
+    @functools.cached_property
     def fills_columns(self) -> bool:
         """Whether every scalar of the drawn columns is selected."""
         return self.columns is not None and self.count == torch.Size(self.inner_shape).numel()
@@ -250,7 +253,7 @@ class Selection:
         """
         return self.columns.positions(indices, drawn, self.shape) if self.columns else indices.long()
 
-    @property
+    @functools.cached_property
     def columns_key(self) -> Hashable:
         """What the drawn columns are a function of: layers of an equal key that have the same input keep it once."""
         return self.seed, self.columns.group, self.shape[self.columns.axis], self.columns.count, self.fills_columns

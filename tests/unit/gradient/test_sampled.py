@@ -9,7 +9,7 @@ from peak_bytes import peak_bytes
 
 from sparse_zero.gradient import cpu, sampled
 from sparse_zero.gradient import pattern as pattern_module
-from sparse_zero.gradient.pattern import Pattern
+from sparse_zero.gradient.pattern import AllScalars, Pattern
 from sparse_zero.gradient.sampled import _METHODS, cheaper_method, embedding_product, sampled_product
 from sparse_zero.selection.draws import stratified_strips
 
@@ -130,6 +130,44 @@ def test_chunks_of_half_precision_are_not_rounded_one_after_another():
     result = _METHODS["dense"](rows, columns, pattern, torch.bfloat16, 4096)
     expected = (rows.double().t() @ columns.double()).flatten()
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x,
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
+        lambda x: x[:1].expand_as(x),
+    ],
+    ids=["contiguous", "transposed", "strided", "one-row"],
+)
+@pytest.mark.parametrize(("R", "C"), [(256, 8), (8, 256), (96, 5), (7, 96), (61, 8), (160, 136), (2, 2)])
+def test_all_scalars_equal_the_dense_product(R, C, layout, dtype):
+    """In blocks of 128 and of 32 columns, and as a whole; the operands may be padded."""
+    plain_rows, plain_columns = operands(75, R, C, dtype)
+    for rows, columns in ((layout(plain_rows), plain_columns), (plain_rows, layout(plain_columns))):
+        for pattern in (AllScalars(R, C), AllScalars(R - 1, C), AllScalars(R, C - 1)):
+            for bound in (64 * MIB, 5000):
+                result = sampled_product(rows, columns, pattern, bound)
+                assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                expected = (rows.double().t() @ columns.double())[: pattern.rows, : pattern.columns].flatten()
+                torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("few_first", [False, True])
+def test_all_scalars_do_not_depend_on_the_number_of_threads(few_first):
+    rows, columns = operands(300, 16, 768) if few_first else operands(300, 768, 16)
+    pattern, before = AllScalars(rows.shape[1], columns.shape[1]), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(sampled_product(rows, columns, pattern))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize(("method", "granularity"), METHODS)
