@@ -2,6 +2,11 @@
 
 from typing import Literal, get_args
 
-Kind = Literal["nf4", "fp4", "int8"]
+Kind = Literal["nf4", "fp4", "int8", "int8_weight_only"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WHAT_WORKS = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+
+
+def package_of(kind: str) -> str:
+    """The package that a kind is of. Args: kind: one of `KINDS`, or `QuantizedLayer.kind`."""
+    return "torchao" if kind.startswith("int8_weight_only") else "bitsandbytes"

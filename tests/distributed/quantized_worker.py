@@ -6,8 +6,9 @@ from typing import Any
 import deepspeed
 import tiny
 import torch
+from torchao.quantization import Int8WeightOnlyConfig
 from trainer_worker import TrainingArguments, WatchedTrainer, run_each, settings_of
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from sparse_zero import SparseConfig, sparsify
 from sparse_zero.quantized.formats import quantized_layers
@@ -16,6 +17,7 @@ from sparse_zero.zero.parameters import gathered, optimizer_bytes
 KINDS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
+    "int8_weight_only": {},
 }
 
 
@@ -28,9 +30,11 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     if "load_in_4bit" in settings:
         storage = getattr(torch, case.get("storage", str(dtype).removeprefix("torch.")))
         settings |= {"bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": storage}
-    model = tiny.AUTO_CLASS[case["task"]].from_pretrained(
-        case["base"], quantization_config=BitsAndBytesConfig(**settings), dtype=dtype
-    )
+    if case["kind"] == "int8_weight_only":
+        config = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    else:
+        config = BitsAndBytesConfig(**settings)
+    model = tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], quantization_config=config, dtype=dtype)
     before = {name: layer.packed.clone() for name, layer in quantized_layers(model)}
     sparsify(model, SparseConfig(targets="all-linear", density=0.02, **case["sparse"]))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -38,6 +42,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=case.get("resume"))
     parameters = {name: layer.module._parameters["weight"] for name, layer in quantized_layers(model)}
     held = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in parameters.items()}
+    held = {name: getattr(tensor, "qdata", tensor) for name, tensor in held.items()}
     held = {name: tensor.numel() * tensor.element_size() for name, tensor in held.items()}
     changed = []
     for name, layer in quantized_layers(model):

@@ -8,6 +8,7 @@ import torch
 from families import tiny
 from gguf_cases import write_gguf
 from huggingface_hub import constants
+from quantized_cases import config_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparse_zero.data import quantization as reading
@@ -27,6 +28,8 @@ KINDS = {
         {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "float32"},
     ),
     "int8": ({"kind": "int8", "llm_int8_threshold": 0.0}, {"load_in_8bit": True, "llm_int8_threshold": 0.0}),
+    "int8_weight_only": ({"kind": "int8_weight_only"}, "int8_weight_only"),
+    "groups": ({"kind": "int8_weight_only", "group_size": 16}, "int8_weight_only-16"),
 }
 
 
@@ -68,7 +71,7 @@ def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_it_is_what_transformers_makes_of_the_same_settings(base, kind):
     ours, theirs = KINDS[kind]
     model = loaded(base, ours)
-    config = BitsAndBytesConfig(**theirs)
+    config = config_of(theirs) if isinstance(theirs, str) else BitsAndBytesConfig(**theirs)
     expected = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
     assert equal(model, expected)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -98,13 +101,15 @@ def test_a_gguf_file_can_be_quantised_too(tmp_path, tokenizer_dir, monkeypatch):
     assert equal(model, loaded(tmp_path / "plain", {"kind": "nf4"}))
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_head_that_is_trained_in_full_is_not_quantised(tmp_path, family):
+@pytest.mark.parametrize(("family", "kind"), [("bert", "int8"), ("roberta", "int8_weight_only")])
+def test_a_head_that_is_trained_in_full_is_not_quantised(tmp_path, family, kind):
     tiny(family, "sequence-classification").base_model.save_pretrained(tmp_path)
-    model = loaded(tmp_path, {"kind": "int8", "llm_int8_skip_modules": [".*layer.1"]}, "sequence-classification")
+    model = loaded(
+        tmp_path, {"kind": kind, "llm_int8_skip_modules": [".*layer.1", "query"]}, "sequence-classification"
+    )
     names = [name for name, _ in quantized_layers(model)]
     assert names
-    assert not [name for name in names if "classifier" in name or "layer.1." in name]
+    assert not [name for name in names if "classifier" in name or "layer.1." in name or "query" in name]
 
 
 def test_what_depends_on_the_run_is_filled_in(base):
@@ -153,7 +158,7 @@ def test_a_checkpoint_of_another_method_is_refused_by_name(base, tmp_path, metho
     with pytest.raises(UserError) as error:
         check_trainable("this", load_config(str(tmp_path)), None)
     assert str(error.value).startswith(f"model.name: this is quantised by {method}, in whose weights no scalars")
-    assert "nf4, fp4 or int8" in str(error.value)
+    assert "nf4, fp4, int8 or int8_weight_only" in str(error.value)
 
 
 def test_it_warns_of_widths_that_bitsandbytes_dequantises_wrongly(tmp_path, caplog):

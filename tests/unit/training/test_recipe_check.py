@@ -134,7 +134,7 @@ MISTAKES = [
         "model.quantization=int8 training.deepspeed=zero3.json",
         "model.quantization: int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights; set nf4 or fp4",
     ),
-    ("model.quantization=awq", "model.quantization.kind: must be nf4, fp4 or int8 (bitsandbytes), not 'awq'"),
+    ("model.quantization=awq", "model.quantization.kind: must be nf4, fp4, int8 or int8_weight_only, not 'awq'"),
     (
         "model.quantization={kind: nf4, bnb_4bit_quant_storage: float32} training.deepspeed=right.json "
         "training.bf16=true",
