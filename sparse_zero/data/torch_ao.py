@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, TorchAoConfig
 
 from sparse_zero.errors import UserError
 from sparse_zero.quantized.methods import torchao_settings
-from sparse_zero.quantized.torch_ao import NOT_PARTITIONED
+from sparse_zero.quantized.names import NOT_PARTITIONED
 from sparse_zero.recipe.quantization import Quantization
 
 _ENDING = ".weight"

@@ -5,7 +5,7 @@ It keeps calls that read, save or rebuild the model from giving stale or mixed w
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import broadcast, compiled, layers, peft, writes
+from sparse_zero.model import compiled, layers, peft, subclassed, writes
 from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.sparsity import sparsity_of, state_of
 from sparse_zero.model.state_dict import refusals
@@ -88,10 +88,9 @@ class SparseModel:
         repository = repo_id if push_to_hub else None
         save_adapter(self, save_directory, is_main_process, state_dict=state_dict, push_to_hub=repository)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        result = super()._apply(*args, **kwargs)
-        broadcast.forbid(self)  # the attributes of a tensor subclass are lost
-        return result
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        with subclassed.applied(self, function):
+            return super()._apply(function, *args, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
         # Without a gradient, reads return the parameters themselves

@@ -14,8 +14,8 @@ class QuantizedLayer(ABC):
 
     name = "weight"
     """The attribute of the module that contains the packed weight."""
-    is_broadcast = True
-    """Whether DDP and DeepSpeed can send the packed weight from one rank to the others."""
+    is_subclassed = False
+    """Whether the packed weight is a subclass of a tensor, which has few of its operations."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -8,13 +8,14 @@ from torch import nn
 
 from sparse_zero.errors import UserError
 from sparse_zero.quantized.layer import QuantizedLayer
+from sparse_zero.quantized.names import NOT_PARTITIONED
 
 
 class Int8WeightOnly(QuantizedLayer):
     """A layer of torchao's Int8WeightOnlyConfig: int8 values (out, in), with a scale for each row, for each group of a
     row, or for the whole weight."""
 
-    is_broadcast = False
+    is_subclassed = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -103,8 +104,3 @@ class Int8WeightOnly(QuantizedLayer):
         super().check()
         if is_deepspeed_zero3_enabled():
             raise UserError(NOT_PARTITIONED)
-
-
-NOT_PARTITIONED = (
-    "ZeRO stage 3 cannot partition torchao's weights: use stage 2, or load the model in nf4 or fp4 of bitsandbytes"
-)

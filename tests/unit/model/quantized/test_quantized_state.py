@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sparse_zero import (
     save_adapter,
     set_adapter,
     sparsify,
+    unload,
 )
 from sparse_zero.model.reference import keep_reference, reference_values
 
@@ -197,3 +199,29 @@ def test_the_storage_dtype_does_not_matter(base, tmp_path):
     save_adapter(model, tmp_path)
     other = load(base, "nf4", bnb_4bit_quant_storage=torch.float32)
     assert torch.equal(load_adapter(other, tmp_path)(**batch()).logits, logits)
+
+
+def test_a_model_of_torchao_is_moved_while_others_refer_to_its_weights(base):
+    """As DeepSpeed does, which has a weak reference to each parameter. torch would exchange the contents of a tensor
+    subclass with those of another, which it refuses then."""
+    data, model = batch(), trained(load(base, "int8_weight_only"), targets=["q_proj"])
+    plain_layer = load(base, "int8_weight_only").model.layers[0].mlp.up_proj
+    references = [weakref.ref(parameter) for parameter in (*model.parameters(), plain_layer.weight)]
+    with pytest.raises(RuntimeError, match="Couldn't swap"):
+        plain_layer.to("cpu")
+    logits, names = model(**data).logits, [name for name, _ in model.named_parameters()]
+    model.to("cpu")
+    assert all(reference() is not None for reference in references), "nothing has changed, and nothing was replaced"
+    assert torch.equal(model(**data).logits, logits)
+    model.to(torch.bfloat16)
+    assert [name for name, _ in model.named_parameters()] == names
+    half = model(**data)
+    torch.testing.assert_close(half.logits.float(), logits, rtol=0.05, atol=0.1)
+    half.loss.backward()
+    assert all(weight.delta.grad.abs().max() > 0 for weight in model.sparsity.weights.values())
+    with pytest.raises(ZeroDivisionError):
+        model._apply(lambda tensor: 1 / 0)
+    assert torch.equal(model(**data).logits, half.logits), "as it was"
+    ignored = {*model._ddp_params_and_buffers_to_ignore}
+    assert {name for name in names if "proj.weight" in name and "delta" not in name} <= ignored
+    assert not hasattr(unload(model), "_ddp_params_and_buffers_to_ignore")
