@@ -155,8 +155,9 @@ def completed(
     skipped += quantization.llm_int8_skip_modules or []
     filled: dict[str, Any] = {"llm_int8_skip_modules": list(dict.fromkeys(skipped))}
     if quantization.package == TORCHAO:
-        torch_ao.check(quantization, model, partitioned)
-        return quantization.model_copy(update=filled)
+        found = quantization.model_copy(update=filled)
+        torch_ao.check(found, model, partitioned)
+        return found
     if quantization.kind == "int8":
         if partitioned:
             raise UserError(

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TorchAoConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sparse_zero.errors import UserError
 from sparse_zero.quantized.methods import torchao_settings
@@ -52,10 +53,13 @@ def check(quantization: Quantization, model: PreTrainedModel, partitioned: bool)
     where = f"model.quantization: {quantization.kind}"
     if partitioned:
         raise UserError(f"{where}: {NOT_PARTITIONED}")
-    head = model.get_output_embeddings()
-    widths = {module.in_features for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    widths = {
+        module.in_features
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and should_convert_module(name, quantization.llm_int8_skip_modules)
+    }
     if not widths:
-        raise UserError(f"{where}: {type(model).__name__} has no nn.Linear, which torchao quantises; set int8")
+        raise UserError(f"{where}: {type(model).__name__} has no nn.Linear that torchao could quantise; set int8")
     group = quantization.group_size
     if group is not None and (odd := sorted(width for width in widths if width % group)):
         raise UserError(f"model.quantization.group_size: {group} does not divide {odd[0]}, the width of a layer")

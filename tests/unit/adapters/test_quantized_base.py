@@ -23,6 +23,7 @@ from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 SPARSE = SparseConfig(density=0.02, targets=["q_proj", "down_proj"])
 KINDS = {"nf4": {}, "fp4": {"bnb_4bit_use_double_quant": True}, "int8": {}, "int8_weight_only": {}}

@@ -1,6 +1,8 @@
 """A base model is quantised as transformers does it, whatever it is read from; the rest of it stays as it is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 KINDS = {
     "nf4": ({"kind": "nf4"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
@@ -128,23 +131,44 @@ def test_what_depends_on_the_run_is_filled_in(base):
         resolved(base, own, cast_to=torch.bfloat16)
     with pytest.raises(UserError, match="int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights"):
         resolved(base, {"kind": "int8"}, partitioned=True)
+    with pytest.raises(UserError, match="int8_weight_only: ZeRO stage 3 cannot partition torchao's weights: use"):
+        resolved(base, {"kind": "int8_weight_only"}, partitioned=True)
 
 
-def test_a_missing_package_is_named(base, monkeypatch, tmp_path):
-    keys = resolved(base, {"kind": "nf4"})
-    loaded(base, {"kind": "nf4"}).save_pretrained(tmp_path)
+def test_what_torchao_cannot_quantise_is_said_before(base, tmp_path):
+    """It would leave the layers as they are: in groups that do not fit with a note in its log, GPT-2's without one."""
+    with pytest.raises(UserError, match=r"group_size: 32 does not divide 48, the width of a layer"):
+        resolved(base, {"kind": "int8_weight_only", "group_size": 32})
+    left_out = {"kind": "int8_weight_only", "group_size": 32, "llm_int8_skip_modules": ["down_proj"]}
+    assert len(dict(quantized_layers(loaded(base, left_out)))) == 2 * 6
+    for task in ("causal-lm", "sequence-classification"):
+        tiny("gpt2", task).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"has no nn\.Linear that torchao could quantise; set int8"):
+            resolved(tmp_path, {"kind": "int8_weight_only"}, task)
+
+
+def test_importing_torchao_prints_nothing():
+    code = "from sparse_zero.quantized.noise import silence_imports as s; s(); import torchao"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("kind", "package"), [("nf4", "bitsandbytes"), ("int8_weight_only", "torchao")])
+def test_a_missing_package_is_named(base, monkeypatch, tmp_path, kind, package):
+    keys = resolved(base, {"kind": kind})
+    loaded(base, {"kind": kind}).save_pretrained(tmp_path)
     find_spec = reading.importlib.util.find_spec
-    monkeypatch.setattr(
-        reading.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
-    )
-    install = r"needs the package bitsandbytes: pip install 'sparse-zero\[quantization\]'"
-    with pytest.raises(UserError, match=rf"^model\.quantization: nf4 {install}"):
+    monkeypatch.setattr(reading.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    install = rf"needs the package {package}: pip install 'sparse-zero\[quantization\]'"
+    with pytest.raises(UserError, match=rf"^model\.quantization: {kind} {install}"):
         load_model(str(base), "causal-lm", quantization=keys)
-    with pytest.raises(UserError, match=rf"is quantised: nf4 {install}"):
+    with pytest.raises(UserError, match=rf"is quantised: {kind} {install}"):
         load_model(str(tmp_path), "causal-lm")
 
 
+INT4 = {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {"group_size": 128}}
 METHODS = {
+    "torchao (Int4WeightOnlyConfig)": {"quant_method": "torchao", "quant_type": {"default": INT4}},
     **{name: {"quant_method": name} for name in ("gptq", "awq", "hqq", "compressed-tensors", "torchao", "fp8")},
     "an unknown method": {"bits": 4},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},

@@ -17,6 +17,7 @@ from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.recipe.recipe import load_recipe
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 KINDS = {
     "nf4": "{kind: nf4}",

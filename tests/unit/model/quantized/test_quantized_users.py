@@ -94,10 +94,11 @@ def test_the_hooks_of_accelerate(base):
         sparsify(model, SparseConfig(**SETTINGS))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8_weight_only"])
 @pytest.mark.parametrize("columns", ["whole", 1])
-def test_answers_are_those_of_the_dense_model(base, columns):
-    """In 4 bits: in 8 bits bitsandbytes rounds the inputs in an evaluation."""
-    model = load(base, "nf4")
+def test_answers_are_those_of_the_dense_model(base, columns, kind):
+    """Not in bitsandbytes' 8 bits: it rounds the inputs in an evaluation."""
+    model = load(base, kind)
     dense = dense_like(base, model)
     for each in (model, dense):
         sparsify(each, SparseConfig(**SETTINGS | {"columns": columns}))
