@@ -159,11 +159,6 @@ def completed(
         torch_ao.check(found, model, partitioned)
         return found
     if quantization.kind == "int8":
-        if partitioned:
-            raise UserError(
-                f"{KEY}: int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights; set nf4 or fp4, or use "
-                "stage 2"
-            )
         filled["llm_int8_threshold"] = float(
             6.0 if quantization.llm_int8_threshold is None else quantization.llm_int8_threshold
         )

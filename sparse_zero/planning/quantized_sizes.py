@@ -72,8 +72,8 @@ class QuantizedSizes:
     @property
     def notes(self) -> list[str]:
         """What a plan does not say in its tables."""
-        if self.quantization.bits == 8:
-            return [f"stage 3: ZeRO cannot partition 8-bit weights of {self.quantization.package}: nf4 or fp4 it can"]
+        if self.quantization.package == TORCHAO:
+            return ["stage 3: ZeRO cannot partition weights of torchao: nf4, fp4 and int8 it can"]
         return ["stage 3: each rank loads the whole quantised base model before DeepSpeed partitions it"]
 
 

@@ -7,7 +7,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 WHAT_WORKS = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
 
 NOT_PARTITIONED = (
-    "ZeRO stage 3 cannot partition torchao's weights: use stage 2, or load the model in nf4 or fp4 of bitsandbytes"
+    "ZeRO stage 3 cannot partition torchao's weights: use stage 2, or load the model in int8 of bitsandbytes"
 )
 
 

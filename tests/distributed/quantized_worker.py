@@ -36,7 +36,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         config = BitsAndBytesConfig(**settings)
     model = tiny.AUTO_CLASS[case["task"]].from_pretrained(case["base"], quantization_config=config, dtype=dtype)
     before = {name: layer.packed.clone() for name, layer in quantized_layers(model)}
-    sparsify(model, SparseConfig(targets="all-linear", density=0.02, **case["sparse"]))
+    sparsify(model, SparseConfig(**{"targets": "all-linear", "density": 0.02} | case["sparse"]))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trainer = WatchedTrainer(model, arguments, train_dataset=tiny.examples(case["task"], case["examples"]))
     trainer.train(resume_from_checkpoint=case.get("resume"))
@@ -44,6 +44,11 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     held = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in parameters.items()}
     held = {name: getattr(tensor, "qdata", tensor) for name, tensor in held.items()}
     held = {name: tensor.numel() * tensor.element_size() for name, tensor in held.items()}
+    # bitsandbytes' second reference to an 8-bit weight
+    states = [vars(layer.module.state) for _, layer in quantized_layers(model) if hasattr(layer.module, "state")]
+    others = {state["CB"].data_ptr(): state["CB"].nbytes for state in states if state.get("CB") is not None}
+    for parameter in parameters.values():
+        others.pop(getattr(parameter, "qdata", parameter).data_ptr(), None)
     changed = []
     for name, layer in quantized_layers(model):
         with gathered([parameters[name]]):
@@ -56,7 +61,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         "trained": trained,
         "optimizer_bytes": optimizer_bytes(trainer.optimizer),
         "packed_bytes": sum(layer.packed_bytes for _, layer in quantized_layers(model)),
-        "held_bytes": sum(held.values()),
+        "held_bytes": sum(held.values()) + sum(others.values()),
         "statistics_bytes": sum(layer.statistics_bytes for _, layer in quantized_layers(model)),
         "changed": changed,
         "frozen_with_gradient": sorted(trainer.frozen_with_gradient),

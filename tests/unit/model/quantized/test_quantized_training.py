@@ -8,10 +8,19 @@ import torch
 import torch.nn.functional as F
 from quantized_cases import KINDS, batch, dense_like, load
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from sparse_zero import SparseConfig, UserError, disable_adapter, merge_and_unload, set_scale, sparsify, unload
-from sparse_zero.quantized.formats import quantized_layer, quantized_layers
+from sparse_zero import (
+    SparseConfig,
+    SparseTrainer,
+    UserError,
+    disable_adapter,
+    merge_and_unload,
+    set_scale,
+    sparsify,
+    unload,
+)
+from sparse_zero.quantized.formats import quantized_layers
 
 WAYS = {
     "columns": {"columns": "whole"},
@@ -269,10 +278,6 @@ def test_what_is_refused(base):
     unload(model)
     with pytest.raises(UserError, match="merged or unloaded between"):
         loss.backward()
-    eight = load(base, "int8").model.layers[0].mlp.up_proj
-    eight.weight.ds_id = 0  # as DeepSpeed marks a parameter that stage 3 partitions
-    with pytest.raises(UserError, match="ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights"):
-        quantized_layer(eight).check_forward()
     with pytest.raises(UserError, match="cannot be compiled"):
         torch.compile(sparse(load(base, "nf4")), backend="eager")(**batch())
     with pytest.raises(
@@ -362,7 +367,7 @@ def test_what_torchao_quantises_itself(base, targets):
     assert type(model.model.layers[0].mlp.up_proj._parameters["weight"]) is torch.nn.Parameter
 
 
-def test_what_is_refused_of_torchao(base):
+def test_what_is_refused_of_torchao(base, tmp_path):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -377,3 +382,8 @@ def test_what_is_refused_of_torchao(base):
         sparse(model)
     del stage_3
     sparse(model)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    stage_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match="ZeRO stage 3 cannot partition torchao's weights"):
+        SparseTrainer(model, arguments)
+    del stage_3
