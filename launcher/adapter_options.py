@@ -38,7 +38,7 @@ def add_merge(commands) -> argparse.ArgumentParser:
     merge.add_argument("out", metavar="OUT", help=_NEW_DIRECTORY)
     _add_revision(merge)
     merge.add_argument("--scale", type=float, default=1.0, help="factor of the adapter's deltas (default: 1)")
-    merge.add_argument("--quantize", choices=KINDS, help="write a model that is quantised by bitsandbytes")
+    merge.add_argument("--quantize", choices=KINDS, help="write a model that is quantised")
     merge.add_argument(
         "--prompt",
         action="append",

@@ -20,6 +20,7 @@ from launcher.recipe_options import add_data, add_init, add_keys, add_recipes
 from launcher.run_options import add_check, add_doctor, add_plan, add_submit, add_train
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
+from sparse_zero.quantized.noise import silence_imports
 
 _COMMANDS = {
     "launcher.run_commands": (add_train, add_submit, add_check, add_doctor, add_plan),
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one `sparse-zero` command line and return its exit status."""
     try:
         arguments = _parse(argv)
+        silence_imports()
         # After the parsing: a wrong argument must not wait for these imports.
         status = getattr(importlib.import_module(arguments.module), arguments.command)(arguments)
         sys.stdout.flush()

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option, split_resets
 from sparse_zero.errors import UserError, printable
+from sparse_zero.quantized.noise import silence_imports
 from sparse_zero.ranks.caches import use_writable_caches
 from sparse_zero.ranks.failures import RankInfo, describe_lost_launcher
 from sparse_zero.ranks.parent_watch import has_launcher, watch_parent
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if moved := use_writable_caches():
         place = Path(os.environ[moved[0]]).parent
         print(f"sparse-zero: the home directory cannot be written: {', '.join(moved)} in {place}", file=sys.stderr)
+    silence_imports()
     # Before the imports of torch and transformers, which take seconds.
     rank = Rank(StopRequest().install_handlers())
     try:

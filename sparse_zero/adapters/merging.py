@@ -61,7 +61,7 @@ def write_merged(
         force: merge values that are NaN or infinite, too.
         trust_remote_code: run Python code that the base model's repository contains, as in from_pretrained.
         revision: a branch, tag or commit of the adapter's repository on the hub.
-        quantize: nf4, fp4 or int8: write a quantised model. With the kind of the base model, its settings are used,
+        quantize: one of `KINDS`: write a quantised model. With the kind of the base model, its settings are used,
             and weights without deltas stay bit for bit as they are.
         prompts: on which the logits are compared. Empty: `PROMPTS`, or random tokens.
 

@@ -10,6 +10,9 @@ from sparse_zero.adapters.companions import hub_id, licence_of
 from sparse_zero.adapters.edited_cards import marked
 from sparse_zero.adapters.schema import AdapterConfig
 from sparse_zero.data.quantization import transformers_config
+from sparse_zero.quantized.methods import TORCHAO
+from sparse_zero.quantized.names import package_of
+from sparse_zero.recipe.quantization import Quantization
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -42,7 +45,7 @@ def merged_card(config: AdapterConfig, scale: float, quantized: str | None = Non
     """
     auto_class, _ = _loader(config)
     if quantized:
-        weights = f" The linear layers are quantised to {quantized} (bitsandbytes)."
+        weights = f" The linear layers are quantised to {quantized} ({package_of(quantized)})."
     else:
         weights = " The base model was quantised in training; it is dequantised here." if config.quantized else ""
     return _card(
@@ -131,6 +134,19 @@ def _loader(config: AdapterConfig) -> tuple[str, str]:
     return "AutoModelForCausalLM" if config.task == "causal-lm" else "AutoModel", ""
 
 
+def _quantization(quantization: Quantization) -> tuple[str, list[str]]:
+    """The code of transformers' configuration, and what it imports: a class of transformers, and lines of others."""
+    if quantization.package == TORCHAO:
+        settings = transformers_config(quantization)
+        granularity = repr(settings.quant_type.granularity)  # PerRow(dim=-1)
+        kind, skipped = f"Int8WeightOnlyConfig(granularity={granularity})", settings.modules_to_not_convert
+        lines = [f"from torchao.quantization import Int8WeightOnlyConfig, {granularity.partition('(')[0]}"]
+        return f"TorchAoConfig({kind}, modules_to_not_convert={skipped!r})", ["TorchAoConfig", *lines]
+    settings = transformers_config(quantization).to_diff_dict()
+    given = ", ".join(f"{key}={value!r}" for key, value in settings.items() if not key.startswith("_"))
+    return f"BitsAndBytesConfig({given})", ["BitsAndBytesConfig"]
+
+
 def _usage(config: AdapterConfig) -> str:
     if config.task is None:
         return ""
@@ -143,10 +159,9 @@ def _usage(config: AdapterConfig) -> str:
     elif "://" in name:
         base, imports = f"package_path({base})", ["from sparse_zero import load_adapter, package_path"]
     if config.quantization is not None:
-        settings = transformers_config(config.quantization).to_diff_dict()
-        given = ", ".join(f"{key}={value!r}" for key, value in settings.items() if not key.startswith("_"))
-        more += f", quantization_config=BitsAndBytesConfig({given})"
-        auto_class = f"{auto_class}, BitsAndBytesConfig"
+        given, imported = _quantization(config.quantization)
+        more += f", quantization_config={given}"
+        auto_class, imports = f"{auto_class}, {imported[0]}", [*imports, *imported[1:]]
     imports.append(f"from transformers import {auto_class}")
     auto_class = auto_class.partition(",")[0]
     return (

@@ -120,7 +120,7 @@ class AdapterConfig(BaseModel):
     revision: str | None
     base_fingerprint: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]] = {}
     """A hash of each parameter of the base model, by name. See `model.fingerprint`."""
-    quantized: dict[Annotated[str, Field(pattern="^[a-z0-9-]+$")], list[str]] = {}
+    quantized: dict[Annotated[str, Field(pattern="^[a-z0-9_-]+$")], list[str]] = {}
     """The names of the base model's weights that were quantised in training, by what they were quantised to (`nf4`,
     `int8`). The hash of such a weight is that of its packed bytes."""
     tokenizer: str | None = None
@@ -131,7 +131,8 @@ class AdapterConfig(BaseModel):
     dtype: DtypeName
     """The dtype of the base model in training. If only that or the dtype before `sparsify` is float16: the latter."""
     quantization: Quantization | None = None
-    """How the base model was quantised in training, with all keys; None: it was not, or not by bitsandbytes."""
+    """How the base model was quantised in training, with all keys; None: it was not, or in another way
+    than `model.quantization` has."""
     model_settings: ModelSettings = {}
     """Entries of the model's config that the task sets (id2label, pad_token_id)."""
     sparse: SparseConfig

@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from sparse_zero.data import torch_ao
 from sparse_zero.errors import UserError, first_line
 from sparse_zero.quantized.formats import quantized_layers
-from sparse_zero.quantized.methods import BITSANDBYTES, method_of, own_quantization
+from sparse_zero.quantized.methods import BITSANDBYTES, TORCHAO, described_method, method_of, own_quantization
 from sparse_zero.quantized.names import WHAT_WORKS
-from sparse_zero.recipe.quantization import Quantization
+from sparse_zero.recipe.quantization import FOUR_BITS, Quantization
 from sparse_zero.selection.config import SparseConfig
 from sparse_zero.selection.targets import find_modules_to_save
 
@@ -28,8 +29,8 @@ KEY = "model.quantization"
 
 def check_installed(quantization: Quantization, where: str = KEY) -> None:
     """Raise UserError if a base model cannot be quantised on this machine. Args: where: begins the message."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{where}: {quantization.kind} needs the package bitsandbytes: {INSTALL}")
+    if importlib.util.find_spec(quantization.package) is None:
+        raise UserError(f"{where}: {quantization.kind} needs the package {quantization.package}: {INSTALL}")
     try:
         AutoHfQuantizer.from_config(transformers_config(quantization), pre_quantized=False).validate_environment()
     except Exception as error:  # of versions and devices: ImportError, RuntimeError, ...
@@ -53,9 +54,9 @@ def check_trainable(
         if quantization is not None and not anywhere:
             check_installed(quantization)
         return
-    method = method_of(own)
     found = from_transformers(own)
     if found is None:
+        method = described_method(own)
         raise UserError(
             f"model.name: {name} is quantised by {method}, in whose weights no scalars can be trained: name a "
             f"checkpoint that is not quantised, and set {KEY}: {WHAT_WORKS} if memory is short"
@@ -67,30 +68,35 @@ def check_trainable(
 
 
 def from_transformers(given: Any) -> Quantization | None:
-    """A `quantization_config` of bitsandbytes with all its keys; None for another method, or 16-bit weights that are
-    quantised in each forward.
+    """A `quantization_config` of bitsandbytes or torchao with all its keys; None for another method, for
+    16-bit weights that are quantised in each forward, and for weights of torchao in which no scalars can be trained.
 
     Args: given: a mapping or an object of transformers.
 
-    Raises UserError: bitsandbytes has no such settings.
+    Raises UserError: the library has no such settings.
     """
-    if method_of(given) != BITSANDBYTES:
+    read = {BITSANDBYTES: _from_bits_and_bytes, TORCHAO: torch_ao.from_transformers}.get(method_of(given))
+    if read is None:
         return None
     try:
-        config = BitsAndBytesConfig.from_dict(dict(given)) if isinstance(given, Mapping) else given
-        settings = config.to_dict()
-        if config.llm_int8_has_fp16_weight or config.quantization_method() is None:
-            return None
-        kind = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
-        keys = ["llm_int8_threshold"] if kind == "int8" else [k for k in settings if k.startswith("bnb_4bit")]
-        found = {key: settings[key] for key in keys if key != "bnb_4bit_quant_type"}
-        return Quantization(kind=kind, llm_int8_skip_modules=config.llm_int8_skip_modules, **found)
+        return read(given)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"the model's quantization_config is damaged: {first_line(error)}") from error
 
 
+def _from_bits_and_bytes(given: Any) -> Quantization | None:
+    config = BitsAndBytesConfig.from_dict(dict(given)) if isinstance(given, Mapping) else given
+    settings = config.to_dict()
+    if config.llm_int8_has_fp16_weight or config.quantization_method() is None:
+        return None
+    kind = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
+    keys = ["llm_int8_threshold"] if kind == "int8" else [k for k in settings if k.startswith("bnb_4bit")]
+    found = {key: settings[key] for key in keys if key != "bnb_4bit_quant_type"}
+    return Quantization(kind=kind, llm_int8_skip_modules=config.llm_int8_skip_modules, **found)
+
+
 def quantization_of(model: nn.Module) -> Quantization | None:
-    """How transformers quantised a model, with all keys; None: it did not, or by another method than bitsandbytes."""
+    """How transformers quantised a model, with all keys; None: it did not, or in a way that `Quantization` has not."""
     config = getattr(model, "config", None)
     own = own_quantization(config) if isinstance(config, PreTrainedConfig) else None
     return None if own is None else from_transformers(own)
@@ -102,7 +108,7 @@ def warn_of_wrong_widths(model: nn.Module) -> None:
     found = [
         name
         for name, layer in quantized_layers(model)
-        if layer.kind != "int8" and layer.shape[1] % 64 and layer.module.weight.device.type == "cpu"
+        if layer.kind.startswith(FOUR_BITS) and layer.shape[1] % 64 and layer.module.weight.device.type == "cpu"
     ]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -114,8 +120,10 @@ def warn_of_wrong_widths(model: nn.Module) -> None:
         )
 
 
-def transformers_config(quantization: Quantization) -> BitsAndBytesConfig:
+def transformers_config(quantization: Quantization) -> BitsAndBytesConfig | TorchAoConfig:
     """What from_pretrained takes. Args: quantization: with all its keys, see `completed`."""
+    if quantization.package == TORCHAO:
+        return torch_ao.transformers_config(quantization)
     settings = quantization.model_dump(exclude={"kind"}, exclude_none=True)
     if quantization.kind == "int8":
         del settings["bnb_4bit_use_double_quant"]
@@ -146,12 +154,11 @@ def completed(
     skipped = [*sorted(get_keys_to_not_convert(model)), *find_modules_to_save(model, sparse)]
     skipped += quantization.llm_int8_skip_modules or []
     filled: dict[str, Any] = {"llm_int8_skip_modules": list(dict.fromkeys(skipped))}
+    if quantization.package == TORCHAO:
+        found = quantization.model_copy(update=filled)
+        torch_ao.check(found, model, partitioned)
+        return found
     if quantization.kind == "int8":
-        if partitioned:
-            raise UserError(
-                f"{KEY}: int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights; set nf4 or fp4, or use "
-                "stage 2"
-            )
         filled["llm_int8_threshold"] = float(
             6.0 if quantization.llm_int8_threshold is None else quantization.llm_int8_threshold
         )

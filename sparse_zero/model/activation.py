@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import layers, sparse_model, writes
+from sparse_zero.model import layers, sparse_model, subclassed, writes
 from sparse_zero.model.finite import count_not_finite, describe
 from sparse_zero.model.setting import BASE, Setting
 from sparse_zero.model.sparsity import Sparsity, read_values, set_state, sparsity_of
@@ -37,6 +37,7 @@ def attach(model: nn.Module, state: Sparsity) -> None:
     state.packed_layers = [layer for _, layer in quantized_layers(model)]
     for layer in state.packed_layers:
         layer.forbid_repacking()
+    subclassed.leave_out(model)
     if getattr(model, "is_quantized", False):
         vars(model)[HAS_ADAPTER] = True
     state.hooks = [model.register_forward_pre_hook(sparse_model.before_forward)]
@@ -52,6 +53,7 @@ def _detach(model: nn.Module, state: Sparsity) -> None:
         layers.detach(weight)
     for layer in state.packed_layers:
         layer.allow_repacking()
+    subclassed.take_in(model)
     state.packed_layers = []
     for hook in state.hooks:
         hook.remove()

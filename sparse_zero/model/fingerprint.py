@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, st
     packed = dict(quantized_layers(model)) if isinstance(model, nn.Module) else {}
     for name, parameter in model.named_parameters():
         # Sharded parameters, and those of unknown quantizers, have no scalars of the base model that could be compared
-        if name in exclude or not has_plain_values(parameter):
+        if name in exclude or not (name in packed or has_plain_values(parameter)):
             continue
         with gathered([parameter]):
             if name in packed:

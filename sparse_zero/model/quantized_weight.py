@@ -67,10 +67,10 @@ class QuantizedWeight(TrainedDelta):
         """
         if key not in state or self.is_partitioned:
             return None
-        here = self.layer.state()
-        for name, tensor in here.items():
-            given = state.get(key.removesuffix(self.layer.name) + name)
-            if given is None or given.shape != tensor.shape or not torch.equal(given.to(tensor.device), tensor):
+        layer = self.layer
+        for name, tensor in layer.state().items():
+            given = state.get(key.removesuffix(layer.name) + name)
+            if given is None or not layer.is_equal(given, tensor):
                 return (
                     f"{key}: the state dict has another quantised base, or none; load the base model of it with "
                     "from_pretrained, and then the state dict or the adapter"

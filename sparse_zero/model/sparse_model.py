@@ -6,7 +6,7 @@ It keeps calls that read, save or rebuild the model from giving stale or mixed w
 import functools
 import importlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparse_zero.errors import UserError
-from sparse_zero.model import compiled, layers, peft, writes
+from sparse_zero.model import compiled, layers, peft, subclassed, writes
 from sparse_zero.model.refusals import refuse_transforms
 from sparse_zero.model.sparsity import sparsity_of, state_of
 from sparse_zero.model.state_dict import refusals
@@ -104,6 +104,10 @@ class SparseModel:
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
             return push(directory, repo_id, **kwargs)
+
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        with subclassed.applied(self, function):
+            return super()._apply(function, *args, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
         # Without a gradient, reads return the parameters themselves

@@ -203,7 +203,7 @@ def _batch(micro: int, examples: int) -> dict[str, int]:
 
 COMMENTS = {
     "name": "any model of the hub or a directory",
-    "quantization": "needs the package bitsandbytes: pip install 'sparse-zero[quantization]'",
+    "quantization": "needs pip install 'sparse-zero[quantization]'",
     "max_length": "98% of the examples looked at are not cut",
     "eval_size": "held out from the training examples",
     "density": "1% of the model's scalars; more learns faster, less forgets less",

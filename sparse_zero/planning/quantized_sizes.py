@@ -8,12 +8,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.data.quantization import check_trainable, completed, from_transformers, is_quantized
-from sparse_zero.quantized.methods import own_quantization
+from sparse_zero.quantized.methods import TORCHAO, own_quantization
 from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.recipe.recipe import Recipe
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
 """Scalars with one scale, and scales with one scale of double quantisation, in bitsandbytes."""
+
+SCALE_OF_INT8, ZERO_POINT = 4, 1
+"""Bytes for each row of an 8-bit weight; torchao has zero points, also where they are all 0."""
 
 CODE_OF_4_BITS, CODE_OF_SCALES, OFFSET = 16 * 4, 256 * 4, 4
 """Bytes of the tables that each 4-bit weight has: its values, those of its scales, and the mean of these."""
@@ -36,7 +39,9 @@ class QuantizedSizes:
         """Bytes of the statistics of a weight."""
         rows, columns = self.shapes[name]
         if self.quantization.kind == "int8":
-            return 4 * rows
+            return SCALE_OF_INT8 * rows
+        if self.quantization.package == TORCHAO:
+            return (SCALE_OF_INT8 + ZERO_POINT) * rows * (columns // (self.quantization.group_size or columns))
         scales = -(-rows * columns // BLOCK)
         if not self.quantization.bnb_4bit_use_double_quant:
             return 4 * scales + CODE_OF_4_BITS
@@ -67,8 +72,8 @@ class QuantizedSizes:
     @property
     def notes(self) -> list[str]:
         """What a plan does not say in its tables."""
-        if self.quantization.kind == "int8":
-            return ["stage 3: ZeRO cannot partition 8-bit weights of bitsandbytes: nf4 or fp4 it can"]
+        if self.quantization.package == TORCHAO:
+            return ["stage 3: ZeRO cannot partition weights of torchao: nf4, fp4 and int8 it can"]
         return ["stage 3: each rank loads the whole quantised base model before DeepSpeed partitions it"]
 
 
@@ -91,8 +96,9 @@ def quantized_sizes(
     check_trainable(section.source, config, section.quantization, anywhere=True)
     known = section.quantization if own is None else from_transformers(own)
     quantization = completed(known, model, recipe.sparse, dtype)
+    others = () if quantization.package == TORCHAO else Conv1D
     shapes = {}
     for name, module in model.named_modules():
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and is_quantized(name, quantization):
+        if (type(module) is nn.Linear or isinstance(module, others)) and is_quantized(name, quantization):
             shapes[f"{name}.weight"] = tuple(module.weight.shape)
     return QuantizedSizes(quantization, shapes)

@@ -224,10 +224,27 @@ class EightBits(_OfBitsAndBytes):
         return inputs.dtype
 
     def check_forward(self) -> None:
-        if is_partitioned(self._parameter):
-            raise UserError(
-                "ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights: use stage 2, or load the model in 4 bits"
-            )
+        state, parameter = self.module.state, self._parameter
+        if not is_partitioned(parameter) or hasattr(state, "partitioned_module"):
+            return
+        if state.SCB is None:
+            state.SCB = parameter.SCB
+        parameter.CB = parameter.SCB = None
+        vars(state).pop("CB", None)
+        state.partitioned_module = self.module
+        state.__class__ = _state_of_gathered(type(state))
+
+
+@functools.cache
+def _state_of_gathered(kind: type) -> type:
+    """bitsandbytes' MatmulLtState of a weight that ZeRO stage 3 partitions. The original keeps the complete weight in
+    `CB` besides the parameter; here it is what the parameter contains while it is gathered."""
+
+    def gathered(state: Any) -> torch.Tensor:
+        parameter = dict.__getitem__(state.partitioned_module._parameters, EightBits.name)
+        return parameter.detach().as_subclass(torch.Tensor)
+
+    return type(kind.__name__, (kind,), {"CB": property(gathered)})
 
 
 def _like(module: nn.Module, layer: nn.Module) -> nn.Module:

@@ -7,9 +7,10 @@ from torch import nn
 
 from sparse_zero.quantized.bits_and_bytes import EightBits, FourBits
 from sparse_zero.quantized.layer import QuantizedLayer
+from sparse_zero.quantized.torch_ao import Int8WeightOnly
 from sparse_zero.zero.parameters import full_shape
 
-FORMATS: tuple[type[QuantizedLayer], ...] = (FourBits, EightBits)
+FORMATS: tuple[type[QuantizedLayer], ...] = (FourBits, EightBits, Int8WeightOnly)
 
 
 def quantized_layer(module: nn.Module) -> QuantizedLayer | None:

@@ -14,6 +14,8 @@ class QuantizedLayer(ABC):
 
     name = "weight"
     """The attribute of the module that contains the packed weight."""
+    is_subclassed = False
+    """Whether the packed weight is a subclass of a tensor, which has few of its operations."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -60,6 +62,10 @@ class QuantizedLayer(ABC):
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of the packed weight in the module's state dict, by their names in it."""
+
+    def is_equal(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether two tensors of `state` are the same. Args: on any devices."""
+        return one.shape == other.shape and torch.equal(one.to(other.device), other)
 
     @abstractmethod
     def identity(self) -> Iterator[torch.Tensor]:

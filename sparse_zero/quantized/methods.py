@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_zero.quantized.formats import quantized_layer
 
-BITSANDBYTES = "bitsandbytes"
+BITSANDBYTES, TORCHAO = "bitsandbytes", "torchao"
 
 _PACKED_DTYPES = {
     *(torch.int8, torch.uint8, torch.int16, torch.int32),
@@ -35,6 +35,25 @@ def method_of(given: Any) -> str:
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         return BITSANDBYTES
     return str(getattr(method, "value", method) or "an unknown method")
+
+
+def described_method(given: Any) -> str:
+    """The method for a message, with the configuration of torchao: `torchao (Int4WeightOnlyConfig)`."""
+    kind, _ = torchao_settings(given) if method_of(given) == TORCHAO else (None, {})
+    return f"{TORCHAO} ({kind})" if kind else method_of(given)
+
+
+def torchao_settings(given: Any) -> tuple[str | None, Mapping[str, Any]]:
+    """The class of torchao's configuration in a `quantization_config`, and its fields.
+
+    Args: given: a mapping, which needs no torchao, or an object of transformers.
+    """
+    settings = given if isinstance(given, Mapping) else given.to_dict()
+    entry = settings.get("quant_type")
+    entry = entry.get("default") if isinstance(entry, Mapping) else None
+    if not isinstance(entry, Mapping):
+        return None, {}
+    return entry.get("_type"), entry.get("_data") or {}
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, str]]:

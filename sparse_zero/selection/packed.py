@@ -50,7 +50,4 @@ def check_packed(model: nn.Module, config: SparseConfig, whole: Collection[str])
 
 
 def _what(name: str, packed: dict[str, str]) -> str:
-    return (
-        f"{name} is quantised by {packed[name]}, whose weights cannot be trained; those of bitsandbytes can "
-        f"({WHAT_WORKS})"
-    )
+    return f"{name} is quantised by {packed[name]}, whose weights cannot be trained; those in {WHAT_WORKS} can"

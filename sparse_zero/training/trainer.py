@@ -17,6 +17,7 @@ from sparse_zero.adapters.save_and_load import save_adapter
 from sparse_zero.errors import UserError
 from sparse_zero.model.sparsity import sparsity_of
 from sparse_zero.model.wrappers import unwrap
+from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.recipe.method import SPARSE
 from sparse_zero.training.build import evaluation_results
 from sparse_zero.training.further_evaluation import FurtherData
@@ -46,12 +47,15 @@ class SparseTrainer(PreemptibleTrainer):
             stop: see `PreemptibleTrainer`.
             *args, **kwargs: as in transformers.Trainer.
 
-        Raises UserError: the model is not sparse, or a setting of the loss does not fit; see `loss_options`.
+        Raises UserError: the model is not sparse, its quantised weights cannot be trained with these arguments, or a
+            setting of the loss does not fit; see `loss_options`.
         """
         self._check_model(model)
         # Models such as GPT-2 divide their loss by num_items_in_batch, but transformers does not recognise their
         # names.
         inner = unwrap(model)
+        for _, layer in quantized_layers(inner):
+            layer.check()  # the arguments may ask for stage 3, which `sparsify` could not know
         if type(inner).__name__.endswith("LMHeadModel") and getattr(inner, "loss_type", None) is None:
             inner.loss_type = "ForCausalLM"
         super().__init__(model, *args, **kwargs)

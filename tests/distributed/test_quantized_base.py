@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from trainer_cases import case, run_cases, zero_config
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 pytestmark = pytest.mark.distributed
 
 TASK, RANKS, STEPS, SAVED = "causal-lm", 2, 4, 2
@@ -25,13 +26,29 @@ ALIKE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "zero3-bytes": ("nf4", COLUMNS, STAGE_3),
     "zero3-scattered": ("nf4", SCATTERED, STAGE_3 | {"gradient_checkpointing": True}),
     "zero2-int8": ("int8", COLUMNS, {"deepspeed": zero_config(2)}),
+    "zero3-int8": ("int8", COLUMNS, STAGE_3),
+    "zero3-int8-some": ("int8", COLUMNS | {"targets": ["v_proj", "down_proj"]}, STAGE_3),
+    "ddp-torchao": ("int8_weight_only", COLUMNS, {}),
+    "zero0-torchao": ("int8_weight_only", COLUMNS, {"deepspeed": zero_config(0)}),
+    "zero1-torchao": ("int8_weight_only", COLUMNS, {"deepspeed": zero_config(1)}),
+    "zero2-torchao": ("int8_weight_only", COLUMNS, {"deepspeed": zero_config(2)}),
 }
 """Kind, selection and training arguments of runs in float32."""
 IN_BYTES = ("ddp", "zero3-bytes")
 """Runs whose packed weights are stored in uint8, as bitsandbytes does by default, and not in the training's dtype."""
-HALF = {"zero3-bfloat16": ("nf4", COLUMNS, STAGE_3 | {"bf16": True})}
-SINGLE = {"columns": ("nf4", COLUMNS), "scattered": ("nf4", SCATTERED), "int8": ("int8", COLUMNS)}
-RESUMED = ("zero2", "zero3")
+HALF = {
+    "zero3-bfloat16": ("nf4", COLUMNS, STAGE_3 | {"bf16": True}),
+    "zero3-int8-bfloat16": ("int8", COLUMNS, STAGE_3 | {"bf16": True}),
+    "zero2-torchao-bfloat16": ("int8_weight_only", COLUMNS, {"deepspeed": zero_config(2), "bf16": True}),
+}
+SINGLE = {
+    "columns": ("nf4", COLUMNS),
+    "scattered": ("nf4", SCATTERED),
+    "int8-some": ("int8", COLUMNS | {"targets": ["v_proj", "down_proj"]}),
+    "int8": ("int8", COLUMNS),
+    "torchao": ("int8_weight_only", COLUMNS),
+}
+RESUMED = ("zero2", "zero3", "zero2-torchao")
 
 
 def quantized_case(name: str, base: Path, kind: str, sparse: dict, batch: int, **training: Any) -> dict[str, Any]:
@@ -66,19 +83,25 @@ def ranks(fork_server: ForkServer, bases: dict[str, Path], out: Path) -> list[di
         kind, sparse, training = ALIKE[name]
         resumed = quantized_case(f"{name}-resumed", bases[TASK], kind, sparse, 2, **training)
         cases.append(resumed | {"resume": str(out / name / f"checkpoint-{SAVED}")})
+    # Stage 3 replaces the function F.linear of its process for good, by one that torchao's tensors do not have
+    cases.sort(key=lambda case: "zero3" in case["name"])
     return run_cases(fork_server, RANKS, cases, out, "quantized_worker")
 
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_the_losses_are_those_of_one_process(single: dict[str, Any], ranks: list, name: str) -> None:
-    expected = single["int8" if "int8" in name else "scattered" if "scattered" in name else "columns"]
-    assert max(expected["losses"]) - min(expected["losses"]) > 0.1
+    expected = single[next((kind for kind in SINGLE if kind in name), "columns")]
+    assert max(expected["losses"]) - min(expected["losses"]) > (0.02 if "some" in name else 0.1)
     for rank in ranks:
         assert rank[name]["losses"] == pytest.approx(expected["losses"], abs=1e-4)
 
 
-def test_stage_3_in_bfloat16_is_near(single: dict[str, Any], ranks: list) -> None:
-    assert ranks[0]["zero3-bfloat16"]["losses"] == pytest.approx(single["columns"]["losses"], abs=0.1)
+NEAR = {"zero3-bfloat16": "columns", "zero3-int8-bfloat16": "int8", "zero2-torchao-bfloat16": "torchao"}
+
+
+@pytest.mark.parametrize(("name", "like"), NEAR.items())
+def test_runs_in_bfloat16_are_near(single: dict[str, Any], ranks: list, name: str, like: str) -> None:
+    assert ranks[0][name]["losses"] == pytest.approx(single[like]["losses"], abs=0.1)
 
 
 @pytest.mark.parametrize("name", [*ALIKE, *HALF])
@@ -97,7 +120,7 @@ def test_the_bytes_of_the_base_on_each_rank(ranks: list, name: str) -> None:
         assert abs(rank[name]["held_bytes"] - packed / share) <= 0.05 * packed / share
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3-bfloat16"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3-bfloat16", "zero2-torchao"])
 def test_the_optimizer_has_twelve_bytes_per_trained_scalar(ranks: list, name: str) -> None:
     for rank in ranks:
         trained = rank[name]["trained"]

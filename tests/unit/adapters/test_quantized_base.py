@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_cases import dequantized_by_bitsandbytes, save_base
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from quantized_cases import config_of, dequantized_by_its_library, is_quantized, save_base
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from launcher.cli import main
 from sparse_zero.adapters.files import read_config
@@ -23,9 +23,10 @@ from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 SPARSE = SparseConfig(density=0.02, targets=["q_proj", "down_proj"])
-KINDS = {"nf4": {}, "fp4": {"bnb_4bit_use_double_quant": True}, "int8": {}}
+KINDS = {"nf4": {}, "fp4": {"bnb_4bit_use_double_quant": True}, "int8": {}, "int8_weight_only": {}}
 TOKENS = torch.arange(3, 43).view(2, 20)
 
 
@@ -75,8 +76,8 @@ def expected_weights(model) -> dict[str, torch.Tensor]:
     """Each quantised weight of a sparse model with its deltas, by bitsandbytes' own dequantisation."""
     found = {}
     for path, module in model.named_modules():
-        if hasattr(module, "quant_state") or hasattr(module, "state"):
-            found[f"{path}.weight"] = dequantized_by_bitsandbytes(module)
+        if is_quantized(module):
+            found[f"{path}.weight"] = dequantized_by_its_library(module)
     for name, weight in model.sparsity.weights.items():
         found[name].view(-1)[weight.flat_positions()] += weight.delta.detach()
     return found
@@ -109,7 +110,7 @@ def test_it_merges_into_the_same_kind(base, adapters, tmp_path, kind):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name].packed, after[name].packed)}
     assert changed == {*model.sparsity.weights}, "weights without deltas stay bit for bit"
-    steps = {"nf4": 0.1525, "fp4": 0.1701, "int8": 1 / 250}[kind]
+    steps = {"nf4": 0.1525, "fp4": 0.1701, "int8": 1 / 250, "int8_weight_only": 1 / 250}[kind]
     for name, layer in after.items():
         assert layer.kind == before[name].kind
         # No further from the adapted value than half of the largest step of the format, of the largest in the block
@@ -119,14 +120,14 @@ def test_it_merges_into_the_same_kind(base, adapters, tmp_path, kind):
     assert (logits(merged) - logits(model)).abs().max() < 2 * facts["largest_difference_of_logits"] + 1
 
 
-@pytest.mark.parametrize(("kind", "other"), [("nf4", "int8"), (None, "nf4"), ("int8", "fp4")])
+@pytest.mark.parametrize(("kind", "other"), [("nf4", "int8_weight_only"), (None, "nf4"), ("int8", "fp4")])
 def test_it_merges_into_another_kind(base, adapters, tmp_path, kind, other):
     facts = write_merged(adapters[kind], tmp_path / "out", quantize=other, prompts=["one", "two words"])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     write_merged(adapters[kind], tmp_path / "plain")
     config = merged.config.quantization_config
     expected = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "plain", dtype=torch.float32, quantization_config=BitsAndBytesConfig(**own(config, other))
+        tmp_path / "plain", dtype=torch.float32, quantization_config=own(config, other)
     )
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("out", "plain")] == []
     assert {layer.kind for _, layer in quantized_layers(merged)} == {other}
@@ -136,9 +137,12 @@ def test_it_merges_into_another_kind(base, adapters, tmp_path, kind, other):
             assert torch.equal(layer.packed, dict(quantized_layers(expected))[name].packed)
 
 
-def own(config, kind: str) -> dict:
-    keys = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
-    return keys | {"llm_int8_skip_modules": config.llm_int8_skip_modules}
+def own(config, kind: str) -> BitsAndBytesConfig | TorchAoConfig:
+    if kind == "int8_weight_only":
+        return config_of(kind)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, llm_int8_skip_modules=config.llm_int8_skip_modules
+    )
 
 
 def test_a_plain_merge_has_no_comparison(adapters, tmp_path):
@@ -162,17 +166,19 @@ def test_the_adapter_and_its_card_say_how(base, adapters):
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_threshold": None,
+        "group_size": None,
         "llm_int8_skip_modules": ["lm_head"],
     }
     assert read_config(adapters[None]).quantization is None
     assert describe(adapters["fp4"])["base_quantised_to"] == {"fp4-double": "(14 weights)"}
     assert describe(adapters[None])["base_quantised_to"] is None
-    card = (adapters["fp4"] / "README.md").read_text()
-    code = card.partition("```python\n")[2].partition("```")[0].replace("path/to/the/base/model", str(base))
-    names: dict = {}
-    exec(code.replace("path/to/this/directory", str(adapters["fp4"])), names)
-    kinds = {layer.kind for _, layer in quantized_layers(names["model"])}
-    assert kinds == {"fp4-double"}
+    for kind, made in (("fp4", "fp4-double"), ("int8_weight_only", "int8_weight_only")):
+        card = (adapters[kind] / "README.md").read_text()
+        code = card.partition("```python\n")[2].partition("```")[0].replace("path/to/the/base/model", str(base))
+        names: dict = {}
+        exec(code.replace("path/to/this/directory", str(adapters[kind])), names)
+        kinds = [layer.kind for _, layer in quantized_layers(names["model"])]
+        assert kinds == [made] * 14
 
 
 def test_it_converts_with_a_note(base, adapters, tmp_path):

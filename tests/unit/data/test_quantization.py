@@ -1,6 +1,8 @@
 """A base model is quantised as transformers does it, whatever it is read from; the rest of it stays as it is."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from families import tiny
 from gguf_cases import write_gguf
 from huggingface_hub import constants
+from quantized_cases import config_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparse_zero.data import quantization as reading
@@ -19,6 +22,7 @@ from sparse_zero.recipe.quantization import Quantization
 from sparse_zero.selection.config import SparseConfig
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 KINDS = {
     "nf4": ({"kind": "nf4"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
@@ -27,6 +31,8 @@ KINDS = {
         {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "float32"},
     ),
     "int8": ({"kind": "int8", "llm_int8_threshold": 0.0}, {"load_in_8bit": True, "llm_int8_threshold": 0.0}),
+    "int8_weight_only": ({"kind": "int8_weight_only"}, "int8_weight_only"),
+    "groups": ({"kind": "int8_weight_only", "group_size": 16}, "int8_weight_only-16"),
 }
 
 
@@ -68,7 +74,7 @@ def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_it_is_what_transformers_makes_of_the_same_settings(base, kind):
     ours, theirs = KINDS[kind]
     model = loaded(base, ours)
-    config = BitsAndBytesConfig(**theirs)
+    config = config_of(theirs) if isinstance(theirs, str) else BitsAndBytesConfig(**theirs)
     expected = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
     assert equal(model, expected)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -98,13 +104,15 @@ def test_a_gguf_file_can_be_quantised_too(tmp_path, tokenizer_dir, monkeypatch):
     assert equal(model, loaded(tmp_path / "plain", {"kind": "nf4"}))
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_head_that_is_trained_in_full_is_not_quantised(tmp_path, family):
+@pytest.mark.parametrize(("family", "kind"), [("bert", "int8"), ("roberta", "int8_weight_only")])
+def test_a_head_that_is_trained_in_full_is_not_quantised(tmp_path, family, kind):
     tiny(family, "sequence-classification").base_model.save_pretrained(tmp_path)
-    model = loaded(tmp_path, {"kind": "int8", "llm_int8_skip_modules": [".*layer.1"]}, "sequence-classification")
+    model = loaded(
+        tmp_path, {"kind": kind, "llm_int8_skip_modules": [".*layer.1", "query"]}, "sequence-classification"
+    )
     names = [name for name, _ in quantized_layers(model)]
     assert names
-    assert not [name for name in names if "classifier" in name or "layer.1." in name]
+    assert not [name for name in names if "classifier" in name or "layer.1." in name or "query" in name]
 
 
 def test_what_depends_on_the_run_is_filled_in(base):
@@ -121,25 +129,45 @@ def test_what_depends_on_the_run_is_filled_in(base):
     assert resolved(base, own).model_dump(exclude={"llm_int8_skip_modules"}).items() >= own.items()
     with pytest.raises(UserError, match="storage: float32: DeepSpeed would convert the packed bits to bfloat16"):
         resolved(base, own, cast_to=torch.bfloat16)
-    with pytest.raises(UserError, match="int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights"):
-        resolved(base, {"kind": "int8"}, partitioned=True)
+    assert resolved(base, {"kind": "int8"}, partitioned=True) == resolved(base, {"kind": "int8"})
+    with pytest.raises(UserError, match="int8_weight_only: ZeRO stage 3 cannot partition torchao's weights: use"):
+        resolved(base, {"kind": "int8_weight_only"}, partitioned=True)
 
 
-def test_a_missing_package_is_named(base, monkeypatch, tmp_path):
-    keys = resolved(base, {"kind": "nf4"})
-    loaded(base, {"kind": "nf4"}).save_pretrained(tmp_path)
+def test_what_torchao_cannot_quantise_is_said_before(base, tmp_path):
+    """It would leave the layers as they are: in groups that do not fit with a note in its log, GPT-2's without one."""
+    with pytest.raises(UserError, match=r"group_size: 32 does not divide 48, the width of a layer"):
+        resolved(base, {"kind": "int8_weight_only", "group_size": 32})
+    left_out = {"kind": "int8_weight_only", "group_size": 32, "llm_int8_skip_modules": ["down_proj"]}
+    assert len(dict(quantized_layers(loaded(base, left_out)))) == 2 * 6
+    for task in ("causal-lm", "sequence-classification"):
+        tiny("gpt2", task).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"has no nn\.Linear that torchao could quantise; set int8"):
+            resolved(tmp_path, {"kind": "int8_weight_only"}, task)
+
+
+def test_importing_torchao_prints_nothing():
+    code = "from sparse_zero.quantized.noise import silence_imports as s; s(); import torchao"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("kind", "package"), [("nf4", "bitsandbytes"), ("int8_weight_only", "torchao")])
+def test_a_missing_package_is_named(base, monkeypatch, tmp_path, kind, package):
+    keys = resolved(base, {"kind": kind})
+    loaded(base, {"kind": kind}).save_pretrained(tmp_path)
     find_spec = reading.importlib.util.find_spec
-    monkeypatch.setattr(
-        reading.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
-    )
-    install = r"needs the package bitsandbytes: pip install 'sparse-zero\[quantization\]'"
-    with pytest.raises(UserError, match=rf"^model\.quantization: nf4 {install}"):
+    monkeypatch.setattr(reading.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    install = rf"needs the package {package}: pip install 'sparse-zero\[quantization\]'"
+    with pytest.raises(UserError, match=rf"^model\.quantization: {kind} {install}"):
         load_model(str(base), "causal-lm", quantization=keys)
-    with pytest.raises(UserError, match=rf"is quantised: nf4 {install}"):
+    with pytest.raises(UserError, match=rf"is quantised: {kind} {install}"):
         load_model(str(tmp_path), "causal-lm")
 
 
+INT4 = {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {"group_size": 128}}
 METHODS = {
+    "torchao (Int4WeightOnlyConfig)": {"quant_method": "torchao", "quant_type": {"default": INT4}},
     **{name: {"quant_method": name} for name in ("gptq", "awq", "hqq", "compressed-tensors", "torchao", "fp8")},
     "an unknown method": {"bits": 4},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
@@ -153,7 +181,7 @@ def test_a_checkpoint_of_another_method_is_refused_by_name(base, tmp_path, metho
     with pytest.raises(UserError) as error:
         check_trainable("this", load_config(str(tmp_path)), None)
     assert str(error.value).startswith(f"model.name: this is quantised by {method}, in whose weights no scalars")
-    assert "nf4, fp4 or int8" in str(error.value)
+    assert "nf4, fp4, int8 or int8_weight_only" in str(error.value)
 
 
 def test_it_warns_of_widths_that_bitsandbytes_dequantises_wrongly(tmp_path, caplog):

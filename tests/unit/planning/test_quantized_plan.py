@@ -17,12 +17,14 @@ from sparse_zero.quantized.formats import quantized_layers
 from sparse_zero.recipe.recipe import load_recipe
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 KINDS = {
     "nf4": "{kind: nf4}",
     "nf4-double": "{kind: nf4, bnb_4bit_use_double_quant: true}",
     "fp4": "{kind: fp4}",
     "int8": "{kind: int8}",
+    "int8_weight_only": "{kind: int8_weight_only}",
 }
 
 
@@ -45,6 +47,7 @@ def recipe(base, tmp_path):
 
 def size_of(tensors) -> int:
     """Bytes, each storage once."""
+    tensors = [getattr(t, "qdata", t) for t in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -75,7 +78,8 @@ def test_bits_by_the_definition_of_the_formats(recipe):
     }
     assert bits["nf4"] == bits["fp4"] == pytest.approx(4.5, abs=1e-4)
     assert bits["nf4-double"] == pytest.approx(4.127, abs=1e-3)
-    assert bits["int8"] == pytest.approx(8.0, abs=5e-3)
+    assert bits["int8"] == pytest.approx(8 + 32 / 28672)
+    assert bits["int8_weight_only"] == pytest.approx(8 + (32 + 8) / 28672)
 
 
 def test_stage_3_partitions_the_packed_weights_and_not_the_statistics(recipe):
@@ -120,5 +124,5 @@ def test_init_writes_it(tmp_path, capsys, monkeypatch):
     rows = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(8)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["init", "chats.jsonl", "--quantize", "nf4"]) == 0
-    assert "quantization: nf4  # needs the package bitsandbytes" in capsys.readouterr().out
+    assert "quantization: nf4  # needs pip install" in capsys.readouterr().out
     assert load_recipe(tmp_path / "chats.yaml").model.quantization.kind == "nf4"

@@ -24,7 +24,7 @@ def read(tmp_path):
 
 def test_a_kind_alone_is_a_section(read):
     assert read() is None
-    for kind in ("nf4", "fp4", "int8"):
+    for kind in ("nf4", "fp4", "int8", "int8_weight_only"):
         assert read(f"model.quantization={kind}") == Quantization(kind=kind)
     both = read("model.quantization.kind=nf4", "model.quantization.bnb_4bit_use_double_quant=true")
     assert both == Quantization(kind="nf4", bnb_4bit_use_double_quant=True)
@@ -32,14 +32,18 @@ def test_a_kind_alone_is_a_section(read):
 
 def test_its_keys_are_those_of_transformers():
     known = inspect.signature(BitsAndBytesConfig.__init__).parameters
-    assert set(Quantization.model_fields) - {"kind"} <= set(known)
+    assert set(Quantization.model_fields) - {"kind", "group_size"} <= set(known)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("=gptq", "model.quantization.kind: must be nf4, fp4 or int8 (bitsandbytes), not 'gptq'"),
-        ("=4bit", "must be nf4, fp4 or int8 (bitsandbytes); did you mean nf4?, not '4bit'"),
+        ("=gptq", "model.quantization.kind: must be nf4, fp4, int8 or int8_weight_only, not 'gptq'"),
+        ("=4bit", "must be nf4, fp4, int8 or int8_weight_only; did you mean nf4?, not '4bit'"),
+        ("=int8wo", "did you mean int8_weight_only?, not 'int8wo'"),
+        ("=int4_weight_only", "did you mean nf4?, not 'int4_weight_only'"),
+        ("={kind: int8, group_size: 32}", "group_size is not a key of int8; leave it out"),
+        ("={kind: int8_weight_only, llm_int8_threshold: 1}", "llm_int8_threshold is not a key of int8_weight_only"),
         ("=8", "did you mean int8?, not '8'"),
         ("={load_in_4bit: true}", "model.quantization: write `kind: nf4` instead of `load_in_4bit`"),
         ("={load_in_8bit: true}", "write `kind: int8` instead of `load_in_8bit`"),

@@ -79,7 +79,7 @@ def refusal(model: nn.Module, **settings) -> str:
 @pytest.mark.parametrize("method", LAYERS)
 def test_it_is_refused_by_name(method):
     model = model_of(method, LAYERS[method])
-    expected = f"sparse.targets: {NAME} is quantised by {method}, whose weights cannot be trained; those of bitsandby"
+    expected = f"sparse.targets: {NAME} is quantised by {method}, whose weights cannot be trained; those in nf4"
     for targets in (None, "all-linear", ["v_proj"], ["*.self_attn.*"]):
         assert refusal(model, targets=targets).startswith(expected)
     in_full = refusal(model, targets=["q_proj"], modules_to_save=["*.1.self_attn"])

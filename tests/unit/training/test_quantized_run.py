@@ -17,6 +17,7 @@ from sparse_zero.training.evaluate import evaluate
 from sparse_zero.training.run import train
 
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
 
 TEXTS = ["a good film", "bad", "it is what it is", "one of the worst"] * 4
 
@@ -87,7 +88,7 @@ def test_a_classifier_keeps_its_head(recipe, tmp_path, tokenizer):
     bert = tiny("bert", "sequence-classification", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64)
     bert.base_model.save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    run = recipe("int8", "sequence-classification", tmp_path / "bert", learning_rate=3e-3)
+    run = recipe("int8_weight_only", "sequence-classification", tmp_path / "bert", learning_rate=3e-3)
     results = train(run, "r.yaml", merge=True)
     config = read_config(tmp_path / "run" / "adapter")
     assert "classifier.weight" in config.modules_to_save

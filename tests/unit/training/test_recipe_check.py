@@ -39,6 +39,7 @@ QUANTIZED = {
     "packed": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
 }
 
 
@@ -127,14 +128,14 @@ MISTAKES = [
     ("model.name=packed", "model.name: packed is quantised by gptq, in whose weights no scalars can be trained"),
     ("model.name=nf4 model.quantization=int8", "model.quantization: nf4 is quantised already, to nf4: leave it out"),
     (
-        "model.name=int8 training.deepspeed=zero3.json",
-        "model.name: int8 is quantised in a way that this run cannot use (int8: ZeRO stage 3 cannot partition",
+        "model.name=torchao training.deepspeed=zero3.json",
+        "model.name: torchao is quantised in a way that this run cannot use (int8_weight_only: ZeRO stage 3 cannot",
     ),
     (
-        "model.quantization=int8 training.deepspeed=zero3.json",
-        "model.quantization: int8: ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights; set nf4 or fp4",
+        "model.quantization=int8_weight_only training.deepspeed=zero3.json",
+        "model.quantization: int8_weight_only: ZeRO stage 3 cannot partition torchao's weights: use stage 2, or load",
     ),
-    ("model.quantization=awq", "model.quantization.kind: must be nf4, fp4 or int8 (bitsandbytes), not 'awq'"),
+    ("model.quantization=awq", "model.quantization.kind: must be nf4, fp4, int8 or int8_weight_only, not 'awq'"),
     (
         "model.quantization={kind: nf4, bnb_4bit_quant_storage: float32} training.deepspeed=right.json "
         "training.bf16=true",
@@ -183,7 +184,8 @@ def test_a_mistake_is_one_line_with_status_2(command, is_elsewhere, overrides, m
         ["model.attn_implementation=eager", "training.bf16=true"],
         ["sparse.selection=magnitude", "training.report_to=tensorboard"],
         ["model.quantization={kind: nf4, bnb_4bit_use_double_quant: true}", "training.deepspeed=zero3.json"],
-        ["model.quantization=int8"],
+        ["model.quantization=int8", "training.deepspeed=zero3.json"],
+        ["model.quantization=int8_weight_only"],
         ["model.name=nf4", "training.deepspeed=zero3.json"],
     ],
 )

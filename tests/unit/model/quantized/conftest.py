@@ -4,7 +4,8 @@ import pytest
 import torch
 from quantized_cases import SIZES, save_base
 
-pytest.importorskip("bitsandbytes")
+for package in ("bitsandbytes", "torchao"):
+    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from families import tiny
-from quantized_cases import KINDS, SIZES, batch, dequantized_by_bitsandbytes, load, save_base
+from quantized_cases import KINDS, SIZES, batch, dequantized_by_its_library, is_quantized, load, save_base
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -29,9 +29,9 @@ def test_merged_weights_are_the_dequantised_ones_with_the_deltas(base, tmp_path,
     data = batch()
     logits = model(**data).logits
     expected = {
-        f"{path}.weight": dequantized_by_bitsandbytes(module)
+        f"{path}.weight": dequantized_by_its_library(module)
         for path, module in model.named_modules()
-        if hasattr(module, "quant_state") or hasattr(module, "state")
+        if is_quantized(module)
     }
     for name, weight in model.sparsity.weights.items():
         expected[name].view(-1)[weight.flat_positions()] += 0.5 * weight.delta.detach()
@@ -53,7 +53,7 @@ def test_merged_weights_are_the_dequantised_ones_with_the_deltas(base, tmp_path,
     assert type(model).__module__.startswith("transformers.")
 
 
-@pytest.mark.parametrize("kind", ["nf4-double", "int8"])
+@pytest.mark.parametrize("kind", ["nf4-double", "int8_weight_only"])
 def test_in_bfloat16_within_its_rounding(half_base, kind):
     data = batch()
     model = trained(load(half_base, kind, torch.bfloat16, bnb_4bit_compute_dtype=torch.bfloat16))
@@ -79,7 +79,7 @@ def test_layers_of_gpt2_are_transposed_back(tmp_path):
     torch.testing.assert_close(alone(**data).logits, logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8", "int8_weight_only", "int8_weight_only-16"])
 def test_quantising_again_gives_a_layer_like_the_old_one(base, kind):
     model = load(base, kind)
     data = batch()
@@ -101,6 +101,8 @@ def test_bytes_of_a_layer(base):
         "nf4": (weights // 2, 4 * blocks + 4 * 16),
         "nf4-double": (weights // 2, blocks + 4 + 4 + 4 * (16 + 256)),
         "int8": (weights, 4 * 64),
+        "int8_weight_only": (weights, (4 + 1) * 64),
+        "int8_weight_only-16": (weights, (4 + 1) * 64 * 2),
     }
     for kind, sizes in expected.items():
         layer = dict(quantized_layers(load(base, kind)))[name]

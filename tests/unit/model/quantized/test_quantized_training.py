@@ -8,9 +8,19 @@ import torch
 import torch.nn.functional as F
 from quantized_cases import KINDS, batch, dense_like, load
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from sparse_zero import SparseConfig, UserError, disable_adapter, set_scale, sparsify, unload
-from sparse_zero.quantized.formats import quantized_layer, quantized_layers
+from sparse_zero import (
+    SparseConfig,
+    SparseTrainer,
+    UserError,
+    disable_adapter,
+    merge_and_unload,
+    set_scale,
+    sparsify,
+    unload,
+)
+from sparse_zero.quantized.formats import quantized_layers
 
 WAYS = {
     "columns": {"columns": "whole"},
@@ -21,6 +31,9 @@ WAYS = {
 }
 
 
+WAYS_OF_TORCHAO = ("columns", "share", "scattered")
+
+
 def sparse(model, way: str = "columns", **settings):
     return sparsify(model, SparseConfig(targets="all-linear", density=0.03, **WAYS[way] | settings))
 
@@ -29,8 +42,10 @@ def packed_bytes(model) -> dict[str, torch.Tensor]:
     return {name: layer.packed.clone() for name, layer in quantized_layers(model)}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+CASES = [(kind, way) for kind in KINDS for way in WAYS if "only" not in kind or way in WAYS_OF_TORCHAO]
+
+
+@pytest.mark.parametrize(("kind", "way"), CASES)
 def test_three_steps_are_those_of_the_dense_model(base, kind, way):
     """Against plain torch: the dense gradient of the dequantised weight, read at the positions."""
     model = load(base, kind)
@@ -59,7 +74,7 @@ def test_three_steps_are_those_of_the_dense_model(base, kind, way):
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any("weight_base" in name for name, _ in model.named_buffers())
     unload(model)
-    assert type(model.model.layers[0].mlp.up_proj).__mro__[0].__module__.startswith("bitsandbytes")
+    assert type(model.model.layers[0].mlp.up_proj) is type(load(base, kind).model.layers[0].mlp.up_proj)
     assert torch.equal(model(**data).logits, logits)
 
 
@@ -138,7 +153,7 @@ def test_compute_dtypes(half_base, compute, way):
         assert F.cosine_similarity(weight.delta.grad, dense_gradient, 0) > 0.99
 
 
-@pytest.mark.parametrize("kind", ["nf4-double", "int8"])
+@pytest.mark.parametrize("kind", ["nf4-double", "int8", "int8_weight_only"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_and_autocast(base, kind, reentrant):
     losses, gradients = [], []
@@ -213,9 +228,10 @@ def test_a_layer_is_dequantised_twice_in_a_step(base):
     assert sorted(seen.made) == sorted(layers * 2)
 
 
-def test_dropout_scale_and_disable(base):
+@pytest.mark.parametrize("kind", ["nf4", "int8_weight_only"])
+def test_dropout_scale_and_disable(base, kind):
     """The mask of a step is that of an unquantised model with the same selection, as are scale and disabling."""
-    data, quantized = batch(), load(base, "nf4")
+    data, quantized = batch(), load(base, kind)
     dense = dense_like(base, quantized)
     frozen = quantized(**data).logits
     sparse(quantized, dropout=0.5)
@@ -262,10 +278,6 @@ def test_what_is_refused(base):
     unload(model)
     with pytest.raises(UserError, match="merged or unloaded between"):
         loss.backward()
-    eight = load(base, "int8").model.layers[0].mlp.up_proj
-    eight.weight.ds_id = 0  # as DeepSpeed marks a parameter that stage 3 partitions
-    with pytest.raises(UserError, match="ZeRO stage 3 cannot partition bitsandbytes' 8-bit weights"):
-        quantized_layer(eight).check_forward()
     with pytest.raises(UserError, match="cannot be compiled"):
         torch.compile(sparse(load(base, "nf4")), backend="eager")(**batch())
     with pytest.raises(
@@ -331,3 +343,47 @@ def test_norms_and_heads_are_selected_as_before(base, caplog):
     assert [weight.is_packed for weight in weights.values()] == [True, True, False, False]
     model(**batch()).loss.backward()
     assert all(weight.delta.grad is not None for weight in weights.values())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_what_torchao_quantises_itself(base, targets):
+    """A model on which `quantize_` was called, which no config of transformers knows."""
+    from torchao.quantization import Int8WeightOnlyConfig, PerTensor, quantize_
+
+    model, data = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), batch()
+    quantize_(model.model, Int8WeightOnlyConfig(granularity=PerTensor(), set_inductor_config=False))
+    frozen = model(**data).logits
+    sparsify(model, SparseConfig(targets=targets, density=0.03))
+    assert {layer.kind for _, layer in quantized_layers(model)} == {"int8_weight_only-tensor"}
+    assert torch.equal(model(**data).logits, frozen)
+    model(**data).loss.backward()
+    with torch.no_grad():
+        for weight in model.sparsity.weights.values():
+            assert weight.delta.grad.abs().max() > 0
+            weight.delta.normal_(std=0.1)
+    adapted = model(**data).logits
+    assert not torch.allclose(adapted, frozen, atol=1e-2)
+    torch.testing.assert_close(merge_and_unload(model)(**data).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert type(model.model.layers[0].mlp.up_proj._parameters["weight"]) is torch.nn.Parameter
+
+
+def test_what_is_refused_of_torchao(base, tmp_path):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from transformers.integrations import HfDeepSpeedConfig
+
+    other = AutoModelForCausalLM.from_pretrained(base)
+    quantize_(other.model, Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(UserError, match=r"proj\.weight is a Int8Tensor of torchao: such quantised weights cannot be"):
+        sparse(other)
+    model = load(base, "int8_weight_only")
+    stage_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert stage_3.is_zero3()
+    with pytest.raises(UserError, match="ZeRO stage 3 cannot partition torchao's weights: use stage 2, or load"):
+        sparse(model)
+    del stage_3
+    sparse(model)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    stage_3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match="ZeRO stage 3 cannot partition torchao's weights"):
+        SparseTrainer(model, arguments)
+    del stage_3

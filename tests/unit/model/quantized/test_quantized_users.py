@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from quantized_cases import batch, dense_like, load
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from sparse_zero import SparseConfig, UserError, load_adapter, merge_and_unload, sparsify, unload
@@ -94,10 +95,11 @@ def test_the_hooks_of_accelerate(base):
         sparsify(model, SparseConfig(**SETTINGS))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8_weight_only"])
 @pytest.mark.parametrize("columns", ["whole", 1])
-def test_answers_are_those_of_the_dense_model(base, columns):
-    """In 4 bits: in 8 bits bitsandbytes rounds the inputs in an evaluation."""
-    model = load(base, "nf4")
+def test_answers_are_those_of_the_dense_model(base, columns, kind):
+    """Not in bitsandbytes' 8 bits: it rounds the inputs in an evaluation."""
+    model = load(base, kind)
     dense = dense_like(base, model)
     for each in (model, dense):
         sparsify(each, SparseConfig(**SETTINGS | {"columns": columns}))
@@ -127,3 +129,30 @@ def test_8_bits_in_an_evaluation_start_where_the_base_is(base, columns):
     assert (changed.logits - frozen).abs().max() > 0.8
     changed.loss.backward()
     assert all(weight.delta.grad.abs().max() > 0 for weight in model.sparsity.weights.values())
+
+
+def test_ddp_leaves_out_the_weights_of_torchao(base):
+    """Which it cannot send to other ranks, also if the model is in one of PEFT."""
+    peft = pytest.importorskip("peft")
+    from sparse_zero.peft import SparseZeroConfig
+
+    kind, data = "int8_weight_only", batch()
+    models = [
+        sparsify(load(base, kind), SparseConfig(**SETTINGS)),
+        peft.get_peft_model(load(base, kind), SparseZeroConfig(**SETTINGS, task_type="CAUSAL_LM")),
+    ]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(NotImplementedError, match="Int8Tensor"):
+            DistributedDataParallel(load(base, kind))
+        losses = []
+        for model in models:
+            loss = DistributedDataParallel(model)(**data).loss
+            loss.backward()
+            losses.append(loss.item())
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            assert trained
+            assert all(parameter.grad.abs().max() > 0 for parameter in trained)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert losses == [load(base, kind)(**data).loss.item()] * 2
