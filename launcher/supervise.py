@@ -10,6 +10,7 @@ from typing import TextIO
 from launcher import processes
 from launcher.processes import RunExit
 from launcher.ways import launchers
+from sparse_zero.checkpoint.listing import MANIFEST_NAME, list_checkpoints
 from sparse_zero.ranks.stop_signals import STOPPED
 from sparse_zero.ranks.watchdog import Watchdog
 from sparse_zero.ranks.watchdog_client import print_outcome
@@ -86,9 +87,6 @@ def _hosts_for_restart(recipe: Recipe, names: Sequence[str]) -> list[str]:
 
 def _saved(output: Path) -> list[tuple[str, int, int]]:
     """What tells each complete checkpoint of a run from any other, in the order of their steps."""
-    from sparse_zero.checkpoint.directory import list_checkpoints
-    from sparse_zero.checkpoint.manifest import MANIFEST_NAME
-
     found = []
     for checkpoint in list_checkpoints(output):
         with contextlib.suppress(OSError):
@@ -103,10 +101,8 @@ def _with_resume(words: Sequence[str]) -> list[str]:
 
 
 def _newest_complete(output: Path) -> Path | None:
-    # Not with sparse_zero.checkpoint.directory, which imports torch: after a failure the user waits for this.
-    names = [path.parent.name.removesuffix(".replaced") for path in output.glob("checkpoint-*/manifest.json")]
-    steps = [int(step) for name in names if (step := name.removeprefix("checkpoint-")).isdecimal()]
-    return output / f"checkpoint-{max(steps)}" if steps else None
+    found = _saved(output)
+    return output / found[-1][0].removesuffix(".replaced") if found else None
 
 
 def _print(message: str) -> None:

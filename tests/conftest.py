@@ -24,6 +24,8 @@ else:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
+# Until all test files are imported: what the libraries create at their import is not garbage.
+gc.disable()
 
 STARTS_RANKS = ("distributed", "cluster")
 """Directories, and marks of their tests."""
@@ -31,8 +33,8 @@ STARTS_RANKS = ("distributed", "cluster")
 
 def pytest_collection_finish() -> None:
     """Exempt what has been imported from garbage collection: the Trainer collects several times in each run."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

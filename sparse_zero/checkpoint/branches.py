@@ -19,13 +19,8 @@ the run is killed between, the next one finishes the move.
 import json
 from pathlib import Path
 
-from sparse_zero.checkpoint.directory import (
-    ABANDONED_NAME,
-    TRAINER_STATE_NAME,
-    Checkpoint,
-    list_newer,
-    unfinished_move,
-)
+from sparse_zero.checkpoint.directory import TRAINER_STATE_NAME, Checkpoint
+from sparse_zero.checkpoint.listing import ABANDONED_NAME, list_newer, unfinished_move
 from sparse_zero.checkpoint.shards import flush_directory
 from sparse_zero.errors import UserError
 

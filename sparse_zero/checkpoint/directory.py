@@ -9,7 +9,7 @@ checkpoint-100/
 
 The ranks write to checkpoint-100.tmp-RUN, flush it, and rename it when it is complete. Only directories named
 checkpoint-N are checkpoints. The one with the largest N is the newest; clocks are not used. Those that a run leaves
-when it resumes from an earlier one are moved aside, see `branches`.
+when it resumes from an earlier one are moved aside, see `branches`. `listing` finds them by name.
 """
 
 import logging
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import xxhash
 
+from sparse_zero.checkpoint.listing import NAME, list_checkpoints
 from sparse_zero.checkpoint.manifest import read_manifest
 from sparse_zero.checkpoint.shards import check_digest, check_size, flush_directory
 from sparse_zero.errors import UserError
@@ -29,11 +30,6 @@ FIXED_NAME = "fixed.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"
 SETTINGS_NAME = "settings.json"
 
-ABANDONED_NAME = "abandoned"
-"""The directory, in a run's directory, of the checkpoints that are not of its branch any more."""
-
-_NAME = re.compile(r"checkpoint-(\d+)(\.replaced)?")
-_MOVING = re.compile(r"after-(\d+)\.moving")
 _TEMPORARY = re.compile(r"checkpoint-\d+\.(tmp|deleted)-\w+")
 
 
@@ -58,11 +54,6 @@ class Checkpoint:
         return self.manifest.step
 
 
-def checkpoint_path(output: Path, step: int) -> Path:
-    """The directory of a step's checkpoint. Args: output: the run's directory."""
-    return output / f"checkpoint-{step}"
-
-
 def temporary_path(directory: Path, run: str) -> Path:
     """The directory to which a checkpoint is written until it is complete."""
     return directory.with_name(f"{directory.name}.tmp-{run}")
@@ -79,39 +70,6 @@ def publish(written: Path, directory: Path) -> None:
     written.rename(directory)
     flush_directory(directory.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    """All directories in `output` that are named like a checkpoint, complete or not, in the order of their steps.
-
-    Those that are being moved aside do not count, also if they are still there.
-    """
-    moving = unfinished_move(output)
-    return list_newer(output, -1, None if moving is None else moving[1])
-
-
-def list_newer(output: Path, after: int, until: int | None = None) -> list[Path]:
-    """As `list_checkpoints`, of the steps above `after` and up to `until`, also those that are being moved aside."""
-    if not output.is_dir():
-        return []
-    found = [
-        (int(match[1]), match[2] is None, path)
-        for path in output.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    ]
-    # checkpoint-N.replaced precedes checkpoint-N, so that the last element is the newest.
-    return [path for step, _, path in sorted(found) if after < step <= (step if until is None else until)]
-
-
-def unfinished_move(output: Path) -> tuple[Path, int] | None:
-    """The directory to which a run's checkpoints of the steps above N are being moved aside, and N; None if there is
-    no such move.
-    """
-    abandoned = output / ABANDONED_NAME
-    if not abandoned.is_dir():
-        return None
-    found = [(path, int(match[1])) for path in abandoned.iterdir() if (match := _MOVING.fullmatch(path.name))]
-    return min(found, key=lambda entry: entry[1], default=None)
 
 
 def newest_complete(output: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -132,7 +90,7 @@ def remove_leftovers(output: Path) -> None:
     for path in output.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-        elif (match := _NAME.fullmatch(path.name)) and match[2]:
+        elif (match := NAME.fullmatch(path.name)) and match[2]:
             final = path.with_name(f"checkpoint-{match[1]}")
             if final.exists():
                 shutil.rmtree(path, ignore_errors=True)

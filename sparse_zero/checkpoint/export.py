@@ -29,7 +29,7 @@ from sparse_zero.adapters.reading import VALUE_DTYPES
 from sparse_zero.adapters.save_and_load import adapter_config
 from sparse_zero.adapters.schema import ROWS_SUFFIX, AdapterConfig, checked_config
 from sparse_zero.checkpoint.directory import FIXED_NAME, Checkpoint, newest_complete
-from sparse_zero.checkpoint.manifest import MANIFEST_NAME
+from sparse_zero.checkpoint.listing import MANIFEST_NAME
 from sparse_zero.checkpoint.shards import Entry, FileRecord, TensorFile, write_tensors
 from sparse_zero.errors import UserError
 from sparse_zero.model.finite import describe

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparse_zero.adapters.reading import read_json
 from sparse_zero.adapters.schema import Count, DtypeName, reason_of
+from sparse_zero.checkpoint.listing import MANIFEST_NAME
 from sparse_zero.checkpoint.shards import FileRecord, write_bytes
 from sparse_zero.errors import UserError
 from sparse_zero.zero.partitions import VALUE
 
-MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 
 Step = Annotated[int, Field(ge=0, lt=10**8)]

@@ -93,7 +93,8 @@ def _refuse_to_overwrite(output: Path) -> None:
 
 
 def _find(recipe: "Recipe", requested: str | bool | None) -> "Checkpoint | None":
-    from sparse_zero.checkpoint.directory import Checkpoint, list_checkpoints, newest_complete
+    from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
+    from sparse_zero.checkpoint.listing import list_checkpoints
 
     output = Path(str(recipe.training["output_dir"]))
     requested = recipe.training.get("resume_from_checkpoint") if requested is None else requested

@@ -16,11 +16,11 @@ from sparse_zero.checkpoint.directory import (
     FIXED_NAME,
     SETTINGS_NAME,
     TRAINER_STATE_NAME,
-    checkpoint_path,
     delete_old,
     publish,
     temporary_path,
 )
+from sparse_zero.checkpoint.listing import checkpoint_path
 from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, ShardRecord, shard_name, write_manifest
 from sparse_zero.checkpoint.settings import Settings
 from sparse_zero.checkpoint.shards import Entry, write_bytes, write_tensors

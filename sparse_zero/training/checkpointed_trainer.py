@@ -23,8 +23,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from sparse_zero.checkpoint import deepspeed_state, random_states
-from sparse_zero.checkpoint.directory import checkpoint_path, newest_complete
+from sparse_zero.checkpoint.directory import newest_complete
 from sparse_zero.checkpoint.export import fixed_entries
+from sparse_zero.checkpoint.listing import checkpoint_path
 from sparse_zero.checkpoint.manifest import Manifest, Progress
 from sparse_zero.checkpoint.resume import check_resets
 from sparse_zero.checkpoint.shards import Entry

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparse_zero.checkpoint.directory import Checkpoint
 from sparse_zero.checkpoint.export import buffer_entries, read_buffers
-from sparse_zero.checkpoint.manifest import MANIFEST_NAME
+from sparse_zero.checkpoint.listing import MANIFEST_NAME
 from sparse_zero.checkpoint.shards import Entry
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import differing_parameters

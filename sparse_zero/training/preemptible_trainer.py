@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from sparse_zero.checkpoint import random_states
-from sparse_zero.checkpoint.directory import checkpoint_path
+from sparse_zero.checkpoint.listing import checkpoint_path
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.ranks.stop_signals import Stopped, StopRequest
 from sparse_zero.training.checkpointed_trainer import CheckpointedTrainer

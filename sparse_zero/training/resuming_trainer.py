@@ -15,8 +15,8 @@ from sparse_zero.checkpoint import deepspeed_state, random_states
 from sparse_zero.checkpoint.branches import best_before, finish_leaving, leave_branch
 from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.export import describe_adapter, read_buffers
+from sparse_zero.checkpoint.listing import MANIFEST_NAME
 from sparse_zero.checkpoint.loader import load_partition, read_random_states
-from sparse_zero.checkpoint.manifest import MANIFEST_NAME
 from sparse_zero.checkpoint.resume import DATA, LEARNING_RATE, OPTIMIZER
 from sparse_zero.checkpoint.saved_state import fitted
 from sparse_zero.checkpoint.settings import Settings, check_settings, differences, read_settings, settings_table

@@ -193,7 +193,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.register_at_fork(after_in_child=lambda: os.close(answers.fileno()))
     os.dup2(2, 1)  # what libraries print is no answer
+    gc.disable()
     import_everything()
+    gc.enable()
     for line in sys.stdin:
         request = json.loads(line)
         ends = Path(request["ends"])

@@ -1,5 +1,7 @@
 """What the ranks of several hosts compare before they train, and what a rank says when it was stopped."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,26 @@ def test_a_stopped_run_names_the_checkpoint_that_resume_finds(checkpoint, said, 
     rank._output = Path("run").resolve()
     assert rank.stopped(Stopped(4, checkpoint)) == STOPPED
     assert capsys.readouterr().err.strip() == f"sparse-zero: stopped at step 4: {said}"
+
+
+IMPORTED = """
+import gc
+from sparse_zero import train
+
+searches = []
+gc.callbacks.append(lambda phase, info: searches.append(info["generation"]))
+try:
+    with train._uncollected():
+        made = [[] for _ in range(10_000)]
+        raise ValueError
+except ValueError:
+    pass
+assert searches == [] and gc.isenabled(), searches
+assert gc.get_freeze_count() > 10_000
+more = [[] for _ in range(10_000)]
+assert searches != []
+"""
+
+
+def test_garbage_is_searched_for_after_the_imports_of_a_rank_and_not_during_them():
+    subprocess.run([sys.executable, "-c", IMPORTED], check=True)

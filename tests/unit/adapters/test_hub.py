@@ -49,6 +49,28 @@ def run(server, tmp_path):
     return go
 
 
+COMMANDS = """
+import json, sys
+from launcher.cli import main
+for words in json.loads(sys.argv[1]):
+    status = main(words)
+    for stream in (sys.stdout, sys.stderr):
+        print(f"\\nENDED {status}", file=stream, flush=True)
+"""
+
+
+@pytest.fixture
+def run_all(run):
+    """Runs command lines in one process. Returns: what each prints. Checks that each ends with `status`."""
+
+    def go(*commands: list[str], status: int = 0) -> list[tuple[str, str]]:
+        printed = [text.split(f"\nENDED {status}\n") for text in run(json.dumps(commands), code=COMMANDS)]
+        assert [len(parts) for parts in printed] == [len(commands) + 1] * 2, printed
+        return list(zip(*printed, strict=True))[:-1]
+
+    return go
+
+
 @pytest.fixture
 def adapters(server: Hub, tokenizer_dir, tmp_path):
     """The base model org/base, and two revisions of user/adapter on the stand-in. Returns: the models by revision."""
@@ -113,19 +135,22 @@ def test_merge_writes_what_belongs_to_the_model(run, adapters, tmp_path):
     }
 
 
-def test_other_commands_take_an_id(run, adapters, tmp_path):
-    facts = json.loads(run("inspect", "user/adapter", "--revision", "v1", "--json")[0])
-    assert facts["base_model"] == "org/base"
-    out, _ = run("chat", "user/adapter", "--prompt", "a", "--max-new-tokens", "2", "--compare", "--json")
-    assert set(json.loads(out)) == {"model", "prompt", "answer", "base_answer", "seconds"}
-    run("convert", "user/adapter", "converted", "--to", "supertuning", "--revision", "v1")
+def test_other_commands_take_an_id(run_all, adapters, tmp_path):
+    prompt = ["--prompt", "a", "--max-new-tokens", "2", "--json"]
+    (facts, _), (compared, _), _, (of_base, _) = run_all(
+        ["inspect", "user/adapter", "--revision", "v1", "--json"],
+        ["chat", "user/adapter", *prompt, "--compare"],
+        ["convert", "user/adapter", "converted", "--to", "supertuning", "--revision", "v1"],
+        ["chat", "org/base", *prompt],
+    )
+    assert json.loads(facts)["base_model"] == "org/base"
+    assert set(json.loads(compared)) == {"model", "prompt", "answer", "base_answer", "seconds"}
+    assert json.loads(of_base)["model"] == "org/base"
     model = PeftModel.from_pretrained(fresh(tmp_path / "llama-with-licence"), tmp_path / "converted")
     assert torch.allclose(logits(model), logits(adapters["v1"]), atol=1e-5)
-    out, _ = run("chat", "org/base", "--prompt", "a", "--max-new-tokens", "2", "--json")
-    assert json.loads(out)["model"] == "org/base"
 
 
-def test_an_adapter_is_evaluated_by_its_id(run, adapters, tmp_path):
+def test_an_adapter_is_evaluated_by_its_id(run_all, adapters, tmp_path):
     """By its revision, on a base model that is an id too; the loss is that of the model in this process."""
     text = "a b c d e f g h"
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": text}) + "\n")
@@ -134,24 +159,24 @@ def test_an_adapter_is_evaluated_by_its_id(run, adapters, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama-with-licence")
     ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
-    for revision in ("v1", "main"):
-        out, _ = run("evaluate", "r.yaml", "--adapter", "user/adapter", "--revision", revision, "--json")
+    evaluate = ["evaluate", "r.yaml", "--adapter", "user/adapter", "--json", "--revision"]
+    revisions = ("v1", "main")
+    for revision, (out, _) in zip(revisions, run_all(*([*evaluate, each] for each in revisions)), strict=True):
         with torch.no_grad():
             expected = adapters[revision](input_ids=ids, labels=ids).loss
         assert json.loads(out)["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_what_the_hub_does_not_have(run, adapters):
-    for words, expected in (
-        (
-            ["merge", "user/none", "out"],
-            "user/none: no such adapter directory, and it cannot be downloaded from the hub",
-        ),
-        (["inspect", "user/adapter", "--revision", "v9"], "cannot be downloaded from the hub"),
-        (["merge", "org/base", "out"], "not an adapter directory (it has no adapter_config.json)"),
-        (["chat", "user/none", "--prompt", "a"], "user/none cannot be loaded"),
-    ):
-        _, err = run(*words, status=2)
+ABSENT = {
+    ("merge", "user/none", "out"): "user/none: no such adapter directory, and it cannot be downloaded from the hub",
+    ("inspect", "user/adapter", "--revision", "v9"): "cannot be downloaded from the hub",
+    ("merge", "org/base", "out"): "not an adapter directory (it has no adapter_config.json)",
+    ("chat", "user/none", "--prompt", "a"): "user/none cannot be loaded",
+}
+
+
+def test_what_the_hub_does_not_have(run_all, adapters):
+    for expected, (_, err) in zip(ABSENT.values(), run_all(*ABSENT, status=2), strict=True):
         assert expected in err
         assert err.strip().splitlines()[-1].startswith("sparse-zero: error: ")
 

@@ -6,7 +6,7 @@ import pytest
 
 from sparse_zero.checkpoint import branches
 from sparse_zero.checkpoint.branches import finish_leaving, leave_branch
-from sparse_zero.checkpoint.directory import list_checkpoints
+from sparse_zero.checkpoint.listing import list_checkpoints
 from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks

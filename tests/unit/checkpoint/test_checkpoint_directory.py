@@ -15,12 +15,12 @@ from sparse_zero.checkpoint import random_states
 from sparse_zero.checkpoint.directory import (
     Checkpoint,
     delete_old,
-    list_checkpoints,
     newest_complete,
     remove_leftovers,
 )
+from sparse_zero.checkpoint.listing import MANIFEST_NAME, list_checkpoints
 from sparse_zero.checkpoint.loader import load_partition, read_random_states
-from sparse_zero.checkpoint.manifest import MANIFEST_NAME, Manifest, ParameterRecord, Progress
+from sparse_zero.checkpoint.manifest import Manifest, ParameterRecord, Progress
 from sparse_zero.checkpoint.writer import CheckpointWriter
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks

@@ -28,8 +28,8 @@ print("IMPORTED", sorted({heavy} & set(sys.modules)))
 TORCH = {"torch", "transformers", "deepspeed", "datasets", "numpy"}
 
 
-def imported(commands, heavy):
-    code = IMPORTED.format(commands=commands, heavy=heavy)
+def imported(commands, heavy, first=""):
+    code = f"{first}\n{IMPORTED.format(commands=commands, heavy=heavy)}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *answers, last = done.stdout.splitlines()
     return answers, last
@@ -47,6 +47,15 @@ def test_what_needs_only_the_recipe_does_not_import_torch(recipe):
     commands = [["submit", recipe, "--dry-run"], ["keys"]]
     assert imported(commands, TORCH | {"rich"})[1] == "IMPORTED []"
     assert imported([["recipes"]], TORCH)[1] == "IMPORTED []"
+
+
+def test_ranks_are_started_without_torch(recipe, tmp_path):
+    """Which they import themselves."""
+    standing_in = 'from launcher.ways import command\ncommand.TRAINING_MODULE = "this"'
+    run = ["train", recipe, "launch.launcher=local", f"training.output_dir={tmp_path}", "training.use_cpu=true"]
+    answers, last = imported([run], TORCH | {"rich"}, standing_in)
+    assert "The Zen of Python, by Tim Peters" in answers
+    assert last == "IMPORTED []"
 
 
 def test_module_and_script_are_the_same_command():

@@ -16,11 +16,12 @@ from torch._dynamo.backends.common import aot_autograd
 from sparse_zero import SparseConfig, UserError, disable_adapter, refresh, set_scale, sparsify
 
 FAMILIES = {
-    "llama": {},
+    "llama": {"num_hidden_layers": 1},
     "gpt2": {},
-    "bert": {},
-    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "bert": {"num_hidden_layers": 1},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 1},
 }
+"""Each kind of layer once, since every layer is compiled for itself; those of gpt2 twice."""
 
 
 class Product(nn.Module):
@@ -54,7 +55,7 @@ def base_of(family: str) -> nn.Module:
 
 def sparse(family: str, **settings: object) -> nn.Module:
     targets = "all" if family in ("mixtral", "gpt2") else None
-    given = {"density": 0.1, "dropout": 0.0} | ({"targets": targets} if targets else {}) | settings
+    given = {"density": 0.06, "dropout": 0.0} | ({"targets": targets} if targets else {}) | settings
     model = sparsify(base_of(family), SparseConfig(**given))
     nudge(model)
     with torch.no_grad():
@@ -86,24 +87,26 @@ def steps(model: nn.Module, run: Callable, batch: Batch, count: int = 3) -> list
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_are_those_of_the_eager_model(family):
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        pytest.param(
+            "llama", "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+        ),
+        ("gpt2", "aot_eager"),
+        ("bert", "aot_eager"),
+        ("mixtral", "aot_eager"),
+    ],
+)
+def test_losses_are_those_of_the_eager_model(family, backend):
+    """In one graph, as `fullgraph` asks."""
     model, eager = sparse(family), sparse(family)
     batch = batch_of(family)
     expected = steps(eager, eager, batch)
     assert len({*expected}) == len(expected)
-    torch.testing.assert_close(steps(model, compiled(model), batch), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(steps(model, compiled(model, backend), batch), expected, rtol=0, atol=1e-6)
     for name, weight in model.sparsity.weights.items():
         torch.testing.assert_close(weight.delta, eager.sparsity.weights[name].delta, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
-def test_inductor():
-    model, eager = sparse("llama"), sparse("llama")
-    batch = batch_of("llama")
-    torch.testing.assert_close(
-        steps(model, compiled(model, "inductor"), batch), steps(eager, eager, batch), rtol=0, atol=1e-6
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -165,17 +168,6 @@ def test_changes_that_autograd_does_not_count_are_seen(family):
         torch.testing.assert_close(
             run(**batch).logits, dense_copy(base_of(family), model)(**batch).logits, rtol=1e-5, atol=1e-5
         )
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_there_are_as_many_graphs_as_in_the_plain_model(family):
-    batch = batch_of(family)
-    counts = []
-    for model in (base_of(family), sparse(family)):
-        torch._dynamo.reset()
-        found = torch._dynamo.explain(model)(**batch)
-        counts.append((found.graph_count, found.graph_break_count))
-    assert counts == [(1, 0), (1, 0)]
 
 
 def test_autocast():

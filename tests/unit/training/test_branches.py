@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from sparse_zero import SparseTrainer, UserError
-from sparse_zero.checkpoint.directory import list_checkpoints, newest_complete
+from sparse_zero.checkpoint.directory import newest_complete
 from sparse_zero.checkpoint.export import export
+from sparse_zero.checkpoint.listing import list_checkpoints
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "load_best_model_at_end": True}
 

@@ -115,12 +115,30 @@ def assert_same(resumed: Run, whole: Run) -> None:
         assert torch.equal(resumed.adapter[name], values), name
 
 
+Undisturbed = Callable[..., tuple[Path, Run]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Gives a run of these settings and its directory, for reading only: it is made once."""
+    made: dict[str, tuple[Path, Run]] = {}
+
+    def undisturbed(stops_early: bool = False, **settings: Any) -> tuple[Path, Run]:
+        key = repr((stops_early, sorted(settings.items())))
+        if key not in made:
+            out = tmp_path_factory.mktemp("undisturbed")
+            made[key] = out, train(out, callbacks=early_stopping() if stops_early else None, **settings)
+        return made[key]
+
+    return undisturbed
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_resumed_from_any_step(tmp_path: Path, name: str) -> None:
-    whole = train(tmp_path / "whole", **SETTINGS[name])
+def test_resumed_from_any_step(undisturbed: Undisturbed, tmp_path: Path, name: str) -> None:
+    directory, whole = undisturbed(**SETTINGS[name])
     assert len({loss for _, loss in whole.losses}) == 4
     for step in (1, 3, 6, 8):
-        resumed = train(tmp_path / f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}", **SETTINGS[name])
+        resumed = train(tmp_path / f"from-{step}", directory / f"checkpoint-{step}", **SETTINGS[name])
         assert_same(resumed, whole)
 
 
@@ -130,12 +148,12 @@ def test_the_seed_matters(tmp_path: Path) -> None:
     assert runs[0].losses[0] != runs[1].losses[0]
 
 
-def test_a_checkpoint_holds_no_pickle_and_no_frozen_weight(tmp_path: Path) -> None:
-    train(tmp_path / "run")
-    files = sorted(path.name for path in (tmp_path / "run" / "checkpoint-3").iterdir())
+def test_a_checkpoint_holds_no_pickle_and_no_frozen_weight(undisturbed: Undisturbed) -> None:
+    run, _ = undisturbed()
+    files = sorted(path.name for path in (run / "checkpoint-3").iterdir())
     assert files == ["manifest.json", "settings.json", "shard-00000-of-00001.safetensors", "trainer_state.json"]
-    shard = load_file(tmp_path / "run" / "checkpoint-3" / "shard-00000-of-00001.safetensors")
-    trainable = sum(v.numel() for v in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values())
+    shard = load_file(run / "checkpoint-3" / "shard-00000-of-00001.safetensors")
+    trainable = sum(v.numel() for v in load_file(run / "adapter" / "adapter_model.safetensors").values())
     assert {name: v.numel() for name, v in shard.items() if not name.startswith("random.")} == dict.fromkeys(
         ("value", "exp_avg", "exp_avg_sq"), trainable
     )
@@ -150,11 +168,11 @@ EARLY = {"metric_for_best_model": "loss", "greater_is_better": True}
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 6])
-def test_early_stopping_keeps_its_count(tmp_path: Path, step: int) -> None:
+def test_early_stopping_keeps_its_count(undisturbed: Undisturbed, tmp_path: Path, step: int) -> None:
     settings = EARLY | {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 1}
-    whole = train(tmp_path / "whole", callbacks=early_stopping(), **settings)
+    directory, whole = undisturbed(stops_early=True, **settings)
     assert whole.trainer.state.global_step == 6
-    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    checkpoint = directory / f"checkpoint-{step}"
     resumed = train(tmp_path / "resumed", checkpoint, callbacks=early_stopping(), **settings)
     assert resumed.trainer.state.global_step == 6
     assert_same(resumed, whole)
@@ -185,21 +203,23 @@ STOPS = {
 
 @pytest.mark.parametrize("name", STOPS)
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
-def test_a_run_resumed_after_a_signal_has_the_same_result(tmp_path: Path, name: str, strategy: str) -> None:
+def test_a_run_resumed_after_a_signal_has_the_same_result(
+    undisturbed: Undisturbed, tmp_path: Path, name: str, strategy: str
+) -> None:
     event, number, steps = STOPS[name]
     settings = {"eval_strategy": strategy, "eval_steps": 3, "save_strategy": strategy, "save_steps": 3}
     settings |= {"per_device_eval_batch_size": 2}
     settings |= {"metric_for_best_model": "loss", "load_best_model_at_end": True}
-    whole = train(tmp_path / "whole", callbacks=[EarlyStoppingCallback(2)], **settings)
+    _, whole = undisturbed(stops_early=True, **settings)
     stop = StopRequest()
-    callbacks = [EarlyStoppingCallback(2), Raise(stop, event, number)]
+    callbacks = [*early_stopping(), Raise(stop, event, number)]
     with pytest.raises(Stopped) as stopped:
         train(tmp_path / "cut", callbacks=callbacks, stop=stop, **settings)
     found, problems = newest_complete(tmp_path / "cut")
     assert problems == []
     assert stopped.value.step == (found.step if found else 0) == steps[strategy]
     resume = found.directory if found else None
-    resumed = train(tmp_path / "cut", resume, callbacks=[EarlyStoppingCallback(2)], **settings)
+    resumed = train(tmp_path / "cut", resume, callbacks=early_stopping(), **settings)
     assert_same(resumed, whole)
     assert resumed.trainer.state.best_global_step == whole.trainer.state.best_global_step
     assert (
@@ -218,9 +238,9 @@ def test_a_signal_in_the_evaluation_after_training(tmp_path: Path) -> None:
     assert_same(resumed, run)
 
 
-def test_the_adapter_of_a_checkpoint(tmp_path: Path) -> None:
-    run = train(tmp_path / "run")
-    export(tmp_path / "run" / "checkpoint-8", tmp_path / "adapter")
+def test_the_adapter_of_a_checkpoint(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    directory, run = undisturbed()
+    export(directory / "checkpoint-8", tmp_path / "adapter")
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert exported.keys() == run.adapter.keys()
     assert all(torch.equal(exported[name], values) for name, values in run.adapter.items())
@@ -233,22 +253,26 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_batch_or_optimizer_is_an_error(tmp_path: Path, name: str) -> None:
-    train(tmp_path / "run", max_steps=2)
+def test_another_batch_or_optimizer_is_an_error(undisturbed: Undisturbed, tmp_path: Path, name: str) -> None:
+    directory, _ = undisturbed()
     changed, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
-        train(tmp_path / "other", tmp_path / "run" / "checkpoint-2", **changed())
+        train(tmp_path / "other", directory / "checkpoint-2", **changed())
 
 
-def test_another_selection_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path / "run", max_steps=2)
+def test_another_selection_is_an_error(
+    undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = undisturbed()
     monkeypatch.setitem(globals(), "SparseConfig", functools.partial(SparseConfig, seed=1))
     with pytest.raises(UserError, match=r"checkpoint-2: has another selection \(tensors differ\)"):
-        train(tmp_path / "other", tmp_path / "run" / "checkpoint-2")
+        train(tmp_path / "other", directory / "checkpoint-2")
 
 
-def test_another_base_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path / "run", max_steps=2)
+def test_another_base_model_is_an_error(
+    undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = undisturbed()
     other = model()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.05)
@@ -256,7 +280,7 @@ def test_another_base_model_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         UserError, match=r"checkpoint-2: was saved with a base model whose weights differ in '.*up_proj.weight'"
     ):
-        train(tmp_path / "other", tmp_path / "run" / "checkpoint-2")
+        train(tmp_path / "other", directory / "checkpoint-2")
 
 
 def test_a_failed_save_is_logged_and_training_continues(
