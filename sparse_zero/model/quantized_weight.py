@@ -100,8 +100,11 @@ class QuantizedWeight(TrainedDelta):
         """
         rows, width = self._inner_shape
         if self.selection.fills_columns:
-            matrix, padding = added.view(rows, width).to(dtype), self.columns.numel() - width
-            return nn.functional.pad(matrix, (0, padding)) if padding else matrix
+            if self.columns.numel() == width:
+                return added.view(rows, width).to(dtype)
+            matrix = added.new_zeros(rows, self.columns.numel(), dtype=dtype)
+            matrix[:, :width] = added.view(rows, width)
+            return matrix
         matrix = added.new_zeros(rows, width, dtype=dtype)
         flat = matrix.view(-1)
         if self.selection.columns is None:

@@ -141,7 +141,7 @@ class SelectedScalars:
         if self._parked is not None:
             return self._parked[kind]
         module, name = self.owners[0]
-        return getattr(module, self.tensor_name(name, kind))
+        return module._buffers[self.tensor_name(name, kind)]
 
     def _set_tensor(self, kind: str, value: torch.Tensor) -> None:
         if self._parked is not None:
