@@ -10,7 +10,8 @@ MiniLM-L6 on Rotten Tomatoes (accuracy) and CoLA (Matthews correlation), all lin
 classification head is trained too, and is part of every share. LoRA has the rank whose number of scalars is nearest
 and lora_alpha of twice the rank; at 0.1%, which is less than rank 1 on all linear layers, it is on those of the
 attention. Each method has at each share the learning rate that is best on validation sentences, with a seed of its
-own. Drawn columns are tested at the rate of scattered scalars until all else is there: then they are tuned too, and
+own: one of three, or one of up to two more where the best is at the edge; where two are close a second seed decides.
+Drawn columns are tested at the rate of scattered scalars until all else is there: then they are tuned too, and
 tested again where that chooses another rate. Each run is one line of results/share_quality.jsonl: an interrupted call
 can be repeated, and several calls share the runs. Runs of a seed share training sentences, head, order and positions.
 """

@@ -16,7 +16,9 @@ TIMES = {"rotten-tomatoes": 1, "cola": 4}
 """Training sentences of a task, in those of Rotten Tomatoes: CoLA's are short, and it takes more to learn anything."""
 
 SEEDS = (0, 1, 2)
-TUNING_SEED = 100
+TUNING_SEED, SECOND_SEED = 100, 101
+CLOSE = 0.02
+"""Rates whose scores are nearer to the best one than this are tried with a second seed."""
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)
 SCATTERED, LORA, FULL, HEAD = "scattered", "lora", "full", "head"
@@ -31,7 +33,9 @@ RATES = {
     FULL: {1: (3e-5, 1e-4, 3e-4)},
     HEAD: {0: HIGH},
 }
-"""By method and share, around the rule of docs/choosing."""
+"""By method and share, around the rule of docs/choosing. Where the best is at the edge, the next one is tried too."""
+LADDER, FURTHER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3), 2
+"""All rates, and how many may be tried beyond those of RATES."""
 
 
 class Cell(NamedTuple):
@@ -91,33 +95,53 @@ def scales(done: dict[str, Row]) -> list[Scale]:
     return sorted({Scale(row["size"] // TIMES[row["task"]], row["epochs"]) for row in done.values()}, reverse=True)
 
 
-def rate_runs(task: str, cell: Cell, scale: Scale) -> list[Run]:
+def _tuning_run(task: str, cell: Cell, scale: Scale, rate: float, seed: int) -> Run:
     size = scale.size * TIMES[task]
-    return [
-        Run(
-            cell.method,
-            "none",
-            None,
-            rate,
-            size,
-            scale.epochs,
-            TUNING_SEED,
-            "validation",
-            density=cell.share,
-            task=task,
-        )
-        for rate in cell.rates
-    ]
+    return Run(cell.method, "none", None, rate, size, scale.epochs, seed, "validation", density=cell.share, task=task)
+
+
+def rate_runs(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> list[Run]:
+    """The tuning runs of the first seed that are known so far, by rate."""
+    rates = list(cell.rates)
+    for _ in range(FURTHER):
+        found = best([_tuning_run(task, cell, scale, rate, TUNING_SEED) for rate in rates], done)
+        place = LADDER.index(found.learning_rate) if found else None
+        if place is not None and found.learning_rate == rates[-1] != LADDER[-1]:
+            rates.append(LADDER[place + 1])
+        elif place is not None and found.learning_rate == rates[0] != LADDER[0]:
+            rates.insert(0, LADDER[place - 1])
+        else:
+            break
+    return [_tuning_run(task, cell, scale, rate, TUNING_SEED) for rate in rates]
+
+
+def deciding_runs(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> list[Run]:
+    """Those of the second seed, at the rates that are close to the best one; none if there is only that."""
+    first = rate_runs(task, cell, scale, done)
+    found = best(first, done)
+    close = [run for run in first if found and done[found.key]["score"] - done[run.key]["score"] < CLOSE]
+    return [replace(run, seed=SECOND_SEED) for run in close] if len(close) > 1 else []
 
 
 def chosen_rate(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> tuple[float, bool] | None:
     """The rate with the best score on validation sentences, and whether the cell was tuned itself: drawn columns have
-    the rate of scattered scalars until then. None while a run is missing.
+    the rate of scattered scalars until then. None while one of the first three rates is missing; what is to be tried
+    besides counts as soon as it is there.
     """
     for tuned in (cell, Cell(SCATTERED, cell.share)) if cell.method in DRAWN else (cell,):
-        if found := best(rate_runs(task, tuned, scale), done):
+        first = [run for run in rate_runs(task, tuned, scale, done) if run.key in done]
+        second = deciding_runs(task, tuned, scale, done)
+        if len(first) >= len(tuned.rates):
+            are_both = bool(second) and all(run.key in done for run in second)
+            found = max(second, key=lambda run: _scores_of_both(run, done)) if are_both else best(first, done)
             return found.learning_rate, tuned == cell
     return None
+
+
+def _scores_of_both(run: Run, done: dict[str, Row]) -> tuple[float, float]:
+    """The sums of score and negative loss over the tuning seeds."""
+    rows = [done[key] for seed in (TUNING_SEED, SECOND_SEED) if (key := replace(run, seed=seed).key) in done]
+    return sum(row["score"] for row in rows), -sum(row["loss"] for row in rows)
 
 
 def tests(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> list[Run]:
@@ -125,8 +149,7 @@ def tests(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> list[Run
     chosen = chosen_rate(task, cell, scale, done)
     if chosen is None:
         return []
-    example = replace(rate_runs(task, cell, scale)[0], learning_rate=chosen[0], split="test")
-    return [replace(example, seed=seed) for seed in SEEDS]
+    return [replace(_tuning_run(task, cell, scale, chosen[0], seed), split="test") for seed in SEEDS]
 
 
 FULL_SCALE = Scale()
@@ -143,7 +166,8 @@ def plan(done: dict[str, Row], scale: Scale = FULL_SCALE, tasks: Collection[str]
     last: list[Run] = []
     for task in tasks:
         for cell in CELLS:
-            (last if cell.method in DRAWN else first).extend(rate_runs(task, cell, scale))
+            tuning = [*rate_runs(task, cell, scale, done), *deciding_runs(task, cell, scale, done)]
+            (last if cell.method in DRAWN else first).extend(tuning)
             tested = tests(task, cell, scale, done)
             first += tested[:1]
             further += tested[1:]

@@ -175,9 +175,10 @@ class Progress:
             self._bar.set_postfix_str(shown)
         else:
             print(f"{report.PROGRAM}: run {self._done + 1} of {self._total}: {shown}", file=sys.stderr, flush=True)
-        begun = self._clock()
+        begun, was_done = self._clock(), (run.directory / RESULTS_FILE).exists()
         yield
-        self._seconds.setdefault(run.variant, []).append(self._clock() - begun)
+        if not was_done:
+            self._seconds.setdefault(run.variant, []).append(self._clock() - begun)
         self.skip()
 
     def skip(self) -> None:

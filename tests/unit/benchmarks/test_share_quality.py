@@ -33,7 +33,7 @@ def tuned(scale: planning.Scale = FULL_SCALE, cells: tuple = planning.CELLS, bes
     for task in planning.TASKS:
         for cell in cells:
             if cell.method not in planning.DRAWN:
-                for index, run in enumerate(planning.rate_runs(task, cell, scale)):
+                for index, run in enumerate(planning.rate_runs(task, cell, scale, {})):
                     done |= finished(run, 0.9 if index == best else 0.1)
     return done
 
@@ -60,18 +60,49 @@ def test_all_cells_have_the_first_seed_before_others_have_the_second() -> None:
 def test_drawn_columns_have_the_rate_of_scattered_scalars_until_they_are_tuned() -> None:
     done, cell = tuned(), planning.Cell("whole", 0.01)
     assert planning.chosen_rate("cola", cell, FULL_SCALE, done) == (3e-3, False)
-    runs = planning.rate_runs("cola", cell, FULL_SCALE)
+    runs = planning.rate_runs("cola", cell, FULL_SCALE, {})
     assert set(runs) <= set(planning.plan(done)[-len(planning.TASKS) * 9 * 3 :])
-    for run, score in zip(runs, (0.2, 0.3, 0.4), strict=True):
+    for run, score in zip(runs, (0.4, 0.3, 0.2), strict=True):
         done |= finished(run, score)
-    assert planning.chosen_rate("cola", cell, FULL_SCALE, done) == (1e-2, True)
-    assert {run.learning_rate for run in planning.tests("cola", cell, FULL_SCALE, done)} == {1e-2}
+    done |= finished(replace(runs[0], learning_rate=3e-4), 0.3)
+    assert planning.chosen_rate("cola", cell, FULL_SCALE, done) == (1e-3, True)
+    assert {run.learning_rate for run in planning.tests("cola", cell, FULL_SCALE, done)} == {1e-3}
+
+
+def test_the_next_rate_is_tried_where_the_best_is_at_the_edge() -> None:
+    cell = planning.Cell("full", 1)
+
+    def rates(scores: dict[float, float]) -> tuple[float, ...]:
+        done: dict[str, dict] = {}
+        example = planning.rate_runs("cola", cell, FULL_SCALE, {})[0]
+        for rate, score in scores.items():
+            done |= finished(replace(example, learning_rate=rate), score)
+        return tuple(run.learning_rate for run in planning.rate_runs("cola", cell, FULL_SCALE, done))
+
+    assert rates({3e-5: 0.1, 1e-4: 0.2}) == (3e-5, 1e-4, 3e-4)
+    assert rates({3e-5: 0.1, 1e-4: 0.3, 3e-4: 0.2}) == (3e-5, 1e-4, 3e-4)
+    assert rates({3e-5: 0.1, 1e-4: 0.2, 3e-4: 0.3}) == (3e-5, 1e-4, 3e-4, 1e-3)
+    assert rates({3e-5: 0.1, 1e-4: 0.2, 3e-4: 0.3, 1e-3: 0.4, 3e-3: 0.5}) == (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    assert rates({3e-5: 0.4, 1e-4: 0.2, 3e-4: 0.3}) == (1e-5, 3e-5, 1e-4, 3e-4)
+
+
+def test_a_second_seed_decides_between_close_rates() -> None:
+    done, (low, middle, high) = {}, planning.rate_runs("cola", SCATTERED, FULL_SCALE, {})
+    for run, score in ((low, 0.1), (middle, 0.75), (high, 0.74)):
+        done |= finished(run, score)
+    second = planning.deciding_runs("cola", SCATTERED, FULL_SCALE, done)
+    assert second == [replace(run, seed=planning.SECOND_SEED) for run in (middle, high)]
+    assert planning.chosen_rate("cola", SCATTERED, FULL_SCALE, done) == (middle.learning_rate, True)
+    assert set(second) <= set(planning.plan(done))
+    for run, score in zip(second, (0.5, 0.7), strict=True):
+        done |= finished(run, score)
+    assert planning.chosen_rate("cola", SCATTERED, FULL_SCALE, done) == (high.learning_rate, True)
 
 
 def test_a_smaller_experiment_has_its_own_rates() -> None:
-    done = tuned() | tuned(SMALL, best=0)
+    done = tuned() | tuned(SMALL)
     assert planning.scales(done) == [FULL_SCALE, SMALL]
-    assert planning.chosen_rate("cola", SCATTERED, SMALL, done) == (1e-3, True)
+    assert planning.chosen_rate("cola", SCATTERED, SMALL, tuned()) is None
     assert {run.size for run in planning.plan(done, SMALL, ["cola"])} == {2000}
     assert planning.plan(done, SMALL, ["rotten-tomatoes"])[0].size == 500
 
@@ -87,7 +118,7 @@ def model() -> BertForSequenceClassification:
 def test_what_is_trained(cell, model) -> None:
     pytest.importorskip("peft")
     total = sum(parameter.numel() for parameter in model.parameters())
-    run = planning.rate_runs("cola", cell, FULL_SCALE)[0]
+    run = planning.rate_runs("cola", cell, FULL_SCALE, {})[0]
     trained = {n: p.numel() for n, p in quality.adapted(model, run).named_parameters() if p.requires_grad}
     head = 64 * 2 + 2
     wanted = {0: head, 1: total}.get(cell.share, cell.share * total)
@@ -98,7 +129,7 @@ def test_what_is_trained(cell, model) -> None:
 
 def test_lora_of_the_smallest_share_is_on_the_attention(model) -> None:
     pytest.importorskip("peft")
-    run = planning.rate_runs("cola", planning.Cell("lora", 0.001), FULL_SCALE)[0]
+    run = planning.rate_runs("cola", planning.Cell("lora", 0.001), FULL_SCALE, {})[0]
     adapted = quality.adapted(model, run)
     layers = {
         name.split(".lora_")[0].rpartition(".layer.")[2] for name, _ in adapted.named_parameters() if "lora_" in name
@@ -113,7 +144,7 @@ def test_data_of_cola(tmp_path: Path, monkeypatch) -> None:
     for name, text in (("in", "inside"), ("out_of", 'a " quote')):
         (tmp_path / f"{name}_domain_dev.tsv").write_text(f"s\t1\t\t{text}\n")
     assert cola.examples(tmp_path, cola.TEST) == (["inside", 'a " quote'], [1, 1])
-    run = replace(planning.rate_runs("cola", SCATTERED, FULL_SCALE)[0], size=20, held_out=10)
+    run = replace(planning.rate_runs("cola", SCATTERED, FULL_SCALE, {})[0], size=20, held_out=10)
     ids, labels = [[n] for n in range(42)], [0] * 42
     monkeypatch.setattr(cola, "_encoded", lambda directory, base, length: (ids, labels, 40))
     validation, test = (cola.sentences(replace(run, split=split), tmp_path) for split in ("validation", "test"))

@@ -294,17 +294,22 @@ def test_the_figure(file, tmp_path) -> None:
 
 def test_the_time_that_is_left(file, capsys) -> None:
     now = [0.0]
-    progress, comparison = Progress(4, lambda: now[0]), described(file, "sparse", "full")
+    progress, comparison = Progress(5, lambda: now[0]), described(file, "sparse", "full")
     sparse, full = comparison.variants
     left = ["sparse", "sparse", "full", "full"]
     assert progress.seconds_left(left) is None
     for variant, seconds in ((sparse, 10.0), (full, 70.0)):
         with progress.running(comparison.run(variant, 0.1, 42), left):
             now[0] += seconds
+    done = comparison.run(full, 0.1, 44)
+    done.directory.mkdir(parents=True)
+    (done.directory / runs.RESULTS_FILE).write_text("{}")
+    with progress.running(done, left):
+        pass
     assert progress.seconds_left(["sparse", "full", "other"]) == 10 + 70 + 40
     with progress.running(comparison.run(full, 0.1, 43), ["sparse", "full"]):
         pass
-    assert "sparse-zero: run 3 of 4: full rate 0.1 seed 43, 0:01:20 left\n" in capsys.readouterr().err
+    assert "sparse-zero: run 4 of 5: full rate 0.1 seed 43, 0:01:20 left\n" in capsys.readouterr().err
 
 
 def test_compare_does_not_import_torch_before_its_runs(file, tmp_path) -> None:
