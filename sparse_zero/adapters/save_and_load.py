@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def save_adapter(
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     push_to_hub: str | None = None,
-) -> None:
+    **push_options: Any,
+) -> str | None:
     """Write the active adapter of a sparse model to a directory.
 
         save_adapter(model, "adapter")
@@ -62,11 +64,19 @@ def save_adapter(
         state_dict: the complete state dict of the model, as `accelerator.get_state_dict` returns it. Under ZeRO stage
             3 one rank alone can then write.
         push_to_hub: a repository of the hub, `user/name`, to upload the directory to; created if necessary.
+        **push_options: private, token, revision, tags, create_pr, commit_message, commit_description, as of
+            huggingface_hub.
+
+    Returns: the address of the commit on the hub, if there is one.
 
     Raises:
         UserError: the model is not sparse, the directory or the repository cannot be written, or values are missing
             in the state dict.
     """
+    if push_options and push_to_hub is None:
+        raise UserError(
+            f"save_adapter: {', '.join(push_options)}: options of a push; name the repository, push_to_hub="
+        )
     adapter = extract_adapter(model, is_main_process, state_dict)
     if is_main_process:
         parts = (adapter.deltas, adapter.rows, adapter.whole)
@@ -74,7 +84,8 @@ def save_adapter(
             logger.warning("%s: saved values that are NaN or infinite: %s", directory, describe(counts))
         write_adapter(adapter, directory, model_card(adapter.config))
         if push_to_hub is not None:
-            push(directory, push_to_hub)
+            return push(directory, push_to_hub, **push_options)
+    return None
 
 
 def extract_adapter(

@@ -89,7 +89,7 @@ class SparseModel:
         repository = repo_id if push_to_hub else None
         save_adapter(self, save_directory, is_main_process, state_dict=state_dict, push_to_hub=repository)
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> str | None:
         """Upload the adapter to the hub, with its card. Returns: the address of the commit.
 
         Args:
@@ -100,10 +100,9 @@ class SparseModel:
         Raises:
             UserError: the repository cannot be written.
         """
-        push = importlib.import_module("sparse_zero.adapters.hub").push
+        save_adapter = importlib.import_module("sparse_zero").save_adapter
         with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
-            return push(directory, repo_id, **kwargs)
+            return save_adapter(self, directory, push_to_hub=repo_id, **kwargs)
 
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         with subclassed.applied(self, function):

@@ -1,6 +1,7 @@
 """SparseZeroModel: the tuner between a PeftModel and a sparse model, and what loads adapters through PEFT."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ class SparseZeroModel(BaseTuner):
             layer.set_requires_grad(adapter_name, not config.inference_mode)
         else:
             layer.set_requires_grad(adapter_name, False)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around each forward. Raises UserError: it asks for an adapter for each row of the batch."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "adapter_names: the weights of a sparse model have one adapter for a whole batch; call "
+                "set_adapter(name), and leave it out"
+            )
+        yield
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("inject_adapter does not replace layers")

@@ -90,6 +90,8 @@ def test_save_pretrained_in_each_state(tmp_path):
     assert torch.equal(opened(tmp_path / "b"), expected)
     with pytest.raises(UserError, match="push_to_hub"):
         model.save_pretrained(tmp_path / "c", push_to_hub=True)
+    with pytest.raises(UserError, match="save_adapter: privat: options of a push"):
+        save_adapter(model, tmp_path / "c", privat=True)
     # A merged or plain model is written as ever
     merge_adapter(model)
     model.save_pretrained(tmp_path / "merged")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft_cases import (
     CAUSAL,
+    TOKENS,
     assert_differs,
     assert_same,
     families,
@@ -85,6 +86,15 @@ def test_several_adapters(bases):
     for name, expected in (("default", first), ("second", second), ("default", first)):
         model.set_adapter(name)
         assert_same(model, expected)
+
+
+def test_an_adapter_for_each_row_is_refused(bases):
+    """PEFT passes on the names only to methods that know them; the active adapter would answer for all."""
+    model = in_peft(bases["llama"]).eval()
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match=r"adapter_names: .* call set_adapter\(name\)"):
+            call(input_ids=TOKENS, adapter_names=["default", "__base__"])
+    assert_same(model, logits(fresh(bases["llama"])))
 
 
 def test_an_optimizer_stays_valid_when_adapters_are_switched(bases):

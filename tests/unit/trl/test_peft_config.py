@@ -1,4 +1,4 @@
-"""TRL's own trainers with adapters of `sparse_zero.peft`: the reference is the base model, or the adapter as loaded."""
+"""TRL's own trainers with adapters of `sparse_zero.peft`: their reference is the base model, or the loaded adapter."""
 
 import math
 from pathlib import Path
