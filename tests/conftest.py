@@ -20,12 +20,11 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISAB
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of several workers that wait for each other on the same cores take many times as long
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Until all test files are imported: what the libraries create at their import is not garbage
+    gc.disable()
 else:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-
-# Until all test files are imported: what the libraries create at their import is not garbage.
-gc.disable()
 
 STARTS_RANKS = ("distributed", "cluster")
 """Directories, and marks of their tests."""

@@ -1,12 +1,10 @@
 """The same run on two hosts, one rank each: the losses of one host. test_secrets.py has the other ways to start it."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 from lab import Hosts, need
-from lab_slurm import Slurm
 from workload import RANKS, STEPS, Workload, losses
 
 pytestmark = pytest.mark.cluster
@@ -63,36 +61,3 @@ def test_deepspeed_over_pdsh_is_not_started_in_a_directory_with_a_space(
         "or mpi\n"
     )
     assert not (directory / "out").exists()
-
-
-def test_hosts_that_take_their_own_names_for_the_loopback(
-    hosts: Hosts, hostfile: Path, words: list, output: Path, one_host_losses: dict[int, float]
-) -> None:
-    """As Debian's installer writes /etc/hosts; gloo would give the others that address."""
-    need("pdsh")
-    for name in ("n1", "n2"):
-        own = hosts.root / f"hosts.{name}"
-        lines = [line for line in (hosts.root / "etc" / "hosts").read_text().splitlines() if not line.endswith(name)]
-        own.write_text("\n".join([*lines, f"127.0.1.1 {name}"]) + "\n")
-        hosts[name].run("mount", "--bind", own, "/etc/hosts")
-    try:
-        launch = ["launch.launcher=torchrun", f"launch.hostfile={hostfile}"]
-        hosts["n1"].run(*COMMAND, *words, *launch, cwd=hostfile.parent, timeout=SECONDS)
-    finally:
-        for name in ("n1", "n2"):
-            hosts[name].run("umount", "/etc/hosts")
-    same(output, one_host_losses)
-
-
-def test_a_job_that_is_submitted_in_a_directory_with_a_space(
-    slurm: Slurm, workload: Workload, tmp_path: Path, one_host_losses: dict[int, float]
-) -> None:
-    directory = tmp_path / "my project; id"
-    directory.mkdir()
-    words = [workload.recipe, "training.output_dir=my out", "training.run_name=it's $(id)"]
-    submit = ["sparse-zero", "submit", *words, "launch.nodes=2", "--partition", "main", "--comment=x;id $HOME"]
-    said = slurm.run(*submit, cwd=directory).output
-    job = int(re.search(r"job (\d+) submitted", said)[1])
-    slurm.wait(job, SECONDS)
-    same(directory / "my out", one_host_losses)
-    assert f"slurm-{job}.log" in said

@@ -14,6 +14,9 @@ import pytest
 
 from launcher.processes import exit_status
 
+SECONDS = 120
+"""Timeout of whatever a test waits for. Launchers import torch, and share two cores with other tests."""
+
 STAND_IN = """
 import os, pathlib, signal, sys, time
 
@@ -87,7 +90,7 @@ def start(tmp_path, monkeypatch):
 
 def ranks(process):
     """The two ranks, once both have started."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     files = [Path("started.0"), Path("started.1")]
     while not all(file.exists() and file.read_text() for file in files):
         assert process.poll() is None, process.communicate()
@@ -107,7 +110,7 @@ def survivors():
 
 
 def end(process):
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=SECONDS)
     assert survivors() == []
     return process.returncode, out, err
 
@@ -180,7 +183,7 @@ def test_torchrun_a_second_signal_kills_ranks_that_ignore_the_first(start):
     process = start("torchrun", "deaf")
     alive = ranks(process)
     process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     while not all(Path(f"told.{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline, "no rank got the signal"
         time.sleep(0.05)
