@@ -28,11 +28,11 @@ def long_losses(hosts: Hosts, workload: Workload) -> dict[int, float]:
 class Submitted:
     """A job that the product has submitted and that trains."""
 
-    def __init__(self, slurm: Slurm, workload: Workload, directory: Path, save_steps: int, nodes: int = 2) -> None:
+    def __init__(self, slurm: Slurm, workload: Workload, directory: Path, nodes: int = 2) -> None:
         need("slurm")
         self.output, self.slurm = directory / "out", slurm
         words = [f"training.output_dir={self.output}", f"training.max_steps={STEPS}", f"launch.nodes={nodes}"]
-        words += [f"training.save_steps={save_steps}", "training.save_total_limit=2", "--partition=main"]
+        words += [f"training.save_steps={STEPS}", "training.save_total_limit=2", "--partition=main"]
         said = slurm.run("sparse-zero", "submit", workload.recipe, *words, "--json", cwd=directory).output
         self.number = int(json.loads(said[said.index("{") :])["job"])
 
@@ -43,26 +43,37 @@ class Submitted:
 
         wait_until(trains, 120, f"job {self.number} trains: {self.slurm.output(self.number)}")
 
+    def resumed(self) -> list[int]:
+        """The steps from which the job has gone on."""
+        found = re.findall(
+            r"resuming from \S*checkpoint-(\d+) \(step \d+, saved on 2 ranks\)", self.slurm.output(self.number)
+        )
+        return [int(step) for step in found]
+
     def restarts(self) -> int:
         return int(self.slurm.job(self.number)["Restarts"])
 
 
-@pytest.mark.parametrize("how", ["warning before the time limit", "scontrol requeue"])
 def test_a_job_that_is_queued_again_goes_on_as_if_nothing_had_been(
-    how: str, slurm: Slurm, workload: Workload, tmp_path: Path, long_losses: dict[int, float]
+    slurm: Slurm, workload: Workload, tmp_path: Path, long_losses: dict[int, float]
 ) -> None:
-    warned = how.startswith("warning")
-    job = Submitted(slurm, workload, tmp_path, save_steps=STEPS if warned else 25)
-    job.wait_for_step(60)
-    if warned:
-        # What --signal=B:USR1@120 sends
-        slurm.cancel(job.number, "--batch", "--signal=USR1")
-    else:
-        slurm.run("scontrol", "requeue", job.number)
+    """By itself after a warning, then by `scontrol requeue`."""
+    job = Submitted(slurm, workload, tmp_path)
+    job.wait_for_step(20)
+    # What --signal=B:USR1@120 sends before the time limit
+    slurm.cancel(job.number, "--batch", "--signal=USR1")
+    wait_until(lambda: job.restarts() == 1, 60, "the job is queued again", every=0.2)
+    # What the first run has printed is there, too
+    wait_until(lambda: job.resumed(), 120, f"job {job.number} resumes: {slurm.output(job.number)}")
+    [saved] = job.resumed()
+    assert saved >= 20
+    job.wait_for_step(saved + 1)
+    slurm.run("scontrol", "requeue", job.number)
     slurm.wait(job.number, 180)
     printed = slurm.output(job.number)
-    assert job.restarts() == 1, printed
-    assert re.search(r"resuming from \S*checkpoint-\d+ \(step \d+, saved on 2 ranks\)", printed), printed
+    assert job.restarts() == 2, printed
+    assert len(job.resumed()) == 2, printed
+    assert job.resumed()[1] >= saved
     # The same numbers, and the curve has each step once.
     assert losses(job.output) == long_losses
     runs = {event.parent for event in (job.output / "runs").rglob("events.out.tfevents.*")}
@@ -72,13 +83,13 @@ def test_a_job_that_is_queued_again_goes_on_as_if_nothing_had_been(
 def test_a_stopped_run_goes_on_in_a_job_of_another_number_of_nodes(
     slurm: Slurm, workload: Workload, tmp_path: Path, long_losses: dict[int, float]
 ) -> None:
-    job = Submitted(slurm, workload, tmp_path, save_steps=STEPS)
+    job = Submitted(slurm, workload, tmp_path)
     job.wait_for_step(60)
     # What `submit` prints as "save and stop"
     slurm.cancel(job.number, "--batch", "--signal=TERM")
     slurm.wait(job.number, 60, state="FAILED")
     assert job.restarts() == 0
-    again = Submitted(slurm, workload, tmp_path, save_steps=STEPS, nodes=1)
+    again = Submitted(slurm, workload, tmp_path, nodes=1)
     slurm.wait(again.number, 180)
     assert re.search(r"resuming from .*saved on 2 ranks", slurm.output(again.number))
     assert json.loads((job.output / "results.json").read_text())["world_size"] == 1
@@ -97,7 +108,7 @@ def test_each_task_of_an_array_is_a_run(slurm: Slurm, workload: Workload, tmp_pa
 
 
 def test_a_cancelled_job_leaves_no_process(slurm: Slurm, hosts: Hosts, workload: Workload, tmp_path: Path) -> None:
-    job = Submitted(slurm, workload, tmp_path, save_steps=STEPS)
+    job = Submitted(slurm, workload, tmp_path)
     job.wait_for_step(10)
     assert hosts["n2"].processes("sparse_zero.train")
     slurm.cancel(job.number)
