@@ -50,11 +50,11 @@ OF_RANK_0 = {"write:trainer_state", "write:manifest", "complete", "publish", "re
 def planned_kills() -> list[dict[str, Any]]:
     rng = random.Random(0)
     kills = []
-    for action in ("kill", "kill-all", "kill"):
+    for action in ("kill", "kill-all"):
         for point, last in POINTS.items():
             rank = 0 if point in OF_RANK_0 else rng.randrange(RANKS)
             kills.append({"point": point, "rank": rank, "number": rng.randint(1, last), "action": action})
-    return sorted(kills, key=lambda _: rng.random())[:34]
+    return sorted(kills, key=lambda _: rng.random())
 
 
 KILLS = planned_kills()
