@@ -23,6 +23,8 @@ CONFIG = SparseConfig(density=0.1, targets="all-linear")
 FRESH = textwrap.dedent("""
     import sys, torch
     from torch import nn
+    from sparse_zero.quantized.noise import silence_imports
+    silence_imports()
     from sparse_zero import SparseConfig
     from sparse_zero.errors import UserError
     from sparse_zero.gradient import cpu
