@@ -1,6 +1,6 @@
 # make demo      set up, fine-tune the packaged MiniLM-L6 on two ranks, evaluate, merge
 # make demo-llm  set up, fine-tune SmolLM2-135M on problems of GSM8K, answer three before and after: 5 to 10 minutes
-# make test      set up, run the linter and all tests: less than 30 minutes on two cores
+# make test      set up, run the linter and all tests: 25 minutes on two cores
 # make check     the linter and the tests of what has changed: less than two minutes
 # make families  what sparsify does with every family of transformers, into docs/families.md: 3 minutes on one core
 # make fuzz      thousands of damaged adapters and checkpoints: FUZZ_CASES=500 of each kind
