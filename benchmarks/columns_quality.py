@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from noise_quality import append_row, claim, read_lines, train_and_measure
 from noise_quality_plan import EPOCHS, SEEDS, TUNING_SEEDS, TUNING_SIZE, Row, Run, best, key_of
-from noise_quality_table import mean_and_deviation, paired_difference
+from noise_quality_table import percent, points
 from tables import RESULTS, table
 from transformers.utils import logging
 
@@ -157,16 +157,14 @@ def _tested(done: Done) -> str:
     rows = []
     for columns, scores in found.items():
         if scores:
-            mean, deviation = mean_and_deviation(scores.values())
-            difference, error = paired_difference(scores, found["1"])
             rows.append(
                 [
                     NAMES[columns],
                     f"{examples[columns]['trainable']:,}",
                     f"{examples[columns]['learning_rate']:g}",
                     str(len(scores)),
-                    f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"),
-                    "" if error is None or columns == "1" else f"{100 * difference:+.1f} ± {100 * error:.1f}",
+                    percent(scores.values()),
+                    "" if columns == "1" else points(scores, found["1"]),
                 ]
             )
     return table(["scalars", "trainable", "rate", "seeds", "accuracy", "- scattered"], rows)

@@ -25,7 +25,7 @@ import torch
 from methods import TARGETS, Budget, llama, llama_config, prepare, sparse, trained_parameters, training_step
 from noise_quality import append_row, claim, read_lines, train_and_measure
 from noise_quality_plan import EPOCHS, SEEDS, TUNING_SIZE, Run, best, key_of, learning_rate_runs
-from noise_quality_table import Accuracies, mean_and_deviation, paired_difference
+from noise_quality_table import Accuracies, percent, points
 from tables import RESULTS, Row, read, spread, table, write
 from torch import nn
 from turns import in_turns, ratio
@@ -209,16 +209,14 @@ def _accuracy_section(path: Path) -> str:
     found, examples = accuracies(path)
     rows = []
     for granularity, scores in found.items():
-        mean, deviation = mean_and_deviation(scores.values())
-        difference, error = paired_difference(scores, found.get(1, {}))
         rows.append(
             [
                 str(granularity),
                 f"{examples[granularity]['trainable']:,}",
                 f"{examples[granularity]['learning_rate']:g}",
                 str(len(scores)),
-                f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"),
-                "" if error is None or granularity == 1 else f"{100 * difference:+.1f} ± {100 * error:.1f}",
+                percent(scores.values()),
+                "" if granularity == 1 else points(scores, found.get(1, {})),
             ]
         )
     missing = len(GRANULARITIES) * len(SEEDS) - sum(map(len, found.values()))

@@ -16,7 +16,7 @@ import peft
 import torch
 from noise_quality import append_row, read_rows, train_and_measure
 from noise_quality_plan import EPOCHS, SEEDS, SIZES, TUNING_SEEDS, TUNING_SIZE, Row, Run, best
-from noise_quality_table import mean_and_deviation, scores
+from noise_quality_table import percent, scores
 from tables import RESULTS, table
 from torch import nn
 from transformers.utils import logging
@@ -89,8 +89,7 @@ def page(lora_rows: dict[str, Row], other_rows: dict[str, Row]) -> str:
         assert len(tested) == len(SIZES) * len(SEEDS)
         cells = []
         for size in SIZES:
-            mean, deviation = mean_and_deviation([row["accuracy"] for row in tested if row["size"] == size])
-            cells.append(f"{100 * mean:.1f} ± {100 * deviation:.1f}")
+            cells.append(percent([row["accuracy"] for row in tested if row["size"] == size]))
         # The oldest rows do not have the number of scalars
         trainable = next((f"{row['trainable']:,}" for row in tested if "trainable" in row), "")
         lines.append([method, trainable, f"{tested[0]['learning_rate']:g}", *cells])

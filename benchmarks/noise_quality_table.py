@@ -27,18 +27,12 @@ class Cell:
         """Mean and standard deviation over the seeds, in percent."""
         if not self.accuracies:
             return "missing"
-        mean, deviation = mean_and_deviation(self.accuracies.values())
         seeds = "" if len(self.accuracies) == len(quality.SEEDS) else f" ({_seeds(self.accuracies)})"
-        return (
-            f"{100 * mean:.1f} ± {100 * deviation:.1f}{seeds}" if deviation is not None else f"{100 * mean:.1f}{seeds}"
-        )
+        return percent(self.accuracies.values()) + seeds
 
     def difference(self) -> str:
         """Mean of the differences to no noise by seed, in percentage points, and its standard error."""
-        mean, error = paired_difference(self.accuracies, self.baseline)
-        if mean is None:
-            return ""
-        return f"{100 * mean:+.1f} ± {100 * error:.1f}" if error is not None else f"{100 * mean:+.1f}"
+        return points(self.accuracies, self.baseline)
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float | None]:
@@ -57,6 +51,25 @@ def paired_difference(accuracies: Accuracies, baseline: Accuracies) -> tuple[flo
         return None, None
     mean, deviation = mean_and_deviation(differences)
     return mean, None if deviation is None else deviation / math.sqrt(len(differences))
+
+
+def percent(values: Iterable[float]) -> str:
+    """Mean and standard deviation in percent; of a single value the value."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def percent_by_seed(scores: Accuracies, seeds: int) -> str:
+    """`percent`, with the number of seeds if it is not all of them. Empty without any."""
+    return percent(scores.values()) + ("" if len(scores) == seeds else f" ({len(scores)})") if scores else ""
+
+
+def points(scores: Accuracies, baseline: Accuracies) -> str:
+    """`paired_difference` in percentage points. Empty if they share no seed."""
+    mean, error = paired_difference(scores, baseline)
+    if mean is None:
+        return ""
+    return f"{100 * mean:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def measured_cells(done: dict[str, Row]) -> dict[tuple[str, str, int], Accuracies]:

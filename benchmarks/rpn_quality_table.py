@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import rpn_quality_plan as quality
-from noise_quality_table import mean_and_deviation, paired_difference
+from noise_quality_table import paired_difference, percent_by_seed, points
 from rpn_quality_plan import Row
 from tables import table
 from tweeteval import METRICS, TASKS
@@ -19,22 +19,6 @@ def scores_of_tests(done: dict[str, Row]) -> dict[tuple[str, str, str], Scores]:
         if run.split == "test" and run.key in done:
             cells.setdefault((run.task, run.method, run.name), {})[run.seed] = done[run.key]["score"]
     return cells
-
-
-def shown(scores: Scores) -> str:
-    """Mean and deviation in percent, and the number of seeds if it is not all of them."""
-    if not scores:
-        return ""
-    mean, deviation = mean_and_deviation(scores.values())
-    spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-    return f"{100 * mean:.1f}{spread}" + ("" if len(scores) == len(quality.SEEDS) else f" ({len(scores)})")
-
-
-def difference(scores: Scores, baseline: Scores) -> str:
-    mean, error = paired_difference(scores, baseline)
-    if mean is None:
-        return ""
-    return f"{100 * mean:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def markdown(done: dict[str, Row]) -> str:
@@ -58,7 +42,10 @@ def _sections(scale: quality.Scale, done: dict[str, Row]) -> list[str]:
                 row = [name]
                 for task in tasks:
                     scores, none = cells.get((task, method, name), {}), cells.get((task, method, "none"), {})
-                    row += [shown(scores), "" if name == "none" else difference(scores, none)]
+                    row += [
+                        percent_by_seed(scores, len(quality.SEEDS)),
+                        "" if name == "none" else points(scores, none),
+                    ]
                 rows.append(row)
         header = ["variant", *(column for task in tasks for column in (task, "- none"))]
         parts.append(f"## {method.capitalize()} fine-tuning, {title}\n\n" + table(header, rows))

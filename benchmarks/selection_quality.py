@@ -18,7 +18,7 @@ import torch
 from columns_quality import Done
 from noise_quality import append_row, collate, encoded_sentences, read_lines, train_and_measure
 from noise_quality_plan import EPOCHS, SEEDS, TUNING_SEEDS, TUNING_SIZE, Row, Run, best, key_of, sentences_of
-from noise_quality_table import mean_and_deviation, paired_difference
+from noise_quality_table import percent, points
 from tables import RESULTS, table
 from transformers.utils import logging
 
@@ -126,15 +126,13 @@ def _tested(done: Done) -> str:
             rates[rule] = row["learning_rate"]
     for rule, scores in found.items():
         if scores:
-            mean, deviation = mean_and_deviation(scores.values())
-            difference, error = paired_difference(scores, found[RANDOM])
             rows.append(
                 [
                     "random (stratified)" if rule == RANDOM else rule,
                     f"{rates[rule]:g}",
                     str(len(scores)),
-                    f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"),
-                    "" if error is None or rule == RANDOM else f"{100 * difference:+.1f} ± {100 * error:.1f}",
+                    percent(scores.values()),
+                    "" if rule == RANDOM else points(scores, found[RANDOM]),
                 ]
             )
     return table(["selection", "rate", "seeds", "accuracy", "- random"], rows)

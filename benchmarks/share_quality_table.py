@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import share_quality_plan as quality
-from noise_quality_table import mean_and_deviation, paired_difference
+from noise_quality_table import mean_and_deviation, percent_by_seed, points
 from share_quality_plan import DRAWN, FULL, FULL_SCALE, HEAD, LORA, METRICS, SCATTERED, SHARES, TASKS, Cell, Row, Scale
 from tables import table
 
@@ -29,22 +29,6 @@ def tested(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> dict[in
 
 def scores(rows: dict[int, Row]) -> Scores:
     return {seed: row["score"] for seed, row in rows.items()}
-
-
-def shown(found: Scores) -> str:
-    """Mean and deviation in percent, and the number of seeds if it is not all of them."""
-    if not found:
-        return "-"
-    mean, deviation = mean_and_deviation(found.values())
-    spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-    return f"{100 * mean:.1f}{spread}" + ("" if len(found) == len(quality.SEEDS) else f" ({len(found)})")
-
-
-def difference(found: Scores, baseline: Scores) -> str:
-    mean, error = paired_difference(found, baseline)
-    if mean is None:
-        return "-"
-    return f"{100 * mean:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def markdown(done: dict[str, Row]) -> str:
@@ -93,22 +77,26 @@ def _quality(task: str, scale: Scale, done: dict[str, Row]) -> str:
     rows = []
     for method in (SCATTERED, *DRAWN, LORA):
         cells = [found.get(Cell(method, share), {}) for share in SHARES]
-        rows.append([NAMES[method], *(shown(scores(each)) for each in cells)])
+        rows.append([NAMES[method], *(_percent(scores(each)) for each in cells)])
         if method != SCATTERED:
             base = [scores(found[Cell(SCATTERED, share)]) for share in SHARES]
-            differences = [difference(scores(one), other) for one, other in zip(cells, base, strict=True)]
+            differences = [points(scores(one), other) or "-" for one, other in zip(cells, base, strict=True)]
             rows.append([f"{method} - scattered", *differences])
     for method in (SCATTERED, LORA):
         counts = [_trained(found[Cell(method, share)].values()) for share in SHARES]
         rows.append([f"trained, {method}", *counts])
     others = [
-        f"{NAMES[cell.method]} ({_trained(found[cell].values())} scalars): {shown(scores(found[cell]))}"
+        f"{NAMES[cell.method]} ({_trained(found[cell].values())} scalars): {_percent(scores(found[cell]))}"
         for cell in (Cell(FULL, 1), Cell(HEAD, 0))
         if found[cell]
     ]
     return table(["", *(f"{share:.1%}" for share in SHARES)], rows) + (
         "\n\n" + "; ".join(others) + "." if others else ""
     )
+
+
+def _percent(found: Scores) -> str:
+    return percent_by_seed(found, len(quality.SEEDS)) or "-"
 
 
 def _trained(rows: Iterable[Row]) -> str:

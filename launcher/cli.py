@@ -22,7 +22,7 @@ from launcher.recipe_options import add_data, add_init, add_keys, add_recipes
 from launcher.run_options import add_check, add_doctor, add_plan, add_submit, add_train
 from sparse_zero.checkpoint.resume import complete_resume_option
 from sparse_zero.errors import UserError
-from sparse_zero.quantized.noise import silence_imports
+from sparse_zero.quantized.quiet_imports import silence_imports
 
 _COMMANDS = {
     "launcher.run_commands": (add_train, add_submit, add_check, add_doctor, add_plan),

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 from sparse_zero.checkpoint.resume import complete_resume_option, split_resets
 from sparse_zero.errors import UserError, printable
-from sparse_zero.quantized.noise import silence_imports
+from sparse_zero.quantized.quiet_imports import silence_imports
 from sparse_zero.ranks.caches import use_writable_caches
 from sparse_zero.ranks.failures import RankInfo, describe_lost_launcher
 from sparse_zero.ranks.parent_watch import has_launcher, watch_parent

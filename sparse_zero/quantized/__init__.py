@@ -3,5 +3,5 @@
 A format is a subclass of `layer.QuantizedLayer` in a module of its own, which `formats.FORMATS` lists. Nothing here
 changes a layer. The libraries are imported when one of their layers is used.
 
-Others import from `formats`, `layer`, `methods`, `names`, `noise`.
+Others import from `formats`, `layer`, `methods`, `names`, `quiet_imports`.
 """

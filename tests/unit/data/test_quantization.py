@@ -147,7 +147,7 @@ def test_what_torchao_cannot_quantise_is_said_before(base, tmp_path):
 
 
 def test_importing_the_libraries_prints_nothing():
-    code = "from sparse_zero.quantized.noise import silence_imports as s; s(); import bitsandbytes, torchao"
+    code = "from sparse_zero.quantized.quiet_imports import silence_imports as s; s(); import bitsandbytes, torchao"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -23,7 +23,7 @@ CONFIG = SparseConfig(density=0.1, targets="all-linear")
 FRESH = textwrap.dedent("""
     import sys, torch
     from torch import nn
-    from sparse_zero.quantized.noise import silence_imports
+    from sparse_zero.quantized.quiet_imports import silence_imports
     silence_imports()
     from sparse_zero import SparseConfig
     from sparse_zero.errors import UserError
