@@ -65,10 +65,10 @@ def _steps() -> Iterator[Figure]:
     yield step("step, 1B, all linear: ours and LoRA", 100, 90, (*OURS, "lora", "lora-bf16"), *of["1B"], *everything,
                gibibytes=70)  # fmt: skip
     yield step("step, 7B, all linear: ours and LoRA", 95, 150, ("columns", "whole", "lora", "lora-bf16"), *of["7B"],
-               *everything, "--together", "1", gibibytes=110)  # fmt: skip
+               *everything, gibibytes=110)  # fmt: skip
     yield step("step, 7B, all linear: single scalars and strips", 60, 120, ("sparse", "sparse-16"), *of["7B"],
                *everything, gibibytes=90)  # fmt: skip
-    yield step("step, 1B, all linear, compiled", 85, 240, OURS, *of["1B"], *everything, "--compile", gibibytes=70)
+    yield step("step, 1B, all linear, compiled", 85, 150, OURS, *of["1B"], *everything, "--compile", gibibytes=70)
     yield step("step, 7B, all linear, compiled", 55, 300, ("columns", "whole"), *of["7B"], *everything, "--compile",
                gibibytes=110)  # fmt: skip
     yield step("step, 1B, all linear: other peers", 50, 180, ("dora", "shira", "supertuning", "peft-sparta", "full"),
@@ -124,8 +124,8 @@ def _quality(records: Sequence[Row]) -> Iterator[Figure]:
 def _quality_run(method: str, rate: float, seed: int, worth: int) -> Figure:
     return Figure(
         f"{QUALITY}, {method}, rate {rate:g}, seed {seed}", "gsm8k.py",
-        ("--method", method, "--rate", str(rate), "--seed", str(seed)), worth, 75, lambda row: [row],
-        ("--limit", "8", "--batch", "2"), (*SPARSE, "peft"), 20, sources=True,
+        ("--method", method, "--rate", str(rate), "--seed", str(seed), "--answers", "200"), worth, 75,
+        lambda row: [row], ("--limit", "8", "--batch", "2", "--answers", "2"), (*SPARSE, "peft"), 20, sources=True,
     )  # fmt: skip
 
 
@@ -136,19 +136,28 @@ def losses(records: Sequence[Row]) -> dict[tuple[str, float, int], float]:
 
 
 def quality_rows(records: Sequence[Row]) -> list[Row]:
-    """For each method and rate the loss: the mean over the seeds, and their standard deviation."""
-    found, rows = losses(records), []
-    scalars = {row["method"]: row["trained"] for record in records for row in record["rows"]}
-    for method in QUALITY_METHODS:
-        for rate in RATES[method]:
-            some = [loss for (name, its_rate, _), loss in found.items() if (name, its_rate) == (method, rate)]
-            if some:
-                deviation = statistics.stdev(some) if len(some) > 1 else None
-                rows.append(
-                    {"method": method, "scalars": scalars[method], "rate": f"{rate:g}", "seeds": len(some),
-                     "mean": statistics.mean(some), "deviation": deviation}
-                )  # fmt: skip
-    return rows
+    """For each method and rate the loss, and the share of exact answers in percent: mean and standard deviation over
+    the seeds.
+    """
+    found: dict[tuple[str, float], list[Row]] = {}
+    for record in records:
+        for row in record["rows"]:
+            found.setdefault((row["method"], row["rate"]), []).append(row)
+    return [
+        {"method": method, "scalars": runs[0]["trained"], "rate": f"{rate:g}", "seeds": len(runs)}
+        | _spread("loss", [run["loss"] for run in runs])
+        | _spread("exact, %", [100 * run["exact"] for run in runs if "exact" in run])
+        for method in QUALITY_METHODS
+        for rate in RATES[method]
+        if (runs := found.get((method, rate)))
+    ]
+
+
+def _spread(name: str, values: list[float]) -> Row:
+    if not values:
+        return {}
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {name: statistics.mean(values), f"± {name.removesuffix(', %')}": deviation}
 
 
 def _step_rows(results: list[Row]) -> list[Row]:

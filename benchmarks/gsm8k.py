@@ -6,12 +6,13 @@
 methods but `full` train as many scalars: those of a LoRA of rank 4 on all linear layers. AdamW without weight decay,
 batches of 32, bfloat16 autocast on float32 weights, warm-up over 1/30 of the steps and then a linear decay, gradients
 clipped to 1. The loss is the mean over the tokens of the answers. One run a call: gpu.py knows the grid.
+--answers N also answers the first N problems of test.jsonl, greedily and with at most 256 tokens: `exact` is the share
+whose number after "####" is the reference's.
 """
 
 import argparse
 import json
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,33 @@ def mean_loss(model, batches: Iterator[dict], device: str) -> float:
     return total / count
 
 
+def exact_answers(model, tokenizer, path: Path, count: int, device: str) -> float:
+    """The share of the first problems that are answered with the reference's number."""
+    import torch
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:count]]
+    asked = [[{"role": "user", "content": row["question"]}] for row in rows]
+    texts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+    model.eval()
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        ids = model.generate(
+            **inputs, max_new_tokens=256, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+    answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    pairs = zip(answers, rows, strict=True)
+    return sum(final_number(answer) == final_number(row["answer"]) for answer, row in pairs) / len(rows)
+
+
+def final_number(answer: str) -> str | None:
+    """The number after "####", without thousands separators; None if there is none."""
+    words = answer.partition("####")[2].split()
+    return words[0].replace(",", "").rstrip(".") if words else None
+
+
 def adapted(model, method: str, seed: int):
     """The model with RANK x (rows + columns) trained scalars for each linear layer; `full`: all scalars."""
     if method == "full":
@@ -138,24 +166,15 @@ def decay(steps: int) -> Callable[[int], float]:
 
 def load(source: Path):
     """Args: source: a directory, or a GGUF file. Returns: model in float32, tokenizer."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    directory, options = str(source), {}
-    if source.is_file():
-        directory, options = str(source.parent), {"gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-    import torch
+    from sparse_zero.data.gguf import model_path
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
-    if hasattr(model.config, "quantization_config"):  # the weights are not quantized any more
-        del model.config.quantization_config
+    directory = model_path(str(source))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.config.use_cache = False
-    if source.is_file():  # reading GGUF takes longer than a run: once for all runs on this machine
-        kept = Path(tempfile.gettempdir()) / f"{source.stem}-float32"
-        if not kept.exists():
-            model.save_pretrained(kept)
-            tokenizer.save_pretrained(kept)
-    return model, tokenizer
+    return model, AutoTokenizer.from_pretrained(directory)
 
 
 def main() -> None:
@@ -167,14 +186,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--limit", type=int, help="number of examples of each file")
+    parser.add_argument("--answers", type=int, default=0, help="problems to answer after training")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--json", type=Path, help="also write the row here")
     arguments = parser.parse_args()
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kept = Path(tempfile.gettempdir()) / f"{arguments.model.stem}-float32"
-    model, tokenizer = load(kept if arguments.model.is_file() and kept.exists() else arguments.model)
+    model, tokenizer = load(arguments.model)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     examples = {part: read_examples(arguments.gsm8k / f"{part}.jsonl", tokenizer, arguments.limit)
                 for part in ("train", "test")}  # fmt: skip
@@ -193,6 +212,9 @@ def main() -> None:
     trained = train(model, batches, arguments.rate, device)
     row = {"method": arguments.method, "rate": arguments.rate, "seed": arguments.seed, "trained": trained}
     row |= {"before": before, "loss": measured()}
+    if arguments.answers:
+        test = arguments.gsm8k / "test.jsonl"
+        row["exact"] = exact_answers(model, tokenizer, test, arguments.answers, device)
     print(json.dumps(row))
     if arguments.json:
         arguments.json.write_text(json.dumps(row) + "\n")

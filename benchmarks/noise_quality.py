@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from noise_quality_plan import CONTROL, STRENGTHS, Row, Run, is_settled, key_of, plan, sentences_of
+from noise_quality_plan import CONTROL, STRENGTHS, Row, Run, key_of, plan, sentences_of
 from noise_quality_table import write_table
 from sklearn.metrics import matthews_corrcoef
 from torch.nn.utils.rnn import pad_sequence
@@ -250,24 +250,33 @@ def claim(path: Path, run: Run) -> Any | None:
     return file
 
 
-def claimed_runs(path: Path) -> Iterator[Run]:
-    """Yields the missing runs. Each is locked while the caller works on it."""
-    while True:
-        done = read_rows(path)
-        missing = [run for run in plan(done) if run.key not in done]
-        if not missing and is_settled(done):
-            return
-        for run in missing:
+def claimed(path: Path, missing: Callable[[], list[Run]]) -> Iterator[Run]:
+    """Yields the missing runs until there are none. Each is locked while the caller works on it.
+
+    Args: path: of the results. missing: reads them, and returns the runs that are not there, the first ones first.
+    """
+    while runs := missing():
+        for run in runs:
             held = claim(path, run)
             if held is None:
                 continue
             with held:
-                # another worker may have finished it after the cache was read
-                if run.key not in read_rows(path):
+                # another worker may have finished it after the results were read
+                if run in missing():
                     yield run
             break
         else:
-            time.sleep(5)  # others work on all of them; what they find may settle the next
+            time.sleep(2)  # others work on all of them; what they find may settle the next
+
+
+def claimed_runs(path: Path) -> Iterator[Run]:
+    """Yields the missing runs of the plan, each locked."""
+
+    def missing() -> list[Run]:
+        done = read_rows(path)
+        return [run for run in plan(done) if run.key not in done]
+
+    yield from claimed(path, missing)
 
 
 def work(path: Path, device: str) -> None:

@@ -9,7 +9,8 @@
 MiniLM-L6 on the seven tasks of TweetEval, 2,000 training tweets, full and sparse; each task has its own metric. The
 learning rate of each task and method, and on one task the strength of each noise, are chosen on validation tweets with
 a seed of their own; test tweets are used once, at the end of a run. Every run is one entry of
-results/rpn_quality.json; an interrupted call continues with what is missing. Runs of a seed share training tweets,
+results/rpn_quality.json; an interrupted call continues with what is missing, and several calls share the runs. Runs
+of a seed share training tweets,
 head, order and positions.
 
 A noise takes two passes for each step, as changed copies (eda, aeda) take twice the steps: `none, twice the epochs` is
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 import transformers
 import tweeteval
-from noise_quality import batches_by_length, device_name
+from noise_quality import batches_by_length, claimed, device_name
 from noise_quality_plan import BASE_MODEL
 from rpn_quality_plan import METHODS, NAMES, SELECTIONS, STRENGTHS, TASKS, Row, Run, Scale, key_of, noise_of, plan
 from rpn_quality_table import write_page
@@ -246,15 +247,14 @@ def make_runs(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     end, device = time.monotonic() + arguments.seconds, device_name(arguments.device)
-    while True:
+
+    def missing() -> list[Run]:
         done = read_results()
-        missing = [run for run in selected_plan(arguments, done) if run.key not in done]
-        if not missing:
-            print("nothing is missing")
-            return
-        run = missing[0]
-        if time.monotonic() + seconds_of(run, done, device) > end:
-            print(f"{len(missing)} runs are missing; the next may not fit into what is left of the time")
+        return [run for run in selected_plan(arguments, done) if run.key not in done]
+
+    for run in claimed(CACHE, missing):
+        if time.monotonic() + seconds_of(run, read_results(), device) > end:
+            print(f"{len(missing())} runs are missing; the next may not fit into what is left of the time")
             return
         row = train_and_measure(run, arguments.data, arguments.device)
         add_result(row)
@@ -264,6 +264,7 @@ def make_runs(arguments: argparse.Namespace) -> None:
             f"{row['seconds']:.0f} s, {row['cpu_seconds']:.0f} s of CPU",
             flush=True,
         )
+    print("nothing is missing")
 
 
 def selected_plan(arguments: argparse.Namespace, done: dict[str, Row]) -> list[Run]:

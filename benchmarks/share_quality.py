@@ -28,7 +28,7 @@ import cola
 import torch
 import transformers
 from lora_quality import lora
-from noise_quality import append_row, claim, device_name, read_lines, reviews, train_and_measure
+from noise_quality import append_row, claimed, device_name, read_lines, reviews, train_and_measure
 from share_quality_plan import (
     DRAWN,
     FULL,
@@ -104,27 +104,19 @@ def make_runs(arguments: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     end, device = time.monotonic() + arguments.seconds, device_name(arguments.device)
     scale = Scale(arguments.size, arguments.epochs)
-    while True:
+
+    def missing() -> list[Run]:
         done = read_results()
-        missing = [run for run in plan(done, scale, arguments.tasks) if run.key not in done]
-        if not missing:
-            print("nothing is missing")
+        return [run for run in plan(done, scale, arguments.tasks) if run.key not in done]
+
+    for run in claimed(CACHE, missing):
+        if time.monotonic() + seconds_of(run, read_results(), device) > end:
+            print(f"{len(missing())} runs are missing; the next may not fit into what is left of the time")
             return
-        for run in missing:
-            if time.monotonic() + seconds_of(run, done, device) > end:
-                print(f"{len(missing)} runs are missing; the next may not fit into what is left of the time")
-                return
-            held = claim(CACHE, run)
-            if held is None:
-                continue
-            with held:
-                if run.key not in read_results():
-                    row = make_run(run, arguments.data, arguments.device)
-                    append_row(CACHE, row)
-                    _say(row)
-            break
-        else:
-            time.sleep(5)  # other calls work on all of them; what they find may settle the next
+        row = make_run(run, arguments.data, arguments.device)
+        append_row(CACHE, row)
+        _say(row)
+    print("nothing is missing")
 
 
 def _say(row: Row) -> None:

@@ -213,9 +213,14 @@ def test_other_seeds_run_at_the_best_rate_once_every_rate_has_run():
 def test_the_quality_table_has_mean_and_deviation_over_the_seeds():
     records = [quality("lora", gsm8k.RATES["lora"][1], seed, loss) for seed, loss in enumerate((0.60, 0.62, 0.64))]
     (row,) = gpu_figures.quality_rows([*records, record("another figure", "2026-01-01")][:3])
-    assert row["mean"] == pytest.approx(0.62)
-    assert row["deviation"] == pytest.approx(0.02)
+    assert row["loss"] == pytest.approx(0.62)
+    assert row["± loss"] == pytest.approx(0.02)
     assert row["seeds"] == 3
+    assert "exact, %" not in row
+    for found, exact in zip(records, (0.1, 0.2, 0.3), strict=True):
+        found["rows"][0]["exact"] = exact
+    (row,) = gpu_figures.quality_rows(records)
+    assert (row["exact, %"], row["± exact"]) == (pytest.approx(20), pytest.approx(10))
     assert "GSM8K: loss on held-out answers" in gpu.page(records)
 
 
@@ -281,22 +286,29 @@ def test_the_loss_is_the_mean_over_tokens_and_training_reduces_it(examples):
     assert gsm8k.mean_loss(model, (dict(batch) for batch in batches), "cpu") < before - 0.1
 
 
-def test_a_run_from_files_to_the_row(tmp_path, monkeypatch):
+def words_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", "user", "assistant", "one", "two"])}
+    words = {
+        word: index
+        for index, word in enumerate(["<pad>", "<eos>", "<unk>", "user", "assistant", "one", "two", "####"])
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     fast.chat_template = "user {{ messages[0]['content'] }} assistant"
-    fast.save_pretrained(tmp_path / "model")
+    return fast
+
+
+def test_a_run_from_files_to_the_row(tmp_path, monkeypatch):
+    words_tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.setitem(methods.SHAPES, "words", (64, 2, 4, 2, 96, 64, True))
     methods.llama(methods.llama_config("words")).save_pretrained(tmp_path / "model")
-    for part, count in (("train", 7), ("test", 3)):
-        lines = [json.dumps({"question": "one two", "answer": "two one two"})] * count
+    for part, count in (("train", 60), ("test", 3)):
+        lines = [json.dumps({"question": "one two", "answer": "two #### one"})] * count
         (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
-    options = {"model": tmp_path / "model", "gsm8k": tmp_path, "rate": 0.1, "batch": 2, "device": "cpu"}
+    options = {"model": tmp_path / "model", "gsm8k": tmp_path, "rate": 0.1, "batch": 2, "device": "cpu", "answers": 2}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     for method in ("sparse", "lora", "full"):
         out = tmp_path / f"{method}.json"
@@ -305,8 +317,35 @@ def test_a_run_from_files_to_the_row(tmp_path, monkeypatch):
         row = json.loads(out.read_text())
         assert row["loss"] < row["before"] - 0.01
         assert row["before"] == pytest.approx(math.log(64), rel=0.1)  # random weights
+        assert row["exact"] in (0, 1)  # both problems are the same
     scalars = {m: json.loads((tmp_path / f"{m}.json").read_text())["trained"] for m in ("sparse", "lora", "full")}
     assert scalars["sparse"] == scalars["lora"] < scalars["full"]
+
+
+class Answering:
+    """A model with an answer for each prompt of two: "#### one"."""
+
+    def eval(self):
+        return self
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, **_):
+        assert input_ids[:, -1].tolist() == [4, 4], "padded on the left"
+        assert attention_mask.sum(1).tolist() == [3, 4]
+        return torch.cat([input_ids, torch.tensor([[7, 5, 1]] * 2)], dim=1)
+
+
+def test_an_answer_is_exact_if_its_number_is_the_reference_s(tmp_path):
+    rows = [{"question": "one", "answer": "two #### one"}, {"question": "two two", "answer": "one #### two"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
+    assert gsm8k.exact_answers(Answering(), words_tokenizer(), tmp_path / "test.jsonl", 2, "cpu") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [("He has 3.\n#### 1,234", "1234"), ("#### -5. So", "-5"), ("#### 0.5", "0.5"), ("5", None), ("####", None)],
+)
+def test_the_number_of_an_answer(answer, number):
+    assert gsm8k.final_number(answer) == number
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
