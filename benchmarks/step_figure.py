@@ -3,8 +3,8 @@
     python benchmarks/step_figure.py                  write docs/assets/step.svg from the committed results
     python benchmarks/step_figure.py --out step.svg   write it elsewhere
 
-Reads benchmarks/results/step_time_gpu.json and memory.json, and measures nothing. The SVG is written directly, without
-a plotting library, so that the same results give the same bytes.
+Reads benchmarks/results/gpu.jsonl, and step_time_gpu.json for full fine-tuning, and measures nothing. The SVG is written
+directly, without a plotting library, so that the same results give the same bytes.
 """
 
 import argparse
@@ -12,23 +12,27 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from gpu import read_records
 from tables import RESULTS, Row, read
 
 FIGURE = Path(__file__).parents[1] / "docs" / "assets" / "step.svg"
 
 NAMES = {
     "frozen": "frozen model",
-    "sparse-16": "sparse-zero, strips",
-    "sparse": "sparse-zero",
-    "lora": "LoRA (PEFT)",
+    "whole": "sparse-zero, whole columns",
+    "columns": "sparse-zero, 10% of columns",
+    "sparse": "sparse-zero, all columns",
+    "lora-bf16": "LoRA in bfloat16",
+    "lora": "LoRA (PEFT's default)",
     "full": "full fine-tuning",
 }
-COLOURS = {"frozen": "#9aa0a6", "sparse-16": "#7fb2ea", "sparse": "#2f7ed8", "lora": "#e08a1e", "full": "#b04a4a"}
+COLOURS = {
+    "frozen": "#9aa0a6", "whole": "#2f7ed8", "columns": "#2f7ed8", "sparse": "#7fb2ea", "lora-bf16": "#f0b878",
+    "lora": "#e08a1e", "full": "#b04a4a",
+}  # fmt: skip
 
-RANKS = 4
-
-WIDTH, PANEL, ROW, BAR = 920, 460, 30, 20
-LABELS, BARS, TOP = 160, 225, 66
+WIDTH, PANEL, ROW, BAR = 980, 490, 30, 20
+LABELS, BARS, TOP = 220, 195, 66
 """Where a panel's bars begin, how wide the widest is, and where the first row begins, in pixels."""
 
 
@@ -41,33 +45,38 @@ class Panel:
     format: str
 
 
-def step_time(results: list[Row]) -> Panel:
-    """Seconds of a step over those of the frozen model's forward and backward: medians of the ratios of a round."""
+def measured(records: list[Row], size: str) -> tuple[dict[str, Row], str]:
+    """The rows by method of the newest steps of all linear layers, and the card. Args: size: 1B or 7B."""
+    record = [each for each in records if each["figure"] == f"step, {size}, all linear: ours and LoRA"][-1]
+    return {row["method"]: row for row in record["rows"]}, record["card"]
+
+
+def step_time(records: list[Row], older: list[Row]) -> Panel:
+    """Seconds of a step over those of the frozen model's forward and backward: medians of the ratios of a round.
+
+    Args: older: the results of step_time.py, for full fine-tuning, which `records` do not have.
+    """
+    rows, card = measured(records, "1B")
+    values = {method: row["/ frozen"] for method, row in rows.items()}
     wanted = {"model": "llama-1b", "targets": "all-linear", "dtype": "bfloat16", "density": 0.01}
-    row = next(row for row in results if wanted.items() <= row["setting"].items())
-    setting = row["setting"]
+    row = next(row for row in older if wanted.items() <= row["setting"].items())
+    values["full"] = row["methods"]["full"]["over_frozen"]["median"]
     return Panel(
         "Time of a training step, relative to the frozen model",
-        f"1B Llama shape, {setting['sequences']} x {setting['tokens']:,} tokens, bfloat16, {row['machine']}",
-        {method: row["methods"][method]["over_frozen"]["median"] for method in NAMES},
+        f"1B Llama shape, 4 x 2,048 tokens, bfloat16, {card}",
+        {method: values[method] for method in NAMES},
         "{:.2f}",
     )
 
 
-def peak_memory(results: list[Row]) -> Panel:
-    """Peak of a step on one of RANKS ranks in MiB: weights, optimizer, activations and the largest temporary tensors.
-
-    The frozen model has no optimizer to partition; its peak is that of one rank.
-    """
-    wanted = {"model": "llama-120m", "targets": "all-linear", "dtype": "bfloat16", "density": 0.01, "device": "cpu"}
-    row = next(row for row in results if wanted.items() <= row["options"].items())
-    runs = {run["method"]: run for run in row["runs"] if run["way"] == "zero2" and run["count"] == RANKS}
-    runs["frozen"] = next(run for run in row["runs"] if run["method"] == "frozen")
+def step_memory(records: list[Row]) -> Panel:
+    """What a step takes beyond weights and optimizer, in GiB."""
+    rows, card = measured(records, "7B")
     return Panel(
-        "Peak memory of a training step, MiB",
-        f"120M Llama shape, 1 x {row['options']['tokens']:,} tokens, bfloat16, CPU, {RANKS} ranks, ZeRO stage 2",
-        {method: max(rank["peak"] for rank in runs[method]["ranks"]) / 2**20 for method in NAMES},
-        "{:,.0f}",
+        "Memory of a step beyond weights and optimizer, GiB",
+        f"7B Llama shape, 2 x 2,048 tokens, bfloat16, {card}",
+        {method: rows[method]["GiB of a step"] for method in NAMES if method in rows},
+        "{:.1f}",
     )
 
 
@@ -83,8 +92,8 @@ def draw(panels: list[Panel]) -> str:
     for index, panel in enumerate(panels):
         parts += _panel(panel, PANEL * index + 12)
     note = (
-        "1% of all linear layers; LoRA with as many trainable scalars and PEFT's defaults; "
-        "strips: sparse.granularity: 16. Shorter is better."
+        "1% of all linear layers; LoRA with as many trainable scalars. PEFT keeps its matrices in float32 by default. "
+        "Shorter is better."
     )
     parts += [f'<text x="12" y="{height - 12}" font-size="12" fill="#57606a">{note}</text>', "</svg>"]
     return "\n".join(parts) + "\n"
@@ -99,7 +108,7 @@ def _panel(panel: Panel, left: int) -> list[str]:
     for place, (method, value) in enumerate(panel.values.items()):
         top = TOP + ROW * place
         width, middle, fill = BARS * value / largest, top + BAR - 5, COLOURS[method]
-        weight = ' font-weight="bold"' if method.startswith("sparse") else ""
+        weight = ' font-weight="bold"' if method in ("whole", "columns", "sparse") else ""
         parts += [
             f'<text x="{left + LABELS - 8}" y="{middle}" text-anchor="end"{weight}>{escape(NAMES[method])}</text>',
             f'<rect x="{left + LABELS}" y="{top}" width="{width:.1f}" height="{BAR}" rx="2" fill="{fill}"/>',
@@ -109,9 +118,8 @@ def _panel(panel: Panel, left: int) -> list[str]:
 
 
 def figure() -> str:
-    return draw(
-        [step_time(read(RESULTS / "step_time_gpu.json")), peak_memory(read(RESULTS / "memory.json"))],
-    )
+    records = read_records(RESULTS / "gpu.jsonl")
+    return draw([step_time(records, read(RESULTS / "step_time_gpu.json")), step_memory(records)])
 
 
 def main() -> None:

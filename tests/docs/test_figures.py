@@ -36,23 +36,43 @@ def test_the_figure_is_what_the_program_draws() -> None:
     assert step_figure.FIGURE.read_text(encoding="utf-8") == step_figure.figure()
 
 
-def test_the_table_has_five_rows() -> None:
-    assert len(rows_of_the_readme()) == 5
+def test_the_table_has_six_rows() -> None:
+    assert len(rows_of_the_readme()) == 6
+
+
+def full(model: str) -> str:
+    """The time of a step of full fine-tuning over that of the frozen model."""
+    wanted = {"model": model, "targets": "all-linear", "density": 0.01, "dtype": "bfloat16"}
+    rows = [row for row in read("step_time_gpu.json") if wanted.items() <= row["setting"].items()]
+    return f"{rows[0]['methods']['full']['over_frozen']['median']:.2f}" if rows else "not run"
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "targets"),
+    ("name", "size", "column", "form"),
     [
-        ("time of a step, 1B, all linear layers", "llama-1b", "all-linear"),
-        ("time of a step, 7B, value and output projections", "llama-7b", "value-output"),
+        ("time of a step, 1B, all linear layers", "1B", "/ frozen", "{:.2f}"),
+        ("time of a step, 7B, all linear layers", "7B", "/ frozen", "{:.2f}"),
+        ("memory of that step beyond weights and optimizer, GiB", "7B", "GiB of a step", "{:.1f}"),
     ],
 )
-def test_times_of_a_step(name: str, model: str, targets: str) -> None:
-    rows = read("step_time_gpu.json")
-    methods = found(rows, "setting", model=model, targets=targets, density=0.01, dtype="bfloat16")["methods"]
-    times = {method: f"{methods[method]['over_frozen']['median']:.2f}" for method in (*METHODS, "sparse-16")}
-    ours = f"{times['sparse']} (strips: {times['sparse-16']})"
-    assert rows_of_the_readme()[name] == [ours, times["lora"], times["full"]]
+def test_time_and_memory_of_a_step(name: str, size: str, column: str, form: str) -> None:
+    rows, _ = step_figure.measured(read("gpu.jsonl"), size)
+    ours, whole, lora, in_bfloat16 = (
+        form.format(rows[method][column]) for method in ("columns", "whole", "lora", "lora-bf16")
+    )
+    cells = [f"{ours} (whole: {whole})", f"{lora} (bfloat16: {in_bfloat16})"]
+    assert rows_of_the_readme()[name] == [*cells, full(f"llama-{size.lower()}")]
+
+
+def test_the_columns_on_the_page_about_choosing() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    methods = ("frozen", "whole", "columns", "sparse", "sparse-16", "lora-bf16", "lora")
+    for size, tokens in (("1B", "4 x 2,048"), ("7B", "2 x 2,048")):
+        rows, _ = step_figure.measured(read("gpu.jsonl"), size)
+        times = [f"{rows[method]['/ frozen']:.3f}" if method in rows else "-" for method in methods[1:]]
+        memory = [f"{rows[method]['GiB of a step']:.2f}" if method in rows else "-" for method in methods]
+        for first, cells in ((f"{size}, {tokens} tokens: step", ["1", *times]), ("memory, GiB", memory)):
+            assert f"| {first} | {' | '.join(cells)} |" in page
 
 
 def memory(dtype: str) -> list[dict]:
