@@ -3,8 +3,8 @@
     python benchmarks/step_figure.py                  write docs/assets/step.svg from the committed results
     python benchmarks/step_figure.py --out step.svg   write it elsewhere
 
-Reads benchmarks/results/gpu.jsonl, and step_time_gpu.json for full fine-tuning, and measures nothing. The SVG is written
-directly, without a plotting library, so that the same results give the same bytes.
+Reads benchmarks/results/gpu.jsonl, and step_time_gpu.json for full fine-tuning, and measures nothing. The SVG is
+written directly, without a plotting library, so that the same results give the same bytes.
 """
 
 import argparse
