@@ -1,10 +1,14 @@
-"""The same run on two hosts, one rank each: the losses of one host. test_secrets.py has the other ways to start it."""
+"""The same run on two hosts, one rank each: the losses of one host. test_secrets.py has the other ways to start it.
+
+A comparison starts its runs in the same ways; here it does so by Slurm.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 from lab import Hosts, need
+from lab_slurm import Slurm
 from workload import RANKS, STEPS, Workload, losses
 
 pytestmark = pytest.mark.cluster
@@ -61,3 +65,18 @@ def test_deepspeed_over_pdsh_is_not_started_in_a_directory_with_a_space(
         "or mpi\n"
     )
     assert not (directory / "out").exists()
+
+
+def test_a_comparison_under_slurm(
+    hosts: Hosts, slurm: Slurm, workload: Workload, tmp_path: Path, one_host_losses: dict[int, float]
+) -> None:
+    """Each run of it has a rank on each host, and the sparse one has the losses of a single run."""
+    methods = ["--methods", "sparse", "lora", "--seeds", "1", "--out", tmp_path / "compared"]
+    keys = ["launch.launcher=slurm", "launch.nodes=2"]
+    hosts["n1"].run("sparse-zero", "compare", workload.recipe, *methods, *keys, cwd=tmp_path, timeout=SECONDS)
+    for method in ("sparse", "lora"):
+        [results] = (tmp_path / "compared" / method).rglob("results.json")
+        assert json.loads(results.read_text())["world_size"] == RANKS, method
+        if method == "sparse":
+            assert losses(results.parent) == pytest.approx(one_host_losses, abs=1e-5)
+        assert len(json.loads(results.read_text())["optimizer_bytes_per_rank"]) == RANKS
