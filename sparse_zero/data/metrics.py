@@ -1,12 +1,13 @@
-"""Metrics of an evaluation: scores of classes or numbers, and the exact loss per token of a language model."""
+"""Metrics of an evaluation: scores of classes or numbers, and the exact loss per token of a language model.
+
+scikit-learn and SciPy are imported where they are needed: a language model starts half a second sooner without them.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
 
 from sparse_zero.recipe.recipe import ProblemType
@@ -25,6 +26,8 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
         `f1`: of class 1 for two classes, otherwise the mean over the classes that occur.
         `matthews_correlation`.
     """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     logits = _first(prediction.predictions)
     predicted, labels = logits.argmax(-1), prediction.label_ids
     average = "binary" if logits.shape[-1] == 2 else "macro"
@@ -50,6 +53,8 @@ def multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
         `f1_macro`: the mean of the classes' F1, which is 0 for a class that neither occurs nor is predicted.
         `accuracy`: the share of texts whose classes are all right.
     """
+    from sklearn.metrics import accuracy_score, f1_score
+
     logits, labels = _first(prediction.predictions), prediction.label_ids
     predicted, expected = logits > 0, labels > 0.5
     loss = F.binary_cross_entropy_with_logits(torch.as_tensor(logits).float(), torch.as_tensor(labels).float())
@@ -71,6 +76,8 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
         `example_loss` and `mse`: the mean squared error.
         `pearson`, `spearman`: correlations of values and of ranks; 0 if all predictions or all labels are equal.
     """
+    from scipy.stats import pearsonr, spearmanr
+
     predicted = _first(prediction.predictions).astype(np.float64).reshape(-1)
     labels = prediction.label_ids.astype(np.float64).reshape(-1)
     error = float(np.mean((predicted - labels) ** 2))

@@ -137,8 +137,10 @@ def _check_other_settings(arguments: TrainingArguments) -> None:
 
 
 def _check_trackers(arguments: TrainingArguments) -> None:
-    available = get_available_reporting_integrations()
-    for name in arguments.report_to:
+    others = [name for name in arguments.report_to if name != "tensorboard"]  # which this package depends on
+    # It imports wandb, which takes half a second
+    available = get_available_reporting_integrations() if others else []
+    for name in others:
         if name not in INTEGRATION_TO_CALLBACK:
             hint = did_you_mean(name, INTEGRATION_TO_CALLBACK) or f"; known: {', '.join(INTEGRATION_TO_CALLBACK)}"
             raise UserError(f"training.report_to: unknown tracker '{name}'{hint}")

@@ -51,6 +51,7 @@ def test_parameters_losses_and_metrics_arrive(wandb: Any, trainer: Any, tmp_path
 
 @pytest.fixture
 def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(sys.prefix, "mlflow"))  # where the Makefile installs it
     module = importlib.import_module("mlflow") if IS_CI else pytest.importorskip("mlflow")
     address = f"file:{tmp_path / 'mlruns'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
