@@ -40,7 +40,7 @@ def train(arguments: argparse.Namespace) -> int:
     words = [TRAINING_MODULE, arguments.recipe, *hide_values(arguments.overrides)[0], *options]
     if arguments.dry_run:
         command = launchers.ranks_command(recipe, words)
-        _check_settings(recipe, arguments.json, everything=False)
+        check_settings(recipe, arguments.json, everything=False)
         _show(command, arguments.json)
         return 0
 
@@ -97,7 +97,7 @@ def check(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     preflight.check(recipe)
-    _check_settings(recipe, arguments.json, everything=True)
+    check_settings(recipe, arguments.json, everything=True)
     if arguments.json:
         report.print_json({"recipe": arguments.recipe, "valid": True})
     else:
@@ -154,7 +154,7 @@ def _load_recipe_to_launch(path: str, overrides: list[str]) -> "Recipe":
     return recipe
 
 
-def _check_settings(recipe: "Recipe", as_json: bool, everything: bool) -> None:
+def check_settings(recipe: "Recipe", as_json: bool, everything: bool) -> None:
     """Ask the libraries that will read the recipe.
 
     Args: everything: also the data files and the model's configuration. Without it, a line says if this machine does
@@ -178,6 +178,7 @@ def _check_settings(recipe: "Recipe", as_json: bool, everything: bool) -> None:
         recipe_check.check_settings(recipe, arguments)
         try:
             check_path(recipe.data)
+            recipe_check.check_augment(recipe.data)
             recipe_check.load_rewards(recipe)
             config = recipe_check.load_model_config(recipe)
         except UserError as error:

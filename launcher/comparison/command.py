@@ -4,40 +4,39 @@ import argparse
 from collections.abc import Callable
 
 from launcher import report
-from launcher.comparison import figure, runs, summary, table
+from launcher.comparison import checks, directory, figure, runs, summary, table
 from launcher.comparison.runs import Ended, Interrupted, Progress
-from launcher.comparison.variants import Comparison, Run, describe
+from launcher.comparison.variants import Comparison, Run, describe, directory_of
 from launcher.ways import preflight
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.stop_signals import STOPPED
+
+DEFAULTS = {"methods": ["sparse", "lora", "full"], "seeds": 3}
 
 Execute = Callable[[Comparison, Run], Ended]
 
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare methods on a recipe. Returns: 0; 1 if a run failed; that of a signal if one stopped the runs."""
-    comparison = describe(
-        arguments.recipe,
-        arguments.overrides,
-        arguments.methods,
-        arguments.rates,
-        arguments.seeds,
-        arguments.budget,
-        arguments.text,
-        arguments.out,
-    )
+    asked = {name: getattr(arguments, name) for name in ("methods", "rates", "seeds", "budget", "text")}
+    if arguments.resume:
+        asked = directory.with_earlier(directory_of(arguments.recipe, arguments.out), asked)
+    asked |= {name: default for name, default in DEFAULTS.items() if asked[name] is None}
+    comparison = describe(arguments.recipe, arguments.overrides, out=arguments.out, **asked)
     preflight.check(comparison.recipe)
-    runs.open_directory(comparison, arguments.resume)
+    directory.open_directory(comparison, arguments.resume)
+    checks.check_variants(comparison)
+    directory.write_comparison(comparison, asked)
     try:
         found = run_all(comparison, runs.execute)
     except Interrupted as interrupted:
         report.say_warning(f"{comparison.out}: stopped; go on with --resume")
         return interrupted.status or STOPPED
     has_figure = figure.draw(found, comparison.out / "compare.png")
-    runs.write_json(comparison.out / "compare.json", found)
+    directory.write_json(comparison.out / "compare.json", found)
     (comparison.out / "compare.md").write_text(table.markdown(found, has_figure), encoding="utf-8")
     if arguments.json:
-        report.print_json(found)
+        report.print_json(directory.finite(found))
     else:
         report.print_rows(table.table_rows(found))
         print(f"\n{found['says']}")

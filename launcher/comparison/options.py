@@ -31,10 +31,9 @@ def add_compare(commands) -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        default=["sparse", "lora", "full"],
         help="what to compare (default: sparse lora full)",
     )
-    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="runs at the chosen rate (default: 3)")
+    compare.add_argument("--seeds", type=int, metavar="N", help="runs at the chosen rate (default: 3)")
     compare.add_argument(
         "--rates",
         nargs="+",
@@ -56,6 +55,9 @@ def add_compare(commands) -> argparse.ArgumentParser:
     )
     compare.add_argument("--out", metavar="DIR", help="the directory to write (default: runs/RECIPE-compare)")
     compare.add_argument(
-        "--resume", action="store_true", help="go on: runs that are done stay, others resume from their checkpoints"
+        "--resume",
+        action="store_true",
+        help="go on: runs that are done stay, others resume from their checkpoints; methods, rates and seeds that are "
+        "given are added to those of before",
     )
     return compare

@@ -1,11 +1,7 @@
-"""Executes the runs of a comparison, one after another, each as `sparse-zero train` in a process of its own.
-
-OUT/comparison.json         which recipe is compared; a directory of another comparison is refused
-OUT/NAME/rate-R/seed-S/     the directory of a run; run.json has its overrides, log.txt what it printed
-"""
+"""Executes the runs of a comparison, one after another, each as `sparse-zero train` in a process of its own."""
 
 import contextlib
-import hashlib
+import ctypes
 import json
 import signal
 import subprocess
@@ -16,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher import report
+from launcher.comparison.directory import LOG_FILE, RESULTS_FILE, RUN_FILE, check_run, write_json
 from launcher.comparison.variants import Comparison, Run
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.stop_signals import STOPPED
-
-COMPARISON_FILE, RUN_FILE, LOG_FILE, RESULTS_FILE = "comparison.json", "run.json", "log.txt", "results.json"
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.2
@@ -43,69 +38,25 @@ class Interrupted(Exception):
         self.status = status
 
 
-def open_directory(comparison: Comparison, resume: bool) -> None:
-    """Make the directory of a comparison, or check that it is that of this one.
-
-    Raises UserError: it is another's, has runs although the comparison does not resume, or cannot be written.
-    """
-    out, file = comparison.out, comparison.out / COMPARISON_FILE
-    here = {"recipe": comparison.path, "overrides": list(comparison.shared), "checksum": _checksum(comparison)}
-    if not file.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: exists and is not a comparison; name another directory with --out")
-    else:
-        try:
-            saved = json.loads(file.read_text())["checksum"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{file}: damaged; name another directory with --out") from None
-        if saved != here["checksum"]:
-            raise UserError(
-                f"{out}: is the comparison of another recipe, of other overrides or of another text; name another "
-                "directory with --out"
-            )
-        if not resume and any(out.glob(f"*/*/*/{RUN_FILE}")):
-            raise UserError(f"{out}: has runs of this comparison; go on with --resume, or name another with --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, here)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another directory with --out") from None
-
-
-def _checksum(comparison: Comparison) -> str:
-    """Of what all runs have in common and decides their numbers, as far as this machine can say."""
-    facts = comparison.recipe.with_contents().model_dump(mode="json", exclude={"launch"})
-    for key in ("output_dir", "run_name"):
-        facts["training"].pop(key, None)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file as a whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def command(comparison: Comparison, run: Run) -> list[str]:
     """The words of `sparse-zero` that a run consists of."""
     return ["train", comparison.path, *run.overrides]
 
 
 def execute(comparison: Comparison, run: Run) -> Ended:
-    """Run what is not done yet, and read its results. Raises Interrupted."""
+    """Run what is not done yet, and read its results. Raises Interrupted, and UserError: the run is going on."""
     results = run.directory / RESULTS_FILE
-    here = {"overrides": list(run.overrides)}
-    known = run.directory / RUN_FILE
-    if known.exists() and json.loads(known.read_text()) != here:
-        raise UserError(f"{run.directory}: is a run with other overrides; name another directory with --out")
+    check_run(run)
     if not results.exists():
         run.directory.mkdir(parents=True, exist_ok=True)
-        write_json(known, here)
+        write_json(run.directory / RUN_FILE, {"overrides": list(run.overrides)})
         log = run.directory / LOG_FILE
         status = _train([*command(comparison, run), "--resume"], log)
         if status != 0 or not results.exists():
-            return Ended(run, None, _problem(log, status))
+            problem = problem_of(log.read_text(errors="replace"), status)
+            if " is in use by " in problem:  # the time of others would be wrong beside it
+                raise UserError(problem)
+            return Ended(run, None, problem)
     return Ended(run, json.loads(results.read_text()))
 
 
@@ -119,6 +70,7 @@ def _train(words: Sequence[str], log: Path) -> int:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_end_with_this_process,
         )
         sent = 0
         while (status := process.poll()) is None:
@@ -129,6 +81,13 @@ def _train(words: Sequence[str], log: Path) -> int:
     if status == STOPPED or received:
         raise Interrupted(status if status > 0 else STOPPED)
     return status
+
+
+def _end_with_this_process() -> None:
+    """On Linux: if this process is killed, the run is asked to save a checkpoint and to stop. In the child."""
+    PR_SET_PDEATHSIG = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 @contextlib.contextmanager
@@ -143,9 +102,9 @@ def _passed_on() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _problem(log: Path, status: int) -> str:
-    """Why a run failed, from what it printed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def problem_of(printed: str, status: int) -> str:
+    """Why a command failed, from what it printed."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
     mark = f"{report.PROGRAM}: error: "
     errors = [line.partition(mark)[2] for line in lines if mark in line]
     return errors[-1] if errors else f"exit status {status}: {lines[-1] if lines else 'no output'}"

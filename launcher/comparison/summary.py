@@ -115,6 +115,7 @@ def summarise(comparison: Comparison, metric: str, rows: list[dict[str, Any]], e
         "device": first["device"],
         "forgetting_text": first.get("forgetting", {}).get("text"),
         "methods": rows,
+        "differing": differing([end.results for end in ended if end.results]),
         "says": plain_sentence(comparison, metric, rows, first["test_examples"], first["world_size"]),
         "runs": [
             {
@@ -131,6 +132,15 @@ def summarise(comparison: Comparison, metric: str, rows: list[dict[str, Any]], e
     }
 
 
+SAME_IN_ALL = ("train_examples", "eval_examples", "test_examples", "world_size", "zero_stage", "device")
+
+
+def differing(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What runs must have in common to be compared, where they do not: its values, in their order."""
+    values = {key: list(dict.fromkeys(found.get(key) for found in results)) for key in SAME_IN_ALL}
+    return {key: found for key, found in values.items() if len(found) > 1}
+
+
 def plain_sentence(
     comparison: Comparison, metric: str, rows: Sequence[Mapping[str, Any]], test_examples: int, ranks: int
 ) -> str:
@@ -141,37 +151,41 @@ def plain_sentence(
     sign = 1 if metric in LOWER_IS_BETTER else -1
     ranked.sort(key=lambda each: sign * each["quality"]["mean"])
     best, name = ranked[0], metric.replace("_", " ")
-    noise = _noise(metric, best["quality"], test_examples)
-    equal = [each["name"] for each in ranked[1:] if noise and abs(_gap(best, each)) <= _allowed(best, each, noise)]
+    errors = {each["name"]: _error(metric, each["quality"], test_examples) for each in ranked}
+    equal = [
+        each["name"]
+        for each in ranked[1:]
+        if abs(best["quality"]["mean"] - each["quality"]["mean"])
+        <= 2 * math.hypot(errors[best["name"]], errors[each["name"]])
+    ]
     told = f"The best mean {name} on {test_examples:,} test examples is that of {best['name']}"
     if equal:
         told += f", but the difference to {', '.join(equal)} is within what seeds and test examples vary"
-    elif noise is None and len(ranked) > 1:
-        told += ", but one seed does not tell how much of the difference is chance"
-    several = any(len(variant.rates) > 1 for variant in comparison.variants)
-    tuned = "each at the best of the rates that were tried" if several else "each at one rate, which was not tuned"
+    if len(ranked) > 1 and any(len(each["quality"]["values"]) == 1 for each in ranked):
+        told += f", {'and' if equal else 'but'} one seed does not tell how much of a difference is chance"
     return (
-        f"{told}; the figures are of this recipe's data and model, {tuned}, and time and memory are those of "
-        f"{ranks} rank{'s' if ranks > 1 else ''} on this machine: they do not tell what another task, a larger model, "
-        "more training or other rates would give."
+        f"{told}; the figures are of this recipe's data and model, {_tuned(comparison)}, and time and memory are "
+        f"those of {ranks} rank{'s' if ranks > 1 else ''} on this machine: they do not tell what another task, a "
+        "larger model, more training or other rates would give."
     )
 
 
-def _noise(metric: str, quality: Mapping[str, Any], examples: int) -> float | None:
-    """The standard error of a mean: over the seeds, and of a share over the test examples. None: neither is known."""
-    errors = []
+def _tuned(comparison: Comparison) -> str:
+    """How the rates were chosen."""
+    untuned = [variant.name for variant in comparison.variants if len(variant.rates) == 1]
+    if len(untuned) == len(comparison.variants):
+        return "each at one rate, which was not tuned"
+    several = "each at the best of the rates that were tried"
+    return f"{several}{', but ' if untuned else ''}{', '.join(untuned)}{' at one rate' if untuned else ''}"
+
+
+def _error(metric: str, quality: Mapping[str, Any], examples: int) -> float:
+    """The standard error of a mean: over the seeds, and of a share over the test examples. 0 if neither is known."""
+    count, errors = len(quality["values"]), []
     if quality["deviation"] is not None:
-        errors.append(quality["deviation"] / math.sqrt(len(quality["values"])))
+        errors.append(quality["deviation"] / math.sqrt(count))
     if metric == "accuracy":
-        errors.append(math.sqrt(quality["mean"] * (1 - quality["mean"]) / examples))
-    return math.hypot(*errors) if errors else None
-
-
-def _gap(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    return one["quality"]["mean"] - other["quality"]["mean"]
-
-
-def _allowed(one: Mapping[str, Any], other: Mapping[str, Any], noise: float) -> float:
-    """Twice the standard error of a difference."""
-    deviation, values = other["quality"]["deviation"], other["quality"]["values"]
-    return 2 * math.hypot(noise, 0 if deviation is None else deviation / math.sqrt(len(values)))
+        # With one right and one wrong answer more (Laplace): all right does not mean that there is no error
+        share = (quality["mean"] * examples + 1) / (examples + 2)
+        errors.append(math.sqrt(share * (1 - share) / examples))
+    return math.hypot(*errors)

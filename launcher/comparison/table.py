@@ -32,7 +32,9 @@ def table_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             }
         )
     used = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    return [{name: row[name] for name in used} for row in rows]
+    if metric == "loss":
+        used.remove("test loss")  # the same figures
+    return [{name: row[name] for name in used if name in row} for row in rows]
 
 
 def _figure(value: Any, form: str) -> str:
@@ -64,11 +66,14 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     metric, found = summary["metric"], []
     unit = " in percent" if metric in _PERCENT else ""
     seeds = ", ".join(map(str, summary["seeds"]))
-    found.append(
-        f"{metric.replace('_', ' ')}{unit} and loss: on {summary['test_examples']:,} test examples "
-        f"({summary['test_part']}), mean ± standard deviation over the seeds {seeds}. Rates were chosen with the "
-        f"first seed on {summary['validation_examples']:,} other examples."
-    )
+    over = f"mean ± standard deviation over the seeds {seeds}" if len(summary["seeds"]) > 1 else f"seed {seeds}"
+    measured = f"{metric.replace('_', ' ')}{unit}{'' if metric == 'loss' else ' and loss'}"
+    found.append(f"{measured}: on {summary['test_examples']:,} test examples ({summary['test_part']}), {over}.")
+    if any(len(each["rates"]) > 1 for each in summary["methods"]):
+        found.append(f"Rates were chosen with the first seed on {summary['validation_examples']:,} other examples.")
+    for key, values in summary["differing"].items():
+        shown = ", ".join(map(str, values))
+        found.append(f"The runs differ in {key.replace('_', ' ')} ({shown}): they do not compare in all columns.")
     if summary["forgetting_text"] is None:
         found.append("Forgetting is not defined for an encoder with a classification head.")
     else:

@@ -1,10 +1,13 @@
 """What a comparison runs: methods and variants as overrides of a recipe, with their rates and seeds. No torch."""
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.recipe.learning_rate import OTHER_METHODS, default_learning_rate
@@ -66,12 +69,26 @@ class Comparison:
         given = [f"training.learning_rate={rate!r}", f"training.seed={seed}"]
         if not is_plain(variant.recipe.training):
             given.append(f"sparse.seed={variant.recipe.sparse.seed + seed - self.seeds[0]}")
-        given.append(f"training.output_dir={directory}")
+        given.append(_path_override("training.output_dir", directory))
         return Run(variant.name, rate, seed, directory, (*self.shared, *variant.overrides, *given))
 
     @property
     def run_count(self) -> int:
         return sum(len(variant.rates) + len(self.seeds) - 1 for variant in self.variants)
+
+
+def directory_of(path: str, out: str | None) -> Path:
+    """The directory of the comparison of a recipe. Args: out: what --out says."""
+    return Path(out).expanduser() if out else Path("runs", f"{Path(path).stem}-compare")
+
+
+def _path_override(key: str, path: Path) -> str:
+    """An override with a path, in quotes if YAML would read it as something else."""
+    try:
+        is_plain_text = yaml.safe_load(f"{path}") == str(path)
+    except yaml.YAMLError:
+        is_plain_text = False
+    return f"{key}={path if is_plain_text else json.dumps(str(path))}"
 
 
 def describe(
@@ -88,9 +105,9 @@ def describe(
 
     Raises UserError: an unknown method, a variant or a rate that cannot be read, or a recipe that is not valid.
     """
-    # `--methods sparse lora training.seed=1`: argparse takes the override for another method
-    misplaced = [word for word in methods if "." in word.partition("=")[0] and "=" in word]
-    methods = [word for word in methods if word not in misplaced]
+    # `--methods sparse lora training.seed=1`: argparse takes the override for another method, or rate
+    misplaced = [word for word in (*methods, *rates) if "." in word.partition("=")[0] and "=" in word]
+    methods, rates = ([word for word in words if word not in misplaced] for words in (methods, rates))
     overrides = [*overrides, *misplaced]
     _check_output_dir(overrides)
     recipe = load_recipe(path, overrides)
@@ -113,18 +130,27 @@ def describe(
         chosen = of_one.get(name) or of_all or (_own_rate(own, given),)
         variants.append(Variant(name, tuple(given), own, chosen))
     first = int(recipe.training.get("seed", TRAINER_SEED))
-    directory = Path(out) if out else Path("runs", f"{Path(path).stem}-compare")
-    return Comparison(path, tuple(shared), recipe, tuple(variants), tuple(range(first, first + seeds)), directory)
+    of_runs = tuple(range(first, first + seeds))
+    return Comparison(path, tuple(shared), recipe, tuple(variants), of_runs, directory_of(path, out))
 
 
 def _parts(recipe: Recipe, text: str | None) -> list[str]:
     """The overrides that give each run test examples and a text."""
-    given = [] if recipe.data.test_split or recipe.data.test_size else ["data.test_size=0.5"]
+    data, given = recipe.data, []
+    if data.test_split and data.test_split == data.eval_split:
+        raise UserError(
+            f"data.test_split: '{data.test_split}' is data.eval_split too; rates must not be chosen on test examples"
+        )
+    if not data.test_split and not data.test_size:
+        if isinstance(data.eval_size, int) and data.eval_size < 2:
+            raise UserError(f"data.eval_size: {data.eval_size} leaves no example for the test; make it 2 or more")
+        given.append("data.test_size=0.5")
     if recipe.model.task == "causal-lm":
         if text is not None:
-            if Path(text).is_file() and not Path(text).read_bytes().strip():
+            file = Path(text).expanduser()
+            if file.is_file() and not file.read_bytes().strip():
                 raise UserError(f"--text {text}: is empty; give a text of a few pages")
-            given.append(f"data.forgetting={Path(text).resolve()}")
+            given.append(_path_override("data.forgetting", file.resolve()))
         elif recipe.data.forgetting is None:
             given.append(f"data.forgetting={SHIPPED_TEXT}")
     elif text is not None:
@@ -184,10 +210,8 @@ def _overrides_of_method(name: str, recipe: Recipe, budget: str | None) -> list[
 def _own_rate(recipe: Recipe, overrides: Sequence[str]) -> float:
     """The rate of a variant without --rates. The recipe's own rate is meant for its own method."""
     training, task = recipe.training, recipe.model.task
-    is_own = "training.learning_rate" in _keys(overrides)
-    if is_plain(training) and not is_own and "training.method" in _keys(overrides):
-        return OTHER_METHODS[task][method_of(training)]
-    if "learning_rate" in training:
+    is_own = "training.method" not in _keys(overrides) or "training.learning_rate" in _keys(overrides)
+    if is_own and "learning_rate" in training:
         return _rate(str(training["learning_rate"]), "training.learning_rate")
     if is_plain(training):
         return OTHER_METHODS[task][method_of(training)]
@@ -200,7 +224,8 @@ def _rates(words: Sequence[str], names: Sequence[str]) -> tuple[tuple[float, ...
     of_one: dict[str, tuple[float, ...]] = {}
     for word in words:
         name, is_of_one, given = word.rpartition("=")
-        found = [_rate(each, "--rates") for each in given.split(",")]
+        # `1e-3, 3e-3` are two words, the first with a comma at its end
+        found = [_rate(each, "--rates") for each in (given.removesuffix(",") or ",").split(",")]
         if not is_of_one:
             of_all = tuple(dict.fromkeys([*of_all, *found]))
         elif name in names:

@@ -103,13 +103,18 @@ def prepare_data(
     return PreparedData(*packed[:2], collator, None, max_length, dropped.counts, *packed[2:])
 
 
-def _augmented(dataset: Dataset, data: DataSection) -> Dataset:
-    """The examples, each followed by its changed copies. Raises UserError: there is no WordNet for eda."""
+def check_augment(data: DataSection) -> None:
+    """Raise UserError: there is no WordNet for eda."""
     if data.augment == "eda":
         try:
             rpn.text.wordnet_synonyms("word")
         except rpn.text.SynonymsNotFound as error:
             raise UserError(f"data.augment: {error}") from None
+
+
+def _augmented(dataset: Dataset, data: DataSection) -> Dataset:
+    """The examples, each followed by its changed copies."""
+    check_augment(data)
     settings = {"text": data.columns.text, "method": data.augment, "copies": data.augment_copies}
     function = versioned(augmentation.with_copies, settings | {"seed": data.split_seed})
     return dataset.map(function, batched=True, with_indices=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, SchedulerType, Train
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from sparse_zero.data.datasets import check_augment
 from sparse_zero.data.files import check_path
 from sparse_zero.data.metrics import METRICS
 from sparse_zero.data.models import load_config, meta_model
@@ -64,6 +65,7 @@ def check_recipe(recipe: Recipe, arguments: TrainingArguments) -> None:
     """
     check_settings(recipe, arguments)
     check_path(recipe.data)
+    check_augment(recipe.data)
     load_rewards(recipe)
     check_model(recipe, load_model_config(recipe), arguments)
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import recipes
+import tiny
 
 from launcher import cli
-from launcher.comparison import command, figure, runs, table
+from launcher.comparison import checks, command, directory, figure, runs, table
 from launcher.comparison.runs import Ended, Progress
 from launcher.comparison.summary import choose_rate, spread
 from launcher.comparison.variants import Comparison, Run, describe
 from sparse_zero import UserError
+from sparse_zero.recipe.learning_rate import default_learning_rate
 from sparse_zero.recipe.recipe import load_recipe
 
 
@@ -110,7 +112,38 @@ def test_rates(file) -> None:
     assert rates("1e-3,3e-3,1e-3") == dict.fromkeys(("sparse", "lora", "own"), (1e-3, 3e-3))
     assert rates("1e-3", "3e-3", "lora=1e-4", "lora=2e-4")["sparse"] == (1e-3, 3e-3)
     assert rates("1e-3", "3e-3", "lora=1e-4", "lora=2e-4")["lora"] == (1e-4, 2e-4)
+    assert rates("1e-3,", "3e-3")["sparse"] == (1e-3, 3e-3)
     assert rates("1e-3", "lora=1e-4,2e-4") == {"sparse": (1e-3,), "lora": (1e-4, 2e-4), "own": (1e-3,)}
+
+
+def test_a_sparse_run_beside_a_recipe_of_another_method_has_the_default_rate(file) -> None:
+    given = ["training.method=full", "training.learning_rate=3e-5"]
+    found = {v.name: v.rates for v in described(file, "full", "sparse", "columns", overrides=given).variants}
+    default = default_learning_rate("sequence-classification", load_recipe(file, []).sparse.model_density)
+    assert found == {"full": (3e-5,), "sparse": (default,), "columns": (default,)}
+
+
+@pytest.mark.parametrize("name", ["odd # 1", "[b]", "a: b", "true", "10", "~x", "plain"])
+def test_any_name_of_a_directory_is_that_of_the_run(file, tmp_path, name) -> None:
+    columns = ["model.task=causal-lm", "data.columns={text: text}"]
+    (tmp_path / name).mkdir()
+    (tmp_path / name / f"{name}.txt").write_text("words")
+    text = str(tmp_path / name / f"{name}.txt")
+    found = described(file, "sparse", overrides=columns, out=str(tmp_path / name / "out"), text=text)
+    run = found.run(found.variants[0], 0.1, 42)
+    whole = load_recipe(file, list(run.overrides))
+    assert (whole.training["output_dir"], whole.data.forgetting) == (str(run.directory), text)
+
+
+def test_the_home_directory(file, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert described(file, "sparse", out="~/out").out == tmp_path / "out"
+
+
+def test_an_override_after_the_rates_is_one(file) -> None:
+    found = described(file, "sparse", rates=("1e-3", "training.weight_decay=0.1"))
+    assert found.recipe.training["weight_decay"] == 0.1
+    assert found.variants[0].rates == (1e-3,)
 
 
 def test_an_override_after_the_methods_is_one(file) -> None:
@@ -141,7 +174,10 @@ def test_a_language_model_gets_a_text(file, tmp_path) -> None:
         (["--methods", "lora=training.method=lora"], "--methods: 'lora' is a method; give the variant"),
         (["--methods", "wide=sparse.densty=0.1"], "unknown key 'densty' in section 'sparse'"),
         (["--rates", "1e-3,fast"], "--rates: 'fast' is not a learning rate"),
-        (["--rates", "1e-3,"], "--rates: '' is not a learning rate"),
+        (["--rates", "1e-3,,2e-3"], "--rates: '' is not a learning rate"),
+        (["--rates", "sparse="], "--rates: '' is not a learning rate"),
+        (["data.eval_size=1"], "data.eval_size: 1 leaves no example for the test; make it 2 or more"),
+        (["data.eval_split=a", "data.test_split=a"], "data.test_split: 'a' is data.eval_split too"),
         (["--methods", "w=training.seed=3"], "--methods: 'w': training.seed is another in each run; give --seeds"),
         (["--methods", "w=training.output_dir=x"], "training.output_dir: each run has a directory of its own"),
         (["training.output_dir=x"], "training.output_dir: each run has a directory of its own; name that of all with"),
@@ -184,25 +220,111 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(file, tmp_path, caps
     assert "out: cannot be written (Not a directory); name another directory with --out" in capsys.readouterr().err
 
 
+def opened(comparison: Comparison, resume: bool) -> None:
+    directory.open_directory(comparison, resume)
+    directory.write_comparison(comparison, {"methods": ["sparse"], "rates": [], "seeds": 2})
+
+
 def test_a_directory_of_another_comparison_is_refused(file, tmp_path) -> None:
     first = described(file, "sparse")
-    runs.open_directory(first, resume=False)
+    opened(first, resume=False)
     # More methods, rates and seeds are the same comparison; so is another launcher
-    runs.open_directory(described(file, "sparse", "lora", seeds=3, rates=("1e-4",)), resume=False)
-    runs.open_directory(described(file, "sparse", overrides=["launch.launcher=local"]), resume=True)
+    opened(described(file, "sparse", "lora", seeds=3, rates=("1e-4",)), resume=False)
+    opened(described(file, "sparse", overrides=["launch.launcher=local"]), resume=True)
     for other in (["training.max_steps=1"], ["data.test_size=3"], ["sparse.density=0.5"]):
         with pytest.raises(UserError, match="is the comparison of another recipe"):
-            runs.open_directory(described(file, "sparse", overrides=other), resume=True)
-    (first.run(first.variants[0], 0.1, 1).directory).mkdir(parents=True)
-    (first.run(first.variants[0], 0.1, 1).directory / runs.RUN_FILE).write_text('{"overrides": []}')
-    with pytest.raises(UserError, match="has runs of this comparison; go on with --resume"):
-        runs.open_directory(first, resume=False)
-    with pytest.raises(UserError, match="is a run with other overrides"):
-        runs.execute(first, first.run(first.variants[0], 0.1, 1))
+            opened(described(file, "sparse", overrides=other), resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="mine: exists and is not a comparison; name another directory with --out"):
-        runs.open_directory(described(file, "sparse", out=str(tmp_path / "mine")), resume=True)
+        opened(described(file, "sparse", out=str(tmp_path / "mine")), resume=True)
+
+
+def test_other_data_is_another_comparison(file, tmp_path) -> None:
+    comparison = described(file, "sparse")
+    opened(comparison, resume=False)
+    written = next(path for path in tmp_path.iterdir() if path.suffix == ".jsonl")
+    (comparison.out / "a-run.jsonl").write_text("{}")
+    opened(comparison, resume=True)
+    written.write_text(written.read_text() + written.read_text())
+    with pytest.raises(UserError, match="of other data"):
+        opened(comparison, resume=True)
+
+
+def test_a_run_with_other_overrides_is_found_before_the_first_run(file) -> None:
+    comparison = described(file, "sparse", "full", rates=("0.1,0.2",))
+    run = comparison.run(comparison.variants[1], 0.2, 43)
+    opened(comparison, resume=False)
+    run.directory.mkdir(parents=True)
+    before = [*run.overrides, "launch.max_restarts=1"]
+    (run.directory / directory.RUN_FILE).write_text(json.dumps({"overrides": before}))
+    with pytest.raises(UserError, match="has runs of this comparison; go on with --resume"):
+        opened(comparison, resume=False)
+    opened(comparison, resume=True)  # another launch is the same run
+    (run.directory / directory.RUN_FILE).write_text(json.dumps({"overrides": [*before, "sparse.density=0.5"]}))
+    with pytest.raises(UserError, match=r"seed-43: is a run with other overrides \(sparse.density=0.5\); name"):
+        opened(comparison, resume=True)
+    with pytest.raises(UserError, match="is a run with other overrides"):
+        runs.execute(comparison, run)
+
+
+def test_what_is_asked_adds_to_what_was_asked_before(file) -> None:
+    comparison = described(file, "sparse")
+    nothing = {"methods": None, "rates": [], "seeds": None, "budget": None, "text": None}
+    assert directory.with_earlier(comparison.out, nothing) == nothing
+    first = nothing | {"methods": ["sparse", "w=sparse.density=0.1"], "rates": ["1e-3"], "seeds": 3, "budget": "same"}
+    directory.open_directory(comparison, resume=False)
+    directory.write_comparison(comparison, first)
+    assert directory.with_earlier(comparison.out, nothing) == first
+    more = {"methods": ["head", "sparse"], "rates": ["head=1", "1e-3"], "seeds": 2}
+    assert directory.with_earlier(comparison.out, nothing | more) == first | {
+        "methods": ["sparse", "w=sparse.density=0.1", "head"],
+        "rates": ["1e-3", "head=1"],
+    }
+    assert directory.with_earlier(comparison.out, nothing | {"seeds": 5})["seeds"] == 5
+    with pytest.raises(UserError, match=r"'w=sparse\.density=0\.2' was 'w=sparse\.density=0\.1' before; give"):
+        directory.with_earlier(comparison.out, nothing | {"methods": ["w=sparse.density=0.2"]})
+
+
+def test_a_variant_that_cannot_train_ends_the_comparison_before_its_first_run(file, tmp_path, capsys) -> None:
+    """Of the variants that have not run; the recipe itself is valid."""
+    tiny.save_bert(tmp_path / "base")
+    capsys.readouterr()
+    words = ["compare", str(file), "--methods", "sparse", "w=training.lr_scheduler_type=lienar", "--out"]
+    assert cli.main([*words, str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sparse-zero: error: w: training: lienar is not a valid SchedulerType")
+    assert not [*(tmp_path / "out").iterdir()]
+    done = described(file, "w=training.lr_scheduler_type=lienar")
+    run = done.run(done.variants[0], done.variants[0].rates[0], 42)
+    run.directory.mkdir(parents=True)
+    (run.directory / directory.RESULTS_FILE).write_text("{}")
+    checks.check_variants(done)
+
+
+def test_a_run_that_still_goes_on_ends_the_comparison(file, monkeypatch) -> None:
+    def train(words: list[str], log: Path) -> int:
+        log.write_text("sparse-zero: error: training.output_dir: out is in use by process 5 on n1; end that run\n")
+        return 2
+
+    monkeypatch.setattr(runs, "_train", train)
+    comparison = described(file, "sparse")
+    with pytest.raises(UserError, match="is in use by process 5 on n1"):
+        command.run_all(comparison, runs.execute)
+
+
+def test_a_run_is_asked_to_stop_when_the_comparison_is_killed(tmp_path) -> None:
+    """By SIGTERM, on which a run saves a checkpoint."""
+    child = "import os, signal, sys, time; signal.signal(15, lambda *_: (print('asked', flush=True), os._exit(0)));"
+    child += "print(os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import subprocess, sys, time; from launcher.comparison.runs import _end_with_this_process;"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], preexec_fn=_end_with_this_process); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert int(process.stdout.readline()) > 0
+        process.kill()
+        assert process.stdout.readline() == "asked\n"
 
 
 # How it chooses and averages
@@ -224,7 +346,7 @@ def test_the_best_rate_on_the_validation_examples_gets_the_other_seeds(file) -> 
     assert sparse["quality"]["mean"] == pytest.approx(0.81)
     assert sparse["quality"]["deviation"] == pytest.approx(statistics.stdev([0.8, 0.81, 0.82]))
     assert (sparse["is_rate_at_edge"], full["is_rate_at_edge"]) == (False, True)
-    assert "that of full;" in found["says"]
+    assert "that of full, but the difference to sparse is within" in found["says"]  # 4 points are twice its error
     assert [row["accuracy"] for row in table.table_rows(found)] == ["81.00 ± 1.00", "91.00 ± 1.00"]
     assert "full: the best rate is at the edge of those that were tried; try others." in table.notes(found)
 
@@ -269,17 +391,37 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(file, capsys) -> 
 
 
 def test_the_sentence_says_what_chance_may_do(file) -> None:
-    def said(seeds: int, **quality: float) -> str:
-        comparison = described(file, *quality, seeds=seeds)
+    def said(seeds: int, metric: str = "accuracy", rates: tuple[str, ...] = (), **quality: float) -> str:
+        comparison = described(file, *quality, seeds=seeds, rates=rates)
         shift = {42: -0.01, 43: 0.01}
         fake = Fake(lambda run: quality[run.variant] + (shift[run.seed] if seeds > 1 else 0))
         return command.run_all(comparison, fake)["says"]
 
-    # Of 100 examples at 70% the standard error is 4.6 points
+    # Of 100 examples at 70% the standard error is 4.6 points, of a difference 6.5
     near = said(2, sparse=0.70, lora=0.69, full=0.40)
     assert "that of sparse, but the difference to lora is within what seeds and test examples vary;" in near
     assert "each at one rate, which was not tuned" in near
     assert "within what" not in said(2, sparse=0.90, full=0.40)
+    # Both have errors: 90 against 81 of 100 are 9 points, and twice the error is 9.8
+    assert "to full is within what seeds and test examples vary, and one seed does not" in said(
+        1, sparse=0.90, full=0.81
+    )
+    assert "that of sparse, but one seed does not tell" in said(1, sparse=0.90, full=0.40)
+    # All right does not mean without error
+    assert "to full is within what" in said(1, sparse=1.0, full=0.98)
+    tuned = said(1, sparse=0.9, full=0.4, rates=("sparse=1,2",))
+    assert "each at the best of the rates that were tried, but full at one rate, and time" in tuned
+    assert "each at the best of the rates that were tried, and time" in said(1, sparse=0.9, full=0.4, rates=("1,2",))
+
+
+def test_runs_that_differ_in_what_they_must_share_are_noted(file) -> None:
+    def execute(comparison: Comparison, run: Run) -> Ended:
+        return Ended(run, results(0.5, world_size=2 if run.variant == "full" else 1))
+
+    found = command.run_all(described(file, "sparse", "full"), execute)
+    assert found["differing"] == {"world_size": [1, 2]}
+    assert "The runs differ in world size (1, 2): they do not compare in all columns." in table.notes(found)
+    assert not command.run_all(described(file, "sparse"), execute)["differing"]
 
 
 def test_the_figure(file, tmp_path) -> None:
@@ -303,7 +445,7 @@ def test_the_time_that_is_left(file, capsys) -> None:
             now[0] += seconds
     done = comparison.run(full, 0.1, 44)
     done.directory.mkdir(parents=True)
-    (done.directory / runs.RESULTS_FILE).write_text("{}")
+    (done.directory / directory.RESULTS_FILE).write_text("{}")
     with progress.running(done, left):
         pass
     assert progress.seconds_left(["sparse", "full", "other"]) == 10 + 70 + 40
@@ -322,18 +464,21 @@ def test_compare_does_not_import_torch_before_its_runs(file, tmp_path) -> None:
     assert "did you mean 'lora'" in done.stderr
 
 
-def test_a_problem_is_the_last_error_of_the_log(tmp_path) -> None:
-    log = tmp_path / "log.txt"
-    log.write_text("step 1\nsparse-zero: error: no such data\nmore\n")
-    assert runs._problem(log, 2) == "no such data"
-    log.write_text("step 1\nKilled\n\n")
-    assert runs._problem(log, 137) == "exit status 137: Killed"
+def test_a_problem_is_the_last_error_that_was_printed() -> None:
+    assert runs.problem_of("step 1\nsparse-zero: error: no such data\nmore\n", 2) == "no such data"
+    assert runs.problem_of("step 1\nKilled\n\n", 137) == "exit status 137: Killed"
+    assert runs.problem_of("", 1) == "exit status 1: no output"
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path) -> None:
+    directory.write_json(tmp_path / "a.json", {"a": [1.0, math.nan, (math.inf, 2)], "b": {"c": -math.inf}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.0, None, [None, 2]], "b": {"c": None}}
 
 
 def test_json_of_the_directory_is_checked(file) -> None:
     comparison = described(file, "sparse")
-    runs.open_directory(comparison, resume=False)
-    assert json.loads((comparison.out / runs.COMPARISON_FILE).read_text())["recipe"] == str(file)
-    (comparison.out / runs.COMPARISON_FILE).write_text("{}")
+    opened(comparison, resume=False)
+    assert json.loads((comparison.out / directory.COMPARISON_FILE).read_text())["recipe"] == str(file)
+    (comparison.out / directory.COMPARISON_FILE).write_text("{}")
     with pytest.raises(UserError, match=r"comparison.json: damaged; name another directory"):
-        runs.open_directory(comparison, resume=True)
+        opened(comparison, resume=True)

@@ -89,14 +89,14 @@ def test_runs_that_are_done_are_not_run_again_and_one_that_fails_is_said(compare
         return 2
 
     monkeypatch.setattr(runs, "_train", train)
-    words = ["compare", found["recipe"], "--methods", "lora", "bad=sparse.targets=[nose_proj]"]
+    words = ["compare", found["recipe"], "--methods", "lora", "bad=sparse.density=0.1"]
     words += ["--seeds", "1", "--out", str(out)]
     assert cli.main(words) == 2
     assert "go on with --resume" in capsys.readouterr().err
     assert not ran
     assert cli.main([*words, "--resume", "--json"]) == 1
     (again,) = ran
-    assert "sparse.targets=[nose_proj]" in again
+    assert "sparse.density=0.1" in again
     assert "--resume" in again
     *others, bad = json.loads(capsys.readouterr().out)["methods"]
     assert others == found["methods"]
