@@ -86,8 +86,8 @@ def _by_share(
         name = max(needed, key=needed.__getitem__)
         share = min(1.0, math.ceil(needed[name] * 1e4) / 1e4)
         raise UserError(
-            f"sparse.columns: {config.columns:g}: {found[name].count:,} columns of {name} have fewer scalars than the "
-            f"{counts[name]:,} of sparse.{config.budget}: raise columns to at least {share:g}, or lower the budget"
+            f"sparse.columns: {config.columns:g}: gives {name} {found[name].count:,} of its columns, too few for "
+            f"{counts[name]:,} scalars (sparse.{config.budget}); raise columns to at least {share:g}, or lower it"
         )
     return found
 

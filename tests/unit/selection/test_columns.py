@@ -158,7 +158,7 @@ def test_a_share_keeps_the_budget():
 def test_a_share_smaller_than_the_budget_needs_is_an_error_with_the_least_one():
     model = tiny("llama", hidden_size=32)
     settings = {"targets": ["v_proj", "down_proj"], "density": 0.05}
-    with pytest.raises(UserError, match=r"sparse\.columns: 0\.01: .*fewer scalars .*density: 0\.05.*to at least") as e:
+    with pytest.raises(UserError, match=r"columns: 0\.01: gives .* 1 of its columns, too few") as e:
         selections(model, columns=0.01, **settings)
     least = float(str(e.value).partition("at least ")[2].split(",")[0])
     assert selections(model, columns=least, **settings)
@@ -255,15 +255,17 @@ def test_a_head_with_rows_of_new_tokens_is_drawn_as_before():
     assert found["model.layers.0.self_attn.v_proj.weight"].rule == COLUMNS
 
 
+_COLUMNS = "columns\n  Value error, must be a share above 0 and at most 1, or whole"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"granularity": 16}, "columns: 0.1 excludes granularity: 16; set columns: 1 or granularity: 1"),
         ({"selection": "bernoulli"}, "columns: 0.1 requires selection: stratified, not bernoulli"),
         ({"selection": "magnitude"}, "columns: 0.1 requires selection: stratified, not magnitude"),
-        ({"columns": 0}, "greater than 0"),
-        ({"columns": 1.5}, "less than or equal to 1"),
-        ({"columns": "half"}, "'whole'"),
+        *(({"columns": value}, _COLUMNS) for value in (0, 1.5, "Whole", True, None)),
+        *(({key: True}, f"{key}\n  Value error, must be a number") for key in ("density", "rank_equivalent", "seed")),
     ],
 )
 def test_what_is_refused(settings, message):
