@@ -236,6 +236,9 @@ class _Counter(TorchFunctionMode):
         # transformers tests whether a batch is unpacked, and unpadded
         if func is torch.Tensor.__bool__:
             return True
+        # and whether padding tokens are in it
+        if func is torch.Tensor.__contains__:
+            return False
         return func(*args, **(kwargs or {}))
 
     def _enter(self, name: str, inputs: tuple) -> None:

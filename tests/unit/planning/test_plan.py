@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import families
 import pytest
 import tiny
 import torch
@@ -79,6 +80,13 @@ def test_activations_are_those_that_autograd_saves(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(torch.zeros(3, TOKENS, dtype=torch.int64), use_cache=False)
     assert counted == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.02)
+
+
+def test_a_forward_that_looks_for_padding_is_counted(recipe: Path) -> None:
+    config = families.tiny("gpt2").config
+    assert config.pad_token_id is not None
+    config.save_pretrained(recipe.parent / "model")
+    assert describe_run(load_recipe(recipe)).activations.formula == "counted on the meta device"
 
 
 def test_checkpointing_saves_less(recipe: Path) -> None:
