@@ -277,6 +277,8 @@ _USES: dict[Callable, Callable[..., _Call | None]] = {
     **dict.fromkeys(_grouped_products(), _grouped_mm),
     F.embedding: _embedding,
 }
+PRODUCTS = frozenset((F.linear, torch.matmul, torch.Tensor.__matmul__, torch.bmm, *_grouped_products()))
+"""Functions of an input and a weight, in this order, of which backward needs the drawn columns of the input only."""
 RULES: dict[Callable, Callable[[Callable, tuple, dict], Any]] = {
     **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(_CONVERSIONS, _convert),

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_zero.model.kept import Key, kept_columns
 from sparse_zero.model.selected_scalars import padded
+from sparse_zero.model.weight_tensor import PRODUCTS
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.targets import Target
 
@@ -89,7 +90,9 @@ def activations(
     whole = set(whole)
     loss_bytes, loss_formula = _loss(model, targets.values(), whole, rows, tokens, loss)
     hooks = _train_only(model, targets, whole)
-    counter = _Counter(model)
+    # The parameters of other modules require gradients themselves, and their inputs would be counted whole
+    experts = {_key(target.parameter): s for s, target in targets.items() if s.columns and len(target.shape) == 3}
+    counter = _Counter(model, experts)
     try:
         counter.run(torch.zeros(rows, tokens, dtype=torch.int64, device="meta"))
     except Exception:  # a model's own code may fail in any way without values
@@ -164,7 +167,12 @@ def _lead_to_delta(
     selection: Selection, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor
 ) -> torch.Tensor:
     (inputs,) = (*args, *kwargs.values())
-    if selection.columns and not isinstance(module, nn.Embedding):
+    return _kept(selection, inputs, output, in_columns=not isinstance(module, nn.Embedding))
+
+
+def _kept(selection: Selection, inputs: torch.Tensor, output: torch.Tensor, in_columns: bool = True) -> torch.Tensor:
+    """The output, for whose backward the input is kept: all of it or the drawn columns."""
+    if selection.columns and in_columns:
         columns = padded(selection, torch.empty(selection.columns.count, dtype=torch.int64, device="meta"))
         inputs = kept_columns(inputs, output, columns, Key(selection.columns_key, -1))
     return _KeepsInputs.apply(output, inputs, torch.zeros(1, device="meta", requires_grad=True))
@@ -204,9 +212,10 @@ class _Counter(TorchFunctionMode):
     counted.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, experts: Mapping[int, Selection]) -> None:
+        """Args: experts: the selections of weights of experts that have drawn columns, by the storages' keys."""
         super().__init__()
-        self.model = model
+        self.model, self.experts = model, experts
         self.layers = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
         self.kept: dict[str, int] = {}
         self.inputs: list[int] = []
@@ -236,6 +245,12 @@ class _Counter(TorchFunctionMode):
         # transformers tests whether a batch is unpacked, and unpadded
         if func is torch.Tensor.__bool__:
             return True
+        # and whether padding tokens are in it
+        if func is torch.Tensor.__contains__:
+            return False
+        if self.experts and func in PRODUCTS and len(args) > 1 and (selection := self.experts.get(_key(args[1]))):
+            output = func(args[0], args[1].detach(), *args[2:], **(kwargs or {}))
+            return _kept(selection, args[0], output)
         return func(*args, **(kwargs or {}))
 
     def _enter(self, name: str, inputs: tuple) -> None:

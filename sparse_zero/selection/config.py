@@ -1,8 +1,16 @@
 """SparseConfig: the `sparse` section of a recipe and the argument of `sparsify`. Does not import torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 TokenIndex = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -81,6 +89,27 @@ class SparseConfig(BaseModel):
 
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the positions. The same seed gives the same positions on every rank and device and in every version."""
+
+    @field_validator(
+        *("density", "sparsity", "rank_equivalent", "selection_examples", "granularity"),
+        *("transient_mib", "dropout", "seed"),
+        mode="before",
+    )
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # pydantic takes it for 0 or 1
+            raise ValueError("must be a number")
+        return value
+
+    @field_validator("columns", mode="wrap")
+    @classmethod
+    def _share_or_whole(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            if not isinstance(value, bool):
+                return validate(value)
+        except ValidationError:
+            pass
+        raise ValueError("must be a share above 0 and at most 1, or whole")
 
     @model_validator(mode="after")
     def _one_budget(self) -> "SparseConfig":

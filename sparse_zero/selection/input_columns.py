@@ -81,15 +81,22 @@ def _by_share(
         width, lines = shape[each.axis], shape.numel() // shape[each.axis]
         found[name] = Columns(each.group, number_of_columns(config.columns, width), each.axis)
         if counts[name] > found[name].count * lines:
-            needed[name] = math.ceil(counts[name] / lines) / width
+            needed[name] = _least_share(math.ceil(counts[name] / lines), width)
     if needed:
         name = max(needed, key=needed.__getitem__)
-        share = min(1.0, math.ceil(needed[name] * 1e4) / 1e4)
         raise UserError(
-            f"sparse.columns: {config.columns:g}: {found[name].count:,} columns of {name} have fewer scalars than the "
-            f"{counts[name]:,} of sparse.{config.budget}: raise columns to at least {share:g}, or lower the budget"
+            f"sparse.columns: {config.columns:g}: gives {name} {found[name].count:,} of its columns, too few for "
+            f"{counts[name]:,} scalars; raise columns to at least {needed[name]:g}, or lower the budget "
+            f"(sparse.{config.budget})"
         )
     return found
+
+
+def _least_share(count: int, width: int) -> float:
+    """The least share with four decimals that gives at least this number of columns."""
+    if count > ALIGNED * ALIGNED:  # what is rounded up to it is enough
+        count -= (count - 1) % ALIGNED
+    return (10**4 * (count - 1) // width + 1) / 10**4
 
 
 def number_of_columns(share: float, width: int) -> int:

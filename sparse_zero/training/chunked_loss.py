@@ -29,11 +29,7 @@ class ChunkedLoss:
         """Raises UserError: torch is too old, or the model does more between its head and its loss than the plain
         causal loss.
         """
-        if not hasattr(functional, "linear_cross_entropy"):
-            raise UserError(
-                f"{_KEY}: needs torch 2.13 or later, not {torch.__version__}; set training.use_liger_kernel instead, "
-                "or update torch"
-            )
+        require_operator()
         self._model, self._head = model, _linear_head(model)
         self._passes = _what_reaches_the_loss(model, self._head)
         # If backward ran twice without it, torch.compile could not see that. One more gradient of the hidden states.
@@ -97,6 +93,15 @@ def _replaced(module: nn.Module, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             del module.__dict__[name]
         module.__dict__.update(own)
+
+
+def require_operator() -> None:
+    """Raises UserError: torch is too old."""
+    if not hasattr(functional, "linear_cross_entropy"):
+        raise UserError(
+            f"{_KEY}: needs torch 2.13 or later, not {torch.__version__}; set training.use_liger_kernel instead, "
+            "or update torch"
+        )
 
 
 def refuse_float16() -> None:

@@ -28,6 +28,7 @@ from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.recipe.training import TrainingArguments
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import find_modules_to_save
+from sparse_zero.training.loss_options import check_loss_settings
 from sparse_zero.training.plain_methods import apply_method
 from sparse_zero.training.quantized_base import quantization_of_run
 from sparse_zero.training.rewards import load_rewards
@@ -73,6 +74,7 @@ def check_recipe(recipe: Recipe, arguments: TrainingArguments) -> None:
 def check_settings(recipe: Recipe, arguments: TrainingArguments) -> None:
     """As `check_recipe`, but without what another machine may have: the data files and the model's configuration."""
     _check_numbers(arguments)
+    check_loss_settings(arguments)
     _check_other_settings(arguments)
     _check_trackers(arguments)
     if recipe.training.get("objective") is None:

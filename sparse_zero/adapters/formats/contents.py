@@ -32,6 +32,8 @@ class SelectedScalars:
     """The deltas (n,)."""
     shape: tuple[int, ...] | None = None
     """The weight's shape; None if the files do not contain it."""
+    rows: int | None = None
+    """The first dimension of the shape, if the files contain only that."""
 
 
 @dataclass
@@ -176,7 +178,12 @@ class Contents:
             )
         if name in self.rows:
             return (max(expected[0], max(self.rows[name][0]) + 1), *expected[1:])
-        shape = self.selected[name].shape or expected
+        shape, rows = self.selected[name].shape or expected, self.selected[name].rows
+        if rows not in (None, expected[0]):
+            raise UserError(
+                f"{self.origin}: damaged: '{name}' has {rows} rows in the adapter and {expected[0]} in "
+                f"{architecture.source}; if that is not its base model, pass the right one with --base"
+            )
         if shape != expected:
             raise UserError(
                 f"{self.origin}: '{name}' has shape {list(shape)} in the adapter and {list(expected)} in "

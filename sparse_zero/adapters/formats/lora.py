@@ -3,9 +3,13 @@
 adapter_model.safetensors: of a linear layer `lora_A.weight` (r, in) and `lora_B.weight` (out, r); of an embedding
 `lora_embedding_A` (r, rows) and `lora_embedding_B` (columns, r); of E experts in one parameter `lora_A.weight`
 (E * r, in), expert by expert, and `lora_B.weight` (out, r * E), rank by rank. The rank r differs by weight.
+
+PEFT takes dense layers of some models for experts, by their names. They are written as parameters, as experts are.
 """
 
+import importlib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +24,14 @@ from sparse_zero.adapters.formats.deltas import difference
 from sparse_zero.adapters.formats.lora_factors import Factored
 from sparse_zero.adapters.formats.model_weights import ModelWeights
 from sparse_zero.errors import UserError
-from sparse_zero.selection.targets import Target, is_linear
+from sparse_zero.selection.targets import Target, is_experts, is_linear
 
 TITLE = "PEFT LoRA"
-Kind = Literal["linear", "conv1d", "embedding", "experts"]
+Kind = Literal["linear", "conv1d", "embedding", "parameter", "experts"]
+_PARAMETERS = ("parameter", "experts")
+"""The kinds in `target_parameters`. PEFT has no patterns for them: they have one rank."""
+_EXPERTS_OF_OLD = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""How the layers of experts were called when each expert was a module (transformers 4)."""
 _MERGE = "use `sparse-zero merge`"
 
 
@@ -64,7 +72,7 @@ def _kind(name: str, adapter: Adapter, architecture: Architecture) -> Kind:
     # A subclass with a forward of its own, such as a router, may return something else than a product
     is_product = type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
     if held == "weight" and isinstance(module, nn.Linear) and is_product:
-        return "linear"
+        return "parameter" if name.split(".")[-2] in _renamed(architecture) else "linear"
     if held == "weight" and isinstance(module, Conv1D):
         return "conv1d"
     # A subclass may look up other rows than its input's, and PEFT would not. Gemma's scales the rows, and PEFT does.
@@ -77,6 +85,17 @@ def _kind(name: str, adapter: Adapter, architecture: Architecture) -> Kind:
         f"'{name}' ({type(module).__name__}) is not the weight of a linear layer, an embedding or experts, which "
         f"{TITLE} requires; {_MERGE}"
     )
+
+
+def _renamed(architecture: Architecture) -> Collection[str]:
+    """The names of modules that PEFT replaces in `target_modules` by the experts' parameters, of dense layers too."""
+    try:
+        tables = importlib.import_module("peft.utils.transformers_weight_conversion")
+        older = tables._MODEL_TO_CONVERSION_PATTERN.get(getattr(architecture.config, "model_type", None))
+        return tables._MOE_TARGET_MODULE_MAPPING.get(older, ()) if older in tables._MOE_FUSED_TARGETS else ()
+    except (ImportError, AttributeError):  # without PEFT, or with one that has no such tables
+        modules = {id(module): module for target in architecture.targets.values() for module, _ in target.owners}
+        return _EXPERTS_OF_OLD if any(map(is_experts, modules.values())) else ()
 
 
 def _check_whole(adapter: Adapter, architecture: Architecture) -> None:
@@ -123,10 +142,10 @@ def _changes(name: str, adapter: Adapter, architecture: Architecture) -> tuple[t
 
 
 def _ranks(kinds: dict[str, Kind], factored: dict[str, Factored]) -> dict[str, int]:
-    """The rank of each weight. All experts have the same: PEFT has no patterns for parameters."""
+    """The rank of each weight. Those that are adapted as parameters have the same."""
     ranks = {name: weight.rank for name, weight in factored.items()}
-    experts = max((rank for name, rank in ranks.items() if kinds[name] == "experts"), default=0)
-    return {name: experts if kinds[name] == "experts" else rank for name, rank in ranks.items()}
+    common = max((rank for name, rank in ranks.items() if kinds[name] in _PARAMETERS), default=0)
+    return {name: common if kinds[name] in _PARAMETERS else rank for name, rank in ranks.items()}
 
 
 def _check_size(factored: dict[str, Factored], ranks: dict[str, int]) -> None:
@@ -161,9 +180,9 @@ def _tensors(
 
 def _method(kinds: dict[str, Kind], ranks: dict[str, int]) -> dict[str, Any]:
     """The fields of the config that LoRA adds."""
-    experts = [name for name, kind in kinds.items() if kind == "experts"]
+    parameters = [name for name, kind in kinds.items() if kind in _PARAMETERS]
     names = {name: name.removesuffix(".weight") for name in kinds}
-    common = max(ranks[name] for name in (experts or names))
+    common = max(ranks[name] for name in (parameters or names))
     # PEFT searches a pattern at the end of a name: ^ excludes longer names
     patterns = {f"^{re.escape(names[name])}": rank for name, rank in ranks.items() if rank != common}
     return {
@@ -178,8 +197,8 @@ def _method(kinds: dict[str, Kind], ranks: dict[str, int]) -> dict[str, Any]:
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": [module for name, module in names.items() if name not in experts],
-        "target_parameters": experts or None,
+        "target_modules": [module for name, module in names.items() if name not in parameters],
+        "target_parameters": parameters or None,
     }
 
 
@@ -187,6 +206,6 @@ def _serving(adapter: Adapter, kinds: dict[str, Kind], rank: int) -> str:
     """What vLLM needs to serve it."""
     if adapter.whole:
         return f"vLLM does not load parameters trained in full ('{next(iter(adapter.whole))}'); {_MERGE} for it"
-    if other := [name for name, kind in kinds.items() if kind in ("embedding", "experts")]:
+    if other := [name for name, kind in kinds.items() if kind in ("embedding", *_PARAMETERS)]:
         return f"vLLM may not load '{other[0]}': it serves LoRA of linear layers"
     return f"vLLM needs --max-lora-rank {rank} or more"

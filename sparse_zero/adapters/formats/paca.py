@@ -40,7 +40,7 @@ def read(directory: Path, base: str | None) -> Contents:
             raise UserError(f"{directory / WEIGHTS_NAME}: damaged: '{name}' has columns in {columns.dtype}")
         rows = torch.arange(differences.shape[0])
         indices = torch.cartesian_prod(rows, columns.to(torch.int64))
-        selected[name] = SelectedScalars(indices, (differences * (alpha / r)).flatten())
+        selected[name] = SelectedScalars(indices, (differences * (alpha / r)).flatten(), rows=len(rows))
     return Contents(
         origin=directory,
         format="paca",

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import families
 import pytest
 import tiny
 import torch
+from transformers import PreTrainedModel
 
 from launcher.cli import main
 from sparse_zero import SparseConfig, sparsify
@@ -68,6 +70,26 @@ def test_activations_are_those_that_autograd_saves(
     counted = run.activations.peak(checkpointed=False) - run.activations.loss
     model = tiny.AUTO_CLASS["causal-lm"].from_pretrained(base, attn_implementation="eager").train()
     sparsify(model, load_recipe(recipe, settings).sparse)
+    assert counted == pytest.approx(saved_by_autograd(model), rel=0.02)
+
+
+@pytest.mark.parametrize("columns", [1, 0.5, "whole"])
+def test_activations_of_experts_are_those_that_autograd_saves(recipe: Path, columns: float | str) -> None:
+    sizes = {"hidden_size": 32, "head_dim": 8, "moe_intermediate_size": 24}
+    # The kernel of experts runs on the meta device in bfloat16 only
+    model = families.tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2, **sizes).bfloat16()
+    model.config.save_pretrained(recipe.parent / "model")
+    settings = ["sparse.targets=[gate_up_proj, down_proj]", "sparse.density=0.02", f"sparse.columns={columns}"]
+    run = describe_run(load_recipe(recipe, [*settings, "model.dtype=bfloat16", "training.bf16=true"]))
+    assert run.activations.formula == "counted on the meta device"
+    model.set_attn_implementation("eager")
+    sparsify(model, load_recipe(recipe, settings).sparse)
+    counted = run.activations.peak(checkpointed=False) - run.activations.loss
+    assert counted == pytest.approx(saved_by_autograd(model), rel=0.02)
+
+
+def saved_by_autograd(model: PreTrainedModel) -> int:
+    """The bytes that the forward of a batch saves for backward, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -78,7 +100,14 @@ def test_activations_are_those_that_autograd_saves(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(torch.zeros(3, TOKENS, dtype=torch.int64), use_cache=False)
-    assert counted == pytest.approx(sum(t.untyped_storage().nbytes() for t in kept.values()), rel=0.02)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_a_forward_that_looks_for_padding_is_counted(recipe: Path) -> None:
+    config = families.tiny("gpt2").config
+    assert config.pad_token_id is not None
+    config.save_pretrained(recipe.parent / "model")
+    assert describe_run(load_recipe(recipe)).activations.formula == "counted on the meta device"
 
 
 def test_checkpointing_saves_less(recipe: Path) -> None:

@@ -84,6 +84,10 @@ def test_an_unknown_key_names_the_nearest_known_one(write, override, expected):
         ("sparse.density=0", "sparse.density: input should be greater than 0, not 0"),
         ("sparse.density=1.5", "sparse.density: input should be less than or equal to 1, not 1.5"),
         ("sparse.density=many", "sparse.density: input should be a valid number"),
+        ("sparse.density=true", "sparse.density: must be a number, not True"),
+        ("sparse.columns=Whole", "sparse.columns: must be a share above 0 and at most 1, or whole, not 'Whole'"),
+        ("sparse.columns=true", "sparse.columns: must be a share above 0 and at most 1, or whole, not True"),
+        ("sparse.columns=0", "sparse.columns: must be a share above 0 and at most 1, or whole, not 0"),
         ("sparse.seed=-1", "sparse.seed: input should be greater than or equal to 0, not -1"),
         (
             "sparse.targets=v_proj",

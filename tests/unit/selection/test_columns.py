@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_zero import SparseConfig, UserError, sparsify
 from sparse_zero.selection.columns import COLUMNS, Columns
-from sparse_zero.selection.input_columns import group_of, input_axis, number_of_columns
+from sparse_zero.selection.input_columns import _least_share, group_of, input_axis, number_of_columns
 from sparse_zero.selection.rules import Selection
 from sparse_zero.selection.selector import select_scalars
 from sparse_zero.selection.targets import all_targets
@@ -158,12 +158,22 @@ def test_a_share_keeps_the_budget():
 def test_a_share_smaller_than_the_budget_needs_is_an_error_with_the_least_one():
     model = tiny("llama", hidden_size=32)
     settings = {"targets": ["v_proj", "down_proj"], "density": 0.05}
-    with pytest.raises(UserError, match=r"sparse\.columns: 0\.01: .*fewer scalars .*density: 0\.05.*to at least") as e:
+    with pytest.raises(UserError, match=r"columns: 0\.01: gives .* 1 of its columns, .*density: 0\.05\)") as e:
         selections(model, columns=0.01, **settings)
     least = float(str(e.value).partition("at least ")[2].split(",")[0])
     assert selections(model, columns=least, **settings)
     with pytest.raises(UserError):
-        selections(model, columns=least - 0.05, **settings)
+        selections(model, columns=round(least - 1e-4, 4), **settings)
+
+
+@pytest.mark.parametrize("width", [5, 63, 64, 71, 96, 100, 1000, 12_345])
+def test_the_least_share(width):
+    """Against all shares with four decimals."""
+    shares = [share / 10**4 for share in range(1, 10**4 + 1)]
+    given = [number_of_columns(share, width) for share in shares]
+    for count in {1, 2, 5, width // 3, width // 2, min(64, width), min(65, width), width - 1, width}:
+        expected = next(share for share, columns in zip(shares, given, strict=True) if columns >= count > 0)
+        assert _least_share(count, width) == expected
 
 
 @pytest.mark.parametrize("density", [0.01, 0.037, 0.3])
@@ -255,15 +265,17 @@ def test_a_head_with_rows_of_new_tokens_is_drawn_as_before():
     assert found["model.layers.0.self_attn.v_proj.weight"].rule == COLUMNS
 
 
+_COLUMNS = "columns\n  Value error, must be a share above 0 and at most 1, or whole"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"granularity": 16}, "columns: 0.1 excludes granularity: 16; set columns: 1 or granularity: 1"),
         ({"selection": "bernoulli"}, "columns: 0.1 requires selection: stratified, not bernoulli"),
         ({"selection": "magnitude"}, "columns: 0.1 requires selection: stratified, not magnitude"),
-        ({"columns": 0}, "greater than 0"),
-        ({"columns": 1.5}, "less than or equal to 1"),
-        ({"columns": "half"}, "'whole'"),
+        *(({"columns": value}, _COLUMNS) for value in (0, 1.5, "Whole", True, None)),
+        *(({key: True}, f"{key}\n  Value error, must be a number") for key in ("density", "rank_equivalent", "seed")),
     ],
 )
 def test_what_is_refused(settings, message):

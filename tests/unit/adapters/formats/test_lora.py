@@ -1,6 +1,7 @@
 """Converting adapters to PEFT's LoRA, checked with PEFT."""
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -24,12 +25,23 @@ WEIGHTS = {
     "mixtral": ["v_proj", "experts.gate_up_proj", "experts.down_proj"],
     "qwen2_moe": ["shared_expert.down_proj", "mlp.experts.down_proj"],
     "gpt_oss": ["o_proj", "experts.gate_up_proj", "experts.down_proj"],
+    "qwen3_moe": ["o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "experts.gate_up_proj"],
+    "deepseek_v3": ["o_proj", "mlp.down_proj", "shared_experts.down_proj", "shared_experts.up_proj"],
     "gemma": ["o_proj", "embed_tokens"],
 }
 SETTINGS = {
     "mixtral": {"num_local_experts": 3},
     "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
     "gemma": {"tie_word_embeddings": False},
+    "qwen3_moe": {
+        **{"num_experts": 3, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+        **{"moe_intermediate_size": 12, "head_dim": 8},
+    },
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+        **{"moe_intermediate_size": 12, "kv_lora_rank": 8, "q_lora_rank": 8, "num_key_value_heads": 2},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    },
 }
 
 
@@ -107,6 +119,27 @@ def test_peft_has_the_same_logits(bases, tmp_path, family):
     # 2 columns or 3, and all experts as many as the one with the most
     assert (facts["smallest_rank"], facts["largest_rank"]) in ((2, 3), (3, 3))
     assert facts["lora_bytes"] == (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("with_tables", [True, False])
+def test_dense_layers_that_peft_takes_for_experts(bases, tmp_path, monkeypatch, with_tables):
+    """By their names, in models whose experts once had the same names: only these, and no other weight."""
+    model = ours(bases["qwen3_moe"], tmp_path / "ours", "qwen3_moe", ["mlp.down_proj"])
+    if not with_tables:
+        monkeypatch.setitem(sys.modules, "peft.utils.transformers_weight_conversion", None)
+    facts = convert(tmp_path / "ours", tmp_path / "lora", to="lora")
+    monkeypatch.undo()
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["model.layers.0.mlp.down_proj.weight"]
+    assert "vLLM may not load 'model.layers.0.mlp.down_proj.weight'" in facts["serving"]
+    assert_close(logits(opened_by_peft(bases["qwen3_moe"], tmp_path / "lora", "qwen3_moe")), logits(model))
+
+
+def test_other_layers_of_these_names_stay_modules(bases, tmp_path):
+    """So that vLLM loads them."""
+    ours(bases["qwen2_moe"], tmp_path / "ours", "qwen2_moe", ["shared_expert.down_proj"])
+    facts = convert(tmp_path / "ours", tmp_path / "lora", to="lora")
+    assert "vLLM needs --max-lora-rank 3" in facts["serving"]
 
 
 def test_the_difference_is_exact(bases, tmp_path):

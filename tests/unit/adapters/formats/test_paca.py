@@ -126,6 +126,7 @@ def with_config(**fields):
         (edited(lambda t: t[first(t, "_indices")].fill_(0)), "contain duplicates"),
         (edited(lambda t: t[first(t, "_indices")].add_(10**6)), "are not valid for a weight of shape"),
         (edited(lambda t: t.update({first(t, "_delta"): torch.zeros(3)})), "and differences [3], but r is 3"),
+        (edited(lambda t: t.update({first(t, "_delta"): torch.zeros(5, 3)})), "' has 5 rows in the adapter and 16 in"),
         (edited(lambda t: t.update(odd=torch.zeros(1))), "'odd' is not a name that PEFT writes"),
     ],
 )
