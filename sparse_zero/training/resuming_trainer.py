@@ -229,7 +229,7 @@ class ResumingTrainer(Trainer):
     def _load_best_model(self) -> None:
         checkpoint = self._ranks.run_together(lambda: Checkpoint(self.state.best_model_checkpoint))
         parameters = self._trained_parameters()
-        wait_for_prefetch(unwrap(self.model))
+        wait_for_prefetch(self.model)
         buffers = self._ranks.run_together(lambda: self._read_buffers(checkpoint))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
         self._put_buffers(buffers)

@@ -10,31 +10,33 @@ from recipes import write_recipe
 from trainer_cases import run_cases, zero_config
 from transformers import AutoModelForCausalLM
 
+from sparse_zero.recipe import shipped
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.training import run
 
 pytestmark = pytest.mark.distributed
 
 CASES = {
-    "lora": ("causal-lm", 3),
-    "dora": ("causal-lm", 2),
-    "full": ("causal-lm", 3),
-    "head": ("sequence-classification", 2),
+    "lora": ("causal-lm", "zero3-all.json"),
+    "dora": ("causal-lm", "zero2.json"),
+    # Prefetches: after an evaluation, parameters are in flight
+    "full": ("causal-lm", str(shipped.directory() / "zero3.json")),
+    "head": ("sequence-classification", "zero2.json"),
 }
-"""By method: the task and the ZeRO stage."""
+"""By method: the task and the DeepSpeed configuration."""
 
 
 @pytest.fixture(scope="module")
 def recipe_of(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory):
     """The recipe of a method: batches of 4 examples in each step, whatever the number of ranks."""
     folder = tmp_path_factory.mktemp("methods")
-    for stage in (2, 3):
-        settings = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-        (folder / f"zero{stage}.json").write_text(json.dumps(zero_config(stage, **settings)))
+    (folder / "zero2.json").write_text(json.dumps(zero_config(2)))
+    # Partitions LoRA's small matrices, too
+    (folder / "zero3-all.json").write_text(json.dumps(zero_config(3, stage3_param_persistence_threshold=0)))
 
     def recipe_of(method: str) -> Path:
         task, _ = CASES[method]
-        training = {"method": method, "max_steps": 3, "learning_rate": 1e-3, "eval_on_start": False}
+        training = {"method": method, "max_steps": 3, "learning_rate": 1e-3, "eval_on_start": method == "full"}
         return write_recipe(folder / f"{method}.yaml", bases[task], task, data, training=training)
 
     return recipe_of
@@ -45,10 +47,10 @@ def on_two_ranks(recipe_of, fork_server, tmp_path_factory: pytest.TempPathFactor
     """The directory of the runs, and what rank 0 says of each."""
     out = tmp_path_factory.mktemp("two-ranks")
     cases = []
-    for method, (_, stage) in CASES.items():
+    for method, (_, deepspeed) in CASES.items():
         file = recipe_of(method)
         overrides = [
-            f"training.deepspeed={file.parent / f'zero{stage}.json'}",
+            f"training.deepspeed={file.parent / deepspeed}",
             "training.per_device_train_batch_size=2",
         ]
         cases.append({"name": method, "recipe": str(file), "overrides": overrides, "merge": method == "lora"})
