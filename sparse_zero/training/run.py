@@ -321,13 +321,10 @@ def noisy_objective(
 
 def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
     """The results of the run. A collective call, because the results contain the memory of every rank."""
-    history, now = trainer.state.log_history, trainer.state.log_history[trainer.log_entries_before :]
+    history = trainer.state.log_history
     before = trainer.evaluation_results(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
     after = trainer.evaluation_results(metrics)
-    end = next(index for index in reversed(range(len(now))) if "train_runtime" in now[index])
-    # The Trainer's runtime includes the evaluations before and during training
-    evaluating = sum(entry[key] for entry in now[:end] for key in entry if key.endswith("_runtime"))
-    seconds, tokens = now[end]["train_runtime"] - evaluating, sum(gather_object([trainer.train_tokens]))
+    seconds, tokens = trainer.trained_so_far()
     trained, total = trainer.count_parameters()
     return {
         **{f"{key}_before": value for key, value in before.items()},
