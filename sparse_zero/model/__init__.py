@@ -2,5 +2,5 @@
 applies it to a model.
 
 Others import from `activation`, `fingerprint`, `finite`, `gradients`, `kept`, `reference`, `requantize`,
-`selected_scalars`, `sparse_model`, `sparsify`, `sparsity`, `weight`, `wrappers`.
+`selected_scalars`, `sparse_model`, `sparsify`, `sparsity`, `subclassed`, `weight`, `wrappers`.
 """

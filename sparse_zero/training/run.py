@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def train(
     stop: StopRequest | None = None,
     reset: Collection[str] = (),
     make: MakeTrainer | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe on this rank. A collective call.
 
@@ -92,6 +93,7 @@ def train(
         stop: set by signals.
         reset: what a resumed run takes from the recipe, see `checkpoint.resume.RESETS`.
         make: makes the trainer; None: `build_trainer`, which is for recipes without an objective.
+        overrides: with which the recipe was loaded, also for the next command.
 
     Returns: the content of OUTPUT_DIR/results.json.
 
@@ -110,7 +112,7 @@ def train(
         _check_noise(recipe.rpn)
         _say_if_noise_changes(recipe.rpn, checkpoint, ranks.world_size)
         make = make or functools.partial(build_trainer, checkpoint=checkpoint)
-        return _train(recipe, path, merge, arguments, checkpoint, stop, reset, make)
+        return _train(recipe, [path, *overrides], merge, arguments, checkpoint, stop, reset, make)
 
 
 def _check_noise(config: rpn.RPNConfig | None) -> None:
@@ -138,7 +140,7 @@ def _say_if_noise_changes(config: rpn.RPNConfig | None, checkpoint: Checkpoint |
 
 def _train(
     recipe: Recipe,
-    path: str,
+    words: Sequence[str],
     merge: bool,
     arguments: TrainingArguments,
     checkpoint: Checkpoint | None,
@@ -150,7 +152,7 @@ def _train(
     trainer = make(recipe, arguments, stop)
     # Until the adapter and the results are written. A stop request after the training does not lose them.
     with stop.deferred() if stop else contextlib.nullcontext():
-        return _run(trainer, recipe, path, merge, checkpoint, reset)
+        return _run(trainer, recipe, words, merge, checkpoint, reset)
 
 
 def build_trainer(
@@ -209,7 +211,7 @@ def make_sparse(
 def _run(
     trainer: SparseTrainer,
     recipe: Recipe,
-    path: str,
+    words: Sequence[str],
     merge: bool,
     checkpoint: Checkpoint | None,
     reset: Collection[str],
@@ -236,7 +238,7 @@ def _run(
                     results["paths"]["merged"] = str(output / "merged")
             finally:
                 # Also if the merge fails: the training is done
-                print_results(results, path)
+                print_results(results, words)
                 _write_results(output / "results.json", results)
     return results
 
