@@ -1,6 +1,5 @@
 """Tries several learning rates on a few steps each, from the same deltas, and says which one it would take."""
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import set_seed
 
 from sparse_zero.errors import UserError
+from sparse_zero.json_text import json_text
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsify import sparsify_chosen
 from sparse_zero.recipe.method import refuse_method
@@ -97,7 +97,7 @@ def find_rate(recipe: Recipe, path: str, overrides: Sequence[str] = ()) -> dict[
     if trainer.is_world_process_zero():
         output = Path(arguments.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        (output / FILE).write_text(json.dumps(found, indent=2) + "\n")
+        (output / FILE).write_text(json_text(found) + "\n")
         print_rates(found, [path, *overrides])
     return found
 

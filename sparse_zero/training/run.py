@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.checkpoint.resume import DATA, find_resume_checkpoint, keep_batch_size, print_once
 from sparse_zero.errors import UserError, disk_problem
+from sparse_zero.json_text import json_text
 from sparse_zero.model.sparsify import sparsify_chosen
 from sparse_zero.model.wrappers import unwrap
 from sparse_zero.ranks.collectives import Ranks
@@ -258,7 +258,7 @@ def directory_bytes(directory: str | Path) -> int:
 def _write_results(path: Path, results: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.write_text(json_text(results) + "\n")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
