@@ -1,13 +1,13 @@
 """Output of the subcommands: tables for people, one JSON value for programs, one line for an error."""
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sparse_zero.errors import printable, printable_line
+from sparse_zero.json_text import json_text
 
 PROGRAM = "sparse-zero"
 
@@ -30,8 +30,8 @@ def only_json_on_stdout(wanted: bool) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """Print `value` on stdout. Types that JSON does not have become strings."""
-    print(json.dumps(value, indent=2, default=str))
+    """Print `value` on stdout. Types that JSON does not have become strings; NaN and infinite numbers, null."""
+    print(json_text(value, default=str))
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:

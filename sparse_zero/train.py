@@ -122,7 +122,7 @@ class Rank:
             refuse_objective(recipe.training, "--find-rate")
             from sparse_zero.training.rate_search import find_rate
 
-            find_rate(recipe, options.recipe)
+            find_rate(recipe, options.recipe, options.overrides)
         else:
             run.train(
                 recipe,
@@ -132,6 +132,7 @@ class Rank:
                 stop=self._stop,
                 reset=options.reset,
                 make=_trainer_of(recipe),
+                overrides=options.overrides,
             )
         self._leave(0)
         return 0

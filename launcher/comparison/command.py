@@ -36,7 +36,7 @@ def compare(arguments: argparse.Namespace) -> int:
     directory.write_json(comparison.out / "compare.json", found)
     (comparison.out / "compare.md").write_text(table.markdown(found, has_figure), encoding="utf-8")
     if arguments.json:
-        report.print_json(directory.finite(found))
+        report.print_json(found)
     else:
         report.print_rows(table.table_rows(found))
         print(f"\n{found['says']}")

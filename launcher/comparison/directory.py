@@ -8,7 +8,6 @@ import glob
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from launcher.comparison.variants import Comparison, Run
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
+from sparse_zero.json_text import json_text
 from sparse_zero.recipe.recipe import DataSection
 
 COMPARISON_FILE, RUN_FILE, LOG_FILE, RESULTS_FILE = "comparison.json", "run.json", "log.txt", "results.json"
@@ -145,14 +145,5 @@ def _words(value: str | Sequence | Mapping | None) -> Iterator[str]:
 def write_json(path: Path, value: Any) -> None:
     """Replace a file as a whole. What is not finite becomes null."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    temporary.write_text(json_text(value) + "\n")
     temporary.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """The value with None in place of numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

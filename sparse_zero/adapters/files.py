@@ -163,6 +163,11 @@ def read_config(directory: str | Path) -> AdapterConfig:
     if not os.path.lexists(path):
         raise UserError(f"{directory}: not an adapter directory (it has no {CONFIG_NAME})")
     content = read_json(path)
+    if content.get("peft_type") == "LORA":
+        raise UserError(
+            f"{path}: an adapter of PEFT's LoRA: `sparse-zero evaluate` evaluates it; merge it with PEFT "
+            "(PeftModel.from_pretrained, merge_and_unload), or train with `--merge`, and use the merged model"
+        )
     if content.get("adapter_type") != "sparse-zero":
         raise UserError(f"{path}: not a sparse-zero adapter; `sparse-zero convert` converts some other formats")
     config = checked_config(content, path)

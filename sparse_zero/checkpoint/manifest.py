@@ -70,6 +70,10 @@ class Progress(_Record):
     """What remained to be done in this step when a signal arrived."""
     forwards: Count = 0
     """Training forward passes so far. They seed what is random in each forward pass."""
+    train_seconds: float = Field(0, ge=0, allow_inf_nan=False)
+    """Seconds of training so far, without evaluations."""
+    train_tokens: Count = 0
+    """Tokens of all ranks so far, including padding."""
 
 
 class Manifest(_Record):

@@ -2,5 +2,5 @@
 applies it to a model.
 
 Others import from `activation`, `fingerprint`, `finite`, `gradients`, `kept`, `reference`, `requantize`,
-`selected_scalars`, `sparse_model`, `sparsify`, `sparsity`, `weight`, `weight_tensor`, `wrappers`.
+`selected_scalars`, `sparse_model`, `sparsify`, `sparsity`, `subclassed`, `weight`, `weight_tensor`, `wrappers`.
 """

@@ -9,6 +9,8 @@ work with them.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +45,20 @@ def take_in(model: nn.Module) -> None:
         names |= {prefix + name for prefix in _PREFIXES}
     if left := [name for name in vars(model).pop(_OF_DDP, ()) if name not in names]:
         vars(model)[_OF_DDP] = left
+
+
+def prepare_plain(model: nn.Module) -> None:
+    """Do for a model that is not sparse what sparse models do: see `leave_out` and `applied`."""
+    if next(_layers(model), None) is not None:
+        leave_out(model)
+        vars(model)["_apply"] = MethodType(_apply_to_packed, model)
+
+
+def _apply_to_packed(
+    model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+) -> nn.Module:
+    with applied(model, function):
+        return type(model)._apply(model, function, *args, **kwargs)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from sparse_zero.data.sampling import SeededLengthGroupedSampler, set_epoch
 from sparse_zero.errors import UserError
 from sparse_zero.ranks.collectives import Ranks
 from sparse_zero.training.resuming_trainer import ResumingTrainer
+from sparse_zero.training.training_clock import TrainingClock
 from sparse_zero.zero.parameters import full_numel, zero_stage
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ class CheckpointedTrainer(ResumingTrainer):
         self._epoch_ended = False
         self._postponed = (False, False)
         """Whether an evaluation and a save remained to be done in the current step when a signal arrived."""
+        self._clock = TrainingClock()
+        self._tokens = 0
+        """Tokens of this rank's batches since this process began to train, including padding."""
         self.add_callback(_LoopCallback(self))
 
     def train(
@@ -84,6 +88,7 @@ class CheckpointedTrainer(ResumingTrainer):
         if self._resumed is not None:
             self._ranks.run_together(lambda: check_trainer_state(self._resumed))
         self._is_settled = self._resumed is None
+        self._tokens = 0
         run = self._resumed.manifest.run if self._resumed else self._ranks.gather(uuid.uuid4().hex[:12])[0]
         self._writer = CheckpointWriter(self._ranks, Path(self.args.output_dir), run, self.args.save_total_limit)
         self._writer.settings = self._settings()
@@ -97,6 +102,17 @@ class CheckpointedTrainer(ResumingTrainer):
         directory = str(self._resumed.directory) if self._resumed else None
         with _changed(self.args, changed):
             return super().train(directory, *args, **kwargs)
+
+    def trained_so_far(self) -> tuple[float, int]:
+        """The seconds of training without evaluations, and the tokens of all ranks with padding. A collective call.
+
+        A resumed run adds them to those of its checkpoint, which are 0 in checkpoints that do not have them.
+        """
+        seconds, tokens = self._clock.seconds, sum(self._ranks.gather(self._tokens))
+        if self._resumed is None:
+            return seconds, tokens
+        before = self._resumed.manifest.progress
+        return before.train_seconds + seconds, before.train_tokens + tokens
 
     # Saving
 
@@ -181,6 +197,7 @@ class CheckpointedTrainer(ResumingTrainer):
 
     def _progress(self) -> Progress:
         evaluation, save = self._postponed
+        seconds, tokens = self.trained_so_far()
         return Progress(
             last_logged_step=self._globalstep_last_logged,
             finished=self.control.should_training_stop and self.state.global_step < self.state.max_steps,
@@ -188,6 +205,8 @@ class CheckpointedTrainer(ResumingTrainer):
             postponed_evaluation=evaluation,
             postponed_save=save,
             forwards=self._forwards(),
+            train_seconds=seconds,
+            train_tokens=tokens,
         )
 
     def _trainer_state(self) -> str:
@@ -253,6 +272,7 @@ class CheckpointedTrainer(ResumingTrainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         self._settle(self.model_wrapped, int(self.state.epoch or 0), trial, None, start_time)
+        self._clock.stop()
         self._finish_last_save()
         # With a limit of 1 it would delete the last checkpoint, from which a run resumes if its end fails.
         with _changed(self.args, {"save_total_limit": None}):
@@ -291,6 +311,9 @@ class _LoopCallback(TrainerCallback):
 
     def __init__(self, trainer: CheckpointedTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._clock.start()
 
     def on_epoch_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer._epoch_ended = False

@@ -10,7 +10,7 @@ from sparse_zero.recipe.objective import refuse_objective
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.training.build import build, evaluation_results, evaluation_settings, training_arguments
 from sparse_zero.training.packing_check import check_packed_examples
-from sparse_zero.training.plain_results import open_trained, trained_section
+from sparse_zero.training.plain_results import method_of_result, open_trained, trained_section
 from sparse_zero.training.plain_trainer import PlainTrainer
 from sparse_zero.training.trainer import SparseTrainer
 
@@ -20,7 +20,8 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
 
     Args:
         recipe: defines the base model, the data and the batch size.
-        adapter: the adapter's directory, or a hub id; for training.method: full and head, the model's directory.
+        adapter: the adapter's directory, or a hub id; also an adapter of PEFT's LoRA, or a model's directory, as the
+            other methods write them, whatever the recipe's method.
 
     Returns: the metrics of the recipe's task: loss; accuracy, F1 and Matthews correlation, or perplexity.
 
@@ -28,6 +29,8 @@ def evaluate(recipe: Recipe, adapter: str | Path) -> dict[str, float]:
     """
     refuse_objective(recipe.training, "evaluate")
     adapter = adapter_directory(adapter)
+    method = {"method": method_of_result(recipe, adapter)}
+    recipe = recipe.model_copy(update={"training": recipe.training | method})
     # The settings of the loss only matter in training
     loss = {"chunked_loss": False, "use_liger_kernel": False}
     training = recipe.training | loss | {"deepspeed": None, "report_to": "none"}

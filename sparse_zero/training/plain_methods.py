@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sparse_zero.errors import UserError
 from sparse_zero.model.fingerprint import fingerprint
+from sparse_zero.model.subclassed import prepare_plain
 from sparse_zero.recipe.method import LOW_RANK, method_of
 from sparse_zero.recipe.recipe import Recipe
 from sparse_zero.selection.targets import find_modules_to_save, parameter_names
@@ -74,6 +75,7 @@ def apply_method(
         if seed is not None:
             set_seed(seed)
         wrapped, settings, facts = add_low_rank(model, recipe, heads, tokenizer, new_tokens)
+        prepare_plain(wrapped)
         return Trained(method, wrapped, total, settings, facts, prints)
     names, facts = _head(model, heads)
     prints = fingerprint(model, names) if not _is_meta(model) else {}

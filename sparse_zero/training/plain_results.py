@@ -7,13 +7,29 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from sparse_zero.adapters.files import CONFIG_NAME
+from sparse_zero.adapters.schema import PEFT_TYPE
 from sparse_zero.data.models import load_model, resize_embeddings
 from sparse_zero.errors import UserError
-from sparse_zero.recipe.method import LOW_RANK, method_of
+from sparse_zero.recipe.method import LOW_RANK, SPARSE, method_of
 from sparse_zero.recipe.recipe import ModelSection, Recipe
 from sparse_zero.training.low_rank import load_low_rank
 from sparse_zero.training.plain_methods import Trained
 from sparse_zero.zero.parameters import full_numel
+
+
+def method_of_result(recipe: Recipe, directory: Path) -> str:
+    """The method that wrote a directory: the recipe's, unless the directory's files are of another kind.
+
+    A run may have got its method by an override.
+    """
+    method, kind = method_of(recipe.training), _peft_type(directory)
+    if kind == "LORA":
+        return method if method in LOW_RANK else LOW_RANK[0]
+    if kind == PEFT_TYPE:
+        return SPARSE
+    is_model = (directory / "config.json").is_file() and not (directory / CONFIG_NAME).exists()
+    return "full" if is_model and method not in ("full", "head") else method
 
 
 def trained_section(recipe: Recipe, directory: Path) -> ModelSection:
@@ -32,7 +48,7 @@ def trained_section(recipe: Recipe, directory: Path) -> ModelSection:
         if _peft_type(directory) != "LORA":
             raise UserError(f"{directory}: is not an adapter of training.method: {method}, which PEFT's LoRA writes")
         return section
-    if not (directory / "config.json").is_file() or (directory / "adapter_config.json").exists():
+    if not (directory / "config.json").is_file() or (directory / CONFIG_NAME).exists():
         raise UserError(f"{directory}: is not a model directory, as training.method: {method} writes it")
     given = {"name": str(directory), "gguf_file": None, "revision": None, "new_tokens": []}
     return section.model_copy(update=given)
@@ -40,7 +56,7 @@ def trained_section(recipe: Recipe, directory: Path) -> ModelSection:
 
 def _peft_type(directory: Path) -> str | None:
     try:
-        return json.loads((directory / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        return json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
     except (OSError, ValueError, AttributeError):
         return None
 

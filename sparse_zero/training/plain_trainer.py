@@ -23,7 +23,7 @@ from sparse_zero.recipe.method import LOW_RANK
 from sparse_zero.training.low_rank import save_low_rank, trained_names
 from sparse_zero.training.plain_methods import Trained
 from sparse_zero.training.trainer import SparseTrainer
-from sparse_zero.zero.parameters import full_numel, gathered, is_partitioned
+from sparse_zero.zero.parameters import full_numel, gathered, is_partitioned, wait_for_prefetch
 
 
 class PlainTrainer(SparseTrainer):
@@ -132,6 +132,7 @@ class PlainTrainer(SparseTrainer):
 
     def _state(self, names: list[str]) -> dict[str, torch.Tensor]:
         """The complete values by name, on the CPU; empty on ranks that do not save."""
+        wait_for_prefetch(self.model)
         model = self.model if self.trained.method in LOW_RANK else unwrap(self.model)
         tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         known: dict[int, torch.Tensor] = {}

@@ -47,7 +47,8 @@ class PreemptibleTrainer(CheckpointedTrainer):
         """
         self._random_before_evaluation = random_states.capture()
         try:
-            return super().evaluate(*args, **kwargs)
+            with self._clock.paused():
+                return super().evaluate(*args, **kwargs)
         except _EvaluationStopped:
             if self.is_in_train or self._writer is None:
                 raise

@@ -1,8 +1,8 @@
 """Tries several learning rates on a few steps each, from the same deltas, and says which one it would take."""
 
-import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import set_seed
 
 from sparse_zero.errors import UserError
+from sparse_zero.json_text import json_text
 from sparse_zero.model.sparse_model import refresh
 from sparse_zero.model.sparsify import sparsify_chosen
 from sparse_zero.recipe.method import refuse_method
@@ -37,7 +38,7 @@ EXAMPLES = 200
 """Held-out examples, at most, on which the loss is measured."""
 
 
-def find_rate(recipe: Recipe, path: str) -> dict[str, Any]:
+def find_rate(recipe: Recipe, path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Train a few steps with each of five learning rates, and measure the loss on held-out examples.
 
     A collective call. The base model is loaded once; the deltas start from the same values for each rate, with a
@@ -47,6 +48,7 @@ def find_rate(recipe: Recipe, path: str) -> dict[str, Any]:
     Args:
         recipe: the recipe.
         path: its file, for the next command in the printed table.
+        overrides: with which it was loaded, also for the next command.
 
     Returns: `rates`: for each rate its loss (None if it is not finite); `loss_before`; `chosen`: the rate with the
         lowest loss; `steps`, `device`. Also written to OUTPUT_DIR/learning_rates.json.
@@ -95,8 +97,8 @@ def find_rate(recipe: Recipe, path: str) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         output = Path(arguments.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        (output / FILE).write_text(json.dumps(found, indent=2) + "\n")
-        print_rates(found, path)
+        (output / FILE).write_text(json_text(found) + "\n")
+        print_rates(found, [path, *overrides])
     return found
 
 

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,18 @@ from rich.table import Table
 
 from sparse_zero.data.metrics import METRICS
 from sparse_zero.recipe.method import SPARSE
+from sparse_zero.recipe.secrets import hide_values, is_secret
 
 PREFERENCES = ("reward", "kl", "margin", "rewards/margins", "rewards/accuracies", "mean_token_accuracy")
 """Metrics of TRL's trainers."""
 
 
-def print_results(results: dict[str, Any], recipe: str) -> None:
+def print_results(results: dict[str, Any], recipe: Sequence[str]) -> None:
     """Print the results of a run.
 
     Args:
         results: the content of results.json.
-        recipe: the path of the recipe, for the suggested next command.
+        recipe: its path and the overrides, for the suggested next command.
     """
     table = Table(title=None, show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for key in (*METRICS, "loss", *PREFERENCES):
@@ -54,17 +56,19 @@ def print_results(results: dict[str, Any], recipe: str) -> None:
     if Path(paths["logs"]).is_dir():
         table.add_row("logs", shlex.join(["tensorboard", "--logdir", paths["logs"]]))
     if "merged" in paths or results.get("method", SPARSE) != SPARSE:
-        words = ["evaluate", recipe, "--adapter", paths[result]]
+        words = ["evaluate", *_without_secrets(recipe, "launch.", "training.output_dir="), "--adapter", paths[result]]
     else:
         words = ["merge", paths["adapter"], str(Path(paths["adapter"]).with_name("merged"))]
-    table.add_row("next", shlex.join([_command(), *words]))
-    # In a log file Rich assumes 80 columns, which would cut the paths.
-    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    _print(table, words)
 
 
-def print_rates(found: dict[str, Any], recipe: str) -> None:
-    """Print the losses of several learning rates. Args: found: the result of `find_rate`."""
+def print_rates(found: dict[str, Any], recipe: Sequence[str]) -> None:
+    """Print the losses of several learning rates.
+
+    Args:
+        found: the result of `find_rate`.
+        recipe: its path and the overrides, for the suggested next command.
+    """
     table = Table(title=None, show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_row("learning rate", f"loss after {found['steps']} steps, from {found['loss_before']:.4f}")
     for each in found["rates"]:
@@ -72,9 +76,32 @@ def print_rates(found: dict[str, Any], recipe: str) -> None:
         table.add_row(
             f"{each['learning_rate']:g}", loss + ("  <-" if each["learning_rate"] == found["chosen"] else "")
         )
-    words = [_command(), "train", recipe, f"training.learning_rate={found['chosen']:g}"]
-    table.add_row("next", shlex.join(words))
-    Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    words = ["train", *_without_secrets(recipe, "training.learning_rate=")]
+    words.append(f"training.learning_rate={found['chosen']:g}")
+    _print(table, words)
+
+
+def _print(table: Table, next_words: Sequence[str]) -> None:
+    # In a log file Rich assumes 80 columns, which would cut the paths
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    # Not in the table, which would break the command into lines that cannot be copied
+    width = max(len(str(cell)) for cell in table.columns[0].cells)
+    console.print(f"{'next':{width}}   {shlex.join([_command(), *next_words])}", soft_wrap=True)
+
+
+def _without_secrets(recipe: Sequence[str], *left_out: str) -> list[str]:
+    """The path of a recipe and its overrides, as they may be printed.
+
+    Args: left_out: what overrides begin with that the command does not need.
+    """
+    path, *overrides = recipe
+    words = [path]
+    for override in hide_values(overrides)[0]:
+        key, _, value = override.partition("=")
+        if not override.startswith(left_out) and not is_secret(key.rpartition(".")[2], value):
+            words.append(override)
+    return words
 
 
 def _method(results: dict[str, Any]) -> str:

@@ -41,8 +41,6 @@ class ResumingTrainer(Trainer):
     def __init__(self, *args: Any, settings: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Args: settings: of the run, besides its TrainingArguments: see `checkpoint.settings`."""
         super().__init__(*args, **kwargs)
-        self.log_entries_before = 0
-        """The number of log entries that were written before this run was resumed."""
         self._given_settings = dict(settings or {})
         self._ranks: Ranks | None = None
         self._resumed: Checkpoint | None = None
@@ -96,7 +94,6 @@ class ResumingTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, steps_per_epoch, *args, **kwargs)
-        self.log_entries_before = len(self.state.log_history)
         if self._resumed is not None:
             self._find_best(self._resumed)
             if self._first_step and not self.args.ignore_data_skip:
@@ -229,7 +226,7 @@ class ResumingTrainer(Trainer):
     def _load_best_model(self) -> None:
         checkpoint = self._ranks.run_together(lambda: Checkpoint(self.state.best_model_checkpoint))
         parameters = self._trained_parameters()
-        wait_for_prefetch(unwrap(self.model))
+        wait_for_prefetch(self.model)
         buffers = self._ranks.run_together(lambda: self._read_buffers(checkpoint))
         load_partition(checkpoint, parameters, self._partition(), self._ranks, with_moments=False)
         self._put_buffers(buffers)

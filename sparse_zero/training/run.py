@@ -2,10 +2,9 @@
 
 import contextlib
 import functools
-import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sparse_zero.checkpoint.directory import Checkpoint, newest_complete
 from sparse_zero.checkpoint.output_lock import locked
 from sparse_zero.checkpoint.resume import DATA, find_resume_checkpoint, keep_batch_size, print_once
 from sparse_zero.errors import UserError, disk_problem
+from sparse_zero.json_text import json_text
 from sparse_zero.model.sparsify import sparsify_chosen
 from sparse_zero.model.wrappers import unwrap
 from sparse_zero.ranks.collectives import Ranks
@@ -81,6 +81,7 @@ def train(
     stop: StopRequest | None = None,
     reset: Collection[str] = (),
     make: MakeTrainer | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe on this rank. A collective call.
 
@@ -92,6 +93,7 @@ def train(
         stop: set by signals.
         reset: what a resumed run takes from the recipe, see `checkpoint.resume.RESETS`.
         make: makes the trainer; None: `build_trainer`, which is for recipes without an objective.
+        overrides: with which the recipe was loaded, also for the next command.
 
     Returns: the content of OUTPUT_DIR/results.json.
 
@@ -110,7 +112,7 @@ def train(
         _check_noise(recipe.rpn)
         _say_if_noise_changes(recipe.rpn, checkpoint, ranks.world_size)
         make = make or functools.partial(build_trainer, checkpoint=checkpoint)
-        return _train(recipe, path, merge, arguments, checkpoint, stop, reset, make)
+        return _train(recipe, [path, *overrides], merge, arguments, checkpoint, stop, reset, make)
 
 
 def _check_noise(config: rpn.RPNConfig | None) -> None:
@@ -138,7 +140,7 @@ def _say_if_noise_changes(config: rpn.RPNConfig | None, checkpoint: Checkpoint |
 
 def _train(
     recipe: Recipe,
-    path: str,
+    words: Sequence[str],
     merge: bool,
     arguments: TrainingArguments,
     checkpoint: Checkpoint | None,
@@ -150,7 +152,7 @@ def _train(
     trainer = make(recipe, arguments, stop)
     # Until the adapter and the results are written. A stop request after the training does not lose them.
     with stop.deferred() if stop else contextlib.nullcontext():
-        return _run(trainer, recipe, path, merge, checkpoint, reset)
+        return _run(trainer, recipe, words, merge, checkpoint, reset)
 
 
 def build_trainer(
@@ -209,7 +211,7 @@ def make_sparse(
 def _run(
     trainer: SparseTrainer,
     recipe: Recipe,
-    path: str,
+    words: Sequence[str],
     merge: bool,
     checkpoint: Checkpoint | None,
     reset: Collection[str],
@@ -236,7 +238,7 @@ def _run(
                     results["paths"]["merged"] = str(output / "merged")
             finally:
                 # Also if the merge fails: the training is done
-                print_results(results, path)
+                print_results(results, words)
                 _write_results(output / "results.json", results)
     return results
 
@@ -256,7 +258,7 @@ def directory_bytes(directory: str | Path) -> int:
 def _write_results(path: Path, results: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.write_text(json_text(results) + "\n")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -321,13 +323,10 @@ def noisy_objective(
 
 def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
     """The results of the run. A collective call, because the results contain the memory of every rank."""
-    history, now = trainer.state.log_history, trainer.state.log_history[trainer.log_entries_before :]
+    history = trainer.state.log_history
     before = trainer.evaluation_results(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
     after = trainer.evaluation_results(metrics)
-    end = next(index for index in reversed(range(len(now))) if "train_runtime" in now[index])
-    # The Trainer's runtime includes the evaluations before and during training
-    evaluating = sum(entry[key] for entry in now[:end] for key in entry if key.endswith("_runtime"))
-    seconds, tokens = now[end]["train_runtime"] - evaluating, sum(gather_object([trainer.train_tokens]))
+    seconds, tokens = trainer.trained_so_far()
     trained, total = trainer.count_parameters()
     return {
         **{f"{key}_before": value for key, value in before.items()},

@@ -64,8 +64,6 @@ class SparseTrainer(PreemptibleTrainer):
             fit_buckets(self.accelerator.state.deepspeed_plugin.deepspeed_config, model)
         self.objective = objective
         self._micro_step = 0
-        self.train_tokens = 0
-        """Tokens of this rank's batches in this process, including padding; see `progress.count_batch`."""
         self.further = FurtherData()
         # Nearly every forward accepts **kwargs, but only the causal loss divides by num_items_in_batch. For other
         # models the Trainer would multiply the loss, and the gradient, by the number of ranks.
@@ -117,7 +115,7 @@ class SparseTrainer(PreemptibleTrainer):
 
     def _count(self, inputs: Any) -> None:
         """Count a batch for the progress and the results."""
-        self.train_tokens += count_batch(inputs)[1]
+        self._tokens += count_batch(inputs)[1]
         self._progress_shown.count(inputs)
 
     def _scales_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:

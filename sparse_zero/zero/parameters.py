@@ -57,6 +57,8 @@ def wait_for_prefetch(model: nn.Module) -> None:
     """Wait for parameters that ZeRO stage 3 has prefetched for a forward that did not run. Call it before `gathered`.
 
     After an evaluation some parameters are still in flight, and DeepSpeed raises an assertion when it partitions them.
+
+    Args: model: that of which DeepSpeed made its engine, since it knows what is in flight.
     """
     prefetched = getattr(model, "ds_inflight_param_registry", {})
     for parameter in list(prefetched):

@@ -10,32 +10,41 @@ from recipes import write_recipe
 from trainer_cases import run_cases, zero_config
 from transformers import AutoModelForCausalLM
 
+from sparse_zero.recipe import shipped
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.training import run
 
+pytest.importorskip("torchao")
 pytestmark = pytest.mark.distributed
 
 CASES = {
-    "lora": ("causal-lm", 3),
-    "dora": ("causal-lm", 2),
-    "full": ("causal-lm", 3),
-    "head": ("sequence-classification", 2),
+    # Before stage 3, which replaces F.linear of its process for good, by one that torchao's tensors do not have
+    "lora on int8_weight_only": ("causal-lm", None),
+    "dora on int8_weight_only": ("causal-lm", "zero2.json"),
+    "lora": ("causal-lm", "zero3-all.json"),
+    "dora": ("causal-lm", "zero2.json"),
+    # Prefetches: after an evaluation, parameters are in flight
+    "full": ("causal-lm", str(shipped.directory() / "zero3.json")),
+    "head": ("sequence-classification", "zero2.json"),
 }
-"""By method: the task and the ZeRO stage."""
+"""By method, and what the base is quantised to: the task and the DeepSpeed configuration."""
 
 
 @pytest.fixture(scope="module")
 def recipe_of(bases: dict, data: Path, tmp_path_factory: pytest.TempPathFactory):
     """The recipe of a method: batches of 4 examples in each step, whatever the number of ranks."""
     folder = tmp_path_factory.mktemp("methods")
-    for stage in (2, 3):
-        settings = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-        (folder / f"zero{stage}.json").write_text(json.dumps(zero_config(stage, **settings)))
+    (folder / "zero2.json").write_text(json.dumps(zero_config(2)))
+    # Partitions LoRA's small matrices, too
+    (folder / "zero3-all.json").write_text(json.dumps(zero_config(3, stage3_param_persistence_threshold=0)))
 
-    def recipe_of(method: str) -> Path:
-        task, _ = CASES[method]
-        training = {"method": method, "max_steps": 3, "learning_rate": 1e-3, "eval_on_start": False}
-        return write_recipe(folder / f"{method}.yaml", bases[task], task, data, training=training)
+    def recipe_of(name: str) -> Path:
+        task, _ = CASES[name]
+        method, _, kind = name.partition(" on ")
+        training = {"method": method, "max_steps": 3, "learning_rate": 1e-3, "eval_on_start": method == "full"}
+        model = {"quantization": kind} if kind else {}
+        model |= {"name": str(bases[task]), "task": task}
+        return write_recipe(folder / f"{name}.yaml", bases[task], task, data, training=training, model=model)
 
     return recipe_of
 
@@ -45,25 +54,25 @@ def on_two_ranks(recipe_of, fork_server, tmp_path_factory: pytest.TempPathFactor
     """The directory of the runs, and what rank 0 says of each."""
     out = tmp_path_factory.mktemp("two-ranks")
     cases = []
-    for method, (_, stage) in CASES.items():
-        file = recipe_of(method)
-        overrides = [
-            f"training.deepspeed={file.parent / f'zero{stage}.json'}",
-            "training.per_device_train_batch_size=2",
-        ]
-        cases.append({"name": method, "recipe": str(file), "overrides": overrides, "merge": method == "lora"})
+    for name, (_, deepspeed) in CASES.items():
+        file = recipe_of(name)
+        overrides = ["training.per_device_train_batch_size=2"]
+        if deepspeed is not None:
+            overrides.append(f"training.deepspeed={file.parent / deepspeed}")
+        cases.append({"name": name, "recipe": str(file), "overrides": overrides, "merge": name == "lora"})
     return out, run_cases(fork_server, 2, cases, out, worker="methods_worker")[0]
 
 
-@pytest.mark.parametrize("method", CASES)
-def test_two_ranks_are_one_process(method, recipe_of, on_two_ranks, tmp_path) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one_process(name, recipe_of, on_two_ranks, tmp_path) -> None:
     _, seen = on_two_ranks
-    file = recipe_of(method)
+    file = recipe_of(name)
     alone = run.train(load_recipe(file, [f"training.output_dir={tmp_path / 'alone'}"]), str(file))
-    here = seen[method]
+    here = seen[name]
     assert here["loss"] == pytest.approx(alone["loss"], abs=1e-4)
     assert here["trainable_parameters"] == alone["trainable_parameters"]
-    share = 12 * here["trainable_parameters"] / 2
+    # The moments; with ZeRO also the master weights, on two ranks
+    share = (12 / 2 if CASES[name][1] else 8) * here["trainable_parameters"]
     assert all(share <= count <= 1.2 * share + 100 for count in here["optimizer_bytes_per_rank"])
 
 

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 ORDER = (
-    *("sparse_zero.errors", "rpn"),
+    *("sparse_zero.errors", "sparse_zero.json_text", "rpn"),
     *("sparse_zero.zero", "sparse_zero.ranks"),
     "sparse_zero.quantized",
     "sparse_zero.selection",
@@ -102,7 +102,7 @@ def test_the_graph_is_read():
 def test_every_module_has_a_room():
     assert {room(module) for module in IMPORTS} == set(ORDER)
     assert sorted(file.name for file in (REPOSITORY / "sparse_zero").glob("*.py")) == [
-        *("__init__.py", "errors.py", "train.py")
+        *("__init__.py", "errors.py", "json_text.py", "train.py")
     ]
 
 

@@ -1,6 +1,7 @@
 """What a run writes when it ends: nothing over an earlier run's, and one sentence if the disk is full."""
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def test_a_disk_that_is_full_in_training_is_said_and_training_goes_on(recipe, en
     assert (full["status"], ended["status"]) == (2, 0)
     assert "resume with --resume, from checkpoint-2, to write it" in said
     assert ended["files"].keys() >= {"checkpoint-6/manifest.json", "adapter/adapter_config.json", "results.json"}
+
+
+def test_the_results_of_a_run_that_diverged_are_json(recipe, train, tmp_path: Path) -> None:
+    """Which has no NaN; strict parsers, such as those of browsers, refuse the whole file."""
+    results = train(recipe("run", training={"learning_rate": 1e30, "save_strategy": "no"}))
+    assert math.isnan(results["loss"])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    written = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=refuse)
+    assert written.keys() == results.keys()
+    assert written["loss"] is None
+    assert written["train_seconds"] == results["train_seconds"]
 
 
 def test_results_on_a_full_disk(recipe, train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
