@@ -250,7 +250,7 @@ def claim(path: Path, run: Run) -> Any | None:
     return file
 
 
-def claimed(path: Path, missing: Callable[[], list[Run]]) -> Iterator[Run]:
+def claimed(path: Path, missing: Callable[[], list[Any]]) -> Iterator[Any]:
     """Yields the missing runs until there are none. Each is locked while the caller works on it.
 
     Args: path: of the results. missing: reads them, and returns the runs that are not there, the first ones first.
