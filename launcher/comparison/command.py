@@ -24,9 +24,9 @@ def compare(arguments: argparse.Namespace) -> int:
     asked |= {name: default for name, default in DEFAULTS.items() if asked[name] is None}
     comparison = describe(arguments.recipe, arguments.overrides, out=arguments.out, **asked)
     preflight.check(comparison.recipe)
-    directory.open_directory(comparison, arguments.resume)
+    checksum = directory.open_directory(comparison, arguments.resume)
     checks.check_variants(comparison)
-    directory.write_comparison(comparison, asked)
+    directory.write_comparison(comparison, asked, checksum)
     try:
         found = run_all(comparison, runs.execute)
     except Interrupted as interrupted:

@@ -8,11 +8,12 @@ import glob
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.comparison.variants import Comparison, Run
+from sparse_zero.data.file_names import expanded, home, names_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError
 from sparse_zero.json_text import json_text
@@ -48,8 +49,10 @@ def with_earlier(out: Path, asked: Asked) -> dict[str, Any]:
     }
 
 
-def open_directory(comparison: Comparison, resume: bool) -> None:
+def open_directory(comparison: Comparison, resume: bool) -> str:
     """Make the directory of a comparison, or check that it is that of this one.
+
+    Returns: a checksum of what its runs have in common, for `write_comparison`.
 
     Raises UserError: it is another's, has runs although the comparison does not resume, or cannot be written.
     """
@@ -61,7 +64,7 @@ def open_directory(comparison: Comparison, resume: bool) -> None:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_be_written(out, error) from None
-        return
+        return checksum
     if _read(file)["checksum"] != checksum:
         raise UserError(
             f"{out}: is the comparison of another recipe, of other data, of other overrides or of another text; "
@@ -72,11 +75,12 @@ def open_directory(comparison: Comparison, resume: bool) -> None:
     for variant, seed in itertools.product(comparison.variants, comparison.seeds):
         for rate in variant.rates:
             check_run(comparison.run(variant, rate, seed))
+    return checksum
 
 
-def write_comparison(comparison: Comparison, asked: Asked) -> None:
+def write_comparison(comparison: Comparison, asked: Asked, checksum: str) -> None:
     """Write what is compared into its directory. Raises UserError: that cannot be written."""
-    here = {"recipe": comparison.path, "overrides": list(comparison.shared), "checksum": _checksum(comparison)}
+    here = {"recipe": comparison.path, "overrides": list(comparison.shared), "checksum": checksum}
     try:
         write_json(comparison.out / COMPARISON_FILE, here | {"asked": dict(asked)})
     except OSError as error:
@@ -119,27 +123,18 @@ def _checksum(comparison: Comparison) -> str:
     for key in ("output_dir", "run_name"):
         facts["training"].pop(key, None)
     own = comparison.out.resolve()
-    facts["files"] = [found for found in _files(comparison.recipe.data) if own not in Path(found[0]).resolve().parents]
+    files = (found for found in _files(comparison.recipe.data) if own not in Path(found[0]).resolve().parents)
+    facts["files"] = sorted(files)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _files(data: DataSection) -> Iterator[tuple[str, int, int]]:
     """Name, size and time of the last change of each file of the data that is on this machine."""
-    for name in sorted({data.path, *_words(data.data_files)}):
-        for found in sorted(glob.glob(str(Path(package_path(name)).expanduser()))):
-            inside = Path(found).rglob("*") if Path(found).is_dir() else [Path(found)]
-            for file in sorted(inside):
+    for name in {package_path(home(data.path)), *names_of(expanded(data.data_files))}:
+        for found in [name] if Path(name).exists() else glob.glob(name):
+            for file in Path(found).rglob("*") if Path(found).is_dir() else [Path(found)]:
                 if file.is_file():
                     yield str(file), file.stat().st_size, file.stat().st_mtime_ns
-
-
-def _words(value: str | Sequence | Mapping | None) -> Iterator[str]:
-    """The file names in `data.data_files`."""
-    if isinstance(value, str):
-        yield value
-    elif value:
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _words(each)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -54,7 +54,8 @@ def execute(comparison: Comparison, run: Run) -> Ended:
         status = _train([*command(comparison, run), "--resume"], log)
         if status != 0 or not results.exists():
             problem = problem_of(log.read_text(errors="replace"), status)
-            if " is in use by " in problem:  # the time of others would be wrong beside it
+            # By a run that still goes on, see checkpoint.output_lock: the times of others would be wrong beside it
+            if problem.startswith("training.output_dir: ") and " is in use by " in problem:
                 raise UserError(problem)
             return Ended(run, None, problem)
     return Ended(run, json.loads(results.read_text()))

@@ -7,12 +7,12 @@ builder.as_dataset("train")
 import glob
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from datasets import DatasetBuilder, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.csv.csv import CsvConfig
 
+from sparse_zero.data.file_names import expanded, home, names_of
 from sparse_zero.data.package import package_path
 from sparse_zero.errors import UserError, did_you_mean
 from sparse_zero.recipe.recipe import DataSection
@@ -43,7 +43,7 @@ def open_builder(data: DataSection) -> DatasetBuilder:
     Raises:
         UserError: there is no such file, its kind is unknown, or `datasets` cannot read it.
     """
-    path, files, options = _home(package_path(data.path)), data.data_files, {}
+    path, files, options = home(package_path(data.path)), data.data_files, {}
     if _names_files(path):
         if files is not None:
             raise UserError(
@@ -54,9 +54,9 @@ def open_builder(data: DataSection) -> DatasetBuilder:
     elif path in READERS.values() and files is None:
         # `datasets` would read all files below the working directory
         raise UserError(f"data.data_files is missing: name the files that the '{path}' builder should read")
-    files = _expanded(files)
+    files = expanded(files)
     if path == "csv":
-        options = _CSV | ({"sep": "\t"} if all(_kind(name) == ".tsv" for name in _names(files)) else {})
+        options = _CSV | ({"sep": "\t"} if all(_kind(name) == ".tsv" for name in names_of(files)) else {})
     try:
         builder = load_dataset_builder(path, data.name, data_files=files, revision=data.revision, **options)
         if isinstance(builder.config, CsvConfig) and builder.config.keep_default_na:
@@ -72,9 +72,9 @@ def check_path(data: DataSection) -> None:
 
     Hub ids and URLs are not looked up.
     """
-    path = _home(package_path(data.path))
+    path = home(package_path(data.path))
     if not _names_files(path) and path in READERS.values():
-        for name in _names(_expanded(data.data_files)):
+        for name in names_of(expanded(data.data_files)):
             if "://" not in name and not glob.has_magic(name) and not Path(name).exists():
                 raise UserError(f"data.data_files: no such file '{name}'")
 
@@ -115,26 +115,6 @@ def _kind(path: str) -> str:
 
 def _reader(path: str) -> str:
     return READERS[_kind(path)]
-
-
-def _expanded(files: Any) -> Any:
-    """The files with their home directories."""
-    if isinstance(files, dict):
-        return {split: _expanded(names) for split, names in files.items()}
-    if isinstance(files, list):
-        return [_expanded(name) for name in files]
-    return _home(files) if isinstance(files, str) else files
-
-
-def _home(path: str) -> str:
-    """The path with the home directory in place of a leading ~. Hub ids and URLs stay as they are."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-def _names(files: Any) -> list[str]:
-    if isinstance(files, dict):
-        return [name for names in files.values() for name in _names(names)]
-    return [files] if isinstance(files, str) else list(files or ())
 
 
 def message_of(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Metrics of an evaluation: scores of classes or numbers, and the exact loss per token of a language model.
 
-scikit-learn and SciPy are imported where they are needed: a language model starts half a second sooner without them.
+scikit-learn and SciPy are imported where they are needed: a language model starts sooner without them.
 """
 
 from collections.abc import Callable

@@ -142,7 +142,7 @@ def _check_other_settings(arguments: TrainingArguments) -> None:
 
 def _check_trackers(arguments: TrainingArguments) -> None:
     others = [name for name in arguments.report_to if name != "tensorboard"]  # which this package depends on
-    # It imports wandb, which takes half a second
+    # It imports wandb if that is installed, whatever `report_to` says
     available = get_available_reporting_integrations() if others else []
     for name in others:
         if name not in INTEGRATION_TO_CALLBACK:
