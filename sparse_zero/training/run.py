@@ -327,6 +327,7 @@ def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any
     before = trainer.evaluation_results(next((e for e in history if "eval_loss" in e and e["step"] == 0), {}))
     after = trainer.evaluation_results(metrics)
     seconds, tokens = trainer.trained_so_far()
+    seconds = round(seconds, 3)
     trained, total = trainer.count_parameters()
     return {
         **{f"{key}_before": value for key, value in before.items()},
@@ -340,7 +341,7 @@ def _results(trainer: SparseTrainer, metrics: dict[str, float]) -> dict[str, Any
         "optimizer_bytes_per_rank": gather_object([optimizer_bytes(trainer.optimizer)]),
         "peak_memory_bytes_per_rank": gather_object([peak_memory_bytes()]),
         "checkpoint_bytes": trainer.checkpoint_bytes(),
-        "train_seconds": round(seconds, 3),
+        "train_seconds": seconds,
         "train_tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds > 0 else None,
         "train_examples": len(trainer.train_dataset),

@@ -22,8 +22,7 @@ def test_a_resumed_run_has_the_tokens_and_seconds_of_the_whole_run(recipe, train
         resumed = train(file, f"training.output_dir={tmp_path / name}", resume=str(last / f"checkpoint-{step}"))
         assert resumed["train_tokens"] == whole["train_tokens"]
         assert resumed["train_seconds"] > before.train_seconds > 0
-        rate = resumed["train_tokens"] / resumed["train_seconds"]
-        assert resumed["tokens_per_second"] == pytest.approx(rate, rel=0.01)
+        assert resumed["tokens_per_second"] == round(resumed["train_tokens"] / resumed["train_seconds"], 1)
         last = tmp_path / name
 
 
