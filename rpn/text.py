@@ -33,7 +33,7 @@ _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 class SynonymsNotFound(Exception):
-    """NLTK, or its WordNet, is not installed."""
+    """NLTK, or its WordNet, is not installed or cannot be read."""
 
 
 def augment(text: str, method: str, random: Random, synonyms: Synonyms | None = None) -> str:
@@ -113,16 +113,17 @@ def wordnet_synonyms(word: str) -> list[str]:
     """The lemmas of all meanings of an English word, sorted, without the word itself.
 
     Raises:
-        SynonymsNotFound: NLTK, or its WordNet, is not installed.
+        SynonymsNotFound: NLTK, or its WordNet, is not installed or cannot be read.
     """
     try:
         from nltk.corpus import wordnet
 
         synsets = wordnet.synsets(word)
-    except (ImportError, LookupError):
+    except (ImportError, LookupError, OSError) as error:
+        found = f" ({error})" if isinstance(error, OSError) else ""
         raise SynonymsNotFound(
             "eda takes its synonyms from WordNet: pip install 'sparse-zero[eda]', then "
-            "python -m nltk.downloader wordnet"
+            f"python -m nltk.downloader wordnet{found}"
         ) from None
     lemmas = {lemma.replace("_", " ") for synset in synsets for lemma in synset.lemma_names()}
     return sorted(lemma for lemma in lemmas if lemma.lower() != word.lower())
