@@ -28,8 +28,14 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CACHE = RESULTS / "lora_quality.jsonl"
 
 
-def lora(model: nn.Module, run: Run, targets_of: Any = "all-linear", alpha_of_rank: float | None = None) -> nn.Module:
-    """PEFT's LoRA with about `run.density` of the model's scalars, the classifier trained in full among them.
+def lora(
+    model: nn.Module,
+    run: Any,
+    targets_of: Any = "all-linear",
+    alpha_of_rank: float | None = None,
+    task_type: str = "SEQ_CLS",
+) -> nn.Module:
+    """PEFT's LoRA with about `run.density` of the model's scalars, a classifier trained in full among them.
 
     Args:
         targets_of: as `SparseConfig.targets`.
@@ -43,7 +49,7 @@ def lora(model: nn.Module, run: Run, targets_of: Any = "all-linear", alpha_of_ra
     rank = max(1, round(budget / sum(sum(target.shape) for target in targets.values())))
     modules = [name.removesuffix(".weight") for name in targets]
     settings = {} if alpha_of_rank is None else {"lora_alpha": alpha_of_rank * rank}
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=rank, target_modules=modules, **settings))
+    return peft.get_peft_model(model, peft.LoraConfig(task_type=task_type, r=rank, target_modules=modules, **settings))
 
 
 def tuning_runs() -> list[Run]:

@@ -1,7 +1,7 @@
 """Which runs share_quality.py makes and in which order: pure functions of the results so far."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -102,17 +102,29 @@ def _tuning_run(task: str, cell: Cell, scale: Scale, rate: float, seed: int) -> 
 
 def rate_runs(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> list[Run]:
     """The tuning runs of the first seed that are known so far, by rate."""
-    rates = list(cell.rates)
-    for _ in range(FURTHER):
+
+    def best_of(rates: list[float]) -> float | None:
         found = best([_tuning_run(task, cell, scale, rate, TUNING_SEED) for rate in rates], done)
-        place = LADDER.index(found.learning_rate) if found else None
-        if place is not None and found.learning_rate == rates[-1] != LADDER[-1]:
-            rates.append(LADDER[place + 1])
-        elif place is not None and found.learning_rate == rates[0] != LADDER[0]:
-            rates.insert(0, LADDER[place - 1])
+        return found.learning_rate if found else None
+
+    return [_tuning_run(task, cell, scale, rate, TUNING_SEED) for rate in with_neighbours(cell.rates, best_of)]
+
+
+def with_neighbours(rates: Iterable[float], best_of: Callable[[list[float]], float | None]) -> list[float]:
+    """The rates in ascending order, with up to FURTHER of LADDER beyond an edge that is the best.
+
+    Args: best_of: the best one of these; None while a result is missing.
+    """
+    rates = list(rates)
+    for _ in range(FURTHER):
+        found = best_of(rates)
+        if found == rates[-1] != LADDER[-1]:
+            rates.append(LADDER[LADDER.index(found) + 1])
+        elif found == rates[0] != LADDER[0]:
+            rates.insert(0, LADDER[LADDER.index(found) - 1])
         else:
             break
-    return [_tuning_run(task, cell, scale, rate, TUNING_SEED) for rate in rates]
+    return rates
 
 
 def deciding_runs(task: str, cell: Cell, scale: Scale, done: dict[str, Row]) -> list[Run]:
