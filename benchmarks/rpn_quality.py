@@ -41,7 +41,20 @@ import transformers
 import tweeteval
 from noise_quality import batches_by_length, claimed, device_name
 from noise_quality_plan import BASE_MODEL
-from rpn_quality_plan import METHODS, NAMES, SELECTIONS, STRENGTHS, TASKS, Row, Run, Scale, key_of, noise_of, plan
+from rpn_quality_plan import (
+    METHODS,
+    NAMES,
+    SEEDS,
+    SELECTIONS,
+    STRENGTHS,
+    TASKS,
+    Row,
+    Run,
+    Scale,
+    key_of,
+    noise_of,
+    plan,
+)
 from rpn_quality_table import write_page
 from tables import RESULTS
 from torch import Tensor
@@ -270,7 +283,7 @@ def make_runs(arguments: argparse.Namespace) -> None:
 def selected_plan(arguments: argparse.Namespace, done: dict[str, Row]) -> list[Run]:
     scale = Scale(arguments.size, arguments.epochs)
     planned = plan(scale.results(done), arguments.tasks, arguments.methods, arguments.names)
-    return [scale.run(run) for run in planned]
+    return [scale.run(run) for run in planned if run.split == "validation" or run.seed in arguments.seeds]
 
 
 def main() -> int:
@@ -281,6 +294,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--names", nargs="+", default=NAMES, choices=NAMES, help="variants")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, choices=SEEDS, help="of the tests")
     parser.add_argument("--size", type=int, default=Run.size, help="training tweets")
     parser.add_argument("--epochs", type=int, default=Run.epochs, help="of `none`")
     parser.add_argument("--list", action="store_true", help="no runs: which are known, and which of them are missing")

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_first_the_rates_are_tuned_on_validation_tweets() -> None:
     assert {(run.split, run.name) for run in runs} == {("validation", n) for n in ("none", *planning.SELECTIONS)}
     assert {run.name for run in runs[: 3 * 2 * len(planning.TASKS)]} == {"none"}
     assert {(r.task, r.method) for r in runs} == {(t, m) for t in planning.TASKS for m in planning.METHODS}
+
+
+def test_a_call_may_have_some_of_the_seeds() -> None:
+    done, all_seeds = settled(RATE), [*planning.SEEDS]
+    given = {"size": 2000, "epochs": 2, "tasks": planning.TASKS, "methods": planning.METHODS, "names": planning.NAMES}
+    runs = {n: quality.selected_plan(Namespace(seeds=seeds, **given), done) for n, seeds in ((1, [1]), (5, all_seeds))}
+    assert runs[5] == planning.plan(done)
+    assert runs[1] == [run for run in runs[5] if run.split == "validation" or run.seed == 1]
 
 
 def test_each_variant_is_tested_with_the_chosen_rate_and_strength() -> None:
