@@ -41,10 +41,11 @@ def test_the_table_has_six_rows() -> None:
 
 
 def full(model: str) -> str:
-    """The time of a step of full fine-tuning over that of the frozen model."""
-    wanted = {"model": model, "targets": "all-linear", "density": 0.01, "dtype": "bfloat16"}
+    """The time of a step of full fine-tuning over that of the frozen model. It does not depend on the targets."""
+    wanted = {"model": model, "density": 0.01, "dtype": "bfloat16"}
     rows = [row for row in read("step_time_gpu.json") if wanted.items() <= row["setting"].items()]
-    return f"{rows[0]['methods']['full']['over_frozen']['median']:.2f}" if rows else "not run"
+    rows.sort(key=lambda row: row["setting"]["targets"] != "all-linear")
+    return f"{rows[0]['methods']['full']['over_frozen']['median']:.2f}"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,8 @@ def test_time_and_memory_of_a_step(name: str, size: str, column: str, form: str)
         form.format(rows[method][column]) for method in ("columns", "whole", "lora", "lora-bf16")
     )
     cells = [f"{ours} (whole: {whole})", f"{lora} (bfloat16: {in_bfloat16})"]
-    assert rows_of_the_readme()[name] == [*cells, full(f"llama-{size.lower()}")]
+    of_full = full(f"llama-{size.lower()}") if column == "/ frozen" else "not run"
+    assert rows_of_the_readme()[name] == [*cells, of_full]
 
 
 def test_the_columns_on_the_page_about_choosing() -> None:
