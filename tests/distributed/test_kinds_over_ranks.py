@@ -25,6 +25,16 @@ AT_ONCE = dict.fromkeys(
     ["stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"], 0
 )
 STAGES = {"zero2": zero_config(2), "zero3": zero_config(3, **AT_ONCE)}
+OFFLOAD = {"device": "cpu", "pin_memory": False}
+OTHER_WAYS = {
+    "ddp": {},
+    "zero0": {"deepspeed": zero_config(0)},
+    "zero1": {"deepspeed": zero_config(1), "gradient_checkpointing": True},
+    "zero2-offload": {"deepspeed": zero_config(2, offload_optimizer=OFFLOAD)},
+    "zero3-offload": {"deepspeed": zero_config(3, offload_optimizer=OFFLOAD, offload_param=OFFLOAD, **AT_ONCE)},
+}
+"""For drawn columns, which keep a part of a layer's input."""
+DRAWN = ["columns", "columns-whole"]
 TIED = ["embedding", "tokens", "columns-tied"]
 
 
@@ -47,6 +57,12 @@ def ranks(fork_server: ForkServer, out: Path) -> list[dict[str, Any]]:
         | {"sparse": settings, "experts": kinds.EXPERTS.get(kind, "grouped_mm")}
         for kind, settings in kinds.KINDS.items()
         for stage, config in STAGES.items()
+    ]
+    cases += [
+        case(f"{kind}-{way}", TASK, base_of(out, kind), EXAMPLES, **kinds.TRAINING, **settings)
+        | {"sparse": kinds.KINDS[kind], "experts": "grouped_mm"}
+        for kind in DRAWN
+        for way, settings in OTHER_WAYS.items()
     ]
     adapters = {kind: str(out / f"{kind}-zero2" / "adapter") for kind in kinds.KINDS if kind not in TIED}
     cases.append(case("adapters", TASK, out / "untied", 8, deepspeed=STAGES["zero3"]) | {"adapters": adapters})
@@ -95,8 +111,13 @@ def masked_training(out: Path, kind: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", [kind for kind in kinds.KINDS if kind != "dropout"])
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        *((kind, stage) for kind in kinds.KINDS if kind != "dropout" for stage in STAGES),
+        *((kind, way) for kind in DRAWN for way in OTHER_WAYS),
+    ],
+)
 def test_losses_are_those_of_masked_dense_training(ranks: list, out: Path, kind: str, stage: str) -> None:
     expected = masked_training(out, kind)
     assert expected[0] - expected[-1] > 1e-2, "too little training for a comparison"
