@@ -1,6 +1,7 @@
 """Makes the page and the plot of share_quality.py from its runs."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import share_quality_plan as quality
@@ -165,16 +166,15 @@ def _missing(tasks: list[str], scale: Scale, done: dict[str, Row]) -> str:
 
 
 def plot(done: dict[str, Row], path: Path) -> None:
-    """Quality over trained scalars, of the largest scale with tests, a panel for each task. Raises ImportError."""
+    """Quality over trained scalars, a panel for each task, of its scale with the most tests. Raises ImportError."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with_tests = {key: row for key, row in done.items() if row["split"] == "test"}
-    scale = next(iter(quality.scales(with_tests)), FULL_SCALE)
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(11, 4.2), layout="constrained")
     for panel, task in zip(panels, TASKS, strict=True):
+        scale = max(quality.scales(done), key=partial(_tests, task, done), default=FULL_SCALE)
         for number, method in enumerate(quality.METHODS):
             points = []
             for cell in sorted((cell for cell in quality.CELLS if cell.method == method), key=lambda cell: cell.share):
@@ -191,6 +191,11 @@ def plot(done: dict[str, Row], path: Path) -> None:
     panels[0].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _tests(task: str, done: dict[str, Row], scale: Scale) -> int:
+    """The number of test runs."""
+    return sum(len(tested(task, cell, scale, done)) for cell in quality.CELLS)
 
 
 def write_page(done: dict[str, Row], cache: Path) -> str:

@@ -199,13 +199,24 @@ def test_the_page_has_means_differences_rates_and_what_was_cut(tmp_path: Path) -
     assert "**0.01: 90.0 (0.600)**, 0.03: 10.0" in text
 
 
-def test_the_plot(tmp_path: Path) -> None:
+def test_the_plot_has_of_each_task_the_scale_with_the_most_tests(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("matplotlib")
-    done = tuned()
-    for run in planning.plan(done):
-        done |= finished(run)
+    from matplotlib.figure import Figure
+
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **settings: shown.append(self))
+    done = tuned() | tuned(SMALL)
+    done |= finished(planning.tests("cola", SCATTERED, FULL_SCALE, done)[0])
+    for run in planning.plan(done, SMALL, ["rotten-tomatoes"]):
+        if run.split == "test":
+            done |= finished(run)
     page.plot(done, tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    [figure] = shown
+    assert [panel.get_title() for panel in figure.axes] == [
+        "Rotten Tomatoes, 500 sentences, 2 epochs",
+        "CoLA, 4,000 sentences, 2 epochs",
+    ]
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines[:1]] == [5]
 
 
 def test_time_is_estimated_by_the_tasks_last_runs() -> None:
