@@ -4,6 +4,7 @@ names what was killed, and a run that had finished is no failure. tests/cluster/
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import without_training
 from recipes import write_recipe
 from trainer_cases import zero_config
 
@@ -32,14 +34,17 @@ OF_RANK = r"the launcher of rank [01] on \S+ \(process {pid}\) was killed \(poss
 class Run:
     """A run of `sparse-zero train` on two ranks."""
 
-    def __init__(self, recipe: Path, launcher: Launcher, *words: str) -> None:
+    def __init__(self, recipe: Path, launcher: Launcher, *words: str, trains: bool) -> None:
         self.output = recipe.parent / "out"
         self._console = recipe.parent / "console"
         here = [f"launch.launcher={launcher}", "launch.processes_per_node=2", "launch.grace_seconds=200"]
         here.append(f"training.output_dir={self.output}")
         command = [sys.executable, "-m", "launcher", "train", recipe, *here, *words]
+        environment = os.environ | ({} if trains else without_training.environment())
         with self._console.open("wb") as console:
-            self.process = psutil.Popen(command, stdout=console, stderr=console, start_new_session=True)
+            self.process = psutil.Popen(
+                command, stdout=console, stderr=console, start_new_session=True, env=environment
+            )
 
     @property
     def printed(self) -> str:
@@ -85,16 +90,16 @@ def runs(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Starts a run; kills what is left of it at the end."""
+    """Starts a run, with a stand-in for the training unless it `trains`; kills what is left of it at the end."""
     (tmp_path / "zero.json").write_text(json.dumps(zero_config(2)))
     training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "disable_tqdm": True}
-    training |= {"logging_steps": 1, "save_total_limit": 2, "max_steps": 5000, "eval_on_start": False}
+    training |= {"logging_steps": 1, "save_total_limit": 2, "max_steps": 100_000, "eval_on_start": False}
     recipe = write_recipe(tmp_path / "run.yaml", bases[TASK], TASK, data, training=training)
     started: list[Run] = []
     seen: list[psutil.Process] = []
 
-    def start(launcher: Launcher, *words: str) -> Run:
-        started.append(Run(recipe, launcher, *words))
+    def start(launcher: Launcher, *words: str, trains: bool = False) -> Run:
+        started.append(Run(recipe, launcher, *words, trains=trains))
         return started[-1]
 
     yield start
@@ -116,7 +121,7 @@ def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callab
 def test_the_ranks_of_a_killed_launcher_save_and_stop(
     start: Callable[..., Run], launcher: Launcher, victim: str, said: str
 ) -> None:
-    run = start(launcher)
+    run = start(launcher, trains=launcher == "local")
     run.wait_until_saved()
     [launching], ranks = run.below(victim), run.ranks
     assert len(ranks) == 2
@@ -139,13 +144,15 @@ def test_the_ranks_of_a_killed_launcher_save_and_stop(
 
 
 def test_a_launcher_that_is_killed_after_its_run_has_finished_is_no_failure(start: Callable[..., Run]) -> None:
-    run = start("deepspeed", f"training.max_steps={2 * SAVE_STEPS}")
+    run = start("deepspeed")
     run.wait_until_saved()
     [launching], ranks = run.below("bin/deepspeed"), run.ranks
     # Stopped, it cannot end with its ranks.
     launching.suspend()
+    without_training.end(run.output)
     run.wait_until((run.output / "results.json").exists, "the results")
     run.wait_until(lambda: not any(map(runs, ranks)), "no rank")
+    without_training.check(run.output, ranks=2)
     launching.kill()
     assert run.end() == 0, run.printed
     assert "sparse-zero: error" not in run.printed
@@ -154,12 +161,17 @@ def test_a_launcher_that_is_killed_after_its_run_has_finished_is_no_failure(star
 def test_the_ranks_of_a_killed_agent_that_was_started_by_hand(
     start: Callable[..., Run], bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "max_steps": 5000}
+    training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "max_steps": 100_000}
     (tmp_path / "zero.json").write_text(json.dumps(zero_config(2)))
     recipe = write_recipe(tmp_path / "run.yaml", bases[TASK], TASK, data, training=training)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (tmp_path / "console").open("wb") as console:
-        agent = psutil.Popen([*words, "-m", "sparse_zero.train", recipe], stdout=console, stderr=console)
+        agent = psutil.Popen(
+            [*words, "-m", "sparse_zero.train", recipe],
+            stdout=console,
+            stderr=console,
+            env=os.environ | without_training.environment(),
+        )
     deadline = time.monotonic() + SECONDS
     try:
         while not any((tmp_path / "run").glob("checkpoint-*/manifest.json")):
