@@ -1,11 +1,10 @@
 """A rank, a host or a cable goes: every other rank ends within a minute, and one message says which and where.
 
-Ranks that really train are in three tests, and in tests/distributed/test_faults.py, at many points of the training.
+Ranks that really train are in two tests, and in tests/distributed/test_faults.py, at many points of the training.
 The others have a stand-in for it: what differs in them is the launcher, and what dies.
 """
 
 import contextlib
-import json
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 import without_training
 from lab import Hosts, need
 from on_host import Command, wait_until
-from workload import Workload, losses
+from workload import Workload
 
 pytestmark = pytest.mark.cluster
 
@@ -25,8 +24,6 @@ SECONDS = 60
 SILENCE = 6
 LAST_STEP = 100_000
 """No run gets there."""
-SOON = 100
-"""The last step of a run that is to come to its end after the loss."""
 
 WAYS = {
     "deepspeed": ("pdsh", ["sparse-zero", "train"], ["launcher=deepspeed", "hostfile=HOSTFILE"]),
@@ -133,22 +130,20 @@ def test_all_ranks_end_with_one_message(
 
 
 def test_the_run_starts_again_on_the_host_that_is_left(hosts: Hosts, start: Callable) -> None:
-    """The rank behind the cut cable ends by itself."""
-    keys = ["launch.max_restarts=2", "launch.min_nodes=1", f"training.max_steps={SOON}"]
-    run, output = start("deepspeed", *keys, trains=True)
+    """The rank behind the cut cable ends by itself. A training that fewer ranks go on with: test_preemption.py."""
+    run, output = start("deepspeed", "launch.max_restarts=2", "launch.min_nodes=1")
     since = time.monotonic()
     hosts["n2"].unplug()
     wait_until(lambda: not ranks_on(hosts, "n2"), SECONDS, "the rank on n2 has ended")
     run.wait_for("sparse-zero: restarting", SECONDS - (time.monotonic() - since))
+    without_training.end(output)
     run.wait(120)
     [error] = re.findall("sparse-zero: error: (.*)", run.output)
     assert re.match(rf"n2 \(rank 1\) has not answered for {SILENCE} s", error)
     assert f"its log is {output}/logs/rank-00001.log" in run.output
     assert "Traceback" not in run.output
     assert "sparse-zero: restarting on n1 (restart 1 of 2)" in run.output
-    assert re.search(r"resuming from .*checkpoint-\d+ \(step \d+, saved on 2 ranks\)", run.output)
-    assert json.loads((output / "results.json").read_text())["world_size"] == 1
-    assert max(losses(output)) == SOON
+    assert without_training.check(output, ranks=1)[0] > 20, "resumed from a checkpoint"
 
 
 def test_the_run_starts_again_on_all_hosts_after_a_rank_died(hosts: Hosts, start: Callable) -> None:

@@ -1,5 +1,6 @@
 """kill -9 of each process that starts the ranks of a run on one machine: the ranks save and stop at once, one line
-names what was killed, and a run that had finished is no failure. tests/cluster/test_deaths.py has the other launchers.
+names what was killed, and a run that had finished is no failure. tests/cluster/test_deaths.py has the other launchers,
+and a training that saves when its command is killed.
 """
 
 import contextlib
@@ -32,15 +33,15 @@ OF_RANK = r"the launcher of rank [01] on \S+ \(process {pid}\) was killed \(poss
 
 
 class Run:
-    """A run of `sparse-zero train` on two ranks."""
+    """A run of `sparse-zero train` on two ranks, with a stand-in for the training."""
 
-    def __init__(self, recipe: Path, launcher: Launcher, *words: str, trains: bool) -> None:
+    def __init__(self, recipe: Path, launcher: Launcher, *words: str) -> None:
         self.output = recipe.parent / "out"
         self._console = recipe.parent / "console"
         here = [f"launch.launcher={launcher}", "launch.processes_per_node=2", "launch.grace_seconds=200"]
         here.append(f"training.output_dir={self.output}")
         command = [sys.executable, "-m", "launcher", "train", recipe, *here, *words]
-        environment = os.environ | ({} if trains else without_training.environment())
+        environment = os.environ | without_training.environment()
         with self._console.open("wb") as console:
             self.process = psutil.Popen(
                 command, stdout=console, stderr=console, start_new_session=True, env=environment
@@ -90,7 +91,7 @@ def runs(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Starts a run, with a stand-in for the training unless it `trains`; kills what is left of it at the end."""
+    """Starts a run; kills what is left of it at the end."""
     (tmp_path / "zero.json").write_text(json.dumps(zero_config(2)))
     training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "disable_tqdm": True}
     training |= {"logging_steps": 1, "save_total_limit": 2, "max_steps": 100_000, "eval_on_start": False}
@@ -98,8 +99,8 @@ def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callab
     started: list[Run] = []
     seen: list[psutil.Process] = []
 
-    def start(launcher: Launcher, *words: str, trains: bool = False) -> Run:
-        started.append(Run(recipe, launcher, *words, trains=trains))
+    def start(launcher: Launcher, *words: str) -> Run:
+        started.append(Run(recipe, launcher, *words))
         return started[-1]
 
     yield start
@@ -121,7 +122,7 @@ def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callab
 def test_the_ranks_of_a_killed_launcher_save_and_stop(
     start: Callable[..., Run], launcher: Launcher, victim: str, said: str
 ) -> None:
-    run = start(launcher, trains=launcher == "local")
+    run = start(launcher)
     run.wait_until_saved()
     [launching], ranks = run.below(victim), run.ranks
     assert len(ranks) == 2

@@ -53,6 +53,7 @@ def train(recipe: Recipe, path: str, *, stop: StopRequest, resume: str | None, *
     dist.all_gather_object(hosts, socket.gethostname())
     if rank == 0:
         results = {"world_size": len(hosts), "hosts": hosts, "first_step": first, "sums": sums}
+        results["training"] = recipe.training
         (output / "results.json").write_text(json.dumps(results))
 
 
