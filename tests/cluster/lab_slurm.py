@@ -110,9 +110,9 @@ class Slurm:
             "all nodes of Slurm are idle",
         )
 
-    def submit(self, *words: object, cwd: Path | None = None) -> int:
-        """sbatch with these options and script. Returns: the job's number."""
-        return int(self.run("sbatch", "--parsable", *words, cwd=cwd).output.split()[-1])
+    def submit(self, *words: object, **options: object) -> int:
+        """sbatch with these options and script. Args: options: of `run`. Returns: the job's number."""
+        return int(self.run("sbatch", "--parsable", *words, **options).output.split()[-1])
 
     def job(self, number: int) -> Job:
         line = self.run("scontrol", "show", "job", number, "--oneliner").output

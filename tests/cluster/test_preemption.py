@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import without_training
 from lab import Hosts, need
 from lab_slurm import Slurm
 from on_host import wait_until
@@ -25,15 +26,23 @@ def long_losses(hosts: Hosts, workload: Workload) -> dict[int, float]:
     return losses(output)
 
 
+@pytest.fixture
+def stand_in(hosts: Hosts) -> dict[str, str]:
+    """The environment of a job whose ranks have a stand-in for the training."""
+    return without_training.environment(hosts.environment["PYTHONPATH"])
+
+
 class Submitted:
     """A job that the product has submitted and that trains."""
 
-    def __init__(self, slurm: Slurm, workload: Workload, directory: Path, nodes: int = 2) -> None:
+    def __init__(
+        self, slurm: Slurm, workload: Workload, directory: Path, nodes: int = 2, env: dict[str, str] | None = None
+    ) -> None:
         need("slurm")
         self.output, self.slurm = directory / "out", slurm
         words = [f"training.output_dir={self.output}", f"training.max_steps={STEPS}", f"launch.nodes={nodes}"]
         words += [f"training.save_steps={STEPS}", "training.save_total_limit=2", "--partition=main"]
-        said = slurm.run("sparse-zero", "submit", workload.recipe, *words, "--json", cwd=directory).output
+        said = slurm.run("sparse-zero", "submit", workload.recipe, *words, "--json", cwd=directory, env=env).output
         self.number = int(json.loads(said[said.index("{") :])["job"])
 
     def wait_for_step(self, step: int) -> None:
@@ -96,19 +105,25 @@ def test_a_stopped_run_goes_on_in_a_job_of_another_number_of_nodes(
     assert losses(job.output) == pytest.approx(long_losses, abs=1e-5)
 
 
-def test_each_task_of_an_array_is_a_run(slurm: Slurm, workload: Workload, tmp_path: Path) -> None:
+def test_each_task_of_an_array_is_a_run(
+    slurm: Slurm, workload: Workload, tmp_path: Path, stand_in: dict[str, str]
+) -> None:
     (tmp_path / "sweep.txt").write_text("training.learning_rate=0.01\ntraining.learning_rate=0.02 training.seed=3\n")
     script = Path(__file__).parents[2] / "configs" / "array.sbatch"
     words = [workload.recipe, "sweep.txt", "training.max_steps=3", "training.save_steps=3"]
-    number = slurm.submit("--array=1-2", script, *words, cwd=tmp_path)
+    number = slurm.submit("--array=1-2", script, *words, cwd=tmp_path, env=stand_in)
     wait_until(lambda: not slurm.jobs(), 120, f"the array {number} has ended")
     runs = tmp_path / "runs" / workload.recipe.stem
     assert sorted(path.name for path in runs.iterdir()) == ["1", "2"]
-    assert losses(runs / "1") != losses(runs / "2")
+    results = [json.loads((runs / name / "results.json").read_text()) for name in ("1", "2")]
+    assert [each["training"]["learning_rate"] for each in results] == [0.01, 0.02]
+    assert [each["training"].get("seed") for each in results] == [None, 3]
 
 
-def test_a_cancelled_job_leaves_no_process(slurm: Slurm, hosts: Hosts, workload: Workload, tmp_path: Path) -> None:
-    job = Submitted(slurm, workload, tmp_path)
+def test_a_cancelled_job_leaves_no_process(
+    slurm: Slurm, hosts: Hosts, workload: Workload, tmp_path: Path, stand_in: dict[str, str]
+) -> None:
+    job = Submitted(slurm, workload, tmp_path, env=stand_in)
     job.wait_for_step(10)
     assert hosts["n2"].processes("sparse_zero.train")
     slurm.cancel(job.number)

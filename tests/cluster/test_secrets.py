@@ -1,5 +1,5 @@
-"""Runs of every launcher, watched: the losses are those of one host. No command line on any host and no file that
-others can read has a secret. Strangers on the network learn nothing and end nothing.
+"""Runs of every launcher, watched: the losses are those of one host, or the sums of a stand-in are right. No command
+line on any host and no file that others can read has a secret. Strangers on the network learn nothing and end nothing.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 import own_files
 import psutil
 import pytest
+import without_training
 import yaml
 from lab import Hosts, need
 from lab_slurm import Slurm
@@ -23,7 +24,7 @@ from workload import RANKS, Workload, losses
 pytestmark = pytest.mark.cluster
 
 SECONDS = 180
-STEPS = 60
+STEPS, MANY_STEPS = 60, 100_000
 LITERAL = "0123456789abcdef0123456789abcdef01234567"
 INHERITED = "hf_" + "NotARealToken" * 2
 ODD = 'it\'s "odd" $HOME `x` %n \\ 5ec2e7'
@@ -38,6 +39,10 @@ WAYS = {
     "local": ("hosts", ["launcher=local", "processes_per_node=2"]),
 }
 """By way: the part of the lab that it needs, and keys of `launch`."""
+TRAINED_ELSEWHERE = ("deepspeed with openmpi", "slurm", "deepspeed here", "local")
+"""Ways whose ranks have a stand-in for the training. It has the losses of one host where DeepSpeed's runner or mpirun
+alone starts the ranks, in the job that is submitted below, and on local ranks in tests/distributed/test_compare.py.
+"""
 NO_SPACES = ("deepspeed with pdsh",)
 """Ways that refuse spaces in the names of directories."""
 
@@ -185,9 +190,12 @@ def test_nobody_sees_a_secret_and_strangers_end_nothing(
     directory.mkdir()
     own_files.write(directory)
     output = directory / f"my{space}out"
-    words = [recipe, f"training.output_dir={output.name}", f"training.max_steps={STEPS}", "training.save_steps=20"]
+    words = [recipe, f"training.output_dir={output.name}", "training.save_steps=20"]
     words += [f"launch.{key.replace('HOSTFILE', str(tmp_path / 'hosts'))}" for key in keys]
-    run = hosts["n1"].start("sparse-zero", "train", *words, cwd=directory, env={"HF_TOKEN": INHERITED})
+    trains = way not in TRAINED_ELSEWHERE
+    words.append(f"training.max_steps={STEPS if trains else MANY_STEPS}")
+    env = {"HF_TOKEN": INHERITED} | ({} if trains else without_training.environment(hosts.environment["PYTHONPATH"]))
+    run = hosts["n1"].start("sparse-zero", "train", *words, cwd=directory, env=env)
     seen = Observation(hosts, tmp_path)
 
     def look_until_saved() -> bool:
@@ -205,6 +213,8 @@ def test_nobody_sees_a_secret_and_strangers_end_nothing(
     here = host == "127.0.0.1"
     assert here == way.endswith(("here", "local"))
     assert "said all" in hosts["n1" if here else "n3"].run("python", "-c", STRANGER, host, port).output
+    if not trains:
+        without_training.end(output)
     run.wait(SECONDS)
     seen.look()
     assert set(seen.files.values()) <= {0o600}, seen.files
@@ -212,7 +222,10 @@ def test_nobody_sees_a_secret_and_strangers_end_nothing(
     assert [name.partition(".")[0] for name in seen.files] == (["environment"] if expects_a_file else [])
     assert files_with_secrets(tmp_path, [*SECRETS, secret]) == []
     assert not list((output / "launch").glob("*")), "left of the run"
-    same_losses(output, one_host_losses)
+    if trains:
+        same_losses(output, one_host_losses)
+    else:
+        without_training.check(output, RANKS, hosts=1 if here else 2)
     assert not any(secret in run.output for secret in (*SECRETS, secret))
     assert "\x1b" not in run.output
     if "pdsh" in WAYS[way][0]:
@@ -257,26 +270,31 @@ def test_a_run_that_is_interrupted_while_it_starts_leaves_no_file(hosts: Hosts, 
 
 @pytest.mark.parametrize("way", ["srun", "mpirun", "torchrun"])
 def test_ranks_that_were_started_by_hand(
-    way: str, request: pytest.FixtureRequest, hosts: Hosts, workload: Workload, tmp_path: Path, one_host_losses: dict
+    way: str, request: pytest.FixtureRequest, hosts: Hosts, workload: Workload, tmp_path: Path
 ) -> None:
-    """Rank 0 runs the roll call. A stranger reads its place in torch's store, and nothing with which to join it."""
+    """Rank 0 runs the roll call. A stranger reads its place in torch's store, and nothing with which to join it.
+
+    With a stand-in for the training: its losses are those of one host in the runs of these launchers above.
+    """
     output = tmp_path / "out"
     (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
     train = ["-m", "sparse_zero.train", workload.recipe, f"training.output_dir={output}"]
-    train += [f"training.max_steps={STEPS}", "training.save_steps=20"]
+    train += [f"training.max_steps={MANY_STEPS}", "training.save_steps=20"]
     meeting, also = {"MASTER_ADDR": "n1", "MASTER_PORT": "29611"}, []
+    modules = without_training.environment(hosts.environment["PYTHONPATH"])
+    env = meeting | modules
     if way == "srun":
         request.getfixturevalue("slurm")
-        run = hosts["n1"].start("srun", "-N2", "--ntasks-per-node=1", "python", *train, cwd=tmp_path, env=meeting)
+        run = hosts["n1"].start("srun", "-N2", "--ntasks-per-node=1", "python", *train, cwd=tmp_path, env=env)
     elif way == "mpirun":
         need("mpi")
-        pass_on = ["-x", "MASTER_ADDR", "-x", "MASTER_PORT"]
+        pass_on = [word for name in env for word in ("-x", name)]
         start = ["mpirun", "-np", "2", "--hostfile", tmp_path / "hosts", *pass_on]
-        run = hosts["n1"].start(*start, "python", *train, cwd=tmp_path, env=meeting)
+        run = hosts["n1"].start(*start, "python", *train, cwd=tmp_path, env=env)
     else:
         place = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "n1", "--master-port", meeting["MASTER_PORT"]]
         agents = [
-            hosts[name].start("torchrun", *place, "--node-rank", rank, *train)
+            hosts[name].start("torchrun", *place, "--node-rank", rank, *train, env=modules)
             for rank, name in enumerate(["n1", "n2"])
         ]
         run = agents[0]
@@ -296,9 +314,10 @@ def test_ranks_that_were_started_by_hand(
     host, port, name = stored
     assert re.fullmatch(r"watchdog\.n1\.\d+", name), stored
     assert "said all" in hosts["n3"].run("python", "-c", STRANGER, host, port).output
+    without_training.end(output)
     for command in (run, *also):
         command.wait(SECONDS)
-    same_losses(output, one_host_losses)
+    without_training.check(output, RANKS, hosts=2)
     assert set(modes.values()) <= {0o600}, modes
     assert not (output / "launch").exists(), "removed when all had joined"
 

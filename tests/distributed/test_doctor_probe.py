@@ -45,11 +45,10 @@ def test_doctor_measures_two_real_ranks(launcher, tmp_path, monkeypatch):
     assert all(each["bytes_per_second"] > 0 for each in (*told["ranks"]["links"], told["ranks"]["collectives"][1]))
 
 
-@pytest.mark.parametrize(
-    ("launcher", "count"), [("deepspeed", 2), ("launcher.ways.torchrun", 1), ("launcher.ways.torchrun", 3)]
-)
-def test_the_probe_of_any_launcher(launcher, count):
-    run = run_ranks(count, "sparse_zero.ranks.link_probe", "--cpu", launcher=launcher)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_probe_of_torchrun(count):
+    """The doctor above starts it with DeepSpeed's launcher and with mpirun."""
+    run = run_ranks(count, "sparse_zero.ranks.link_probe", "--cpu", launcher="launcher.ways.torchrun")
     measured = links.parse_output(run.output, 0)
     assert sorted(measured.hosts) == list(range(count))
     assert sorted((link["from"], link["to"]) for link in measured.links) == sorted(links.pairs(count))

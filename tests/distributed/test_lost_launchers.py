@@ -1,9 +1,11 @@
 """kill -9 of each process that starts the ranks of a run on one machine: the ranks save and stop at once, one line
-names what was killed, and a run that had finished is no failure. tests/cluster/test_deaths.py has the other launchers.
+names what was killed, and a run that had finished is no failure. tests/cluster/test_deaths.py has the other launchers,
+and a training that saves when its command is killed.
 """
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import without_training
 from recipes import write_recipe
 from trainer_cases import zero_config
 
@@ -30,7 +33,7 @@ OF_RANK = r"the launcher of rank [01] on \S+ \(process {pid}\) was killed \(poss
 
 
 class Run:
-    """A run of `sparse-zero train` on two ranks."""
+    """A run of `sparse-zero train` on two ranks, with a stand-in for the training."""
 
     def __init__(self, recipe: Path, launcher: Launcher, *words: str) -> None:
         self.output = recipe.parent / "out"
@@ -38,8 +41,11 @@ class Run:
         here = [f"launch.launcher={launcher}", "launch.processes_per_node=2", "launch.grace_seconds=200"]
         here.append(f"training.output_dir={self.output}")
         command = [sys.executable, "-m", "launcher", "train", recipe, *here, *words]
+        environment = os.environ | without_training.environment()
         with self._console.open("wb") as console:
-            self.process = psutil.Popen(command, stdout=console, stderr=console, start_new_session=True)
+            self.process = psutil.Popen(
+                command, stdout=console, stderr=console, start_new_session=True, env=environment
+            )
 
     @property
     def printed(self) -> str:
@@ -88,7 +94,7 @@ def start(bases: dict[str, Path], data: Path, tmp_path: Path) -> Iterator[Callab
     """Starts a run; kills what is left of it at the end."""
     (tmp_path / "zero.json").write_text(json.dumps(zero_config(2)))
     training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "disable_tqdm": True}
-    training |= {"logging_steps": 1, "save_total_limit": 2, "max_steps": 5000, "eval_on_start": False}
+    training |= {"logging_steps": 1, "save_total_limit": 2, "max_steps": 100_000, "eval_on_start": False}
     recipe = write_recipe(tmp_path / "run.yaml", bases[TASK], TASK, data, training=training)
     started: list[Run] = []
     seen: list[psutil.Process] = []
@@ -139,13 +145,15 @@ def test_the_ranks_of_a_killed_launcher_save_and_stop(
 
 
 def test_a_launcher_that_is_killed_after_its_run_has_finished_is_no_failure(start: Callable[..., Run]) -> None:
-    run = start("deepspeed", f"training.max_steps={2 * SAVE_STEPS}")
+    run = start("deepspeed")
     run.wait_until_saved()
     [launching], ranks = run.below("bin/deepspeed"), run.ranks
     # Stopped, it cannot end with its ranks.
     launching.suspend()
+    without_training.end(run.output)
     run.wait_until((run.output / "results.json").exists, "the results")
     run.wait_until(lambda: not any(map(runs, ranks)), "no rank")
+    without_training.check(run.output, ranks=2)
     launching.kill()
     assert run.end() == 0, run.printed
     assert "sparse-zero: error" not in run.printed
@@ -154,12 +162,17 @@ def test_a_launcher_that_is_killed_after_its_run_has_finished_is_no_failure(star
 def test_the_ranks_of_a_killed_agent_that_was_started_by_hand(
     start: Callable[..., Run], bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "max_steps": 5000}
+    training = {"deepspeed": "zero.json", "save_strategy": "steps", "save_steps": SAVE_STEPS, "max_steps": 100_000}
     (tmp_path / "zero.json").write_text(json.dumps(zero_config(2)))
     recipe = write_recipe(tmp_path / "run.yaml", bases[TASK], TASK, data, training=training)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (tmp_path / "console").open("wb") as console:
-        agent = psutil.Popen([*words, "-m", "sparse_zero.train", recipe], stdout=console, stderr=console)
+        agent = psutil.Popen(
+            [*words, "-m", "sparse_zero.train", recipe],
+            stdout=console,
+            stderr=console,
+            env=os.environ | without_training.environment(),
+        )
     deadline = time.monotonic() + SECONDS
     try:
         while not any((tmp_path / "run").glob("checkpoint-*/manifest.json")):

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,47 +38,13 @@ def server():
 
 
 @pytest.fixture
-def run(server, tmp_path):
-    """Runs Python code, or words of the command line, in a process that takes the stand-in for the hub."""
-
-    def go(*words: str, code: str | None = None, status: int = 0) -> tuple[str, str]:
-        command = ["-c", code, *words] if code else ["-m", "launcher", *words]
-        environment = os.environ | server.environment(tmp_path / "cache")
-        done = subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300
-        )
-        assert done.returncode == status, done.stderr
-        return done.stdout, done.stderr
-
-    return go
-
-
-COMMANDS = """
-import json, sys
-from launcher.cli import main
-for words in json.loads(sys.argv[1]):
-    status = main(words)
-    for stream in (sys.stdout, sys.stderr):
-        print(f"\\nENDED {status}", file=stream, flush=True)
-"""
-
-
-@pytest.fixture
-def run_all(run):
-    """Runs command lines in one process. Returns: what each prints. Checks that each ends with `status`."""
-
-    def go(*commands: list[str], status: int = 0) -> list[tuple[str, str]]:
-        printed = [text.split(f"\nENDED {status}\n") for text in run(json.dumps(commands), code=COMMANDS)]
-        assert [len(parts) for parts in printed] == [len(commands) + 1] * 2, printed
-        return list(zip(*printed, strict=True))[:-1]
-
-    return go
-
-
-@pytest.fixture
 def adapters(server: Hub, tokenizer_dir, tmp_path):
+    return add_adapters(server, tokenizer_dir, tmp_path)
+
+
+def add_adapters(server: Hub, tokenizer_dir, directory):
     """The base model org/base, and two revisions of user/adapter on the stand-in. Returns: the models by revision."""
-    base = tmp_path / "llama-with-licence"
+    base = directory / "llama-with-licence"
     shutil.copytree(tokenizer_dir, base)
     tiny("llama", vocab_size=2000).save_pretrained(base)
     (base / "LICENSE").write_text("you may")
@@ -88,16 +58,34 @@ def adapters(server: Hub, tokenizer_dir, tmp_path):
             for weight in models[revision].sparsity.weights.values():
                 weight.delta.normal_(0, seed)
         models[revision].sparsity.base_model = "org/base"
-        save_adapter(models[revision], tmp_path / revision)
-        (tmp_path / revision / "optimizer.bin").write_text("large")
+        save_adapter(models[revision], directory / revision)
+        (directory / revision / "optimizer.bin").write_text("large")
         if revision == "v1":
-            (tmp_path / revision / "README.md").write_text("a card that its owner has edited")
-        server.add("user/adapter", tmp_path / revision, revision)
+            (directory / revision / "README.md").write_text("a card that its owner has edited")
+        server.add("user/adapter", directory / revision, revision)
     return models
 
 
-LOAD = """
-import sys, torch
+def run(server: Hub, directory, code: str, *words: str, status: int = 0) -> tuple[str, str]:
+    """Run Python code in a process that takes the stand-in for the hub. Returns: stdout and stderr."""
+    environment = os.environ | server.environment(directory / "cache")
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=directory, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
+
+
+COMMANDS = """
+import json, sys, torch
+from launcher.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        status = main(words)
+    except SystemExit as end:
+        status = end.code
+    for stream in (sys.stdout, sys.stderr):
+        print(f"\\nENDED {status}", file=stream, flush=True)
+
 from transformers import AutoModelForCausalLM
 from sparse_zero import load_adapter
 model = AutoModelForCausalLM.from_pretrained("org/base")
@@ -106,23 +94,71 @@ for number, revision in enumerate((None, "v1")):
     ids = torch.arange(3, 31).view(4, 7) % 96
     torch.save(model.eval()(ids).logits.detach(), f"{number}.pt")
 """
+CHAT = ["--prompt", "a", "--max-new-tokens", "2", "--json"]
+EVALUATE = ["evaluate", "r.yaml", "--adapter", "user/adapter", "--json", "--revision"]
+GOOD = {
+    "merge": ["merge", "user/adapter", "merged", "--revision", "v1"],
+    "inspect": ["inspect", "user/adapter", "--revision", "v1", "--json"],
+    "compare": ["chat", "user/adapter", *CHAT, "--compare"],
+    "convert": ["convert", "user/adapter", "converted", "--to", "supertuning", "--revision", "v1"],
+    "base": ["chat", "org/base", *CHAT],
+    "v1": [*EVALUATE, "v1"],
+    "main": [*EVALUATE, "main"],
+}
+"""Commands that take an id."""
+ABSENT = {
+    ("merge", "user/none", "out"): "user/none: no such adapter directory, and it cannot be downloaded from the hub",
+    ("inspect", "user/adapter", "--revision", "v9"): "cannot be downloaded from the hub",
+    ("merge", "org/base", "out"): "not an adapter directory (it has no adapter_config.json)",
+    ("chat", "user/none", "--prompt", "a"): "user/none cannot be loaded",
+}
+TEXT = "a b c d e f g h"
 
 
-def test_adapters_are_loaded_by_their_id_and_revision(run, server, adapters, tmp_path):
-    run(code=LOAD)
+@dataclass
+class Done:
+    """What one process has done with the hub: it imports torch once for all commands, and loads adapters itself."""
+
+    here: Path
+    models: dict
+    requests: list
+    good: dict[str, str]
+    """What each command printed."""
+    absent: list[str]
+    """What each command of ABSENT printed on stderr."""
+
+
+@pytest.fixture(scope="module")
+def done(tokenizer_dir, tmp_path_factory) -> Iterator[Done]:
+    here = tmp_path_factory.mktemp("hub")
+    (here / "d.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    recipe = {"model": {"name": "org/base", "task": "causal-lm"}, "training": {"output_dir": "run", "use_cpu": True}}
+    recipe["data"] = {"path": "d.jsonl", "columns": {"text": "text"}, "eval_split": "train", "max_length": 64}
+    (here / "r.yaml").write_text(yaml.safe_dump(recipe))
+    with hub() as server:
+        models = add_adapters(server, tokenizer_dir, here)
+        commands = [*GOOD.values(), *map(list, ABSENT)]
+        printed = [re.split(r"\nENDED (\d+)\n", text) for text in run(server, here, COMMANDS, json.dumps(commands))]
+        out, err = (texts[:-1:2] for texts in printed)
+        statuses = [int(status) for status in printed[0][1::2]]
+        assert statuses == [0] * len(GOOD) + [2] * len(ABSENT), printed
+        yield Done(here, models, server.requests, dict(zip(GOOD, out, strict=False)), err[len(GOOD) :])
+
+
+def test_adapters_are_loaded_by_their_id_and_revision(done):
     for number, revision in enumerate(("main", "v1")):
-        assert torch.allclose(torch.load(tmp_path / f"{number}.pt"), logits(adapters[revision]), atol=1e-5)
-    assert not [request for request in server.requests if "optimizer.bin" in request and "resolve" in request]
+        assert torch.allclose(torch.load(done.here / f"{number}.pt"), logits(done.models[revision]), atol=1e-5)
+    assert not [request for request in done.requests if "optimizer.bin" in request and "resolve" in request]
 
 
-def test_merge_writes_what_belongs_to_the_model(run, adapters, tmp_path):
-    run("merge", "user/adapter", "merged", "--revision", "v1")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.allclose(logits(merged), logits(adapters["v1"]), atol=1e-6)
-    assert (tmp_path / "merged" / "LICENSE").read_text() == "you may"
-    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
-    assert (tmp_path / "merged" / "generation_config.json").is_file()
-    card = (tmp_path / "merged" / "README.md").read_text()
+def test_merge_writes_what_belongs_to_the_model(done):
+    directory = done.here / "merged"
+    merged = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.allclose(logits(merged), logits(done.models["v1"]), atol=1e-6)
+    assert (directory / "LICENSE").read_text() == "you may"
+    assert (directory / "preprocessor_config.json").is_file()
+    assert (directory / "generation_config.json").is_file()
+    card = (directory / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1]) == {
         "base_model": "org/base",
         "base_model_relation": "finetune",
@@ -135,48 +171,26 @@ def test_merge_writes_what_belongs_to_the_model(run, adapters, tmp_path):
     }
 
 
-def test_other_commands_take_an_id(run_all, adapters, tmp_path):
-    prompt = ["--prompt", "a", "--max-new-tokens", "2", "--json"]
-    (facts, _), (compared, _), _, (of_base, _) = run_all(
-        ["inspect", "user/adapter", "--revision", "v1", "--json"],
-        ["chat", "user/adapter", *prompt, "--compare"],
-        ["convert", "user/adapter", "converted", "--to", "supertuning", "--revision", "v1"],
-        ["chat", "org/base", *prompt],
-    )
-    assert json.loads(facts)["base_model"] == "org/base"
-    assert set(json.loads(compared)) == {"model", "prompt", "answer", "base_answer", "seconds"}
-    assert json.loads(of_base)["model"] == "org/base"
-    model = PeftModel.from_pretrained(fresh(tmp_path / "llama-with-licence"), tmp_path / "converted")
-    assert torch.allclose(logits(model), logits(adapters["v1"]), atol=1e-5)
+def test_other_commands_take_an_id(done):
+    assert json.loads(done.good["inspect"])["base_model"] == "org/base"
+    assert set(json.loads(done.good["compare"])) == {"model", "prompt", "answer", "base_answer", "seconds"}
+    assert json.loads(done.good["base"])["model"] == "org/base"
+    model = PeftModel.from_pretrained(fresh(done.here / "llama-with-licence"), done.here / "converted")
+    assert torch.allclose(logits(model), logits(done.models["v1"]), atol=1e-5)
 
 
-def test_an_adapter_is_evaluated_by_its_id(run_all, adapters, tmp_path):
+def test_an_adapter_is_evaluated_by_its_id(done):
     """By its revision, on a base model that is an id too; the loss is that of the model in this process."""
-    text = "a b c d e f g h"
-    (tmp_path / "d.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    recipe = {"model": {"name": "org/base", "task": "causal-lm"}, "training": {"output_dir": "run", "use_cpu": True}}
-    recipe["data"] = {"path": "d.jsonl", "columns": {"text": "text"}, "eval_split": "train", "max_length": 64}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama-with-licence")
-    ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
-    evaluate = ["evaluate", "r.yaml", "--adapter", "user/adapter", "--json", "--revision"]
-    revisions = ("v1", "main")
-    for revision, (out, _) in zip(revisions, run_all(*([*evaluate, each] for each in revisions)), strict=True):
+    tokenizer = AutoTokenizer.from_pretrained(done.here / "llama-with-licence")
+    ids = torch.tensor([[*tokenizer(TEXT).input_ids, tokenizer.eos_token_id]])
+    for revision in ("v1", "main"):
         with torch.no_grad():
-            expected = adapters[revision](input_ids=ids, labels=ids).loss
-        assert json.loads(out)["loss"] == pytest.approx(float(expected), rel=1e-4)
+            expected = done.models[revision](input_ids=ids, labels=ids).loss
+        assert json.loads(done.good[revision])["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
-ABSENT = {
-    ("merge", "user/none", "out"): "user/none: no such adapter directory, and it cannot be downloaded from the hub",
-    ("inspect", "user/adapter", "--revision", "v9"): "cannot be downloaded from the hub",
-    ("merge", "org/base", "out"): "not an adapter directory (it has no adapter_config.json)",
-    ("chat", "user/none", "--prompt", "a"): "user/none cannot be loaded",
-}
-
-
-def test_what_the_hub_does_not_have(run_all, adapters):
-    for expected, (_, err) in zip(ABSENT.values(), run_all(*ABSENT, status=2), strict=True):
+def test_what_the_hub_does_not_have(done):
+    for expected, err in zip(ABSENT.values(), done.absent, strict=True):
         assert expected in err
         assert err.strip().splitlines()[-1].startswith("sparse-zero: error: ")
 
@@ -215,11 +229,11 @@ save_adapter(model, "again", push_to_hub="forbidden/pushed")
 
 
 @pytest.fixture
-def pushed(run, server, adapters) -> str:
+def pushed(server, adapters, tmp_path) -> str:
     """Adapters on the hub, some of whose cards were edited there. Returns: stderr."""
     broken = b"---\nlicense: [broken\n---\nmine"
     server.add("user/other", {"adapter_positions.safetensors": b"old", "notes.txt": b"mine", "README.md": broken})
-    return run(code=PUSH, status=1)[1]
+    return run(server, tmp_path, PUSH, status=1)[1]
 
 
 def test_an_adapter_is_pushed_with_its_card(pushed, server, adapters, tmp_path):

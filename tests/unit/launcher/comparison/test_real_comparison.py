@@ -1,14 +1,17 @@
 """A whole `sparse-zero compare` of a tiny model: its table agrees with single runs bit for bit, and it goes on."""
 
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import recipes
 import tiny
 
 from launcher import cli
-from launcher.comparison import runs
+from launcher.comparison import checks, runs
 from sparse_zero.recipe.recipe import load_recipe
 from sparse_zero.training import run
 
@@ -44,6 +47,18 @@ def test_the_table_agrees_with_single_runs_bit_for_bit(compared, tmp_path) -> No
     assert (Path(of_run["directory"]) / file).read_bytes() == (tmp_path / "single" / file).read_bytes()
 
 
+@pytest.fixture
+def checks_here(monkeypatch) -> None:
+    """The process that checks the recipes is this one, which has imported torch. `compared` starts another."""
+
+    def check(words: list[str], input: str, **options: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        return SimpleNamespace(returncode=checks.main(), stderr="sparse-zero: error: see above")
+
+    monkeypatch.setattr(checks, "subprocess", SimpleNamespace(run=check))
+
+
+@pytest.mark.usefixtures("checks_here")
 def test_each_method_agrees_with_its_single_run_bit_for_bit(compared, monkeypatch, tmp_path) -> None:
     """The runs of the comparison in this process: what it makes of them is the same for any."""
     _, found = compared
@@ -79,6 +94,7 @@ def test_the_written_table(compared) -> None:
     assert (out / "compare.png").exists() == ("compare.png" in text)
 
 
+@pytest.mark.usefixtures("checks_here")
 def test_runs_that_are_done_are_not_run_again_and_one_that_fails_is_said(compared, monkeypatch, capsys) -> None:
     out, found = compared
     ran = []
