@@ -37,7 +37,7 @@ from share_quality_plan import DRAWN, FULL, HEAD, LORA, SCATTERED
 from tables import RESULTS
 from transformers.utils import logging
 
-from sparse_zero import SparseConfig, sparsify
+from sparse_zero import SparseConfig, UserError, sparsify
 from sparse_zero.data.models import load_model, load_tokenizer
 
 CACHE = RESULTS / "gsm8k_share.jsonl"
@@ -66,20 +66,30 @@ class Problems:
     """The model, and the problems of a scale as tokens."""
 
     def __init__(self, directory: Path, scale: Scale, device: str, model: str = SMOLLM2) -> None:
+        """Raises UserError: a file cannot be read, or has fewer problems than the scale wants."""
         self._directory, self._device = directory, device
         self.tokenizer = load_tokenizer(model)
         padding = self.tokenizer.pad_token_id
         self._padding = self.tokenizer.eos_token_id if padding is None else padding
+        given, test = self._read("train", scale), self._read("test", scale)
+        wanted = scale.held_out + max(scale.problems, 1)
+        for name, found, count in (("train", given, wanted), ("test", test, scale.held_out)):
+            if len(found) < count:
+                raise UserError(
+                    f"{directory / name}.jsonl has {len(found):,} problems of at most {scale.longest} tokens, not "
+                    f"{count:,}: lower --problems or --held-out, or raise --longest"
+                )
+        self.validation, self.test = given[-scale.held_out :], test[: scale.held_out]
+        self.train = given[: len(given) - scale.held_out][: scale.problems or None]
         self._base = load_model(model, "causal-lm", dtype=torch.float32).to(device)
         self._base.config.use_cache = False
-        given = self._read("train", scale)
-        self.validation = given[-scale.held_out :]
-        self.train = given[: len(given) - scale.held_out][: scale.problems or None]
-        self.test = self._read("test", scale)[: scale.held_out]
         self.before = self.loss(self._base, self.test)
 
     def _read(self, part: str, scale: Scale) -> list[Example]:
-        examples = read_examples(self._directory / f"{part}.jsonl", self.tokenizer, None)
+        try:
+            examples = read_examples(self._directory / f"{part}.jsonl", self.tokenizer, None)
+        except OSError as error:
+            raise UserError(f"--gsm8k: {error}") from None
         return [example for example in examples if len(example) <= scale.longest]
 
     def model(self) -> Any:
@@ -178,7 +188,12 @@ def main() -> int:
     if not arguments.table:
         if arguments.gsm8k is None:
             parser.error("--gsm8k: name the directory of train.jsonl and test.jsonl")
-        make_runs(arguments, scale)
+        if min(scale.batch, scale.held_out) < 1 or scale.problems < 0:
+            parser.error("--batch and --held-out are at least 1, --problems at least 0")
+        try:
+            make_runs(arguments, scale)
+        except UserError as error:
+            parser.error(str(error))
     print(write_page(read_results(), CACHE))
     return 0
 

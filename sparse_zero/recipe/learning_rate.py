@@ -12,9 +12,9 @@ OTHER_METHODS = {
     "causal-lm": {"lora": 1e-2, "dora": 1e-2, "full": 3e-4, "head": 3e-4},
     "sequence-classification": {"lora": 1e-3, "dora": 1e-3, "full": 1e-4, "head": 3e-2},
 }
-"""For each task the rates of the other methods. Those of LoRA and full fine-tuning are the best of the measured ones; that
-of a classifier's head is in the range that was best in benchmarks/share_quality.py, where 3e-3 learnt nothing. Those of
-DoRA and of a language model's head are LoRA's and full fine-tuning's, without a measurement."""
+"""For each task the rates of the other methods. Those of LoRA and full fine-tuning are the best of the measured ones;
+that of a classifier's head is in the range that was best in benchmarks/share_quality.py, where 3e-3 learnt nothing.
+Those of DoRA and of a language model's head are LoRA's and full fine-tuning's, without a measurement."""
 
 
 OF_SFT = {"dpo": 1 / 20, "grpo": 1 / 20, "rloo": 1 / 20}

@@ -18,6 +18,8 @@ import gsm8k_share_table as page
 from noise_quality import append_row
 from share_quality_plan import CELLS, Cell
 
+from sparse_zero import UserError
+
 SMALL = planning.Scale(96, 160, 4, 48)
 SCATTERED, FULL = Cell("scattered", 0.01), Cell("full", 1)
 
@@ -138,6 +140,22 @@ def test_a_run_is_trained_validated_and_tested_on_different_problems(model, tmp_
     assert row["before"] == pytest.approx(plain_loss(model, problems.test), abs=0.02)
     assert quality.make_run(run, problems, "cpu")["loss"] == row["loss"], "the base model is not trained"
     assert planning.key_of(row) == run.key
+
+
+def test_too_few_problems_are_refused(model, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(quality, "load_tokenizer", lambda name: Tokenizer())
+    monkeypatch.setattr(quality, "load_model", lambda name, task, dtype: model)
+    scale = planning.Scale(problems=0, longest=99, batch=4, held_out=5)
+    with pytest.raises(UserError, match=r"--gsm8k: .*No such file.*train\.jsonl"):
+        quality.Problems(tmp_path, scale, "cpu")
+    write_problems(tmp_path / "train.jsonl", 6)
+    write_problems(tmp_path / "test.jsonl", 5)
+    assert len(quality.Problems(tmp_path, scale, "cpu").train) == 1
+    with pytest.raises(UserError, match=r"train\.jsonl has 6 problems of at most 99 tokens, not 7: lower --problems"):
+        quality.Problems(tmp_path, scale._replace(problems=2), "cpu")
+    write_problems(tmp_path / "test.jsonl", 4)
+    with pytest.raises(UserError, match=r"test\.jsonl has 4 problems of at most 99 tokens, not 5"):
+        quality.Problems(tmp_path, scale, "cpu")
 
 
 def plain_loss(model: LlamaForCausalLM, examples: list) -> float:
