@@ -2,6 +2,7 @@
 
     python benchmarks/gsm8k_share.py --gsm8k DIR                    what is missing, by worth
     python benchmarks/gsm8k_share.py --gsm8k DIR --problems 96 --longest 160 --batch 4 --held-out 48   a smaller one
+    python benchmarks/gsm8k_share.py --gsm8k DIR --methods scattered lora --shares 0.01     a part of it
     python benchmarks/gsm8k_share.py --list
     python benchmarks/gsm8k_share.py --table                        no runs: page and plot again
 
@@ -33,7 +34,7 @@ from gsm8k_share_plan import FULL_SCALE, Row, Run, Scale, key_of, plan
 from gsm8k_share_table import write_page
 from lora_quality import lora
 from noise_quality import append_row, claimed, device_name, read_lines
-from share_quality_plan import DRAWN, FULL, HEAD, LORA, SCATTERED
+from share_quality_plan import DRAWN, FULL, HEAD, LORA, METHODS, SCATTERED, SHARES
 from tables import RESULTS
 from transformers.utils import logging
 
@@ -137,6 +138,12 @@ def read_results(path: Path = CACHE) -> dict[str, Row]:
     return {key_of(row): row for row in read_lines(path)}
 
 
+def selected_plan(arguments: argparse.Namespace, scale: Scale, done: dict[str, Row]) -> list[Run]:
+    of_all = {1, 0}  # full fine-tuning and the head have no share
+    methods, shares = arguments.methods, of_all.union(arguments.shares)
+    return [run for run in plan(done, scale) if run.method in methods and run.density in shares]
+
+
 def make_runs(arguments: argparse.Namespace, scale: Scale) -> None:
     if arguments.device == "cpu":
         torch.set_num_threads(1)
@@ -147,7 +154,7 @@ def make_runs(arguments: argparse.Namespace, scale: Scale) -> None:
 
     def missing() -> list[Run]:
         done = read_results()
-        return [run for run in plan(done, scale) if run.key not in done]
+        return [run for run in selected_plan(arguments, scale, done) if run.key not in done]
 
     for run in claimed(CACHE, missing):
         here = [row["seconds"] for row in read_results().values() if Run.of(row).scale == scale]
@@ -171,6 +178,8 @@ def main() -> int:
     parser.add_argument("--model", default=SMOLLM2, help="SmolLM2-135M-Instruct: a directory or a GGUF file")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before a run that may take longer")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, choices=SHARES)
     parser.add_argument("--problems", type=int, default=FULL_SCALE.problems, help="to train on; 0: all")
     parser.add_argument("--longest", type=int, default=FULL_SCALE.longest, help="tokens of the longest problem")
     parser.add_argument("--batch", type=int, default=FULL_SCALE.batch, help="problems of a step")
@@ -182,7 +191,7 @@ def main() -> int:
     scale = Scale(arguments.problems, arguments.longest, arguments.batch, arguments.held_out)
     if arguments.list:
         done = read_results()
-        for run in plan(done, scale):
+        for run in selected_plan(arguments, scale, done):
             print("done   " if run.key in done else "missing", run.key)
         return 0
     if not arguments.table:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def test_every_cell_has_its_middle_rate_first_then_the_others_then_more_seeds() 
     others = len(CELLS) - count
     assert seeds == [0] * 3 * count + [1] * count + [2] * count + [0] * 3 * others + [1] * others + [2] * others
     assert planning.plan(tuned()) == planning.plan({}), "another scale has rates of its own"
+
+
+def test_a_call_may_have_some_of_the_methods_and_shares() -> None:
+    given = Namespace(methods=["scattered", "full"], shares=[0.01, 0.1])
+    runs = quality.selected_plan(given, SMALL, tuned())
+    assert {(run.method, run.density) for run in runs} == {("scattered", 0.01), ("scattered", 0.1), ("full", 1)}
+    assert [run.seed for run in runs] == [0] * 6 + [1, 1, 2, 2] + [0] * 3 + [1, 2]
+    everything = Namespace(methods=quality.METHODS, shares=quality.SHARES)
+    assert quality.selected_plan(everything, SMALL, tuned()) == planning.plan(tuned(), SMALL)
 
 
 def test_the_rate_is_chosen_by_the_validation_loss() -> None:
