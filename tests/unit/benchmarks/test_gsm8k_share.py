@@ -197,7 +197,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert by_name["within a tenth of the columns"][-1] == "-"
     assert by_name["trained, scattered"] == ["1,000", "3,000", "10,000", "30,000", "100,000"]
     assert "full fine-tuning (1,000,000 scalars): 0.920 ± 0.028 (2)" in text
-    assert "0.03 (0.01 to 0.1)" in text
+    assert "0.01 (0.003 to 0.03)" in text
     assert "**0.0003: 0.800 (0.900)**, 0.001: 0.900 (1.000)" in text
     assert "(`--problems 96 --longest 160 --batch 4 --held-out 48`)" in text
     assert "Missing: 21 of the 105 runs" in text
