@@ -1,13 +1,14 @@
 """Makes the page and the plot of gsm8k_share.py from its runs."""
 
+from functools import partial
 from pathlib import Path
 
 import gsm8k_share_plan as quality
 from gsm8k_share_plan import SEEDS, Row, Scale
 from noise_quality_table import mean_and_deviation, paired_difference
-from share_quality_plan import CELLS, DRAWN, FULL, HEAD, LORA, METHODS, SCATTERED, SHARES, Cell
-from share_quality_table import NAMES
-from tables import table
+from share_quality_plan import CELLS, DRAWN, FULL, HEAD, LORA, SCATTERED, SHARES, Cell
+from share_quality_table import NAMES, draw_curves
+from tables import made_on, table, write_beside
 
 Losses = dict[int, float]
 """By seed."""
@@ -30,14 +31,11 @@ def markdown(done: dict[str, Row]) -> str:
 
 
 def _introduction(done: dict[str, Row]) -> str:
-    devices = sorted({f"{row['device']} (torch {row['versions']['torch']})" for row in done.values()})
-    dates = sorted({row["date"] for row in done.values()})
-    when = " to ".join(dict.fromkeys(dates[:1] + dates[-1:])) or "no run yet"
     return (
         "# SmolLM2-135M-Instruct on GSM8K: loss by share\n\n"
         "One epoch, AdamW without weight decay, warm-up over 1/30 of the steps and a linear decay, bfloat16 autocast "
         "on float32 weights; all linear layers, a share of the whole model's scalars. The base is the Q4_1 GGUF file, "
-        f"dequantised. Made by `python benchmarks/gsm8k_share.py --gsm8k DIR` on {', '.join(devices)}, {when}.\n\n"
+        f"dequantised. Made by `python benchmarks/gsm8k_share.py --gsm8k DIR` on {made_on(done.values())}.\n\n"
         "The loss is the mean over the tokens of the answers to test problems. Each method has at each share the "
         "learning rate with the lowest loss on other problems: one of three, or one of up to two more where the best "
         f"is at the edge, one run each. Mean ± standard deviation over {len(SEEDS)} seeds, or the number of seeds in "
@@ -152,18 +150,10 @@ def plot(done: dict[str, Row], path: Path) -> None:
     complete = [s for s in quality.scales(done) if any(tested(cell, s, done) for cell in CELLS)]
     figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
     for scale in complete[:1]:
-        for number, method in enumerate(METHODS):
-            points = []
-            for cell in sorted(cell for cell in CELLS if cell.method == method):
-                if rows := tested(cell, scale, done):
-                    mean, deviation = mean_and_deviation(losses(rows).values())
-                    points.append((next(iter(rows.values()))["trainable"], mean, deviation or 0))
-            x, y, deviations = zip(*points, strict=True) if points else ((), (), ())
-            axes.errorbar(x, y, deviations, fmt="o-", capsize=3, color=f"C{number}", label=NAMES[method])
+        draw_curves(axes, {cell: tested(cell, scale, done) for cell in CELLS}, lambda row: row["loss"])
         size = f"{scale.problems:,} problems" if scale.problems else "all problems"
         axes.set_title(f"SmolLM2-135M on GSM8K, {size}, one epoch", fontsize="medium")
-    axes.set(xscale="log", xlabel="trained scalars", ylabel="loss on test problems")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel("loss on test problems")
     axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -171,10 +161,4 @@ def plot(done: dict[str, Row], path: Path) -> None:
 
 def write_page(done: dict[str, Row], cache: Path) -> str:
     """Write page and plot beside the results. Returns: the page."""
-    page = markdown(done)
-    cache.with_suffix(".md").write_text(page)
-    try:
-        plot(done, cache.with_suffix(".png"))
-    except ImportError:
-        page += "\nno plot: pip install matplotlib\n"
-    return page
+    return write_beside(cache, markdown(done), partial(plot, done))

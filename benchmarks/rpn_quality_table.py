@@ -1,11 +1,12 @@
 """Makes the page and the plot of rpn_quality.py from its runs."""
 
+from functools import partial
 from pathlib import Path
 
 import rpn_quality_plan as quality
 from noise_quality_table import paired_difference, percent_by_seed, points
 from rpn_quality_plan import Row
-from tables import table
+from tables import made_on, table, write_beside
 from tweeteval import METRICS, TASKS
 
 Scores = dict[int, float]
@@ -53,14 +54,11 @@ def _sections(scale: quality.Scale, done: dict[str, Row]) -> list[str]:
 
 
 def _introduction(done: dict[str, Row]) -> str:
-    devices = sorted({f"{row['device']} (torch {row['versions']['torch']})" for row in done.values()})
-    dates = sorted({row["date"] for row in done.values()})
     metrics = "; ".join(f"{task}: {METRICS[task]}" for task in TASKS)
-    when = f"{dates[0]} to {dates[-1]}" if dates else "no run yet"
     return (
         "# Random Position Noise on the tasks of its paper\n\n"
         "MiniLM-L6, at most 2,000 tweets of the test part, batches of 16, bfloat16 autocast, AdamW; made by "
-        f"`python benchmarks/rpn_quality.py --data tweeteval` on {', '.join(devices)}, {when}.\n\n"
+        f"`python benchmarks/rpn_quality.py --data tweeteval` on {made_on(done.values())}.\n\n"
         f"Metrics, in percent: {metrics}. Each cell: mean ± standard deviation over five seeds, or as many as are in "
         "brackets. `- none`: mean of the differences to `none` by seed, in points, ± its standard error; with two "
         "seeds a 95% interval reaches 12.7 errors to each side, with three 4.3, with five 2.8."
@@ -151,10 +149,4 @@ def plot(done: dict[str, Row], path: Path) -> None:
 
 def write_page(done: dict[str, Row], cache: Path) -> str:
     """Write page and plot beside the results. Returns: the page."""
-    page = markdown(done)
-    cache.with_suffix(".md").write_text(page)
-    try:
-        plot(done, cache.with_suffix(".png"))
-    except ImportError:
-        page += "\nno plot: pip install matplotlib\n"
-    return page
+    return write_beside(cache, markdown(done), partial(plot, done))

@@ -1,13 +1,14 @@
 """Makes the page and the plot of share_quality.py from its runs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import share_quality_plan as quality
 from noise_quality_table import mean_and_deviation, percent_by_seed, points
 from share_quality_plan import DRAWN, FULL, FULL_SCALE, HEAD, LORA, METRICS, SCATTERED, SHARES, TASKS, Cell, Row, Scale
-from tables import table
+from tables import made_on, table, write_beside
 
 NAMES = {
     SCATTERED: "scattered scalars",
@@ -40,14 +41,11 @@ def markdown(done: dict[str, Row]) -> str:
 
 
 def _introduction(done: dict[str, Row]) -> str:
-    devices = sorted({f"{row['device']} (torch {row['versions']['torch']})" for row in done.values()})
-    dates = sorted({row["date"] for row in done.values()})
-    when = " to ".join(dict.fromkeys(dates[:1] + dates[-1:])) or "no run yet"
     return (
         "# A random subset of the weights: quality by share\n\n"
         "MiniLM-L6, all linear layers and the classification head, batches of 16, AdamW, linear decay after 6% "
         "warmup, bfloat16 autocast; Rotten Tomatoes: 1,000 test sentences, CoLA: the 1,043 of both development files. "
-        f"Made by `python benchmarks/share_quality.py --data cola` on {', '.join(devices)}, {when}.\n\n"
+        f"Made by `python benchmarks/share_quality.py --data cola` on {made_on(done.values())}.\n\n"
         "Each method has at each share the rate that is best on 1,000 validation sentences: three rates, one "
         "run each, up to two more where the best is at the edge, and a second run where scores are within two points. "
         "Mean ± "
@@ -175,22 +173,30 @@ def plot(done: dict[str, Row], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(11, 4.2), layout="constrained")
     for panel, task in zip(panels, TASKS, strict=True):
         scale = max(quality.scales(done), key=partial(_tests, task, done), default=FULL_SCALE)
-        for number, method in enumerate(quality.METHODS):
-            points = []
-            for cell in sorted((cell for cell in quality.CELLS if cell.method == method), key=lambda cell: cell.share):
-                if rows := tested(task, cell, scale, done):
-                    mean, deviation = mean_and_deviation(scores(rows).values())
-                    points.append((next(iter(rows.values()))["trainable"], 100 * mean, 100 * (deviation or 0)))
-            x, y, deviations = zip(*points, strict=True) if points else ((), (), ())
-            panel.errorbar(x, y, deviations, fmt="o-", capsize=3, color=f"C{number}", label=NAMES[method])
-        panel.set_xscale("log")
-        panel.set_xlabel("trained scalars")
+        found = {cell: tested(task, cell, scale, done) for cell in quality.CELLS}
+        draw_curves(panel, found, lambda row: 100 * row["score"])
         panel.set_ylabel(f"test {METRICS[task]}, percent")
         panel.set_title(f"{LABELS[task]}, {scale.size * quality.TIMES[task]:,} sentences, {scale.epochs} epochs")
-        panel.grid(alpha=0.3)
     panels[0].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def draw_curves(axes: Any, found: dict[Cell, dict[int, Row]], value: Callable[[Row], float]) -> None:
+    """For each method a value over the trained scalars: mean and standard deviation over the seeds.
+
+    Args: found: of each cell the runs by seed.
+    """
+    for number, method in enumerate(quality.METHODS):
+        points = []
+        for cell in sorted(cell for cell, rows in found.items() if cell.method == method and rows):
+            rows = [*found[cell].values()]
+            mean, deviation = mean_and_deviation(map(value, rows))
+            points.append((rows[0]["trainable"], mean, deviation or 0))
+        x, y, deviations = zip(*points, strict=True) if points else ((), (), ())
+        axes.errorbar(x, y, deviations, fmt="o-", capsize=3, color=f"C{number}", label=NAMES[method])
+    axes.set(xscale="log", xlabel="trained scalars")
+    axes.grid(alpha=0.3)
 
 
 def _tests(task: str, done: dict[str, Row], scale: Scale) -> int:
@@ -200,10 +206,4 @@ def _tests(task: str, done: dict[str, Row], scale: Scale) -> int:
 
 def write_page(done: dict[str, Row], cache: Path) -> str:
     """Write page and plot beside the results. Returns: the page."""
-    page = markdown(done)
-    cache.with_suffix(".md").write_text(page)
-    try:
-        plot(done, cache.with_suffix(".png"))
-    except ImportError:
-        page += "\nno plot: pip install matplotlib\n"
-    return page
+    return write_beside(cache, markdown(done), partial(plot, done))

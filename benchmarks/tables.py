@@ -24,6 +24,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
+def made_on(rows: Iterable[Row]) -> str:
+    """The devices, with torch's version, and the first and last date of these rows."""
+    rows = list(rows)
+    devices = sorted({f"{row['device']} (torch {row['versions']['torch']})" for row in rows})
+    dates = sorted({row["date"] for row in rows})
+    return ", ".join([*devices, " to ".join(dict.fromkeys(dates[:1] + dates[-1:])) or "no run yet"])
+
+
 def mebibytes(count: float | None) -> str:
     """MiB, with one decimal below 100."""
     if count is None:
@@ -38,6 +46,20 @@ def spread(figure: dict[str, float] | None) -> str:
 
 def read(path: Path) -> list[Row]:
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_beside(cache: Path, page: str, plot: Callable[[Path], None]) -> str:
+    """Write a page (.md) and, if matplotlib is installed, a plot (.png) beside the results.
+
+    Args: plot: writes the file that it is given; raises ImportError without matplotlib.
+    Returns: the page, and a line about a plot that is missing.
+    """
+    cache.with_suffix(".md").write_text(page)
+    try:
+        plot(cache.with_suffix(".png"))
+    except ImportError:
+        page += "\nno plot: pip install matplotlib\n"
+    return page
 
 
 def write(
